@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up all that they need: Python 3.11 or newer, pip and a network that reaches PyPI.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := results/demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	@rm -rf $(DEMO)
+	$(BIN)/python train.py --model DiT-N/2 --mixer pdessm --vae none --image-size 16 --num-classes 10 \
+		--global-batch-size 64 --lr 1e-3 --max-steps 500 --log-every 50 --results-dir $(DEMO)
+	$(BIN)/python sample.py --ckpt $(DEMO)/000-DiT-N-2/checkpoints/0000500.pt --samples-per-class 10 \
+		--num-sampling-steps 50 --sampler ddim --cfg-scale 2 --out $(DEMO)/digits.png
+	@echo "Ten digits of each class, drawn by the model that was just trained: $(CURDIR)/$(DEMO)/digits.png"
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv results samples

@@ -1,0 +1,113 @@
+"""Checkpoints: a dict of model, ema, opt and args, as DiT's train.py writes them, except that args is a plain dict,
+so that torch.load reads it without trusting the file. Files with an argparse.Namespace, or bare weights, load too."""
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+
+from models import DiT_models
+from vae import open_space
+
+
+def save_checkpoint(path, **contents):
+    """Writes to a temporary name and renames: `path` is whole or not there."""
+    partial = Path(f"{path}.partial")
+    with open(partial, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path):
+    """(weights, args) of a checkpoint: its EMA's state dict if it has one, and its settings as a dict or None.
+
+    Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of tensors: it is damaged, cut short or something else") from error
+    contents = contents if isinstance(contents, dict) else {}
+    weights = contents.get("ema", contents.get("model", contents))
+    if not isinstance(weights, dict) or "x_embedder.proj.weight" not in weights:
+        raise ValueError(f"{path} holds no DiT: x_embedder.proj.weight is missing")
+    args = contents.get("args")
+    return weights, vars(args) if isinstance(args, argparse.Namespace) else args
+
+
+def settings_from_weights(weights):
+    """model, mixer, num_classes, image_size and vae as train.py would have been told them, read off the weights."""
+    hidden, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    names = [
+        name
+        for name, build in DiT_models.items()
+        if (build.keywords["hidden_size"], build.keywords["depth"], build.keywords["patch_size"]) == (hidden, depth, patch)
+    ]
+    if not names:
+        raise ValueError(f"no model is known with hidden size {hidden}, depth {depth} and patch size {patch}")
+    vae = "ema" if channels == 4 else "none"
+    grid = round(weights["pos_embed"].shape[1] ** 0.5)
+    return {
+        "model": names[0],
+        "mixer": "attention" if "blocks.0.attn.qkv.weight" in weights else "pdessm",
+        "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
+        "image_size": grid * patch * open_space(vae).factor,
+        "vae": vae,
+    }
+
+
+def load_model(path, args, default_vae):
+    """The model of a checkpoint, in eval mode: (model, settings).
+
+    The settings (model, mixer, num_classes, image_size, vae) are the checkpoint's; those that `args` gives too, not
+    None, must agree. Which decoder to use in latent space is free. ValueError names both values, or what does not fit.
+    """
+    weights, stored = load_checkpoint(path)
+    stored = {name: value for name, value in (stored or {}).items() if name in ("model", "mixer", "vae")}
+    settings = settings_from_weights(weights) | stored
+    for name in ("model", "mixer", "num_classes", "image_size"):
+        given = getattr(args, name)
+        if given not in (None, settings[name]):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {given} contradicts {path}, which has {flag} {settings[name]}; leave the flag out")
+    if args.vae is not None and (args.vae == "none") != (settings["vae"] == "none"):
+        raise ValueError(f"--vae {args.vae} contradicts {path}, which was trained with --vae {settings['vae']}")
+    if settings["vae"] in ("ema", "mse"):  # they share an encoder, so either decodes
+        settings["vae"] = default_vae
+    settings["vae"] = args.vae or settings["vae"]
+
+    space = open_space(settings["vae"])
+    model = DiT_models[settings["model"]](
+        input_size=settings["image_size"] // space.factor,
+        in_channels=space.channels,
+        num_classes=settings["num_classes"],
+        mixer=settings["mixer"],
+    )
+    load_weights(model, weights, path)
+    return model.eval().requires_grad_(False), settings
+
+
+def load_weights(model, weights, path):
+    """load_state_dict, strictly, with a ValueError of one line that says what differs."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        expected = model.state_dict()
+        differences = [f"{key} is missing" for key in expected if key not in weights]
+        differences += [f"{key} is not the model's" for key in weights if key not in expected]
+        differences += [
+            f"{key} is {tuple(weights[key].shape)}, not {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in weights and weights[key].shape != value.shape
+        ]
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(differences[:3])}{more}") from error

@@ -1,0 +1,31 @@
+"""Diffusion objectives and samplers for any callable (x, t, **kwargs); nothing here knows a model."""
+
+from .ddpm import GaussianDiffusion, beta_schedule, spaced_timesteps
+
+
+# fmt: off
+def create_diffusion(
+    timestep_respacing, noise_schedule="linear", use_kl=False, sigma_small=False, predict_xstart=False,
+    learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000,
+):
+    # fmt: on
+    """A Gaussian diffusion over `diffusion_steps` steps, visiting those that `timestep_respacing` keeps.
+
+    timestep_respacing:     "" for all of them, "250" for 250 spread evenly, "10,15,20" for so many in each third,
+                            "ddim50" for 50 at an integer stride; see `spaced_timesteps`.
+    noise_schedule:         "linear" (Ho et al., 2020) or "squaredcos_cap_v2" (Nichol & Dhariwal, 2021).
+    predict_xstart:         the network predicts the clean image instead of the noise.
+    learn_sigma:            the network also predicts the variance, as twice the channels; else it is fixed, to beta, or
+                            with sigma_small to that of the true posterior.
+    use_kl:                 the loss is the variational bound in bits per dimension, summed over timesteps; else it is
+                            the mean squared error, plus with learn_sigma the bound for the variance alone.
+    rescale_learned_sigmas: weight that bound by num_timesteps / 1000.
+
+    ValueError for a schedule or a respacing that is unknown or cannot be had.
+    """
+    betas = beta_schedule(noise_schedule, diffusion_steps)
+    return GaussianDiffusion(
+        betas, spaced_timesteps(diffusion_steps, timestep_respacing or str(diffusion_steps)),
+        predict_xstart=predict_xstart, learn_sigma=learn_sigma, sigma_small=sigma_small,
+        use_kl=use_kl, rescale_bound=rescale_learned_sigmas,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""Samplers: functions of a diffusion, a network (x, t, **model_kwargs) and noise x (B, C, H, W) that return images.
+
+Each draws `randn_like(x)` once per step, the last one included, whatever else it does: the same generator state gives
+the same images. Pass `PerImageNoise` to make each image depend on a seed of its own and not on its batch.
+"""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class PerImageNoise:
+    """A source of noise with one generator per image, so that an image does not depend on what it is batched with.
+
+    seeds: one integer per image. Called with a tensor (B, ...) it returns standard normal noise like it.
+    """
+
+    def __init__(self, seeds, device):
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def randn(self, *shape):
+        """(B, *shape) standard normal numbers."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+
+    def rand(self, *shape):
+        """(B, *shape) uniform numbers in [0, 1)."""
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators])
+
+    def __call__(self, x):
+        return self.randn(*x.shape[1:]).to(x.dtype)
+
+
+def image_seeds(seed, numbers, purpose):
+    """One seed per image, from a run's seed and the images' numbers in it; distinct for distinct numbers below 2^32.
+
+    Seeds count up from a start that depends on `seed` and on `purpose` ("training" or "sampling"), in 32 bits because
+    PyTorch's generator on CPUs uses no more.
+    """
+    start = int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])
+    return [(start + number) % 2**32 for number in numbers]
+
+
+@torch.no_grad()
+def ddpm(
+    diffusion, model, x, *, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, progress=False,
+    randn_like=torch.randn_like,
+):  # fmt: skip
+    """Ancestral sampling (Ho et al., 2020). cond_fn(x, t, **model_kwargs), the gradient of log p(y | x), guides."""
+    kwargs = model_kwargs or {}
+    for t in _countdown(diffusion, x, progress):
+        p = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, kwargs)
+        noise = randn_like(x)
+        mean = p["mean"]
+        if cond_fn is not None:
+            mean = mean + p["variance"] * cond_fn(x, diffusion.model_timesteps(t), **kwargs)
+        x = mean + (t[0] > 0) * (p["log_variance"] / 2).exp() * noise
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    diffusion, model, x, *, eta=0.0, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+    progress=False, randn_like=torch.randn_like,
+):  # fmt: skip
+    """DDIM (Song et al., 2021, Eq. 12): deterministic at eta = 0. cond_fn as in `ddpm`, applied to the noise."""
+    kwargs = model_kwargs or {}
+    for t in _countdown(diffusion, x, progress):
+        x_start = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, kwargs)["pred_xstart"]
+        predicted = diffusion.predict_noise(x, t, x_start)
+        if cond_fn is not None:
+            gradient = cond_fn(x, diffusion.model_timesteps(t), **kwargs)
+            predicted = predicted - diffusion.table("noise", t, x) * gradient
+            x_start = diffusion.predict_start(x, t, predicted)
+        abar, before = diffusion.table("abar", t, x), diffusion.table("abar_prev", t, x)
+        sigma = eta * ((1 - before) / (1 - abar) * (1 - abar / before)).sqrt()
+        noise = randn_like(x)
+        x = before.sqrt() * x_start + (1 - before - sigma**2).sqrt() * predicted + (t[0] > 0) * sigma * noise
+    return x
+
+
+def _countdown(diffusion, x, progress):
+    """The timesteps of a batch from the noisiest to 0, each (B,)."""
+    for step in tqdm(reversed(range(diffusion.num_timesteps)), total=diffusion.num_timesteps, disable=not progress):
+        yield torch.full((len(x),), step, device=x.device)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}

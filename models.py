@@ -1,0 +1,186 @@
+"""DiT, the diffusion transformer, with a choice of how tokens mix: mixer="attention" is DiT itself.
+
+Names, shapes, state-dict keys and initial values are those of the public DiT checkpoints."""
+
+import math
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Mlp, PatchEmbed
+from torch import nn
+from torch.nn.functional import layer_norm
+
+from mixers import build_mixer
+
+
+def sincos_position(positions, dim, max_period=10000):
+    """(N,) positions -> (N, dim) sines and cosines, their periods geometric from 2 pi to 2 pi max_period."""
+    frequencies = max_period ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def grid_embedding(h, w, dim):
+    """Position of each token of an h x w grid: (1, h w, dim), one half for its column, the other for its row."""
+    if dim % 4:
+        raise ValueError(f"hidden_size must be divisible by 4 for the positional embedding; it is {dim}")
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    halves = [sincos_position(axis.flatten(), dim // 2) for axis in (column, row)]
+    return torch.cat(halves, dim=1).float()[None]
+
+
+def modulate(x, shift, scale):                                             # (B, N, D), (B, D), (B, D)
+    """adaLN: layer norm without weights of its own, then a shift and scale that the conditioning chose."""
+    x = layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) timesteps, which may be fractional, -> (B, D)."""
+
+    def __init__(self, hidden_size, frequencies=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        for i in (0, 2):
+            nn.init.normal_(self.mlp[i].weight, std=0.02)
+            nn.init.zeros_(self.mlp[i].bias)
+        self.half = frequencies // 2
+
+    def forward(self, t):                                                  # (B,)
+        decay = torch.arange(self.half, dtype=torch.float32, device=t.device) * (-math.log(10000) / self.half)
+        angles = t.float()[:, None] * decay.exp()                          # (B, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)             # (B, 256)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))                # (B, D)
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) classes -> (B, D). Class num_classes is the null class, which training puts for some labels at random."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, y, drop=None):                                       # (B,), (B,) bool or None
+        if drop is None and self.training and self.dropout_prob > 0:
+            drop = torch.rand(len(y), device=y.device) < self.dropout_prob
+        if drop is not None:
+            y = y.masked_fill(drop, self.num_classes)
+        return self.embedding_table(y)                                     # (B, D)
+
+
+class DiTBlock(nn.Module):
+    """Mixing of tokens, then an MLP on each, both modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, mixer, hidden_size, mlp_ratio):
+        super().__init__()
+        self.attn = mixer
+        gelu = partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(hidden_size, int(mlp_ratio * hidden_size), act_layer=gelu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):                                               # (B, N, D), (B, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(x, shift1, scale1)))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
+
+
+class FinalLayer(nn.Module):
+    """Tokens to the pixels of their patches: (B, N, D) -> (B, N, patch_size^2 out_channels)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):                                               # (B, N, D), (B, D)
+        return self.linear(modulate(x, *self.adaLN_modulation(c).chunk(2, dim=1)))
+
+
+class DiT(nn.Module):
+    """A diffusion transformer on images or latents.
+
+    input_size is a side or (height, width), divisible by patch_size. mixer is a name in mixers.MIXERS or a class;
+    further keyword arguments are options of that mixer. learn_sigma doubles the output channels.
+    ValueError for sizes that do not fit and for unknown mixers or options.
+    """
+
+    # fmt: off
+    def __init__(
+        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, mixer="attention", **mixer_options,
+    ):
+        # fmt: on
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"input size {height} x {width} is not divisible by the patch size {patch_size}")
+        self.in_channels, self.patch_size, self.learn_sigma = in_channels, patch_size, learn_sigma
+        self.num_classes, self.num_heads = num_classes, num_heads
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.grid_size = (height // patch_size, width // patch_size)
+
+        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(grid_embedding(*self.grid_size, hidden_size), requires_grad=False)
+        mixers = [build_mixer(mixer, hidden_size, num_heads, self.grid_size, **mixer_options) for _ in range(depth)]
+        self.blocks = nn.ModuleList(DiTBlock(m, hidden_size, mlp_ratio) for m in mixers)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialize()
+
+    def _initialize(self):
+        """Xavier for the layers; zero for what modulates, gates and ends, so that every block starts as the identity."""
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.flatten(1))
+        nn.init.zeros_(patches.bias)
+        for layer in filter(lambda m: isinstance(m, nn.Linear), self.blocks.modules()):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        for last in [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x, t, y, drop=None):
+        """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).
+
+        drop (B,) bool says whose class to replace by the null class; None leaves it to chance in training.
+        """
+        h, w = self.grid_size
+        p = self.patch_size
+        c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                            # (B, N, D), N = h w
+        for block in self.blocks:
+            x = block(x, c)                                                # (B, N, D)
+        x = self.final_layer(x, c)                                         # (B, N, p p C)
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (h, w))                # (B, h, w, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)        # (B, C, H, W)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale):
+        """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
+
+        Guides the first three channels, as the public DiT samples were made; the rest passes through.
+        """
+        n = len(x) // 2
+        out = self.forward(x[:n].repeat(2, 1, 1, 1), t, y)                 # (2n, out_channels, H, W)
+        guided = torch.lerp(out[n:, :3], out[:n, :3], cfg_scale)           # (n, 3, H, W)
+        return torch.cat([guided.repeat(2, 1, 1, 1), out[:, 3:]], dim=1)
+
+
+# name: hidden_size, depth, num_heads
+SIZES = {
+    "XL": (1152, 28, 16),
+    "L": (1024, 24, 16),
+    "B": (768, 12, 12),
+    "S": (384, 12, 6),
+    "Ti": (192, 12, 3),
+    "N": (96, 6, 3),
+}
+DiT_models = {
+    f"DiT-{size}/{patch}": partial(DiT, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads)
+    for size, (hidden, depth, heads) in SIZES.items()
+    for patch in (1, 2, 4, 8, 16)
+}
+MODELS = dict(DiT_models)  # every backbone by name

@@ -1,0 +1,139 @@
+"""Draws a grid of samples from a checkpoint:
+
+    python sample.py --ckpt results/000-DiT-N-2/checkpoints/0002000.pt --class-labels 0 1 2 --samples-per-class 8
+
+The model's size, mixer, classes and space come from the checkpoint. Without --ckpt it is the public DiT-XL/2.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from checkpoint import load_model
+from diffusion import create_diffusion
+from diffusion.samplers import SAMPLERS, PerImageNoise, image_seeds
+from download import find_checkpoint
+from mixers import MIXERS
+from models import DiT_models
+from parallel import launch
+from train import positive
+from vae import open_space
+
+SHOWN_SIDE = 64  # smaller samples are enlarged to this many pixels in the grid, without smoothing
+IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+def main(args, processes):
+    torch.set_float32_matmul_precision("high")
+    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="mse")
+    labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
+    diffusion = create_diffusion(str(args.num_sampling_steps))
+    out = Path(args.out)
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise OSError(f"--out {out}: {out.parent} is not a folder that can be written")
+    space = open_space(settings["vae"]).load(processes.device)
+
+    noise = PerImageNoise(image_seeds(args.seed, range(len(labels)), "sampling"), processes.device)
+    labels = torch.tensor(labels, device=processes.device)
+    images = generate(model.to(processes.device), space, diffusion, SAMPLERS[args.sampler], labels, noise, args.cfg_scale)
+    save_grid(images, out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
+    print(f"{len(images)} samples are in {out}")
+
+
+def generate(model, space, diffusion, sampler, labels, noise, cfg_scale, progress=True):
+    """One sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
+
+    cfg_scale is the strength of classifier-free guidance; 1 is none, and so is any without classes. Pixels are kept in
+    range throughout; latents have no range.
+    """
+    unguided = cfg_scale == 1 or model.num_classes == 0
+    h, w = (side * model.patch_size for side in model.grid_size)
+    x = sampler(
+        diffusion,
+        model if unguided else guided(model, cfg_scale),
+        noise.randn(model.in_channels, h, w),
+        model_kwargs=dict(y=labels),
+        clip_denoised=space.factor == 1,
+        progress=progress,
+        randn_like=noise,
+    )
+    pixels = (127.5 * space.decode(x) + 128).clamp(0, 255)                 # (n, 3, H, W)
+    return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+
+
+def guided(model, cfg_scale):
+    """The network (x, t, y) with classifier-free guidance: both halves of a doubled batch, of which one is returned."""
+
+    def network(x, t, y):
+        y = torch.cat([y, torch.full_like(y, model.num_classes)])
+        return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), y, cfg_scale)[: len(x)]
+
+    return network
+
+
+def checkpoint_name(args):
+    """--ckpt, or the public weights for --image-size. ValueError where there are none."""
+    if args.ckpt:
+        return args.ckpt
+    wanted = (args.model or "DiT-XL/2", args.mixer or "attention", args.image_size or 256, args.num_classes or 1000)
+    if wanted not in {("DiT-XL/2", "attention", size, 1000) for size in (256, 512)}:
+        raise ValueError("without --ckpt there is only DiT-XL/2 with attention, 1000 classes, at --image-size 256 or 512")
+    return f"DiT-XL-2-{wanted[2]}x{wanted[2]}.pt"
+
+
+def class_labels(args, num_classes):
+    """The labels asked for. A model without classes has only the null class, which is num_classes = 0."""
+    default = IMAGENET_FAVOURITES if num_classes == 1000 else list(range(max(min(num_classes, 16), 1)))
+    labels = args.class_labels or default
+    if num_classes == 0 and args.class_labels:
+        raise ValueError("the checkpoint was trained without classes, so --class-labels means nothing to it")
+    if wrong := [label for label in labels if not 0 <= label <= num_classes]:
+        raise ValueError(f"class {wrong[0]} is out of range: the checkpoint has 0 to {num_classes - 1}, {num_classes} is none")
+    return labels
+
+
+def save_grid(images, path, columns):
+    """uint8 (n, H, W, 3) as one PNG, `columns` to a row."""
+    scale = max(1, SHOWN_SIDE // images.shape[1])
+    tiles = images.permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    save_png(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy(), path)
+
+
+def save_png(pixels, path):
+    """uint8 (H, W, 3) to a PNG that is whole or not there."""
+    partial = f"{path}.partial"
+    Image.fromarray(pixels).save(partial, format="png")
+    os.replace(partial, path)
+
+
+def add_model_flags(add, vae):
+    """The flags that sample.py and sample_ddp.py share. What a checkpoint decides has no default here."""
+    add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
+    add("--model", choices=DiT_models, metavar="NAME", help="from the checkpoint")
+    add("--mixer", choices=MIXERS, help="from the checkpoint")
+    add("--image-size", type=positive, help="from the checkpoint")
+    add("--num-classes", type=positive, help="from the checkpoint")
+    add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
+    add("--num-sampling-steps", type=positive, default=250)
+    add("--sampler", choices=SAMPLERS, default="ddpm")
+    add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Draw samples from a DiT.")
+    add = parser.add_argument
+    add_model_flags(add, vae="mse")
+    add("--class-labels", type=int, nargs="+", metavar="CLASS", help="classes to draw; num_classes is the null class")
+    add("--samples-per-class", type=positive, default=1)
+    add("--cfg-scale", type=float, default=4.0, help="strength of classifier-free guidance; 1 is none")
+    add("--seed", type=int, default=0)
+    add("--out", default="sample.png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    launch(main, parse_args())

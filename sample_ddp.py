@@ -1,0 +1,126 @@
+"""Draws many samples, on one process or many, as PNG files and as the .npz that ADM's evaluator reads:
+
+    torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.pt --num-fid-samples 50000
+
+Every image has a seed of its own and batches are the same for any number of processes, so the images are too. Run again
+after a stop, it goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoint import load_model
+from diffusion import create_diffusion
+from diffusion.samplers import SAMPLERS, PerImageNoise, image_seeds
+from download import find_checkpoint
+from parallel import launch
+from sample import add_model_flags, checkpoint_name, generate, save_png
+from train import positive
+from vae import open_space
+
+
+def main(args, processes):
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    if args.cfg_scale < 1:
+        raise ValueError(f"--cfg-scale {args.cfg_scale} is below 1, which would steer away from the class")
+    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")
+    diffusion = create_diffusion(str(args.num_sampling_steps))
+    folder = Path(args.sample_dir) / folder_name(args, settings)
+    if processes.rank == 0:
+        claim_folder(folder, model, args)
+    processes.barrier()
+    batches = unfinished_batches(folder, args)
+    mine = batches[processes.rank :: processes.size]
+    processes.barrier()  # every process has looked before any writes
+    if processes.rank == 0:
+        print(f"Sampling {sum(map(len, batches)):,} of {args.num_fid_samples:,} images into {folder}")
+
+    space = open_space(settings["vae"]).load(processes.device)
+    model.to(processes.device)
+    for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
+        noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
+        labels = (noise.rand() * model.num_classes).long()
+        images = generate(model, space, diffusion, SAMPLERS[args.sampler], labels, noise, args.cfg_scale, progress=False)
+        for number, image in zip(numbers, images):
+            save_png(image.numpy(), folder / f"{number:06d}.png")
+    processes.barrier()
+    if processes.rank == 0:
+        print(f"Saved .npz file to {write_npz(folder, args.num_fid_samples)}")
+
+
+def folder_name(args, settings):
+    """As DiT names it, which is where scripts look."""
+    model = settings["model"].replace("/", "-")
+    checkpoint = Path(args.ckpt).stem if args.ckpt else "pretrained"
+    vae = Path(settings["vae"]).name
+    return f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+
+
+def claim_folder(folder, model, args):
+    """Makes the folder, or makes sure that what lies there came from the same weights and settings.
+
+    The name does not tell apart two runs' checkpoints of one step, or two samplers. ValueError names what differs.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    settings = dict(weights=digest.hexdigest()[:16], sampler=args.sampler, num_sampling_steps=args.num_sampling_steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "settings.json"
+    if not record.exists():
+        partial = record.with_suffix(".partial")
+        partial.write_text(json.dumps(settings))
+        os.replace(partial, record)
+    before = json.loads(record.read_text())
+    if differences := [f"{k} {before.get(k)} and now {v}" for k, v in settings.items() if before.get(k) != v]:
+        raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
+
+
+def unfinished_batches(folder, args):
+    """The numbers of the images of every batch that is not whole. An image belongs to the same batch in every run."""
+    there = {entry.name for entry in os.scandir(folder)}
+    n, total = args.per_proc_batch_size, args.num_fid_samples
+    batches = [range(start, min(start + n, total)) for start in range(0, total, n)]
+    return [batch for batch in batches if any(f"{number:06d}.png" not in there for number in batch)]
+
+
+def write_npz(folder, count):
+    """Gathers images 0 to count - 1 into <folder>.npz as arr_0, uint8 (count, H, W, 3), one image in memory at a time."""
+    path, partial = f"{folder}.npz", f"{folder}.npz.partial"
+    with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        for number in tqdm(range(count), desc="Building .npz file from samples"):
+            with Image.open(folder / f"{number:06d}.png") as image:
+                pixels = np.asarray(image)
+            if number == 0:
+                header = dict(descr="|u1", fortran_order=False, shape=(count, *pixels.shape))
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(pixels.tobytes())
+    os.replace(partial, path)
+    return path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Draw samples from a DiT for evaluation.")
+    add = parser.add_argument
+    add_model_flags(add, vae="ema")
+    add("--sample-dir", default="samples", help="where the folder of images and the .npz beside it go")
+    add("--per-proc-batch-size", type=positive, default=32)
+    add("--num-fid-samples", type=positive, default=50_000)
+    add("--cfg-scale", type=float, default=1.5, help="strength of classifier-free guidance; 1 is none")
+    add("--global-seed", type=int, default=0)
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster matrix products, with rounding of 1e-3")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    launch(main, parse_args())

@@ -1,0 +1,228 @@
+"""Trains a DiT, with attention or another mixer, on one process or, under torchrun, on many:
+
+    torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /imagenet/train
+    python train.py --model DiT-N/2 --mixer pdessm --vae none --image-size 16 --num-classes 10     (digits, no data needed)
+
+All randomness belongs to images and steps, not to processes: the number of processes changes only rounding.
+"""
+
+import argparse
+import json
+import logging
+import os
+from copy import deepcopy
+from itertools import count, islice
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from checkpoint import save_checkpoint
+from data import center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
+from diffusion import create_diffusion
+from diffusion.samplers import PerImageNoise, image_seeds
+from mixers import MIXERS
+from models import MODELS
+from parallel import launch
+from vae import open_space
+
+EMA_DECAY = 0.9999
+logger = logging.getLogger("train")
+
+
+def main(args, processes):
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
+    torch.manual_seed(args.global_seed)         # the same initial weights on every process
+    device = processes.device
+    space = open_space(args.vae)
+    dataset = load_dataset(args.data_path, args.image_size, args.uncond)
+    args.num_classes = 0 if args.uncond else args.num_classes
+    check(args, processes, dataset, space)
+
+    model = MODELS[args.model](
+        input_size=args.image_size // space.factor,
+        in_channels=space.channels,
+        num_classes=args.num_classes,
+        mixer=args.mixer,
+    )
+    folder = None
+    if processes.rank == 0:
+        folder = create_experiment(args)
+        logger.info(f"Experiment directory created at {folder}")
+    logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
+    logger.info(f"Dataset contains {len(dataset):,} images ({args.data_path or 'digits'})")
+    space.load(device)
+
+    model.to(device).train()
+    ema = deepcopy(model).eval().requires_grad_(False)
+    replica = DistributedDataParallel(model) if processes.size > 1 else model
+    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
+    diffusion = create_diffusion(timestep_respacing="")
+    loader = make_loader(dataset, args, processes)
+    total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
+
+    def save(step):
+        if processes.rank == 0:
+            path = folder / "checkpoints" / f"{step:07d}.pt"
+            contents = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), args=vars(args))
+            save_checkpoint(path, **contents)
+            logger.info(f"Saved checkpoint to {path}")
+        processes.barrier()
+
+    logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
+    losses, start = [], perf_counter()
+    progress = tqdm(islice(epochs(loader), total), total=total, unit="step", mininterval=0.5, disable=processes.rank > 0)
+    for step, (images, labels) in enumerate(progress, start=1):
+        batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, diffusion)
+        loss = diffusion.training_losses(replica, **batch)["loss"].mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        update_ema(ema, model, step)
+
+        losses.append(loss.detach())
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+        if step % args.log_every == 0 or step == total:
+            log_interval(step, losses, perf_counter() - start, args, processes, folder)
+            losses, start = [], perf_counter()
+        if step % args.ckpt_every == 0 or step == total:
+            save(step)
+    logger.info("Done!")
+
+
+def check(args, processes, dataset, space):
+    """ValueError for settings that cannot work together."""
+    patch = MODELS[args.model].keywords["patch_size"]
+    if args.image_size % (patch * space.factor):
+        parts = f"patch size {patch}" + (f" x {space.factor} of the VAE" if space.factor > 1 else "")
+        raise ValueError(f"--image-size {args.image_size} is not divisible by {patch * space.factor} ({parts})")
+    if args.global_batch_size % processes.size:
+        raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {processes.size} processes")
+    if len(dataset) < args.global_batch_size:
+        raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
+    if dataset.num_classes > args.num_classes:
+        raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+
+
+def make_loader(dataset, args, processes):
+    """This process's share of every global batch; an epoch's order is the same for any number of processes."""
+    sampler = DistributedSampler(dataset, processes.size, processes.rank, seed=args.global_seed, drop_last=True)
+    workers = min(args.num_workers, len(os.sched_getaffinity(0))) if isinstance(args.data_path, str) else 0
+    return DataLoader(
+        dataset,
+        batch_size=args.global_batch_size // processes.size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def epochs(loader):
+    """Batches without end, in a new order every epoch."""
+    for epoch in count():
+        logger.info(f"Beginning epoch {epoch}...")
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
+def draw_batch(images, labels, step, args, processes, flip, space, diffusion):
+    """The arguments of training_losses, with everything random drawn from a generator per image.
+
+    The n-th image that a run sees gets the n-th generator, whichever process it lands on.
+    """
+    first = (step - 1) * args.global_batch_size + processes.rank
+    numbers = range(first, first + len(images) * processes.size, processes.size)
+    noise = PerImageNoise(image_seeds(args.global_seed, numbers, "training"), images.device)
+    mirrored, dropped, time = noise.rand(3).unbind(1)
+    if flip:
+        images = torch.where(mirrored[:, None, None, None] < 0.5, images.flip(3), images)
+    side = args.image_size // space.factor
+    x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
+    t = (time * diffusion.num_timesteps).long()
+    model_kwargs = dict(y=labels, drop=dropped < 0.1)
+    return dict(x_start=x, t=t, model_kwargs=model_kwargs, noise=noise(x))
+
+
+def update_ema(ema, model, step):
+    """One step of the average, with a decay that rises to EMA_DECAY, lest short runs average their initial weights."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
+
+
+def create_experiment(args):
+    """A new folder results/<index>-<model>, with a copy of the log in it."""
+    root = Path(args.results_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(entry.name[:3]) for entry in root.iterdir() if entry.name[:3].isdigit()]
+    for index in count(max(taken, default=-1) + 1):
+        folder = root / f"{index:03d}-{args.model.replace('/', '-')}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            continue  # another run took it just now
+    (folder / "checkpoints").mkdir()
+    log_to(logging.FileHandler(folder / "log.txt"))
+    logger.setLevel(logging.INFO)
+    return folder
+
+
+def log_to(handler):
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+
+
+def log_interval(step, losses, seconds, args, processes, folder):
+    """The mean loss over all processes and the speed since the last line, as text and as a line of JSON."""
+    loss = torch.stack(losses).mean()
+    if processes.size > 1:
+        dist.all_reduce(loss)
+    if processes.rank == 0:
+        row = dict(step=step, loss=loss.item() / processes.size, steps_per_sec=len(losses) / seconds)
+        logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
+        with open(folder / "log.jsonl", "a") as file:
+            print(json.dumps(row), file=file)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
+    add("--results-dir", default="results", help="where the experiment's folder goes")
+    add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
+    add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens")
+    add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
+    add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
+    add("--num-classes", type=positive, default=1000)
+    add("--uncond", action="store_true", help="train without classes; the folder then needs no class folders")
+    add("--epochs", type=positive, default=1400)
+    add("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")
+    add("--global-batch-size", type=positive, default=256, help="over all processes")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant")
+    add("--global-seed", type=int, default=0)
+    add("--num-workers", type=int, default=4, help="processes that read images, per training process; at most one per core")
+    add("--log-every", type=positive, default=100, help="steps")
+    add("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
+    add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
+    return parser.parse_args(argv)
+
+
+def positive(text):
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+if __name__ == "__main__":
+    log_to(logging.StreamHandler())
+    with logging_redirect_tqdm([logger]):  # above the progress bar, not across it
+        launch(main, parse_args())

@@ -1,0 +1,63 @@
+"""Where a model lives: in pixels, or in the latent space of a Stable Diffusion autoencoder.
+
+A space has channels, and a factor by which it is smaller than the image. encode(images, noise) -> x and
+decode(x) -> images, both (B, C, H, W), images in [-1, 1]; noise is standard normal, like x."""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+class PixelSpace:
+    channels, factor = 3, 1
+
+    def load(self, device):
+        return self
+
+    def encode(self, images, noise):
+        return images
+
+    def decode(self, x):
+        return x
+
+
+class LatentSpace:
+    """name: "ema" or "mse" for stabilityai/sd-vae-ft-<name> on the hub, or a local folder in diffusers' format."""
+
+    def __init__(self, name):
+        self.source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
+        self.channels, self.factor = 4, 8
+        if self.source is name:
+            config = Path(name, "config.json")
+            if not config.is_file():
+                raise FileNotFoundError(f"--vae {name}: neither ema, mse, none nor a folder that holds config.json")
+            config = json.loads(config.read_text())
+            self.channels, self.factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+
+    def load(self, device):
+        """Reads the weights. OSError says what to do if they cannot be had."""
+        from diffusers.models import AutoencoderKL
+
+        try:
+            self.vae = AutoencoderKL.from_pretrained(self.source).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"the VAE {self.source} could not be loaded ({str(error).splitlines()[0]}); give --vae a local folder "
+                "in diffusers' format (config.json and weights), or work on pixels with --vae none"
+            ) from error
+        return self
+
+    @torch.no_grad()
+    def encode(self, images, noise):
+        latents = self.vae.encode(images).latent_dist
+        return (latents.mean + latents.std * noise) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x):
+        return self.vae.decode(x / self.vae.config.scaling_factor).sample
+
+
+def open_space(vae):
+    """The space that a --vae flag names: "none" is pixels."""
+    return PixelSpace() if vae == "none" else LatentSpace(vae)
