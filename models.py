@@ -35,6 +35,11 @@ def modulate(x, shift, scale):                                             # (B,
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
+def timestep_frequencies(n, device):
+    """n frequencies from 1 down to almost 1 / 10000, geometric."""
+    return torch.exp(torch.arange(n, dtype=torch.float32, device=device) * (-math.log(10000) / n))
+
+
 class TimestepEmbedder(nn.Module):
     """(B,) timesteps, which may be fractional, -> (B, D)."""
 
@@ -47,8 +52,7 @@ class TimestepEmbedder(nn.Module):
         self.half = frequencies // 2
 
     def forward(self, t):                                                  # (B,)
-        decay = torch.arange(self.half, dtype=torch.float32, device=t.device) * (-math.log(10000) / self.half)
-        angles = t.float()[:, None] * decay.exp()                          # (B, 128)
+        angles = t.float()[:, None] * timestep_frequencies(self.half, t.device)   # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)             # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))                # (B, D)
 

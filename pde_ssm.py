@@ -48,11 +48,10 @@ def green_symbol(K, b, r, tau, h, w):
     K (..., 2, 2), b (..., 2), r (...) and tau (...) broadcast over their leading axes and are in units of the torus
     (side 1, whatever h and w). Returns (..., h, w // 2 + 1), complex64, or complex128 for float64 coefficients.
     """
-    ky, ky_odd = wave_numbers(h, dtype=K.dtype, device=K.device)
+    ky, ky_odd = (k[:, None] for k in wave_numbers(h, dtype=K.dtype, device=K.device))
     kx, kx_odd = wave_numbers(w, half=True, dtype=K.dtype, device=K.device)
-    ky, ky_odd = ky[:, None], ky_odd[:, None]
-    (Kxx, Kxy), (_, Kyy) = (row.unbind(-1) for row in K[..., None, None].movedim(-4, 0).movedim(-3, -1))
-    bx, by = b[..., None, None].unbind(-3)
+    Kxx, Kxy, Kyy = (K[..., i, j, None, None] for i, j in ((0, 0), (0, 1), (1, 1)))
+    bx, by = b[..., 0, None, None], b[..., 1, None, None]
     r, tau = r[..., None, None], tau[..., None, None]
     growth = r - Kxx * kx**2 - 2 * Kxy * kx_odd * ky_odd - Kyy * ky**2
     phase = bx * kx_odd + by * ky_odd
@@ -142,7 +141,7 @@ class PDESSM(nn.Module):
         until a parameter changes. (Writing through `parameter.data` escapes PyTorch's version counter, and so ours;
         train() or eval() afterwards drops what was kept.)
         """
-        parameters = [p for name, p in self._parameters.items()]
+        parameters = list(self._parameters.values())
         if self.training or torch.is_grad_enabled() or any(p.is_inference() for p in parameters):
             return self._symbol(h, w)
         if torch.compiler.is_compiling():

@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from diffusion import create_diffusion, spaced_timesteps
+from diffusion.samplers import PerImageNoise, image_seeds
+
+
+def network(x, t):
+    """The stand-in network of the golden file."""
+    s = (t / 1000).view(-1, 1, 1, 1)
+    return torch.cat([0.6 * x + 0.1 * torch.sin(3 * x) + 0.05 * s, torch.tanh(x) * (1 - s)], dim=1)
+
+
+VARIANTS = {
+    "cosine": dict(noise_schedule="squaredcos_cap_v2"),
+    "xstart": dict(predict_xstart=True),
+    "fixed_large": dict(learn_sigma=False),
+    "fixed_small": dict(learn_sigma=False, sigma_small=True),
+    "kl": dict(use_kl=True),
+    "rescaled": dict(rescale_learned_sigmas=True),
+}
+
+
+def test_tables_and_losses_are_the_published_ones(golden):
+    numbers, diffusion = golden("diffusion.npz"), create_diffusion("")
+    x0, t, noise, x_t = (numbers[name] for name in ("x0", "t", "noise", "x_t"))
+    for name in ("betas", "alphas_cumprod", "posterior_log_variance_clipped"):
+        torch.testing.assert_close(getattr(diffusion, name), numbers[name], rtol=1e-11, atol=0)
+    ours = {
+        "x_t": diffusion.q_sample(x0, t, noise),
+        **diffusion.training_losses(network, x0, t, noise=noise),
+        **diffusion.p_mean_variance(network, x_t, t, clip_denoised=False),
+        "mean_clipped": diffusion.p_mean_variance(network, x_t, t)["mean"],
+    }
+    del ours["variance"]  # not in the file
+    assert len(ours) == 8
+    for name, value in ours.items():
+        torch.testing.assert_close(value, numbers[name], rtol=5e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_the_loss_is_the_published_one(golden, variant):
+    numbers, options = golden("diffusion.npz"), VARIANTS[variant]
+    model = network if options.get("learn_sigma", True) else lambda x, t: network(x, t)[:, :3]
+    loss = create_diffusion("", **options).training_losses(model, numbers["x0"], numbers["t"], noise=numbers["noise"])["loss"]
+    torch.testing.assert_close(loss, numbers[f"loss.{variant}"], rtol=5e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("respacing", ["10", "ddim25", "5,5"])
+def test_samples_are_the_published_ones(golden, respacing):
+    numbers, diffusion = golden("diffusion.npz"), create_diffusion(respacing)
+    z = numbers["z"]
+    torch.manual_seed(123)
+    ddpm = diffusion.p_sample_loop(network, z.shape, z, clip_denoised=False)
+    ddim = diffusion.ddim_sample_loop(network, z.shape, z, clip_denoised=False)
+    torch.testing.assert_close(ddpm, numbers[f"ddpm.{respacing}"], rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(ddim, numbers[f"ddim.{respacing}"], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("respacing", ["", "250", "50", "ddim50", "10,15,20", "1"])
+def test_timesteps_are_the_published_ones(golden, respacing):
+    diffusion = create_diffusion(respacing)
+    assert diffusion.timestep_map == golden("diffusion.npz")[f"timesteps.{respacing}"].tolist()
+    assert diffusion.num_timesteps == len(diffusion.timestep_map)
+
+
+@pytest.mark.parametrize("respacing", ["ddim300", "0", "-1", "2000", "600,300", "many", "ddimx"])
+def test_impossible_respacings_are_named(respacing):
+    with pytest.raises(ValueError, match=r"timesteps|stride"):
+        spaced_timesteps(1000, respacing)
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="sqrt.*known: linear"):
+        create_diffusion("", noise_schedule="sqrt")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_skipping_steps_keeps_the_marginals(schedule):
+    whole, spaced = (create_diffusion(r, noise_schedule=schedule) for r in ("", "37"))
+    torch.testing.assert_close(spaced.alphas_cumprod, whole.alphas_cumprod[spaced.timestep_map])
+    torch.testing.assert_close((1 - spaced.betas).cumprod(0), spaced.alphas_cumprod)
+
+
+def optimal_for_gaussian(diffusion, mean, std):
+    """The best prediction of the noise if every pixel of the data is normal."""
+
+    def model(x, t):
+        abar = diffusion.alphas_cumprod.float()[t].view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
+
+    return model
+
+
+@pytest.mark.parametrize(("loop", "options"), [("p_sample_loop", {}), ("ddim_sample_loop", {}), ("ddim_sample_loop", {"eta": 1})])
+def test_a_perfect_network_samples_its_data(loop, options):
+    diffusion = create_diffusion("", learn_sigma=False, sigma_small=True)
+    mean, std = 0.3, 0.5
+    model = optimal_for_gaussian(diffusion, mean, std)
+    x = getattr(diffusion, loop)(model, (4, 1, 32, 32), device="cpu", clip_denoised=False, **options)
+    assert x.mean() == pytest.approx(mean, abs=0.03)
+    assert x.std() == pytest.approx(std, abs=0.03)
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_classifier_guidance_shifts_the_mean(loop):
+    """Tilting standard normal data by exp(s x_0) moves their mean to s; seen from x_t, the tilt's gradient is s sqrt(abar)."""
+    diffusion, strength = create_diffusion("", learn_sigma=False, sigma_small=True), 0.5
+
+    def gradient(x, t):
+        return strength * diffusion.alphas_cumprod.float()[t].sqrt().view(-1, 1, 1, 1).expand_as(x)
+
+    model = optimal_for_gaussian(diffusion, mean=0, std=1)
+    x = getattr(diffusion, loop)(model, (4, 1, 32, 32), device="cpu", clip_denoised=False, cond_fn=gradient)
+    assert x.mean() == pytest.approx(strength, abs=0.05)
+
+
+def test_the_bound_does_not_train_the_mean():
+    diffusion, x = create_diffusion(""), torch.randn(2, 3, 4, 4)
+    output = torch.randn(2, 6, 4, 4, requires_grad=True)
+    terms = diffusion.training_losses(lambda x, t: output, x, torch.tensor([0, 500]))
+    terms["vb"].sum().backward()
+    assert not output.grad[:, :3].any()
+    assert output.grad[:, 3:].any()
+
+
+def test_learned_variance_needs_twice_the_channels():
+    with pytest.raises(ValueError, match="need 6 output channels; the network has 3"):
+        create_diffusion("").p_mean_variance(lambda x, t: x, torch.randn(1, 3, 2, 2), torch.tensor([3]))
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch():
+    seeds = image_seeds(0, range(5), "sampling")
+    together = PerImageNoise(seeds, "cpu")
+    alone = PerImageNoise(seeds[3:4], "cpu")
+    for _ in range(2):
+        torch.testing.assert_close(together.randn(3, 2)[3:4], alone.randn(3, 2), rtol=0, atol=0)
+    assert len({x.item() for x in PerImageNoise(image_seeds(0, range(1000), "sampling"), "cpu").randn()}) == 1000
+    assert image_seeds(0, range(5), "sampling") != image_seeds(0, range(5), "training")
+    assert image_seeds(0, range(5), "sampling") != image_seeds(1, range(5), "sampling")
