@@ -56,6 +56,8 @@ def load_dataset(path, image_size, uncond=False):
     elif (folder := Path(path)).name == CIFAR10_FOLDER or (folder / CIFAR10_FOLDER).is_dir():
         source, num_classes, flip = _cifar10(folder), 10, True
     elif folder.is_dir():
+        if not any(folder.iterdir()):
+            raise FileNotFoundError(f"--data-path {path} is empty")
         source = (_UnlabelledFolder if uncond else _LabelledFolder)(folder, loader=read_image)
         num_classes, flip = len(source.classes), True
     else:

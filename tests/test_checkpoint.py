@@ -1,0 +1,153 @@
+import argparse
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, load_model, save_checkpoint, settings_from_weights
+from download import find_model
+from models import DiT, DiT_models
+
+PIXELS = dict(input_size=16, in_channels=3, num_classes=10)
+SETTINGS = dict(model="DiT-N/4", mixer="pdessm", num_classes=10, image_size=16, vae="none")
+
+
+def flags(**given):
+    return SimpleNamespace(**{name: given.get(name) for name in SETTINGS})
+
+
+def write(path, mixer="pdessm", **changes):
+    """A checkpoint as train.py writes it; returns the model."""
+    model = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer)
+    args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=10, image_size=16)
+    save_checkpoint(path, **dict(model=model.state_dict(), ema=model.state_dict(), opt={}, args=args) | changes)
+    return model
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_a_checkpoint_says_what_it_is(tmp_path, mixer):
+    path = tmp_path / "a.pt"
+    written = write(path, mixer)
+    model, settings = load_model(path, flags(), default_vae="mse")
+    assert settings == SETTINGS | dict(mixer=mixer)
+    assert not model.training
+    for name, value in written.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("style", ["namespace", "bare weights", "no ema"])
+def test_files_of_the_public_code_load(tmp_path, style):
+    path = tmp_path / "a.pt"
+    model = DiT_models["DiT-S/8"](input_size=16, num_classes=5)
+    state = model.state_dict()
+    if style == "namespace":
+        args = argparse.Namespace(model="DiT-S/8", image_size=128, num_classes=5, vae="ema", epochs=1400)
+        torch.save(dict(model={}, ema=state, opt={}, args=args), path)
+    else:
+        torch.save(state if style == "bare weights" else dict(model=state, opt={}), path)
+    loaded, settings = load_model(path, flags(), default_vae="mse")
+    assert settings == dict(model="DiT-S/8", mixer="attention", num_classes=5, image_size=128, vae="mse")
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+    assert find_model(path).keys() == state.keys()
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+@pytest.mark.parametrize("name", ["DiT-N/1", "DiT-Ti/2", "DiT-B/4", "DiT-XL/8"])
+def test_weights_tell_their_settings(name, mixer):
+    with torch.device("meta"):
+        state = DiT_models[name](input_size=16, in_channels=3, num_classes=7, mixer=mixer).state_dict()
+    assert settings_from_weights(state) == dict(model=name, mixer=mixer, num_classes=7, image_size=16, vae="none")
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "a.pt"
+    write(path)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(path, model=lambda: None)
+    assert path.read_bytes() == before
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_hostile_pickle_does_not_run(tmp_path):
+    torch.save(dict(ema={}, args=Hostile(str(tmp_path / "owned"))), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="not a whole checkpoint of tensors"):
+        load_checkpoint(tmp_path / "a.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def text(path):
+    path.write_text("not weights")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def other_network(path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+
+
+def list_of_numbers(path):
+    torch.save([1, 2, 3], path)
+
+
+@pytest.mark.parametrize("spoil", [truncated, text, empty, other_network, list_of_numbers], ids=lambda f: f.__name__)
+def test_what_is_no_checkpoint_is_named(tmp_path, spoil):
+    path = tmp_path / "a.pt"
+    write(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=r"a\.pt (is not a whole checkpoint|holds no DiT)"):
+        load_model(path, flags(), "ema")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*b\.pt"):
+        load_model(tmp_path / "b.pt", flags(), "ema")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(mixer="attention"), "--mixer attention contradicts .*--mixer pdessm"),
+        (dict(model="DiT-S/2"), "--model DiT-S/2 contradicts .*--model DiT-N/4"),
+        (dict(image_size=32), "--image-size 32 contradicts .*--image-size 16"),
+        (dict(num_classes=1000), "--num-classes 1000 contradicts .*--num-classes 10"),
+        (dict(vae="mse"), "--vae mse contradicts .*--vae none"),
+    ],
+)
+def test_flags_that_contradict_the_checkpoint_name_both_values(tmp_path, given, message):
+    write(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "a.pt", flags(**given), "ema")
+    load_model(tmp_path / "a.pt", flags(**SETTINGS), "ema")  # agreeing is no mistake
+
+
+def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path):
+    path = tmp_path / "a.pt"
+    other = DiT_models["DiT-N/4"](**PIXELS, mixer="attention").state_dict()
+    write(path, ema=other)
+    with pytest.raises(ValueError, match=r"attn\.pde\.g0 is missing.* and \d+ more") as error:
+        load_model(path, flags(), "ema")
+    assert "\n" not in str(error.value)
+    short = write(path).state_dict() | {"final_layer.linear.bias": torch.zeros(7)}
+    write(path, ema=short)
+    with pytest.raises(ValueError, match=r"final_layer\.linear\.bias is \(7,\), not \(96,\)"):
+        load_model(path, flags(), "ema")
+
+
+def test_a_size_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="hidden size 32, depth 1 and patch size 2"):
+        settings_from_weights(DiT(8, hidden_size=32, depth=1, num_heads=1).state_dict())

@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import sample_ddp
+from checkpoint import save_checkpoint
+from models import DiT_models
+from parallel import Processes, launch
+from test_train import ALONE, ROOT, torchrun
+
+SMALL = ["--num-sampling-steps", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, randomize):
+    """The path of an untrained model whose samples depend on everything."""
+
+    def write(mixer="pdessm", num_classes=10, name="a.pt"):
+        torch.manual_seed(1)
+        model = DiT_models["DiT-N/4"](input_size=8, in_channels=3, num_classes=num_classes, mixer=mixer)
+        state = randomize(model).state_dict()
+        args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=num_classes, image_size=8)
+        save_checkpoint(tmp_path / name, model=state, ema=state, opt={}, args=args)
+        return str(tmp_path / name)
+
+    return write
+
+
+def draw(path, out, *flags):
+    args = sample.parse_args(["--ckpt", path, "--out", str(out), *SMALL, *map(str, flags)])
+    sample.main(args, ALONE)
+    with Image.open(out) as image:
+        return np.asarray(image)
+
+
+def many(path, folder, *flags):
+    """Runs sample_ddp in this process; returns the images of its .npz."""
+    args = sample_ddp.parse_args(["--ckpt", path, "--sample-dir", str(folder), *SMALL, *map(str, flags)])
+    sample_ddp.main(args, ALONE)
+    with np.load(next(Path(folder).glob("*.npz"))) as arrays:
+        return arrays["arr_0"]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_a_grid_of_samples(tmp_path, checkpoint, sampler, mixer):
+    flags = ["--class-labels", 3, 7, 10, "--samples-per-class", 2, "--sampler", sampler]
+    grid = draw(checkpoint(mixer), tmp_path / "grid.png", *flags)
+    assert grid.shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 8 pixels shown as 64, with a frame of 2
+    assert (grid[2:10, 2:10] == grid[2, 2]).all()
+    assert np.array_equal(grid, draw(checkpoint(mixer), tmp_path / "again.png", *flags))
+    assert not np.array_equal(grid, draw(checkpoint(mixer), tmp_path / "other.png", *flags, "--seed", 1))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".png", ".png", ".pt"]
+
+
+def test_guidance_and_class_matter_only_where_there_are_classes(tmp_path, checkpoint):
+    path = checkpoint()
+    base = draw(path, tmp_path / "a.png", "--class-labels", 3)
+    assert not np.array_equal(base, draw(path, tmp_path / "b.png", "--class-labels", 4))
+    assert not np.array_equal(base, draw(path, tmp_path / "b.png", "--class-labels", 3, "--cfg-scale", 1))
+    free = checkpoint(num_classes=0, name="free.pt")
+    assert np.array_equal(draw(free, tmp_path / "c.png"), draw(free, tmp_path / "d.png", "--cfg-scale", 1))
+
+
+def test_two_processes_draw_the_same_images_as_one(tmp_path, checkpoint):
+    path = checkpoint()
+    flags = ["--ckpt", path, *SMALL, "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--sample-dir"]
+    torchrun(1, "sample_ddp.py", *flags, tmp_path / "one")
+    torchrun(2, "sample_ddp.py", *flags, tmp_path / "two")
+    name = "DiT-N-4-a-size-8-vae-none-cfg-1.5-seed-0"
+    one, two = tmp_path / "one" / name, tmp_path / "two" / name
+    files = [f"{i:06d}.png" for i in range(22)]
+    assert sorted(path.name for path in one.glob("*.png")) == files
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+    assert one.with_suffix(".5-seed-0.npz").read_bytes() == two.with_suffix(".5-seed-0.npz").read_bytes()
+
+
+def test_the_npz_is_what_adms_reader_takes(tmp_path, checkpoint):
+    images = many(checkpoint(), tmp_path / "s", "--num-fid-samples", 5)
+    assert (images.shape, images.dtype) == ((5, 8, 8, 3), np.uint8)
+    assert images.flags.c_contiguous
+    folder = next(path for path in (tmp_path / "s").iterdir() if path.is_dir())
+    for i, image in enumerate(images):
+        with Image.open(folder / f"{i:06d}.png") as png:
+            assert np.array_equal(image, png)
+    assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
+    import zipfile
+
+    with zipfile.ZipFile(next((tmp_path / "s").glob("*.npz"))) as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((5, 8, 8, 3), False, np.dtype(np.uint8))
+
+
+def test_an_image_does_not_depend_on_how_many_are_drawn_with_it(tmp_path, checkpoint):
+    path = checkpoint()
+    few = many(path, tmp_path / "few", "--num-fid-samples", 3, "--per-proc-batch-size", 2)
+    more = many(path, tmp_path / "more", "--num-fid-samples", 8, "--per-proc-batch-size", 8)
+    assert np.abs(few.astype(int) - more[:3]).max() <= 1  # a batch's size changes rounding
+
+
+def test_a_stopped_run_goes_on(tmp_path, checkpoint, monkeypatch):
+    path, flags = checkpoint(), ["--num-fid-samples", 10, "--per-proc-batch-size", 4]
+    whole = many(path, tmp_path / "s", *flags)
+    folder = next(entry for entry in (tmp_path / "s").iterdir() if entry.is_dir())
+    (folder / "000005.png").unlink()
+    (folder / "000009.png").rename(folder / "000009.png.partial")
+    drawn = []
+    generate = sample.generate
+    monkeypatch.setattr(sample_ddp, "generate", lambda *a, **k: drawn.append(len(a[4])) or generate(*a, **k))
+    assert np.array_equal(many(path, tmp_path / "s", *flags), whole)
+    assert drawn == [4, 2]
+
+
+def test_other_weights_or_settings_do_not_mix_into_a_folder(tmp_path, checkpoint, randomize):
+    path = checkpoint()
+    many(path, tmp_path / "s", "--num-fid-samples", 2)
+    with pytest.raises(ValueError, match="num_sampling_steps 4 and now 5; give another --sample-dir"):
+        many(path, tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 5)
+    contents = torch.load(path, weights_only=True)
+    contents["ema"]["final_layer.linear.bias"] += 1
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match="weights .* and now"):
+        many(path, tmp_path / "s", "--num-fid-samples", 2)
+
+
+def test_flags_of_the_public_scripts_keep_their_defaults():
+    one, lots = vars(sample.parse_args([])), vars(sample_ddp.parse_args([]))
+    assert dict(cfg_scale=4.0, num_sampling_steps=250, seed=0, ckpt=None).items() <= one.items()
+    public = dict(
+        sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50_000, cfg_scale=1.5, num_sampling_steps=250,
+        global_seed=0, tf32=True, ckpt=None,
+    )  # fmt: skip
+    assert public.items() <= lots.items()
+    assert sample_ddp.parse_args(["--no-tf32"]).tf32 is False
+    assert sample.checkpoint_name(sample.parse_args([])) == "DiT-XL-2-256x256.pt"
+    assert sample.checkpoint_name(sample.parse_args(["--image-size", "512"])) == "DiT-XL-2-512x512.pt"
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        (sample, ["--class-labels", "11"], "class 11 is out of range: the checkpoint has 0 to 9"),
+        (sample, ["--class-labels", "-1"], "class -1 is out of range"),
+        (sample, ["--out", "/no/such/folder/a.png"], "/no/such/folder is not a folder that can be written"),
+        (sample, ["--mixer", "attention"], "--mixer attention contradicts .*--mixer pdessm"),
+        (sample, ["--num-sampling-steps", "1001"], "cannot take 1001 timesteps from a section of 1000"),
+        (sample_ddp, ["--sample-dir", "/proc/version/samples"], "/proc/version"),
+        (sample_ddp, ["--cfg-scale", "0.5"], "--cfg-scale 0.5 is below 1"),
+        (sample_ddp, ["--ckpt", "/no/checkpoint.pt"], "no checkpoint at /no/checkpoint.pt"),
+        (sample_ddp, ["--image-size", "32"], "--image-size 32 contradicts .*--image-size 8"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, checkpoint, command, flags, message):
+    path = checkpoint()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as end:
+        launch(command.main, command.parse_args(["--ckpt", path, *SMALL, *flags]))
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("flags", [["--model", "DiT-S/2"], ["--mixer", "pdessm"], ["--image-size", "64"]])
+def test_without_a_checkpoint_there_is_one_model(flags):
+    with pytest.raises(ValueError, match="without --ckpt there is only DiT-XL/2"):
+        sample.checkpoint_name(sample.parse_args(flags))
+
+
+def test_classes_cannot_be_asked_of_a_model_without(checkpoint):
+    args = sample.parse_args(["--ckpt", checkpoint(num_classes=0), "--class-labels", "0"])
+    with pytest.raises(ValueError, match="trained without classes"):
+        sample.main(args, Processes(0, 1, torch.device("cpu")))
+
+

@@ -1,0 +1,195 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from parallel import Processes, launch
+
+ROOT = Path(__file__).parent.parent
+ALONE = Processes(0, 1, torch.device("cpu"))
+QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
+
+
+def run(folder, *flags):
+    """Trains in this process; returns the experiment's folder."""
+    train.main(train.parse_args([*QUICK, "--results-dir", str(folder), *map(str, flags)]), ALONE)
+    return max(Path(folder).iterdir())
+
+
+def torchrun(processes, script, *flags):
+    """Runs a command on that many processes of one thread each; returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*command, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def load(folder, step):
+    return torch.load(folder / "checkpoints" / f"{step:07d}.pt", weights_only=True)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty coloured images in three classes, which may be mirrored."""
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / "photos" / str(i % 3) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(path)
+    return str(tmp_path / "photos")
+
+
+def test_what_a_run_leaves(tmp_path):
+    flags = ["--max-steps", 6, "--global-batch-size", 16, "--log-every", 4, "--ckpt-every", 4, "--mixer", "pdessm"]
+    folder = run(tmp_path, *flags)
+    assert folder.name == "000-DiT-N-4"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000004.pt", "0000006.pt"]
+    checkpoint = load(folder, 6)
+    assert set(checkpoint) == {"model", "ema", "opt", "args"}
+    assert checkpoint["args"]["mixer"] == "pdessm"
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"^\[[-\d: ]+\] DiT Parameters: [\d,]+$", log, re.MULTILINE)
+    logged = re.findall(r"\(step=(\d{7})\) Train Loss: ([\d.]+), Train Steps/Sec: [\d.]+$", log, re.MULTILINE)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6]
+    assert logged == [(f"{row['step']:07d}", f"{row['loss']:.4f}") for row in rows]
+    assert run(tmp_path, *flags).name == "001-DiT-N-4"
+
+
+def test_default_is_dit(tmp_path, monkeypatch):
+    """Without --mixer, DiT-S/2 is DiT. Its VAE cannot be reached from here, and the error says what to do."""
+    args = train.parse_args(["--model", "DiT-S/2", "--results-dir", str(tmp_path)])
+    with pytest.raises(OSError, match="give --vae a local folder .* or work on pixels with --vae none"):
+        train.main(args, ALONE)
+    assert "DiT Parameters: 32,963,360" in (tmp_path / "000-DiT-S-2" / "log.txt").read_text()
+
+
+def test_flags_of_the_public_script_keep_their_defaults():
+    defaults = vars(train.parse_args([]))
+    public = dict(
+        data_path=None, results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
+        global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50_000,
+    )  # fmt: skip
+    assert {name: defaults[name] for name in public} == public
+    assert (defaults["mixer"], defaults["lr"]) == ("attention", 1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_the_loss_curve_is_the_committed_one(tmp_path, mixer, golden):
+    """Freezes data, noise, initial values and optimiser together. A change that is meant to move the curve replaces it:
+    python train.py --model DiT-N/4 --vae none --image-size 8 --num-classes 10 --max-steps 30 --global-batch-size 32
+    --lr 1e-3 --log-every 5 --mixer ..."""
+    folder = run(tmp_path, "--max-steps", 30, "--global-batch-size", 32, "--lr", 1e-3, "--log-every", 5, "--mixer", mixer)
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx(golden("loss_curve.json")[mixer], rel=2e-3)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_two_processes_train_as_one(tmp_path, mixer, photos):
+    """The same images, mirrored alike, with the same noise: gradients and weights differ by rounding alone."""
+    flags = ["--data-path", photos, "--global-batch-size", 12, "--mixer", mixer, "--num-workers", 1, "--max-steps"]
+    for steps, name in [(1, "gradients"), (5, "weights")]:
+        one = load(run(tmp_path / f"{name}1", *flags, steps), steps)
+        torchrun(2, "train.py", *QUICK, "--results-dir", tmp_path / f"{name}2", *flags, steps)
+        two = load(tmp_path / f"{name}2" / "000-DiT-N-4", steps)
+        if name == "gradients":  # after one step, AdamW's first moment is a tenth of the gradient
+            for index, state in one["opt"]["state"].items():
+                torch.testing.assert_close(two["opt"]["state"][index]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-7)
+        for part in ("model", "ema"):
+            for key, value in one[part].items():
+                torch.testing.assert_close(two[part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_an_epoch_is_the_same_for_any_number_of_processes():
+    images = torch.utils.data.TensorDataset(torch.arange(43))
+    args = train.parse_args(["--global-batch-size", "12"])
+
+    def batches(size):
+        loaders = [train.make_loader(images, args, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
+        for loader in loaders:
+            loader.sampler.set_epoch(3)
+        return [sorted(torch.cat([part for (part,) in share]).tolist()) for share in zip(*loaders)]
+
+    assert batches(1) == batches(2) == batches(4)
+    assert len(batches(1)) == 3
+
+
+def test_unconditional_training(tmp_path, photos):
+    folder = run(tmp_path / "r", "--data-path", f"{photos}/0", "--uncond", "--global-batch-size", 8, "--max-steps", 2)
+    checkpoint = load(folder, 2)
+    assert checkpoint["model"]["y_embedder.embedding_table.weight"].shape[0] == 1
+    assert checkpoint["args"]["num_classes"] == 0
+
+
+def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
+    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        for step, decay in [(1, 2 / 11), (90, 0.91), (10**7, 0.9999)]:
+            ema.weight.fill_(0), model.weight.fill_(1)
+            train.update_ema(ema, model, step)
+            assert 1 - ema.weight.item() == pytest.approx(decay, abs=1e-6)
+
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--image-size", "10"], r"--image-size 10 is not divisible by 4 \(patch size 4\)"),
+        (["--image-size", "40", "--vae", "ema"], r"--image-size 40 is not divisible by 32 \(patch size 4 x 8 of the VAE\)"),
+        (["--global-batch-size", "2000"], "the 1797 images do not fill one batch of --global-batch-size 2000"),
+        (["--num-classes", "9"], "10 classes, more than --num-classes 9"),
+        (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
+        (["--results-dir", "/proc/version/results"], "/proc/version"),
+        (["--device", "cuda"], "finds no CUDA device"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message) as end:
+        launch(train.main, train.parse_args([*QUICK, *flags]))
+    assert "\n" not in str(end.value)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_batch_must_divide_over_the_processes():
+    args = train.parse_args([*QUICK, "--global-batch-size", "9"])
+    with pytest.raises(ValueError, match="--global-batch-size 9 is not divisible by 2 processes"):
+        train.main(args, Processes(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mixer", "mamba"], "choose from .*attention.*pdessm"),
+        (["--model", "DiT-M/2"], "choose from .*DiT-XL/2"),
+        (["--max-steps", "0"], "0 is not positive"),
+    ],
+)
+def test_unknown_names_list_the_known(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        train.parse_args(flags)
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_image_is_named_without_a_traceback(tmp_path, photos, workers):
+    damaged = Path(photos) / "1" / "7.png"
+    damaged.write_bytes(damaged.read_bytes()[:120])
+    flags = ["--data-path", photos, "--global-batch-size", "40", "--num-workers", workers, "--results-dir", str(tmp_path / "r")]
+    done = subprocess.run([sys.executable, "train.py", *QUICK, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(rf"^train\.py: error: cannot read the image {damaged}", done.stderr, re.MULTILINE)
