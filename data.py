@@ -28,7 +28,8 @@ def center_crop_arr(image, image_size):
 
 
 class TrainingImages(Dataset):
-    """source: a sequence of (PIL image, class). flip: whether a mirrored image is as good as the image."""
+    """source: a sequence of (PIL image, class). num_classes: 0 if classes are to be ignored. flip: whether a mirrored
+    image is as good as the image."""
 
     def __init__(self, source, image_size, num_classes, flip):
         self.source, self.image_size, self.num_classes, self.flip = source, image_size, num_classes, flip
@@ -39,7 +40,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, index):
         image, label = self.source[index]
         pixels = np.array(center_crop_arr(image, self.image_size))        # (size, size, 3)
-        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label if self.num_classes else 0
 
 
 def load_dataset(path, image_size, uncond=False):

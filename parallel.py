@@ -35,6 +35,8 @@ def launch(command, args):
             return
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"there are {torch.cuda.device_count()} CUDA devices here, too few for --nproc_per_node")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         command(args, Processes(dist.get_rank(), dist.get_world_size(), torch.device(device)))

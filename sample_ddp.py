@@ -29,7 +29,7 @@ from vae import open_space
 
 
 def main(args, processes):
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if args.cfg_scale < 1:
         raise ValueError(f"--cfg-scale {args.cfg_scale} is below 1, which would steer away from the class")
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")

@@ -114,7 +114,7 @@ def check(args, processes, dataset, space):
 def make_loader(dataset, args, processes):
     """This process's share of every global batch; an epoch's order is the same for any number of processes."""
     sampler = DistributedSampler(dataset, processes.size, processes.rank, seed=args.global_seed, drop_last=True)
-    workers = min(args.num_workers, len(os.sched_getaffinity(0))) if isinstance(args.data_path, str) else 0
+    workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
     return DataLoader(
         dataset,
         batch_size=args.global_batch_size // processes.size,

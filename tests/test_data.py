@@ -54,6 +54,12 @@ def test_folder_without_classes(folder):
     assert {label for _, label in images} == {0}
 
 
+def test_classes_can_be_ignored():
+    digits = load_dataset(None, 8, uncond=True)
+    assert digits.num_classes == 0
+    assert {digits[i][1] for i in range(20)} == {0}
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_cifar10_as_torchvision_unpacks_it(tmp_path, monkeypatch, inside):
     monkeypatch.setattr("data.CIFAR10._check_integrity", lambda self: True)

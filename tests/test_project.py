@@ -1,0 +1,51 @@
+"""What the repository promises about itself."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+# Imports flow one way: a file imports only from those before it.
+ORDER = ["pde_ssm", "mixers", "models", "vae", "checkpoint", "download", "data", "parallel", "diffusion", "train", "sample", "sample_ddp"]
+
+
+def test_conda_users_get_the_same_versions():
+    text = (ROOT / "environment.yml").read_text()
+    assert re.findall(r"^ +- ([\w-]+)==([\w.]+)$", text, re.MULTILINE) == PINNED
+
+
+def test_pins_lie_in_the_ranges_that_are_promised():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [r for group in [project["dependencies"], *project["optional-dependencies"].values()] for r in group]
+    lowest = dict(requirement.split(">=") for requirement in ranges)
+    assert lowest.keys() == dict(PINNED).keys()
+    for name, version in PINNED:
+        assert tuple(map(int, version.split("."))) >= tuple(map(int, lowest[name].split("."))), name
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_flow_one_way(name):
+    files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).glob("*.py")
+    imported = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            imported.add(node.module.split(".")[0])
+    assert imported & set(ORDER) <= set(ORDER[: ORDER.index(name)])
+    if name == "pde_ssm":
+        assert imported == {"math", "torch"}
+    if name == "diffusion":
+        assert not imported & set(ORDER)
+
+
+def test_the_readmes_tree_is_the_tree():
+    named = set(re.findall(r"^    (\w[\w./-]*)  ", (ROOT / "README.md").read_text(), re.MULTILINE))
+    kept = {path.name for path in ROOT.glob("*.py")} | {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
+    assert kept | folders == named
