@@ -74,7 +74,8 @@ def precision_recall(ref, sample, k=3, block=10_000):
 
     def share_inside(points, features):
         reach = radii(features)
-        return torch.cat([(_squared_distances(part, features) <= reach).any(1) for part in points.split(block)]).float().mean().item()
+        inside = [(_squared_distances(part, features) <= reach).any(1) for part in points.split(block)]
+        return torch.cat(inside).float().mean().item()
 
     return share_inside(sample, ref), share_inside(ref, sample)
 

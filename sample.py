@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from checkpoint import load_model
@@ -23,7 +24,7 @@ from parallel import launch
 from train import positive
 from vae import open_space
 
-SHOWN_SIDE = 64  # smaller samples are enlarged to this many pixels in the grid, without smoothing
+SHOWN_SIDE = 64  # smaller samples are enlarged in the grid, smoothly, to about this many pixels
 IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 
 
@@ -99,8 +100,9 @@ def class_labels(args, num_classes):
 def save_grid(images, path, columns):
     """uint8 (n, H, W, 3) as one PNG, `columns` to a row."""
     scale = max(1, SHOWN_SIDE // images.shape[1])
-    tiles = images.permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    save_png(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy(), path)
+    shown = interpolate(images.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="bicubic")
+    grid = make_grid(shown.round().clamp(0, 255).byte(), nrow=columns, pad_value=255)
+    save_png(grid.permute(1, 2, 0).numpy(), path)
 
 
 def save_png(pixels, path):

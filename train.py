@@ -1,7 +1,7 @@
 """Trains a DiT, with attention or another mixer, on one process or, under torchrun, on many:
 
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /imagenet/train
-    python train.py --model DiT-N/2 --mixer pdessm --vae none --image-size 16 --num-classes 10     (digits, no data needed)
+    python train.py --model DiT-N/2 --mixer pdessm --vae none --image-size 8 --num-classes 10      (digits, no data needed)
 
 All randomness belongs to images and steps, not to processes: the number of processes changes only rounding.
 """

@@ -26,9 +26,9 @@ def second_derivative(n):
 def solve(u, K, b, r, tau, g0, gx, gy):
     """h(tau) for one channel u (h, w): the matrix exponential of the discretised operator, applied to the embedding."""
     h, w = u.shape
-    Ix, Iy = torch.eye(w, dtype=torch.float64), torch.eye(h, dtype=torch.float64)
+    Ix, Iy, I = (torch.eye(n, dtype=torch.float64) for n in (w, h, h * w))
     Dx, Dy = torch.kron(Iy, derivative(w)), torch.kron(derivative(h), Ix)
     Dxx, Dyy = torch.kron(Iy, second_derivative(w)), torch.kron(second_derivative(h), Ix)
-    A = K[0, 0] * Dxx + 2 * K[0, 1] * Dx @ Dy + K[1, 1] * Dyy + b[0] * Dx + b[1] * Dy + r * torch.eye(h * w, dtype=torch.float64)
+    A = K[0, 0] * Dxx + 2 * K[0, 1] * Dx @ Dy + K[1, 1] * Dyy + b[0] * Dx + b[1] * Dy + r * I
     start = g0 * u.flatten() + gx * Dx @ u.flatten() + gy * Dy @ u.flatten()
     return (torch.linalg.matrix_exp(tau * A) @ start).reshape(h, w)

@@ -71,7 +71,7 @@ def test_impossible_respacings_are_named(respacing):
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="sqrt.*known: linear"):
+    with pytest.raises(ValueError, match=r"sqrt.*known: linear"):
         create_diffusion("", noise_schedule="sqrt")
 
 
@@ -80,6 +80,9 @@ def test_skipping_steps_keeps_the_marginals(schedule):
     whole, spaced = (create_diffusion(r, noise_schedule=schedule) for r in ("", "37"))
     torch.testing.assert_close(spaced.alphas_cumprod, whole.alphas_cumprod[spaced.timestep_map])
     torch.testing.assert_close((1 - spaced.betas).cumprod(0), spaced.alphas_cumprod)
+
+
+LOOPS = [("p_sample_loop", {}), ("ddim_sample_loop", {}), ("ddim_sample_loop", {"eta": 1})]
 
 
 def optimal_for_gaussian(diffusion, mean, std):
@@ -92,7 +95,7 @@ def optimal_for_gaussian(diffusion, mean, std):
     return model
 
 
-@pytest.mark.parametrize(("loop", "options"), [("p_sample_loop", {}), ("ddim_sample_loop", {}), ("ddim_sample_loop", {"eta": 1})])
+@pytest.mark.parametrize(("loop", "options"), LOOPS)
 def test_a_perfect_network_samples_its_data(loop, options):
     diffusion = create_diffusion("", learn_sigma=False, sigma_small=True)
     mean, std = 0.3, 0.5

@@ -1,11 +1,11 @@
 import copy
 import math
 
-import oracle
 import pytest
 import torch
 
-from pde_ssm import R_MAX, TERMS, PDESSM, PDESSMBlock, embedding_symbol, green_symbol, wave_numbers
+import oracle
+from pde_ssm import PDESSM, R_MAX, TERMS, PDESSMBlock, embedding_symbol, green_symbol, wave_numbers
 
 GRIDS = [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (7, 5), (8, 8), (6, 9)]
 f64 = torch.float64

@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
-ORDER = ["pde_ssm", "mixers", "models", "vae", "checkpoint", "download", "data", "parallel", "diffusion", "train", "sample", "sample_ddp"]
+ORDER = [
+    "pde_ssm", "mixers", "models", "vae", "checkpoint", "download", "data", "diffusion", "parallel", "train", "sample",
+    "sample_ddp", "evaluate",
+]  # fmt: skip
 
 
 def test_conda_users_get_the_same_versions():
@@ -46,6 +49,7 @@ def test_imports_flow_one_way(name):
 
 def test_the_readmes_tree_is_the_tree():
     named = set(re.findall(r"^    (\w[\w./-]*)  ", (ROOT / "README.md").read_text(), re.MULTILINE))
-    kept = {path.name for path in ROOT.glob("*.py")} | {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
+    kept = {path.name for path in ROOT.glob("*.py")}
+    kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
     assert kept | folders == named

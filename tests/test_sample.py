@@ -1,4 +1,4 @@
-from pathlib import Path
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,11 +8,9 @@ from PIL import Image
 import sample
 import sample_ddp
 from checkpoint import save_checkpoint
+from commands import ALONE, FEW_STEPS, draw, draw_many, torchrun
 from models import DiT_models
-from parallel import Processes, launch
-from test_train import ALONE, ROOT, torchrun
-
-SMALL = ["--num-sampling-steps", "4", "--device", "cpu"]
+from parallel import launch
 
 
 @pytest.fixture
@@ -30,31 +28,24 @@ def checkpoint(tmp_path, randomize):
     return write
 
 
-def draw(path, out, *flags):
-    args = sample.parse_args(["--ckpt", path, "--out", str(out), *SMALL, *map(str, flags)])
-    sample.main(args, ALONE)
-    with Image.open(out) as image:
-        return np.asarray(image)
-
-
-def many(path, folder, *flags):
-    """Runs sample_ddp in this process; returns the images of its .npz."""
-    args = sample_ddp.parse_args(["--ckpt", path, "--sample-dir", str(folder), *SMALL, *map(str, flags)])
-    sample_ddp.main(args, ALONE)
-    with np.load(next(Path(folder).glob("*.npz"))) as arrays:
-        return arrays["arr_0"]
-
-
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("mixer", ["attention", "pdessm"])
 def test_a_grid_of_samples(tmp_path, checkpoint, sampler, mixer):
     flags = ["--class-labels", 3, 7, 10, "--samples-per-class", 2, "--sampler", sampler]
     grid = draw(checkpoint(mixer), tmp_path / "grid.png", *flags)
     assert grid.shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 8 pixels shown as 64, with a frame of 2
-    assert (grid[2:10, 2:10] == grid[2, 2]).all()
     assert np.array_equal(grid, draw(checkpoint(mixer), tmp_path / "again.png", *flags))
     assert not np.array_equal(grid, draw(checkpoint(mixer), tmp_path / "other.png", *flags, "--seed", 1))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".png", ".png", ".pt"]
+
+
+def test_large_samples_are_shown_as_they_are(tmp_path):
+    images = torch.randint(0, 256, (3, 64, 96, 3), dtype=torch.uint8)
+    sample.save_grid(images, tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid)
+    assert np.array_equal(shown[2:66, 2:98], images[0])
+    assert np.array_equal(shown[68:132, 2:98], images[2])
 
 
 def test_guidance_and_class_matter_only_where_there_are_classes(tmp_path, checkpoint):
@@ -68,7 +59,7 @@ def test_guidance_and_class_matter_only_where_there_are_classes(tmp_path, checkp
 
 def test_two_processes_draw_the_same_images_as_one(tmp_path, checkpoint):
     path = checkpoint()
-    flags = ["--ckpt", path, *SMALL, "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--sample-dir"]
+    flags = ["--ckpt", path, *FEW_STEPS, "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--sample-dir"]
     torchrun(1, "sample_ddp.py", *flags, tmp_path / "one")
     torchrun(2, "sample_ddp.py", *flags, tmp_path / "two")
     name = "DiT-N-4-a-size-8-vae-none-cfg-1.5-seed-0"
@@ -80,7 +71,7 @@ def test_two_processes_draw_the_same_images_as_one(tmp_path, checkpoint):
 
 
 def test_the_npz_is_what_adms_reader_takes(tmp_path, checkpoint):
-    images = many(checkpoint(), tmp_path / "s", "--num-fid-samples", 5)
+    images = draw_many(checkpoint(), tmp_path / "s", "--num-fid-samples", 5)
     assert (images.shape, images.dtype) == ((5, 8, 8, 3), np.uint8)
     assert images.flags.c_contiguous
     folder = next(path for path in (tmp_path / "s").iterdir() if path.is_dir())
@@ -88,8 +79,6 @@ def test_the_npz_is_what_adms_reader_takes(tmp_path, checkpoint):
         with Image.open(folder / f"{i:06d}.png") as png:
             assert np.array_equal(image, png)
     assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
-    import zipfile
-
     with zipfile.ZipFile(next((tmp_path / "s").glob("*.npz"))) as archive, archive.open("arr_0.npy") as file:
         assert np.lib.format.read_magic(file) == (1, 0)
         assert np.lib.format.read_array_header_1_0(file) == ((5, 8, 8, 3), False, np.dtype(np.uint8))
@@ -97,34 +86,34 @@ def test_the_npz_is_what_adms_reader_takes(tmp_path, checkpoint):
 
 def test_an_image_does_not_depend_on_how_many_are_drawn_with_it(tmp_path, checkpoint):
     path = checkpoint()
-    few = many(path, tmp_path / "few", "--num-fid-samples", 3, "--per-proc-batch-size", 2)
-    more = many(path, tmp_path / "more", "--num-fid-samples", 8, "--per-proc-batch-size", 8)
+    few = draw_many(path, tmp_path / "few", "--num-fid-samples", 3, "--per-proc-batch-size", 2)
+    more = draw_many(path, tmp_path / "more", "--num-fid-samples", 8, "--per-proc-batch-size", 8)
     assert np.abs(few.astype(int) - more[:3]).max() <= 1  # a batch's size changes rounding
 
 
 def test_a_stopped_run_goes_on(tmp_path, checkpoint, monkeypatch):
     path, flags = checkpoint(), ["--num-fid-samples", 10, "--per-proc-batch-size", 4]
-    whole = many(path, tmp_path / "s", *flags)
+    whole = draw_many(path, tmp_path / "s", *flags)
     folder = next(entry for entry in (tmp_path / "s").iterdir() if entry.is_dir())
     (folder / "000005.png").unlink()
     (folder / "000009.png").rename(folder / "000009.png.partial")
     drawn = []
     generate = sample.generate
     monkeypatch.setattr(sample_ddp, "generate", lambda *a, **k: drawn.append(len(a[4])) or generate(*a, **k))
-    assert np.array_equal(many(path, tmp_path / "s", *flags), whole)
+    assert np.array_equal(draw_many(path, tmp_path / "s", *flags), whole)
     assert drawn == [4, 2]
 
 
 def test_other_weights_or_settings_do_not_mix_into_a_folder(tmp_path, checkpoint, randomize):
     path = checkpoint()
-    many(path, tmp_path / "s", "--num-fid-samples", 2)
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
     with pytest.raises(ValueError, match="num_sampling_steps 4 and now 5; give another --sample-dir"):
-        many(path, tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 5)
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 5)
     contents = torch.load(path, weights_only=True)
     contents["ema"]["final_layer.linear.bias"] += 1
     torch.save(contents, path)
-    with pytest.raises(ValueError, match="weights .* and now"):
-        many(path, tmp_path / "s", "--num-fid-samples", 2)
+    with pytest.raises(ValueError, match=r"weights .* and now"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
 
 
 def test_flags_of_the_public_scripts_keep_their_defaults():
@@ -158,7 +147,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, checkpoint, command, fl
     path = checkpoint()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as end:
-        launch(command.main, command.parse_args(["--ckpt", path, *SMALL, *flags]))
+        launch(command.main, command.parse_args(["--ckpt", path, *FEW_STEPS, *flags]))
     assert "\n" not in str(end.value)
 
 
@@ -171,6 +160,6 @@ def test_without_a_checkpoint_there_is_one_model(flags):
 def test_classes_cannot_be_asked_of_a_model_without(checkpoint):
     args = sample.parse_args(["--ckpt", checkpoint(num_classes=0), "--class-labels", "0"])
     with pytest.raises(ValueError, match="trained without classes"):
-        sample.main(args, Processes(0, 1, torch.device("cpu")))
+        sample.main(args, ALONE)
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,27 +10,8 @@ import torch
 from PIL import Image
 
 import train
+from commands import ALONE, QUICK, ROOT, fit, torchrun
 from parallel import Processes, launch
-
-ROOT = Path(__file__).parent.parent
-ALONE = Processes(0, 1, torch.device("cpu"))
-QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
-
-
-def run(folder, *flags):
-    """Trains in this process; returns the experiment's folder."""
-    train.main(train.parse_args([*QUICK, "--results-dir", str(folder), *map(str, flags)]), ALONE)
-    return max(Path(folder).iterdir())
-
-
-def torchrun(processes, script, *flags):
-    """Runs a command on that many processes of one thread each; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*command, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 def load(folder, step):
@@ -51,7 +31,7 @@ def photos(tmp_path):
 
 def test_what_a_run_leaves(tmp_path):
     flags = ["--max-steps", 6, "--global-batch-size", 16, "--log-every", 4, "--ckpt-every", 4, "--mixer", "pdessm"]
-    folder = run(tmp_path, *flags)
+    folder = fit(tmp_path, *flags)
     assert folder.name == "000-DiT-N-4"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000004.pt", "0000006.pt"]
     checkpoint = load(folder, 6)
@@ -63,13 +43,13 @@ def test_what_a_run_leaves(tmp_path):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
     assert logged == [(f"{row['step']:07d}", f"{row['loss']:.4f}") for row in rows]
-    assert run(tmp_path, *flags).name == "001-DiT-N-4"
+    assert fit(tmp_path, *flags).name == "001-DiT-N-4"
 
 
 def test_default_is_dit(tmp_path, monkeypatch):
     """Without --mixer, DiT-S/2 is DiT. Its VAE cannot be reached from here, and the error says what to do."""
     args = train.parse_args(["--model", "DiT-S/2", "--results-dir", str(tmp_path)])
-    with pytest.raises(OSError, match="give --vae a local folder .* or work on pixels with --vae none"):
+    with pytest.raises(OSError, match=r"give --vae a local folder .* or work on pixels with --vae none"):
         train.main(args, ALONE)
     assert "DiT Parameters: 32,963,360" in (tmp_path / "000-DiT-S-2" / "log.txt").read_text()
 
@@ -89,7 +69,7 @@ def test_the_loss_curve_is_the_committed_one(tmp_path, mixer, golden):
     """Freezes data, noise, initial values and optimiser together. A change that is meant to move the curve replaces it:
     python train.py --model DiT-N/4 --vae none --image-size 8 --num-classes 10 --max-steps 30 --global-batch-size 32
     --lr 1e-3 --log-every 5 --mixer ..."""
-    folder = run(tmp_path, "--max-steps", 30, "--global-batch-size", 32, "--lr", 1e-3, "--log-every", 5, "--mixer", mixer)
+    folder = fit(tmp_path, "--max-steps", 30, "--global-batch-size", 32, "--lr", 1e-3, "--log-every", 5, "--mixer", mixer)
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses == pytest.approx(golden("loss_curve.json")[mixer], rel=2e-3)
     assert losses[-1] < 0.5 * losses[0]
@@ -100,7 +80,7 @@ def test_two_processes_train_as_one(tmp_path, mixer, photos):
     """The same images, mirrored alike, with the same noise: gradients and weights differ by rounding alone."""
     flags = ["--data-path", photos, "--global-batch-size", 12, "--mixer", mixer, "--num-workers", 1, "--max-steps"]
     for steps, name in [(1, "gradients"), (5, "weights")]:
-        one = load(run(tmp_path / f"{name}1", *flags, steps), steps)
+        one = load(fit(tmp_path / f"{name}1", *flags, steps), steps)
         torchrun(2, "train.py", *QUICK, "--results-dir", tmp_path / f"{name}2", *flags, steps)
         two = load(tmp_path / f"{name}2" / "000-DiT-N-4", steps)
         if name == "gradients":  # after one step, AdamW's first moment is a tenth of the gradient
@@ -126,7 +106,7 @@ def test_an_epoch_is_the_same_for_any_number_of_processes():
 
 
 def test_unconditional_training(tmp_path, photos):
-    folder = run(tmp_path / "r", "--data-path", f"{photos}/0", "--uncond", "--global-batch-size", 8, "--max-steps", 2)
+    folder = fit(tmp_path / "r", "--data-path", f"{photos}/0", "--uncond", "--global-batch-size", 8, "--max-steps", 2)
     checkpoint = load(folder, 2)
     assert checkpoint["model"]["y_embedder.embedding_table.weight"].shape[0] == 1
     assert checkpoint["args"]["num_classes"] == 0

@@ -1,0 +1,49 @@
+"""Running the commands in tests: in this process, where it is fast, or under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import sample
+import sample_ddp
+import train
+from parallel import Processes
+
+ROOT = Path(__file__).parent.parent
+ALONE = Processes(0, 1, torch.device("cpu"))
+QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
+FEW_STEPS = ["--num-sampling-steps", "4", "--device", "cpu"]
+
+
+def fit(folder, *flags):
+    """Trains the smallest model; returns the experiment's folder."""
+    train.main(train.parse_args([*QUICK, "--results-dir", str(folder), *map(str, flags)]), ALONE)
+    return max(Path(folder).iterdir())
+
+
+def draw(path, out, *flags):
+    """The pixels of sample.py's grid."""
+    sample.main(sample.parse_args(["--ckpt", path, "--out", str(out), *FEW_STEPS, *map(str, flags)]), ALONE)
+    with Image.open(out) as image:
+        return np.asarray(image)
+
+
+def draw_many(path, folder, *flags):
+    """The images in sample_ddp.py's .npz."""
+    args = sample_ddp.parse_args(["--ckpt", path, "--sample-dir", str(folder), *FEW_STEPS, *map(str, flags)])
+    sample_ddp.main(args, ALONE)
+    with np.load(next(Path(folder).glob("*.npz"))) as arrays:
+        return arrays["arr_0"]
+
+
+def torchrun(processes, script, *flags):
+    """Runs a command on that many processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
