@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python train.py --model DiT-N/2 --mixer pdessm --vae none --image-size 8 --num-classes 10 \
 		--global-batch-size 32 --lr 3e-3 --max-steps 3200 --log-every 400 --results-dir $(DEMO)
 	$(BIN)/python sample.py --ckpt $(DEMO)/000-DiT-N-2/checkpoints/0003200.pt --samples-per-class 10 \
-		--num-sampling-steps 50 --sampler ddim --cfg-scale 2 --out $(DEMO)/digits.png
+		--num-sampling-steps 100 --cfg-scale 3 --out $(DEMO)/digits.png
 	@echo "Ten digits of each class, drawn by the model that was just trained: $(CURDIR)/$(DEMO)/digits.png"
 
 test: .venv/installed lint
