@@ -26,9 +26,10 @@ class LatentSpace:
     """name: "ema" or "mse" for stabilityai/sd-vae-ft-<name> on the hub, or a local folder in diffusers' format."""
 
     def __init__(self, name):
-        self.source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
+        self.on_hub = name in ("ema", "mse")
+        self.source = f"stabilityai/sd-vae-ft-{name}" if self.on_hub else name
         self.channels, self.factor = 4, 8
-        if self.source is name:
+        if not self.on_hub:
             config = Path(name, "config.json")
             if not config.is_file():
                 raise FileNotFoundError(f"--vae {name}: neither ema, mse, none nor a folder that holds config.json")
@@ -42,9 +43,10 @@ class LatentSpace:
         try:
             self.vae = AutoencoderKL.from_pretrained(self.source).to(device).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
+            why = "neither cached nor to be had from the hub" if self.on_hub else str(error).splitlines()[0]
             raise OSError(
-                f"the VAE {self.source} could not be loaded ({str(error).splitlines()[0]}); give --vae a local folder "
-                "in diffusers' format (config.json and weights), or work on pixels with --vae none"
+                f"the VAE {self.source} could not be loaded ({why}); give --vae a local folder in diffusers' format "
+                "(config.json and weights), or work on pixels with --vae none"
             ) from error
         return self
 
