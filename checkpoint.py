@@ -3,28 +3,35 @@ so that torch.load reads it without trusting the file. Files with an argparse.Na
 
 import argparse
 import os
-import pickle
+from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 
 from models import DiT_models
 from vae import open_space
 
+READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed")  # by settings_from_weights
+
 
 def save_checkpoint(path, **contents):
     """Writes to a temporary name and renames: `path` is whole or not there."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"could not write the checkpoint {path}: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def load_checkpoint(path):
-    """(weights, args) of a checkpoint: its EMA's state dict if it has one, and its settings as a dict or None.
+    """(weights, args) of a checkpoint: its EMA's state dict if it has one, and its settings as a dict.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
@@ -33,19 +40,21 @@ def load_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise ValueError(f"{path} is not a whole checkpoint of tensors: it is damaged, cut short or something else") from error
     contents = contents if isinstance(contents, dict) else {}
     weights = contents.get("ema", contents.get("model", contents))
-    if not isinstance(weights, dict) or "x_embedder.proj.weight" not in weights:
-        raise ValueError(f"{path} holds no DiT: x_embedder.proj.weight is missing")
+    weights = weights if isinstance(weights, dict) else {}
+    if missing := [name for name in READ_FROM if not isinstance(weights.get(name), torch.Tensor)]:
+        raise ValueError(f"{path} holds no DiT: {missing[0]} is missing")
     args = contents.get("args")
-    return weights, vars(args) if isinstance(args, argparse.Namespace) else args
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return weights, args if isinstance(args, dict) else {}
 
 
 def settings_from_weights(weights):
     """model, mixer, num_classes, image_size and vae as train.py would have been told them, read off the weights."""
-    hidden, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     names = [
         name
@@ -72,8 +81,9 @@ def load_model(path, args, default_vae):
     None, must agree. Which decoder to use in latent space is free. ValueError names both values, or what does not fit.
     """
     weights, stored = load_checkpoint(path)
-    stored = {name: value for name, value in (stored or {}).items() if name in ("model", "mixer", "vae")}
-    settings = settings_from_weights(weights) | stored
+    settings = settings_from_weights(weights)
+    if stored.get("model") in DiT_models:  # a file of another code base may have names of its own
+        settings |= {name: stored[name] for name in settings if name in stored}
     for name in ("model", "mixer", "num_classes", "image_size"):
         given = getattr(args, name)
         if given not in (None, settings[name]):

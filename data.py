@@ -52,7 +52,7 @@ def load_dataset(path, image_size, uncond=False):
 
     OSError that names the folder or file if there are no images to be had.
     """
-    if path in (None, "digits"):
+    if path is None or (path == "digits" and not Path(path).exists()):
         source, num_classes, flip = _digits(), 10, False  # a mirrored digit is no digit
     elif (folder := Path(path)).name == CIFAR10_FOLDER or (folder / CIFAR10_FOLDER).is_dir():
         source, num_classes, flip = _cifar10(folder), 10, True
@@ -78,7 +78,7 @@ def read_image(path):
 
 class _LabelledFolder(ImageFolder):
     def find_classes(self, directory):
-        if any(Path(directory, entry).is_dir() for entry in Path(directory).iterdir()):
+        if any(entry.is_dir() for entry in Path(directory).iterdir()):
             return super().find_classes(directory)
         raise FileNotFoundError(f"{directory} has no class folders; --uncond trains on images without classes")
 

@@ -27,26 +27,41 @@ def launch(command, args):
     traceback; `python -X dev` shows the traceback.
     """
     try:
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: PyTorch finds no CUDA device here; use --device cpu")
+        device = choose_device(args.device)
         if "RANK" not in os.environ:
-            command(args, Processes(0, 1, torch.device(device)))
+            command(args, Processes(0, 1, device))
             return
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise ValueError(f"there are {torch.cuda.device_count()} CUDA devices here, too few for --nproc_per_node")
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        command(args, Processes(dist.get_rank(), dist.get_world_size(), torch.device(device)))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        command(args, Processes(dist.get_rank(), dist.get_world_size(), device))
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}")
+    except RuntimeError as error:
+        # Where another process has ended with its own message, all that is left to say is that it did.
+        if sys.flags.dev_mode or not dist.is_initialized() or "Connection closed by peer" not in str(error):
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: stopped, because another process did")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def choose_device(name):
+    """The device that --device names, cuda being this process's own one; ValueError if there is no such device."""
+    there = torch.cuda.device_count()
+    if name is None:
+        name = "cuda" if there else "cpu"
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (index and not index.isdigit())):
+        raise ValueError(f"--device {name} is none of cpu, cuda and cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = int(index or os.environ.get("LOCAL_RANK", 0))
+    if index >= there:
+        raise ValueError(f"--device {name}: CUDA device {index} is wanted and PyTorch finds {there}; use --device cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _one_line(error):

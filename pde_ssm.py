@@ -24,7 +24,7 @@ R_MAX = 1.0  # r <= R_MAX, so no mode of any channel grows by more than exp(tau 
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
 _ATTENTION_ARGUMENTS = {
-    "attn_head_dim", "dim_out", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer",
+    "attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated",
 }  # fmt: skip
 
 
@@ -146,10 +146,12 @@ class PDESSM(nn.Module):
             return self._symbol(h, w)
         if torch.compiler.is_compiling():
             return self._symbol(h, w)
-        state = [(p.data_ptr(), p._version) for p in parameters]
-        if (h, w) not in self._symbols or self._symbols[h, w][0] != state:
-            self._symbols[h, w] = state, self._symbol(h, w)
-        return self._symbols[h, w][1]
+        # Parameters are compared by identity: the entry holds them, so that no later one can take their place in memory.
+        state = [(id(p), p.data_ptr(), p._version) for p in parameters]
+        entry = self._symbols.get((h, w))
+        if entry is None or entry[0] != state:
+            entry = self._symbols[h, w] = state, parameters, self._symbol(h, w)
+        return entry[2]
 
     def _symbol(self, h, w):
         g0, gx, gy = _widen(self.g0), _widen(self.gx), _widen(self.gy)

@@ -24,6 +24,7 @@ from parallel import launch
 from train import positive
 from vae import open_space
 
+AT_ONCE = 64     # samples in one batch
 SHOWN_SIDE = 64  # smaller samples are enlarged in the grid, smoothly, to about this many pixels
 IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -34,15 +35,18 @@ def main(args, processes):
     labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
     diffusion = create_diffusion(str(args.num_sampling_steps))
     out = Path(args.out)
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise OSError(f"--out {out}: {out.parent} is not a folder that can be written")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise OSError(f"--out {out}: not a file in a folder that can be written")
     space = open_space(settings["vae"]).load(processes.device)
 
-    noise = PerImageNoise(image_seeds(args.seed, range(len(labels)), "sampling"), processes.device)
-    labels = torch.tensor(labels, device=processes.device)
-    images = generate(model.to(processes.device), space, diffusion, SAMPLERS[args.sampler], labels, noise, args.cfg_scale)
-    save_grid(images, out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
-    print(f"{len(images)} samples are in {out}")
+    model.to(processes.device)
+    images = []
+    for numbers in torch.arange(len(labels)).split(AT_ONCE):
+        noise = PerImageNoise(image_seeds(args.seed, numbers.tolist(), "sampling"), processes.device)
+        y = torch.tensor(labels, device=processes.device)[numbers.to(processes.device)]
+        images.append(generate(model, space, diffusion, SAMPLERS[args.sampler], y, noise, args.cfg_scale))
+    save_grid(torch.cat(images), out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
+    print(f"{len(labels)} samples are in {out}")
 
 
 def generate(model, space, diffusion, sampler, labels, noise, cfg_scale, progress=True):
@@ -107,7 +111,7 @@ def save_grid(images, path, columns):
 
 def save_png(pixels, path):
     """uint8 (H, W, 3) to a PNG that is whole or not there."""
-    partial = f"{path}.partial"
+    partial = f"{path}.{os.getpid()}.partial"  # another run may be writing the same image
     Image.fromarray(pixels).save(partial, format="png")
     os.replace(partial, path)
 

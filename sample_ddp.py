@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_model
+from data import read_image
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS, PerImageNoise, image_seeds
 from download import find_checkpoint
@@ -32,11 +32,14 @@ def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if args.cfg_scale < 1:
         raise ValueError(f"--cfg-scale {args.cfg_scale} is below 1, which would steer away from the class")
+    if processes.rank == 0:
+        find_checkpoint(checkpoint_name(args))  # if it must be fetched, then once
+    processes.barrier()
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")
     diffusion = create_diffusion(str(args.num_sampling_steps))
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
-        claim_folder(folder, model, args)
+        claim_folder(folder, model, settings["vae"], args)
     processes.barrier()
     batches = unfinished_batches(folder, args)
     mine = batches[processes.rank :: processes.size]
@@ -65,25 +68,39 @@ def folder_name(args, settings):
     return f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
-def claim_folder(folder, model, args):
+def claim_folder(folder, model, vae, args):
     """Makes the folder, or makes sure that what lies there came from the same weights and settings.
 
-    The name does not tell apart two runs' checkpoints of one step, or two samplers. ValueError names what differs.
+    The name does not tell apart two runs' checkpoints of one step, two samplers, or folders of one name with other
+    autoencoders. ValueError names what differs, and refuses to replace an .npz by a smaller one.
     """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     settings = dict(weights=digest.hexdigest()[:16], sampler=args.sampler, num_sampling_steps=args.num_sampling_steps)
+    settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "settings.json"
     if not record.exists():
-        partial = record.with_suffix(".partial")
+        if any(folder.glob("*.png")):
+            raise ValueError(f"{folder} holds images of unknown origin; give another --sample-dir")
+        partial = record.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(settings))
         os.replace(partial, record)
     before = json.loads(record.read_text())
     if differences := [f"{k} {before.get(k)} and now {v}" for k, v in settings.items() if before.get(k) != v]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
+    npz = Path(f"{folder}.npz")
+    if npz.exists() and (count := npz_shape(npz)[0]) > args.num_fid_samples:
+        raise ValueError(f"{npz} holds {count:,} images, more than --num-fid-samples {args.num_fid_samples:,}; move it away")
+
+
+def npz_shape(path):
+    """The shape of arr_0 in an .npz, from its header alone."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_1_0(file)[0]
 
 
 def unfinished_batches(folder, args):
@@ -96,11 +113,10 @@ def unfinished_batches(folder, args):
 
 def write_npz(folder, count):
     """Gathers images 0 to count - 1 into <folder>.npz as arr_0, uint8 (count, H, W, 3), one image in memory at a time."""
-    path, partial = f"{folder}.npz", f"{folder}.npz.partial"
+    path, partial = f"{folder}.npz", f"{folder}.npz.{os.getpid()}.partial"
     with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
         for number in tqdm(range(count), desc="Building .npz file from samples"):
-            with Image.open(folder / f"{number:06d}.png") as image:
-                pixels = np.asarray(image)
+            pixels = np.asarray(read_image(folder / f"{number:06d}.png"))  # a damaged one is named: delete it and run again
             if number == 0:
                 header = dict(descr="|u1", fortran_order=False, shape=(count, *pixels.shape))
                 np.lib.format.write_array_header_1_0(file, header)

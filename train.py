@@ -56,7 +56,8 @@ def main(args, processes):
         folder = create_experiment(args)
         logger.info(f"Experiment directory created at {folder}")
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
-    logger.info(f"Dataset contains {len(dataset):,} images ({args.data_path or 'digits'})")
+    classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
+    logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
     space.load(device)
 
     model.to(device).train()
@@ -73,11 +74,10 @@ def main(args, processes):
             contents = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), args=vars(args))
             save_checkpoint(path, **contents)
             logger.info(f"Saved checkpoint to {path}")
-        processes.barrier()
 
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, start = [], perf_counter()
-    progress = tqdm(islice(epochs(loader), total), total=total, unit="step", mininterval=0.5, disable=processes.rank > 0)
+    progress = tqdm(islice(epochs(loader, save), total), total=total, unit="step", mininterval=0.5, disable=processes.rank > 0)
     for step, (images, labels) in enumerate(progress, start=1):
         batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, diffusion)
         loss = diffusion.training_losses(replica, **batch)["loss"].mean()
@@ -126,12 +126,20 @@ def make_loader(dataset, args, processes):
     )
 
 
-def epochs(loader):
-    """Batches without end, in a new order every epoch."""
+def epochs(loader, save):
+    """Batches without end, in a new order every epoch. If one cannot be read, what was learnt until then is saved."""
+    step = 0
     for epoch in count():
         logger.info(f"Beginning epoch {epoch}...")
         loader.sampler.set_epoch(epoch)
-        yield from loader
+        try:
+            for batch in loader:
+                yield batch
+                step += 1
+        except OSError:
+            if step:
+                save(step)
+            raise
 
 
 def draw_batch(images, labels, step, args, processes, flip, space, diffusion):

@@ -33,8 +33,11 @@ class LatentSpace:
             config = Path(name, "config.json")
             if not config.is_file():
                 raise FileNotFoundError(f"--vae {name}: neither ema, mse, none nor a folder that holds config.json")
-            config = json.loads(config.read_text())
-            self.channels, self.factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+            try:
+                config = json.loads(config.read_text())
+                self.channels, self.factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"--vae {name}: its config.json is not that of an AutoencoderKL") from error
 
     def load(self, device):
         """Reads the weights. OSError says what to do if they cannot be had."""

@@ -54,7 +54,7 @@ def ddpm(
         mean = p["mean"]
         if cond_fn is not None:
             mean = mean + p["variance"] * cond_fn(x, diffusion.model_timesteps(t), **kwargs)
-        x = mean + (t[0] > 0) * (p["log_variance"] / 2).exp() * noise
+        x = torch.where(t[0] > 0, mean + (p["log_variance"] / 2).exp() * noise, mean)
     return x
 
 

@@ -60,6 +60,22 @@ def test_weights_tell_their_settings(name, mixer):
     assert settings_from_weights(state) == dict(model=name, mixer=mixer, num_classes=7, image_size=16, vae="none")
 
 
+def test_names_of_other_code_bases_do_not_mislead(tmp_path):
+    write(tmp_path / "a.pt", "attention", args=argparse.Namespace(model="SiT-N/4", vae="ema"))
+    assert load_model(tmp_path / "a.pt", flags(), "ema")[1] == SETTINGS | dict(mixer="attention")
+
+
+def test_public_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("download.PRETRAINED", f"file://{tmp_path}/nowhere/")
+    with pytest.raises(OSError, match=r"put it at pretrained_models/DiT-XL-2-256x256\.pt, or give --ckpt"):
+        find_model("DiT-XL-2-256x256.pt")
+    (tmp_path / "nowhere").mkdir()
+    written = write(tmp_path / "nowhere" / "DiT-XL-2-256x256.pt", "attention")
+    assert find_model("DiT-XL-2-256x256.pt").keys() == written.state_dict().keys()
+    assert os.listdir("pretrained_models") == ["DiT-XL-2-256x256.pt"]
+
+
 def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "a.pt"
     write(path)
@@ -67,6 +83,9 @@ def test_writing_is_all_or_nothing(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(path, model=lambda: None)
     assert path.read_bytes() == before
+    with pytest.raises(OSError, match="could not write the checkpoint /proc/version/a"):
+        save_checkpoint("/proc/version/a.pt", model={})
+    assert os.listdir(tmp_path) == ["a.pt"]
 
 
 class Hostile:
@@ -104,7 +123,24 @@ def list_of_numbers(path):
     torch.save([1, 2, 3], path)
 
 
-@pytest.mark.parametrize("spoil", [truncated, text, empty, other_network, list_of_numbers], ids=lambda f: f.__name__)
+def no_classes(path):
+    state = write(path).state_dict()
+    del state["y_embedder.embedding_table.weight"]
+    torch.save(state, path)
+
+
+def no_tensors(path):
+    torch.save({"ema": {"x_embedder.proj.weight": 3}, "args": [1]}, path)
+
+
+def garbage(path):
+    path.write_bytes(bytes(range(256)) * 50)
+
+
+SPOILT = [truncated, text, empty, other_network, list_of_numbers, no_classes, no_tensors, garbage]
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda f: f.__name__)
 def test_what_is_no_checkpoint_is_named(tmp_path, spoil):
     path = tmp_path / "a.pt"
     write(path)

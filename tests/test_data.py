@@ -47,6 +47,13 @@ def test_folder_of_classes(folder):
     assert torch.equal(images[0][0], torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1)
 
 
+def test_folder_by_a_relative_path(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert len(load_dataset("images", 32)) == 4
+    folder.rename(folder.parent / "digits")
+    assert len(load_dataset("digits", 32)) == 4  # a folder of that name comes before the data set
+
+
 def test_folder_without_classes(folder):
     Image.new("RGB", (8, 8)).save(folder / "loose.png")
     images = load_dataset(str(folder), 8, uncond=True)

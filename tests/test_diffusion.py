@@ -118,6 +118,14 @@ def test_classifier_guidance_shifts_the_mean(loop):
     assert x.mean() == pytest.approx(strength, abs=0.05)
 
 
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_one_step_goes_straight_to_the_clean_image(loop):
+    diffusion, x = create_diffusion("1"), torch.randn(2, 3, 4, 4)
+    expected = diffusion.p_mean_variance(network, x, torch.zeros(2, dtype=torch.long), clip_denoised=False)["pred_xstart"]
+    out = getattr(diffusion, loop)(network, x.shape, x, clip_denoised=False)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_bound_does_not_train_the_mean():
     diffusion, x = create_diffusion(""), torch.randn(2, 3, 4, 4)
     output = torch.randn(2, 6, 4, 4, requires_grad=True)

@@ -198,6 +198,8 @@ def test_a_mixer_may_be_a_class_of_ones_own():
         (dict(mixer="mamba"), "unknown mixer 'mamba'; known: attention, pdessm"),
         (dict(mixer="pdessm", term="x"), "no option term"),
         (dict(mixer="attention", terms=("reaction",)), "no option terms"),
+        (dict(mixer="pdessm", qkv_bias=False), "no option qkv_bias"),
+        (dict(mixer="pdessm", grid_size=(2, 2)), "no option grid_size"),
         (dict(input_size=9), "9 x 9 is not divisible by the patch size 2"),
         (dict(input_size=(8, 3)), "8 x 3"),
         (dict(hidden_size=30, num_heads=1), "divisible by 4"),

@@ -116,6 +116,65 @@ def test_other_weights_or_settings_do_not_mix_into_a_folder(tmp_path, checkpoint
         draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
 
 
+def test_images_of_unknown_origin_are_left_alone(tmp_path, checkpoint):
+    folder = tmp_path / "s" / "DiT-N-4-a-size-8-vae-none-cfg-1.5-seed-0"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "000000.png")
+    with pytest.raises(ValueError, match="holds images of unknown origin"):
+        draw_many(checkpoint(), tmp_path / "s", "--num-fid-samples", 1)
+
+
+def test_a_large_npz_is_not_replaced_by_a_small_one(tmp_path, checkpoint):
+    path = checkpoint()
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 3)
+    with pytest.raises(ValueError, match="holds 3 images, more than --num-fid-samples 2"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
+    assert len(draw_many(path, tmp_path / "s", "--num-fid-samples", 4)) == 4
+
+
+def test_a_damaged_image_is_named(tmp_path, checkpoint):
+    path = checkpoint()
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
+    png = next((tmp_path / "s").rglob("000001.png"))
+    png.write_bytes(png.read_bytes()[:60])
+    with pytest.raises(OSError, match=r"cannot read the image .*000001\.png"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
+
+
+def test_labels_and_seed_vary_the_images(tmp_path, checkpoint, monkeypatch):
+    drawn = []
+    generate = sample.generate
+    monkeypatch.setattr(sample_ddp, "generate", lambda *a, **k: drawn.extend(a[4].tolist()) or generate(*a, **k))
+    path = checkpoint()
+    first = draw_many(path, tmp_path / "s", "--num-fid-samples", 40)
+    assert set(drawn) == set(range(10))
+    assert not np.array_equal(first, draw_many(path, tmp_path / "t", "--num-fid-samples", 40, "--global-seed", 1))
+
+
+def test_the_npz_takes_no_memory(tmp_path):
+    """Two thousand images of 3 kB are gathered in well under their 6 MB."""
+    tracemalloc = pytest.importorskip("tracemalloc")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:06d}.png", compress_level=0)
+    tracemalloc.start()
+    sample_ddp.write_npz(folder, 2000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+    with np.load(f"{folder}.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], pixels)
+
+
+def test_many_samples_are_drawn_in_parts(tmp_path, checkpoint, monkeypatch):
+    path, flags = checkpoint(), ["--class-labels", 1, 2, 3, "--samples-per-class", 2]
+    whole = draw(path, tmp_path / "a.png", *flags)
+    monkeypatch.setattr(sample, "AT_ONCE", 4)
+    assert np.abs(whole.astype(int) - draw(path, tmp_path / "b.png", *flags)).max() <= 1
+
+
 def test_flags_of_the_public_scripts_keep_their_defaults():
     one, lots = vars(sample.parse_args([])), vars(sample_ddp.parse_args([]))
     assert dict(cfg_scale=4.0, num_sampling_steps=250, seed=0, ckpt=None).items() <= one.items()
@@ -134,7 +193,8 @@ def test_flags_of_the_public_scripts_keep_their_defaults():
     [
         (sample, ["--class-labels", "11"], "class 11 is out of range: the checkpoint has 0 to 9"),
         (sample, ["--class-labels", "-1"], "class -1 is out of range"),
-        (sample, ["--out", "/no/such/folder/a.png"], "/no/such/folder is not a folder that can be written"),
+        (sample, ["--out", "/no/such/folder/a.png"], "/no/such/folder/a.png: not a file in a folder that can be written"),
+        (sample, ["--out", "/tmp"], "/tmp: not a file"),
         (sample, ["--mixer", "attention"], "--mixer attention contradicts .*--mixer pdessm"),
         (sample, ["--num-sampling-steps", "1001"], "cannot take 1001 timesteps from a section of 1000"),
         (sample_ddp, ["--sample-dir", "/proc/version/samples"], "/proc/version"),

@@ -11,7 +11,10 @@ from PIL import Image
 
 import train
 from commands import ALONE, QUICK, ROOT, fit, torchrun
+from data import load_dataset
+from diffusion import create_diffusion
 from parallel import Processes, launch
+from vae import open_space
 
 
 def load(folder, step):
@@ -35,6 +38,11 @@ def test_what_a_run_leaves(tmp_path):
     assert folder.name == "000-DiT-N-4"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000004.pt", "0000006.pt"]
     checkpoint = load(folder, 6)
+    start = load(folder, 4)["model"]
+    for name in ("final_layer.linear.weight", "blocks.0.adaLN_modulation.1.weight"):
+        assert not torch.equal(checkpoint["ema"][name], checkpoint["model"][name])
+        assert not torch.equal(checkpoint["ema"][name], start[name])
+        assert checkpoint["ema"][name].any()
     assert set(checkpoint) == {"model", "ema", "opt", "args"}
     assert checkpoint["args"]["mixer"] == "pdessm"
     log = (folder / "log.txt").read_text()
@@ -86,6 +94,9 @@ def test_two_processes_train_as_one(tmp_path, mixer, photos):
         if name == "gradients":  # after one step, AdamW's first moment is a tenth of the gradient
             for index, state in one["opt"]["state"].items():
                 torch.testing.assert_close(two["opt"]["state"][index]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-7)
+        logs = [(tmp_path / f"{name}{n}" / "000-DiT-N-4" / "log.jsonl").read_text().splitlines() for n in (1, 2)]
+        for a, b in zip(*logs, strict=True):
+            assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-4)
         for part in ("model", "ema"):
             for key, value in one[part].items():
                 torch.testing.assert_close(two[part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
@@ -112,6 +123,55 @@ def test_unconditional_training(tmp_path, photos):
     assert checkpoint["args"]["num_classes"] == 0
 
 
+def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
+    args = train.parse_args([*QUICK, "--global-batch-size", "400"])
+    images = torch.arange(8.0).expand(400, 3, 8, 8)
+    diffusion, labels = create_diffusion(""), torch.zeros(400, dtype=torch.long)
+
+    def draw(flip):
+        return train.draw_batch(images, labels, 1, args, ALONE, flip, open_space("none"), diffusion)
+
+    mirrored = (draw(True)["x_start"] == images.flip(3)).flatten(1).all(1)
+    assert 160 < mirrored.sum() < 240
+    assert torch.equal(draw(True)["x_start"][~mirrored], images[~mirrored])
+    assert torch.equal(draw(False)["x_start"], images)
+    batch = draw(True)
+    assert 20 < batch["model_kwargs"]["drop"].sum() < 65
+    assert batch["t"].float().mean() == pytest.approx(500, abs=50)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    images, args = torch.utils.data.TensorDataset(torch.arange(40)), train.parse_args(["--global-batch-size", "40"])
+    loader = train.make_loader(images, args, ALONE)
+    batches = train.epochs(loader, save=None)
+    (first,), (second,) = next(batches), next(batches)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
+    assert first.tolist() != second.tolist()
+
+
+def test_what_was_learnt_is_saved_before_a_bad_image_ends_the_run(tmp_path, monkeypatch):
+    digits, reads = load_dataset(None, 8), []
+
+    def read_twenty(index, get=digits.__getitem__):
+        reads.append(index)
+        if len(reads) > 20:
+            raise OSError("cannot read the image x.png")
+        return get(index)
+
+    monkeypatch.setattr(type(digits), "__getitem__", lambda self, index: read_twenty(index))
+    monkeypatch.setattr(train, "load_dataset", lambda *a: digits)
+    with pytest.raises(OSError, match=r"x\.png"):
+        fit(tmp_path, "--global-batch-size", 8)
+    assert load(tmp_path / "000-DiT-N-4", 2)
+
+
+def test_a_mistake_that_one_process_sees_ends_all_without_a_traceback(tmp_path):
+    stderr = torchrun(2, "train.py", *QUICK, "--global-batch-size", 8, "--results-dir", "/proc/version/r", fails=True)
+    assert "train.py: error: [Errno 20] Not a directory: '/proc/version/r'" in stderr
+    assert "another process did" in stderr or stderr.count("train.py: error") == 1
+    assert f'File "{ROOT}' not in stderr  # the only traceback is torchrun's own
+
+
 def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     with torch.no_grad():
@@ -132,12 +192,13 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
         (["--num-classes", "9"], "10 classes, more than --num-classes 9"),
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
         (["--results-dir", "/proc/version/results"], "/proc/version"),
-        (["--device", "cuda"], "finds no CUDA device"),
+        (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
+        (["--device", "gpu"], "--device gpu is none of cpu, cuda and cuda:N"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match=message) as end:
         launch(train.main, train.parse_args([*QUICK, *flags]))
     assert "\n" not in str(end.value)

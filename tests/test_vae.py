@@ -4,25 +4,31 @@ import pytest
 import torch
 
 import train
-from commands import ALONE, draw, draw_many
+from commands import ALONE, draw, draw_many, fit
+from diffusion import create_diffusion
+from diffusion.samplers import SAMPLERS
 from vae import LatentSpace, PixelSpace, open_space
+
+
+def save_autoencoder(path, levels, channels):
+    from diffusers.models import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[8] * levels,
+        norm_num_groups=4,
+        latent_channels=channels,
+        layers_per_block=1,
+    ).save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from diffusers.models import AutoencoderKL
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae") / "small"
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8] * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-    ).save_pretrained(path)
-    return str(path)
+    """An autoencoder with the factor and channels of Stable Diffusion's."""
+    return save_autoencoder(tmp_path_factory.mktemp("vae") / "small", levels=4, channels=4)
 
 
 def test_latents_are_drawn_around_the_encoders_mean(folder):
@@ -57,11 +63,47 @@ def test_trains_and_samples_in_latent_space(tmp_path, folder):
         draw(checkpoint, tmp_path / "grid.png", "--vae", "none")
 
 
+@pytest.mark.parametrize(("levels", "channels"), [(3, 4), (4, 16)])
+def test_autoencoders_of_other_shapes(tmp_path, levels, channels):
+    folder = save_autoencoder(tmp_path / "vae", levels, channels)
+    flags = ["--image-size", 32, "--vae", folder, "--global-batch-size", 4, "--max-steps", 1]
+    checkpoint = fit(tmp_path / "r", *flags) / "checkpoints" / "0000001.pt"
+    assert draw_many(checkpoint, tmp_path / "s", "--num-fid-samples", 1).shape == (1, 32, 32, 3)
+
+
+def test_training_encodes_with_noise_of_its_own(folder):
+    """Each image's latents and the noise that is added to them are drawn apart, and anew at every step."""
+    args = train.parse_args(["--vae", folder, "--image-size", "16", "--global-batch-size", "3"])
+    space, diffusion = open_space(folder).load("cpu"), create_diffusion("")
+    images, labels = torch.rand(3, 3, 16, 16) * 2 - 1, torch.zeros(3, dtype=torch.long)
+    first, again, later = (train.draw_batch(images, labels, s, args, ALONE, False, space, diffusion) for s in (1, 1, 2))
+    assert torch.equal(first["x_start"], again["x_start"])
+    assert not torch.equal(first["x_start"], later["x_start"])
+    latents = space.vae.encode(images).latent_dist
+    drawn = (first["x_start"] / 0.18215 - latents.mean) / latents.std
+    assert 0.5 < drawn.std() < 1.5
+    assert (drawn - first["noise"]).abs().min() > 1e-3
+
+
+def test_pixels_are_clipped_at_every_step_and_latents_never(tmp_path, folder, monkeypatch):
+    seen = []
+    ddpm = SAMPLERS["ddpm"]
+    monkeypatch.setitem(SAMPLERS, "ddpm", lambda *a, **k: seen.append(k["clip_denoised"]) or ddpm(*a, **k))
+    for vae in ("none", folder):
+        flags = ["--vae", vae, "--image-size", 32, "--global-batch-size", 2, "--max-steps", 1]
+        draw(fit(tmp_path / vae[-4:], *flags) / "checkpoints" / "0000001.pt", tmp_path / "a.png", "--class-labels", 1)
+    assert seen == [True, False]
+
+
 def test_a_vae_that_cannot_be_had_says_what_to_do(tmp_path):
     with pytest.raises(OSError, match=r"stabilityai/sd-vae-ft-mse could not be loaded .* give --vae a local folder"):
         LatentSpace("mse").load("cpu")
     with pytest.raises(FileNotFoundError, match="neither ema, mse, none nor a folder"):
         LatentSpace(str(tmp_path))
+    for config in ('{"hidden_size": 4}', "[4]", "{"):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=r"config\.json is not that of an AutoencoderKL"):
+            LatentSpace(str(tmp_path))
     (tmp_path / "config.json").write_text('{"latent_channels": 4, "block_out_channels": [8, 8, 8, 8]}')
     with pytest.raises(OSError, match="could not be loaded"):
         LatentSpace(str(tmp_path)).load("cpu")
