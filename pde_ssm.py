@@ -142,9 +142,8 @@ class PDESSM(nn.Module):
         train() or eval() afterwards drops what was kept.)
         """
         parameters = list(self._parameters.values())
-        if self.training or torch.is_grad_enabled() or any(p.is_inference() for p in parameters):
-            return self._symbol(h, w)
-        if torch.compiler.is_compiling():
+        reusable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not reusable or any(p.is_inference() for p in parameters):  # inference tensors count no versions
             return self._symbol(h, w)
         # Parameters are compared by identity: the entry holds them, so that no later one can take their place in memory.
         state = [(id(p), p.data_ptr(), p._version) for p in parameters]

@@ -53,3 +53,9 @@ def test_the_readmes_tree_is_the_tree():
     kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
     assert kept | folders == named
+
+
+def test_what_the_readme_links_to_is_there():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
