@@ -40,11 +40,10 @@ def main(args, processes):
     space = open_space(settings["vae"]).load(processes.device)
 
     model.to(processes.device)
-    images = []
+    labels, images = torch.tensor(labels, device=processes.device), []
     for numbers in torch.arange(len(labels)).split(AT_ONCE):
         noise = PerImageNoise(image_seeds(args.seed, numbers.tolist(), "sampling"), processes.device)
-        y = torch.tensor(labels, device=processes.device)[numbers.to(processes.device)]
-        images.append(generate(model, space, diffusion, SAMPLERS[args.sampler], y, noise, args.cfg_scale))
+        images.append(generate(model, space, diffusion, SAMPLERS[args.sampler], labels[numbers], noise, args.cfg_scale))
     save_grid(torch.cat(images), out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
     print(f"{len(labels)} samples are in {out}")
 

@@ -1,3 +1,4 @@
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -153,7 +154,6 @@ def test_labels_and_seed_vary_the_images(tmp_path, checkpoint, monkeypatch):
 
 def test_the_npz_takes_no_memory(tmp_path):
     """Two thousand images of 3 kB are gathered in well under their 6 MB."""
-    tracemalloc = pytest.importorskip("tracemalloc")
     folder = tmp_path / "images"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
