@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from models import DiT_models
+from pde_ssm import options_from_weights
 from vae import open_space
 
 READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed")  # by settings_from_weights
@@ -53,7 +54,7 @@ def load_checkpoint(path):
 
 
 def settings_from_weights(weights):
-    """model, mixer, num_classes, image_size and vae as train.py would have been told them, read off the weights."""
+    """model, mixer and its options, num_classes, image_size and vae as train.py was told them, read off the weights."""
     hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     names = [
@@ -65,9 +66,12 @@ def settings_from_weights(weights):
         raise ValueError(f"no model is known with hidden size {hidden}, depth {depth} and patch size {patch}")
     vae = "ema" if channels == 4 else "none"
     grid = round(weights["pos_embed"].shape[1] ** 0.5)
+    first = {name.removeprefix("blocks.0.attn."): w for name, w in weights.items() if name.startswith("blocks.0.attn.")}
+    attention = "qkv.weight" in first
     return {
         "model": names[0],
-        "mixer": "attention" if "blocks.0.attn.qkv.weight" in weights else "pdessm",
+        "mixer": "attention" if attention else "pdessm",
+        "mixer_options": {} if attention else options_from_weights(first),
         "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
         "image_size": grid * patch * open_space(vae).factor,
         "vae": vae,
@@ -77,14 +81,15 @@ def settings_from_weights(weights):
 def load_model(path, args, default_vae):
     """The model of a checkpoint, in eval mode: (model, settings).
 
-    The settings (model, mixer, num_classes, image_size, vae) are the checkpoint's; those that `args` gives too, not
-    None, must agree. Which decoder to use in latent space is free. ValueError names both values, or what does not fit.
+    The settings (model, mixer, mixer_options, num_classes, image_size, vae) are the checkpoint's; those that `args`
+    gives too, not None, must agree. Two are free: which decoder to use in latent space, and image_size, a side or
+    (height, width), to which the model is resized. ValueError names both values, or what does not fit.
     """
     weights, stored = load_checkpoint(path)
     settings = settings_from_weights(weights)
     if stored.get("model") in DiT_models:  # a file of another code base may have names of its own
         settings |= {name: stored[name] for name in settings if name in stored}
-    for name in ("model", "mixer", "num_classes", "image_size"):
+    for name in ("model", "mixer", "num_classes"):
         given = getattr(args, name)
         if given not in (None, settings[name]):
             flag = "--" + name.replace("_", "-")
@@ -101,9 +106,24 @@ def load_model(path, args, default_vae):
         in_channels=space.channels,
         num_classes=settings["num_classes"],
         mixer=settings["mixer"],
+        **settings["mixer_options"],
     )
     load_weights(model, weights, path)
+    if args.image_size not in (None, settings["image_size"]):
+        settings["image_size"] = args.image_size
+        resize(model, args.image_size, space.factor)
     return model.eval().requires_grad_(False), settings
+
+
+def resize(model, image_size, factor):
+    """Makes the model one for images of another size, a side or (height, width), in a space smaller by `factor`."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % (model.patch_size * factor) or width % (model.patch_size * factor):
+        raise ValueError(
+            f"--image-size {height}x{width}: both must be divisible by {model.patch_size * factor}, "
+            f"the model's patch size {model.patch_size} times the {factor} of its space"
+        )
+    model.resize((height // factor, width // factor))
 
 
 def load_weights(model, weights, path):

@@ -20,11 +20,15 @@ def sincos_position(positions, dim, max_period=10000):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def grid_embedding(h, w, dim):
-    """Position of each token of an h x w grid: (1, h w, dim), one half for its column, the other for its row."""
+def grid_embedding(h, w, dim, trained_grid=None):
+    """Position of each token of an h x w grid: (1, h w, dim), one half for its column, the other for its row.
+
+    On another grid than the trained one, the tokens' centres keep their place in the picture, between the trained ones.
+    """
     if dim % 4:
         raise ValueError(f"hidden_size must be divisible by 4 for the positional embedding; it is {dim}")
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    places = [(torch.arange(n) + 0.5) * (trained / n) - 0.5 for n, trained in zip((h, w), trained_grid or (h, w))]
+    row, column = torch.meshgrid(*places, indexing="ij")
     halves = [sincos_position(axis.flatten(), dim // 2) for axis in (column, row)]
     return torch.cat(halves, dim=1).float()[None]
 
@@ -80,13 +84,15 @@ class DiTBlock(nn.Module):
     def __init__(self, mixer, hidden_size, mlp_ratio):
         super().__init__()
         self.attn = mixer
+        self.conditioned_mixer = getattr(mixer, "conditioned", False)
         gelu = partial(nn.GELU, approximate="tanh")
         self.mlp = Mlp(hidden_size, int(mlp_ratio * hidden_size), act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):                                               # (B, N, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(x, shift1, scale1)))
+        mixed = self.attn(modulate(x, shift1, scale1), *([c] if self.conditioned_mixer else []))
+        x = torch.addcmul(x, gate1[:, None], mixed)
         return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
 
 
@@ -146,6 +152,24 @@ class DiT(nn.Module):
         for last in [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+    def resize(self, input_size):
+        """The same weights for inputs of another size, a side or (height, width): returns the model.
+
+        Only the positional embedding changes, to positions between the present ones; every mixer runs on any grid.
+        """
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"input size {height} x {width} is not divisible by the patch size {p}")
+        trained_grid, self.grid_size = self.grid_size, (height // p, width // p)
+        self.x_embedder.set_input_size((height, width))
+        positions = grid_embedding(*self.grid_size, self.pos_embed.shape[2], trained_grid)
+        self.pos_embed = nn.Parameter(positions.to(self.pos_embed), requires_grad=False)
+        for block in self.blocks:
+            if hasattr(block.attn, "grid_size"):
+                block.attn.grid_size = self.grid_size
+        return self
 
     def forward(self, x, t, y, drop=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).

@@ -1,6 +1,6 @@
 """PDE-SSM: token mixing by a learnable convection-diffusion-reaction equation, solved in the Fourier domain.
 
-On a grid of h x w tokens, seen as the unit torus, every channel of the hidden state follows
+On a grid of h x w tokens, seen as the unit torus, the hidden state follows
 
     dh/dt = div(K grad h) + b . grad h + r h,     h(0) = (g0 + gx d/dx + gy d/dy) (R u)          (2), (6)
 
@@ -17,10 +17,12 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 TERMS = ("diffusion", "convection", "reaction")
-COUPLINGS = ("diagonal",)
-R_MAX = 1.0  # r <= R_MAX, so no mode of any channel grows by more than exp(tau R_MAX)
+R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_MAX)
+CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
+KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
 _ATTENTION_ARGUMENTS = {
@@ -40,21 +42,31 @@ def wave_numbers(n, half=False, dtype=torch.float32, device=None):
     return 2 * math.pi * m, 2 * math.pi * m * (2 * m.abs() != n)
 
 
-def green_symbol(K, b, r, tau, h, w):
-    """The Green's function in the Fourier domain, Eq. (10): G(k) = exp(tau Lambda(k)) with
+def wave_vectors(h, w, dtype=torch.float32, device=None):
+    """kx, ky, kx_odd, ky_odd of an h x w grid as rfft2 orders them; kx* are (w // 2 + 1,) and ky* (h, 1)."""
+    ky, ky_odd = wave_numbers(h, dtype=dtype, device=device)
+    kx, kx_odd = wave_numbers(w, half=True, dtype=dtype, device=device)
+    return kx, ky[:, None], kx_odd, ky_odd[:, None]
 
-        Lambda(k) = -(Kxx kx^2 + 2 Kxy kx ky + Kyy ky^2) + r + i (bx kx + by ky)                            (8)
+
+def growth_and_phase(K, b, r, kx, ky, kx_odd, ky_odd):
+    """Real and imaginary part of Lambda(k) = -(Kxx kx^2 + 2 Kxy kx ky + Kyy ky^2) + r + i (bx kx + by ky)      (8)
+
+    K (..., 2, 2), b (..., 2), r (...): their leading axes broadcast against those of the wave vectors.
+    """
+    growth = r - K[..., 0, 0] * kx**2 - 2 * K[..., 0, 1] * kx_odd * ky_odd - K[..., 1, 1] * ky**2
+    return growth, b[..., 0] * kx_odd + b[..., 1] * ky_odd
+
+
+def green_symbol(K, b, r, tau, h, w):
+    """The Green's function in the Fourier domain: G(k) = exp(tau Lambda(k))                                    (10)
 
     K (..., 2, 2), b (..., 2), r (...) and tau (...) broadcast over their leading axes and are in units of the torus
     (side 1, whatever h and w). Returns (..., h, w // 2 + 1), complex64, or complex128 for float64 coefficients.
     """
-    ky, ky_odd = (k[:, None] for k in wave_numbers(h, dtype=K.dtype, device=K.device))
-    kx, kx_odd = wave_numbers(w, half=True, dtype=K.dtype, device=K.device)
-    Kxx, Kxy, Kyy = (K[..., i, j, None, None] for i, j in ((0, 0), (0, 1), (1, 1)))
-    bx, by = b[..., 0, None, None], b[..., 1, None, None]
-    r, tau = r[..., None, None], tau[..., None, None]
-    growth = r - Kxx * kx**2 - 2 * Kxy * kx_odd * ky_odd - Kyy * ky**2
-    phase = bx * kx_odd + by * ky_odd
+    k = wave_vectors(h, w, K.dtype, K.device)
+    growth, phase = growth_and_phase(K[..., None, None, :, :], b[..., None, None, :], r[..., None, None], *k)
+    tau = tau[..., None, None]
     return torch.polar(*torch.broadcast_tensors(torch.exp(tau * growth), tau * phase))
 
 
@@ -63,23 +75,17 @@ def embedding_symbol(g0, gx, gy, h, w):
 
     g0, gx, gy (...) -> (..., h, w // 2 + 1), complex.
     """
-    _, ky = wave_numbers(h, dtype=g0.dtype, device=g0.device)
-    _, kx = wave_numbers(w, half=True, dtype=g0.dtype, device=g0.device)
+    _, _, kx, ky = wave_vectors(h, w, g0.dtype, g0.device)
     g0, gx, gy = (g[..., None, None] for g in (g0, gx, gy))
-    return torch.complex(*torch.broadcast_tensors(g0, gx * kx + gy * ky[:, None]))
+    return torch.complex(*torch.broadcast_tensors(g0, gx * kx + gy * ky))
 
 
-class PDESSM(nn.Module):
-    """The PDE-SSM operator: (B, C, h, w) -> (B, C, h, w), for any h and w.
+class Diagonal(nn.Module):
+    """Each of `dim` channels follows a PDE of its own.
 
-    dim:        channels C.
-    grid_size:  (h, w) of the tokens it will see; only the initial values depend on it.
-    coupling:   "diagonal", each channel a PDE of its own.
-    terms:      which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
-
-    Parameters, one number per channel each: g0, gx, gy of Eq. (6); log_tau; log_lx, log_ly and shear, which give
-    K = L L^T with L = [[lx, 0], [shear ly, ly]]; b; and r = R_MAX - softplus(r_slack). So K is positive definite and
-    r <= R_MAX whatever an optimiser does. With one token's width 1 / max(h, w), they start at
+    Parameters, (dim,) unless said otherwise: g0, gx, gy; log_tau; log_lx, log_ly and shear, which give K = L L^T with
+    L = [[lx, 0], [shear ly, ly]]; b (dim, 2); r = R_MAX - softplus(r_slack). So K is positive definite and r <= R_MAX
+    whatever an optimiser does. Those of absent terms do not exist. With one token's width 1 / max(h, w), they start at
 
     - tau = 1, r = 0, g0 = 1, gx = gy = 0: a contraction that keeps the mean;
     - K isotropic, its Gaussian (variance 2 tau K) with a standard deviation that runs log-uniformly over the channels
@@ -87,43 +93,41 @@ class PDESSM(nn.Module):
       its time scales, so that every range is there before training;
     - b tau: shifts of up to two tokens in all directions, so that first neighbours are told apart.
 
-    R is a linear layer without bias (a 1 x 1 convolution). Transform and symbol are computed in float32 (float64 for
-    float64 inputs) under any autocast; the result has the type of R u.
+    All are plain parameters, not layers: initialisers that walk over a model's layers leave them alone.
     """
 
-    def __init__(self, dim, *, grid_size=(16, 16), coupling="diagonal", terms=TERMS):
+    def __init__(self, dim, groups, grid_size, terms):
         super().__init__()
-        if coupling not in COUPLINGS:
-            raise ValueError(f"unknown coupling {coupling!r}; known: {', '.join(COUPLINGS)}")
-        if not terms or set(terms) - set(TERMS):
-            raise ValueError(f"terms must be some of {', '.join(TERMS)}, not {terms!r}")
-        self.dim, self.coupling, self.terms = dim, coupling, tuple(t for t in TERMS if t in terms)
-        self.R = nn.Linear(dim, dim, bias=False)
-        nn.init.xavier_uniform_(self.R.weight)
+        self.dim, self.groups, self.terms = dim, groups, terms
+        self._symbols = {}
+        self.create_parameters(1 / max(grid_size))
 
-        # Plain parameters, not layers: initialisers that walk over a model's layers leave them alone.
-        token = 1 / max(grid_size)
-        self.g0 = nn.Parameter(torch.ones(dim))
-        self.gx = nn.Parameter(torch.zeros(dim))
-        self.gy = nn.Parameter(torch.zeros(dim))
-        self.log_tau = nn.Parameter(torch.zeros(dim))
-        if "diffusion" in terms:
-            finest, widest = math.log(token / 2), math.log(max(1 / 4, token / 2))
-            log_l = torch.linspace(finest, widest, dim) - math.log(2) / 2  # variance 2 tau K = 2 l^2
+    def create_parameters(self, token):
+        self.g0 = nn.Parameter(torch.ones(self.dim))
+        self.log_tau = nn.Parameter(torch.zeros(self.dim))
+        self.create_scalar_pdes(token, (self.dim,), r=torch.zeros(self.dim))
+
+    def create_scalar_pdes(self, token, shape, r):
+        self.gx = nn.Parameter(torch.zeros(shape))
+        self.gy = nn.Parameter(torch.zeros(shape))
+        if "diffusion" in self.terms:
+            log_l = initial_widths(token, math.prod(shape)).log().view(shape)
             self.log_lx = nn.Parameter(log_l)
             self.log_ly = nn.Parameter(log_l.clone())
-            self.shear = nn.Parameter(torch.zeros(dim))
-        if "convection" in terms:
-            angle, shift = 2 * math.pi * torch.rand(dim), 2 * token * torch.rand(dim)
-            self.b = nn.Parameter(torch.stack([shift * angle.cos(), shift * angle.sin()], dim=-1))
-        if "reaction" in terms:
-            self.r_slack = nn.Parameter(torch.full((dim,), math.log(math.expm1(R_MAX))))
-        self._symbols = {}
+            self.shear = nn.Parameter(torch.zeros(shape))
+        if "convection" in self.terms:
+            self.b = nn.Parameter(initial_shifts(token, shape))
+        if "reaction" in self.terms:
+            self.r_slack = nn.Parameter((R_MAX - r).expm1().log())
 
     def coefficients(self):
-        """K (C, 2, 2), b (C, 2), r (C,), tau (C,) of the PDE, in float32 or wider; zero for absent terms."""
+        """K (..., 2, 2), b (..., 2), r (...) and tau, in float32 or wider; zero for absent terms.
+
+        Their leading axes are (dim,), or (groups, c, c) with tau (groups,) where channels are coupled.
+        """
         tau = _widen(self.log_tau).exp()
-        K, b, r = tau.new_zeros(self.dim, 2, 2), tau.new_zeros(self.dim, 2), tau.new_zeros(self.dim)
+        shape = self.g0.shape
+        K, b, r = tau.new_zeros(*shape, 2, 2), tau.new_zeros(*shape, 2), tau.new_zeros(shape)
         if "diffusion" in self.terms:
             lx, ly, shear = _widen(self.log_lx).exp(), _widen(self.log_ly).exp(), _widen(self.shear)
             Kxy = lx * shear * ly
@@ -135,7 +139,7 @@ class PDESSM(nn.Module):
         return K, b, r, tau
 
     def symbol(self, h, w):
-        """G(k) B(k) on an h x w grid: (C, h, w // 2 + 1), complex.
+        """What `evolve` multiplies by on an h x w grid, complex: here G(k) B(k), (dim, h, w // 2 + 1).
 
         It does not depend on the input, so evaluation without gradients computes it once per grid size and reuses it
         until a parameter changes. (Writing through `parameter.data` escapes PyTorch's version counter, and so ours;
@@ -144,27 +148,28 @@ class PDESSM(nn.Module):
         parameters = list(self._parameters.values())
         reusable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if not reusable or any(p.is_inference() for p in parameters):  # inference tensors count no versions
-            return self._symbol(h, w)
+            return self.compute_symbol(h, w)
         # Parameters are compared by identity: the entry holds them, so that no later one can take their place in memory.
         state = [(id(p), p.data_ptr(), p._version) for p in parameters]
         entry = self._symbols.get((h, w))
         if entry is None or entry[0] != state:
-            entry = self._symbols[h, w] = state, parameters, self._symbol(h, w)
+            entry = self._symbols[h, w] = state, parameters, self.compute_symbol(h, w)
         return entry[2]
 
-    def _symbol(self, h, w):
-        g0, gx, gy = _widen(self.g0), _widen(self.gx), _widen(self.gy)
-        return green_symbol(*self.coefficients(), h, w) * embedding_symbol(g0, gx, gy, h, w)
+    def compute_symbol(self, h, w, time_scale=None):
+        K, b, r, tau = self.coefficients()
+        if time_scale is not None:
+            tau = tau * time_scale                                         # (B, dim)
+        embedding = embedding_symbol(_widen(self.g0), _widen(self.gx), _widen(self.gy), h, w)
+        return green_symbol(K, b, r, tau, h, w) * embedding
+
+    def evolve(self, v_hat, h, w, time_scale=None):                        # (B, dim, h, w // 2 + 1), (B, dim) or None
+        """From R u to the state at time tau, both in the Fourier domain; time_scale multiplies tau."""
+        symbol = self.symbol(h, w) if time_scale is None else self.compute_symbol(h, w, time_scale)
+        return symbol * v_hat
 
     def kernel(self, h, w):
-        """The Green's function in space: (C, h, w), real; what a unit impulse at token (0, 0) has become at time tau."""
         return torch.fft.irfft2(green_symbol(*self.coefficients(), h, w), s=(h, w))
-
-    def forward(self, u):                                                  # (B, C, h, w)
-        h, w = u.shape[-2:]
-        v = self.R(u.movedim(1, -1)).movedim(-1, 1)                        # (B, C, h, w)
-        v_hat = torch.fft.rfft2(_widen(v))                                 # (B, C, h, w // 2 + 1)
-        return torch.fft.irfft2(self.symbol(h, w) * v_hat, s=(h, w)).to(v.dtype)
 
     # What could make a kept symbol stale without a new parameter version: new storage, a new mode, a copy.
     def _apply(self, fn, recurse=True):
@@ -178,34 +183,337 @@ class PDESSM(nn.Module):
     def __getstate__(self):
         return {**super().__getstate__(), "_symbols": {}}
 
+
+class Pairwise(Diagonal):
+    """Every pair of channels of a group has a PDE, whose Green's function takes the one to the other: Algorithm 1.
+
+    With c = dim / groups channels in a group, g0, gx, gy and the parameters of K, b and r are those of `Diagonal` with
+    the shape (groups, c, c), output channels before input channels; log_tau is (groups,). The exponential is taken
+    entry by entry: h_i = sum_j G_ij * (B R u)_j, like a convolution of as many channels, in O(N c dim).
+
+    A pair of a channel with itself starts as in `Diagonal`. Between two channels r starts at -log c, so that a channel
+    hears all the others together about as loud as itself; without the reaction term g0 starts at 1 / c instead of 1.
+    """
+
+    def create_parameters(self, token):
+        c = self.dim // self.groups
+        shape, own = (self.groups, c, c), torch.eye(c).expand(self.groups, c, c)
+        self.g0 = nn.Parameter(own / (1 if "reaction" in self.terms else c))
+        self.log_tau = nn.Parameter(torch.zeros(self.groups))
+        self.create_scalar_pdes(token, shape, r=math.log(c) * (own - 1))
+
+    def green(self, K, b, r, tau, *k):
+        """The symbol as matrices, (f, groups, c, c), at f wave vectors."""
+        k = (component[:, None, None, None] for component in k)
+        return self.exponential(*growth_and_phase(K, b, r, *k), tau[:, None, None])
+
+    def exponential(self, growth, phase, tau):                             # (f, groups, c, c), same, (groups, 1, 1)
+        return torch.polar(torch.exp(tau * growth), tau * phase)
+
+    def compute_symbol(self, h, w):
+        """G(k) at all wave vectors, (h (w // 2 + 1), groups, c, c)."""
+        return self.green(*self.coefficients(), *self.flat_wave_vectors(h, w))
+
+    def flat_wave_vectors(self, h, w):
+        dtype = torch.promote_types(self.g0.dtype, torch.float32)
+        return [k.expand(h, w // 2 + 1).flatten() for k in wave_vectors(h, w, dtype, self.g0.device)]
+
+    def evolve(self, v_hat, h, w):                                         # (B, dim, h, w // 2 + 1)
+        v = self.embed(v_hat, h, w)                                        # (f, groups, c, B)
+        if not torch.is_grad_enabled() and len(v) * self.g0.numel() <= KEPT:
+            states = self.symbol(h, w) @ v                                 # (f, groups, c, B)
+        else:
+            at_once, coefficients = max(1, CHUNK // self.g0.numel()), self.coefficients()
+            pieces = zip(*(k.split(at_once) for k in (v, *self.flat_wave_vectors(h, w))))
+            states = [checkpoint(self.evolve_some, *piece, *coefficients, use_reentrant=False) for piece in pieces]
+            states = torch.cat(states)
+        return states.permute(3, 1, 2, 0).reshape(v_hat.shape)
+
+    def evolve_some(self, v, kx, ky, kx_odd, ky_odd, *coefficients):
+        """A few wave vectors alone. Training keeps nothing of their symbol: it is computed again for the gradients."""
+        return self.green(*coefficients, kx, ky, kx_odd, ky_odd) @ v
+
+    def embed(self, v_hat, h, w):
+        """B(k) v_hat with B(k) = g0 + i (gx kx + gy ky), as one real product: (f, groups, c, B)."""
+        g = torch.cat([_widen(self.g0), _widen(self.gx), _widen(self.gy)], dim=1)     # (groups, 3 c, c)
+        parts = torch.view_as_real(v_hat.flatten(2)).unflatten(1, (self.groups, -1))  # (B, groups, c, f, 2)
+        parts = torch.einsum("gij,bgjfz->fgibz", g, parts).contiguous()               # (f, groups, 3 c, B, 2)
+        v, v_x, v_y = torch.view_as_complex(parts).chunk(3, dim=2)
+        _, _, kx, ky = (k[:, None, None, None] for k in self.flat_wave_vectors(h, w))
+        return v + 1j * (kx * v_x + ky * v_y)
+
+    def kernel(self, h, w):
+        G = self.compute_symbol(h, w).flatten(1, 2).movedim(0, -1).unflatten(-1, (h, w // 2 + 1))
+        return torch.fft.irfft2(G, s=(h, w))
+
+
+class Coupled(Pairwise):
+    """The channels of a group follow one system of PDEs: G(k) is the matrix exponential of tau Lambda(k).
+
+    With c = dim / groups, matrices (groups, c, c) unless said otherwise: g0, gx, gy; log_tau (groups,); lx, ly and
+    shear, of which K(k) = P P^T with P = [kx lx + ky shear, ky ly], the matrix form of the Cholesky factor of
+    `Diagonal`; bx and by, of which the symmetric parts count; r = R_MAX - r_root r_root^T. K(k) is positive
+    semi-definite, i k . b is anti-Hermitian and r <= R_MAX, so the 2-norm of G(k) is at most exp(tau R_MAX).
+    Starts as `Diagonal` does, without coupling.
+    """
+
+    def create_parameters(self, token):
+        c = self.dim // self.groups
+        own = torch.eye(c).expand(self.groups, c, c)
+        self.g0 = nn.Parameter(own.clone())
+        self.gx = nn.Parameter(torch.zeros_like(own))
+        self.gy = nn.Parameter(torch.zeros_like(own))
+        self.log_tau = nn.Parameter(torch.zeros(self.groups))
+        if "diffusion" in self.terms:
+            l = torch.diag_embed(initial_widths(token, self.dim).view(self.groups, c))
+            self.lx = nn.Parameter(l)
+            self.ly = nn.Parameter(l.clone())
+            self.shear = nn.Parameter(torch.zeros_like(l))
+        if "convection" in self.terms:
+            bx, by = initial_shifts(token, (self.groups, c)).unbind(-1)
+            self.bx = nn.Parameter(torch.diag_embed(bx))
+            self.by = nn.Parameter(torch.diag_embed(by))
+        if "reaction" in self.terms:
+            self.r_root = nn.Parameter(math.sqrt(R_MAX) * own)
+
+    def coefficients(self):
+        tau = _widen(self.log_tau).exp()
+        shape = self.g0.shape
+        K, b, r = tau.new_zeros(*shape, 2, 2), tau.new_zeros(*shape, 2), tau.new_zeros(shape)
+        if "diffusion" in self.terms:
+            lx, ly, shear = _widen(self.lx), _widen(self.ly), _widen(self.shear)
+            Kxy = symmetric(lx @ shear.mT)
+            K = torch.stack([lx @ lx.mT, Kxy, Kxy, shear @ shear.mT + ly @ ly.mT], dim=-1).unflatten(-1, (2, 2))
+        if "convection" in self.terms:
+            b = torch.stack([symmetric(_widen(self.bx)), symmetric(_widen(self.by))], dim=-1)
+        if "reaction" in self.terms:
+            root = _widen(self.r_root)
+            r = R_MAX * torch.eye(shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
+        return K, b, r, tau
+
+    def exponential(self, growth, phase, tau):
+        return torch.linalg.matrix_exp(tau * torch.complex(*torch.broadcast_tensors(growth, phase)))
+
+
+EQUATIONS = {"diagonal": Diagonal, "pairwise": Pairwise, "coupled": Coupled}
+COUPLINGS = tuple(EQUATIONS)
+
+
+def initial_widths(token, n):
+    """n diffusion lengths l with K = l^2, so that the Gaussian's standard deviation at tau = 1 is sqrt(2) l."""
+    return torch.logspace(math.log(token / 2), math.log(max(1 / 4, token / 2)), n, base=math.e) / math.sqrt(2)
+
+
+def initial_shifts(token, shape):
+    """Random vectors (*shape, 2) of up to two tokens, in all directions."""
+    angle, length = 2 * math.pi * torch.rand(shape), 2 * token * torch.rand(shape)
+    return torch.stack([length * angle.cos(), length * angle.sin()], dim=-1)
+
+
+def symmetric(A):
+    return (A + A.mT) / 2
+
+
+class PDESSM(nn.Module):
+    """The PDE-SSM operator: (B, dim, h, w) -> (B, dim, h, w), for any h and w.
+
+    grid_size:   (h, w) of the tokens it will see; only the initial values depend on it.
+    coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
+    groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
+                 pairwise, as in the paper, and groups of 8 channels for coupled, whose exponential costs O(c^3).
+    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back.
+    terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
+    gate:        not the paper's: the state times silu of a second projection of u, then a linear layer.
+    conditioned: not the paper's: forward takes a vector c (B, dim) too, and each channel's tau is multiplied by exp of
+                 a linear map of it, zero at the start. For the diagonal coupling alone.
+
+    R is a linear layer without bias (a 1 x 1 convolution). Transform and symbol are computed in float32 (float64 for
+    float64 inputs) under any autocast; the result has the type of R u. ValueError for options that do not fit.
+    """
+
+    def __init__(
+        self, dim, *, grid_size=(16, 16), coupling="diagonal", groups=None, state_dim=None, terms=TERMS,
+        gate=False, conditioned=False,
+    ):  # fmt: skip
+        super().__init__()
+        if coupling not in EQUATIONS:
+            raise ValueError(f"unknown coupling {coupling!r}; known: {', '.join(EQUATIONS)}")
+        if not terms or set(terms) - set(TERMS):
+            raise ValueError(f"terms must be some of {', '.join(TERMS)}, not {terms!r}")
+        if conditioned and coupling != "diagonal":
+            raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")
+        C = dim if state_dim is None else state_dim
+        if groups is None:
+            groups = C // math.gcd(C, 8) if coupling == "coupled" else 1
+        if groups < 1 or C < 1 or C % groups:
+            raise ValueError(f"{C} channels cannot be split into {groups} equal groups")
+        self.dim, self.coupling, self.conditioned = dim, coupling, conditioned
+        self.R = nn.Linear(dim, C, bias=False)
+        terms = tuple(term for term in TERMS if term in terms)
+        self.equation = EQUATIONS[coupling](C, groups, grid_size, terms)
+        self.gate = nn.Linear(dim, C, bias=False) if gate else None
+        self.out = nn.Linear(C, dim, bias=False) if gate or dim != C else None
+        for layer in filter(None, (self.R, self.gate, self.out)):
+            nn.init.xavier_uniform_(layer.weight)
+        if conditioned:
+            self.log_time_scale = nn.Parameter(torch.zeros(C, dim))
+
+    def forward(self, u, c=None):                                          # (B, D, h, w), (B, D) or None
+        if u.ndim != 4 or u.shape[1] != self.dim or not u.is_floating_point():
+            raise ValueError(f"PDESSM needs a real (B, {self.dim}, h, w); it got {u.dtype} of shape {tuple(u.shape)}")
+        if (c is not None) != self.conditioned:
+            raise ValueError(f"PDESSM has conditioned={self.conditioned} and got {'no vector' if c is None else 'a vector'} c")
+        h, w = u.shape[-2:]
+        u = u.movedim(1, -1)                                               # (B, h, w, D)
+        v = self.R(u)                                                      # (B, h, w, C)
+        with torch.autocast(u.device.type, enabled=False):
+            v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))              # (B, C, h, w // 2 + 1)
+            options = {"time_scale": self.time_scale(c)} if self.conditioned else {}
+            h_hat = self.equation.evolve(v_hat, h, w, **options)           # (B, C, h, w // 2 + 1)
+            state = torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
+        if self.gate is not None:
+            state = state * nn.functional.silu(self.gate(u))               # (B, h, w, C)
+        if self.out is not None:
+            state = self.out(state)                                        # (B, h, w, D)
+        return state.movedim(-1, 1)                                        # (B, D, h, w)
+
+    def time_scale(self, c):                                               # (B, D)
+        return (_widen(c) @ _widen(self.log_time_scale).T).exp()           # (B, C)
+
+    def coefficients(self):
+        """K, b, r and tau of the PDE; see `Diagonal.coefficients`."""
+        return self.equation.coefficients()
+
+    def kernel(self, h, w):
+        """The Green's function in space, real: what a unit impulse at token (0, 0) has become at time tau, without R and B.
+
+        (C, h, w) for the diagonal coupling. For the others (C, C / groups, h, w), output channels before input
+        channels, as the weight of a grouped convolution (a circular one).
+        """
+        return self.equation.kernel(h, w)
+
     def extra_repr(self):
-        return f"{self.dim}, coupling={self.coupling!r}, terms={self.terms}"
+        equation = self.equation
+        return f"{self.dim}, coupling={self.coupling!r}, groups={equation.groups}, terms={equation.terms}"
+
+
+def receptive_field(kernel):
+    """How far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
+
+    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone it is the length of the shift, for
+    isotropic diffusion of standard deviation s it is sqrt(2) s.
+    """
+    h, w = kernel.shape[-2:]
+    y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))
+    weight = kernel.abs()
+    return ((weight * (x**2 + y[:, None] ** 2)).sum((-2, -1)) / weight.sum((-2, -1))).sqrt()
 
 
 class PDESSMBlock(nn.Module):
     """PDE-SSM on tokens, (B, N, D) -> (B, N, D): stands where timm's Attention stood and takes its arguments.
 
     num_heads, qkv_bias and the other arguments of attention mean nothing to a PDE and are ignored.
-    grid_size is the (h, w) of the N = h w tokens, row by row; without it, N must be a square. The other options are
-    those of `PDESSM`.
+    grid_size is the (h, w) of the h w tokens of the grid, row by row; without it, their number must be a square.
+    The other options are those of `PDESSM`.
+
+    prefix_tokens is the number of tokens before the grid's that have no place on it, such as a class token. To them the
+    torus is one well-stirred vessel: each is a uniform field, which diffusion and convection leave as it is, so their
+    mean after a linear layer is added to every token of the grid, and the mean of the grid's result to each of them.
     """
 
-    def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, coupling="diagonal", terms=TERMS, **ignored):
+    def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
+                 groups=None, state_dim=None, terms=TERMS, gate=False, conditioned=False, **ignored):  # fmt: skip
         super().__init__()
         if unknown := set(ignored) - _ATTENTION_ARGUMENTS:
             raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
-        self.grid_size = tuple(grid_size) if grid_size else None
-        options = {"grid_size": self.grid_size} if grid_size else {}
-        self.pde = PDESSM(dim, coupling=coupling, terms=terms, **options)
+        self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
+        options = dict(coupling=coupling, groups=groups, state_dim=state_dim, terms=terms, gate=gate, conditioned=conditioned)
+        self.pde = PDESSM(dim, grid_size=self.grid_size or (16, 16), **options)
+        self.conditioned = conditioned
+        self.prefix = nn.Linear(dim, dim, bias=False) if prefix_tokens else None
 
-    def forward(self, tokens):                                             # (B, N, D)
+    def forward(self, tokens, c=None, **call):                             # (B, P + N, D), (B, D) or None
+        """`call` takes what callers pass to attention, such as attn_mask=None; ValueError if it is not None or False."""
+        if given := [name for name, value in call.items() if value is not None and value is not False]:
+            raise ValueError(f"PDESSMBlock mixes a grid of tokens and cannot follow {', '.join(given)}")
+        prefix, tokens = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
         N = tokens.shape[1]
         h, w = self.grid_size or (math.isqrt(N), math.isqrt(N))
-        if h * w != N:
+        if N == 0 or h * w != N:
             grid = f"{h} x {w} = {h * w} tokens" if self.grid_size else "a square number of tokens (pass grid_size=(h, w))"
-            raise ValueError(f"PDESSMBlock got {N} tokens; it expects {grid}")
+            raise ValueError(f"PDESSMBlock got {N} tokens on the grid; it expects {grid}")
         u = tokens.transpose(1, 2).unflatten(2, (h, w))                    # (B, D, h, w)
-        return self.pde(u).flatten(2).transpose(1, 2)                      # (B, N, D)
+        mixed = self.pde(u, c).flatten(2).transpose(1, 2)                  # (B, N, D)
+        if self.prefix is None:
+            return mixed
+        uniform = self.prefix(prefix)                                      # (B, P, D)
+        return torch.cat([uniform + mixed.mean(1, keepdim=True), mixed + uniform.mean(1, keepdim=True)], dim=1)
+
+
+# What makes a mixer of PDESSMBlock, by name.
+PRESETS = {"pdessm": {}}
+
+
+def options_from_weights(weights):
+    """The options of the PDESSMBlock that has these weights, a state dict: what to build before loading them."""
+    g0 = weights["pde.equation.g0"]
+    names = {name.removeprefix("pde.equation.") for name in weights}
+    found = {
+        "diffusion": names & {"log_lx", "lx"},
+        "convection": names & {"b", "bx"},
+        "reaction": names & {"r_slack", "r_root"},
+    }
+    state_dim, dim = weights["pde.R.weight"].shape
+    return {
+        "coupling": "diagonal" if g0.ndim == 1 else "coupled" if names & {"lx", "bx", "r_root"} else "pairwise",
+        "groups": 1 if g0.ndim == 1 else len(g0),
+        "state_dim": state_dim if state_dim != dim else None,
+        "terms": tuple(term for term in TERMS if found[term]),
+        "gate": "pde.gate.weight" in weights,
+        "conditioned": "pde.log_time_scale" in weights,
+    }
+
+
+def replace_attention(model, mixer="pdessm", grid_size=None, **options):
+    """Replaces every self-attention layer of `model` by a PDESSMBlock, in place, prints how many, and returns the model.
+
+    model:     anything with attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or as
+               diffusers has it (`to_q`, `to_k`, `to_v`, `to_out`; cross-attention stays).
+    mixer:     a name in PRESETS, or a class with the constructor of PDESSMBlock.
+    grid_size: (h, w) of the tokens; by default the model's, if it has a `grid_size` or its `patch_embed` has one.
+    options:   of PDESSMBlock; prefix_tokens is by default the model's `num_prefix_tokens`.
+
+    The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer.
+    """
+    if isinstance(mixer, str):
+        if mixer not in PRESETS:
+            raise ValueError(f"unknown mixer {mixer!r}; known: {', '.join(PRESETS)}")
+        mixer, options = PDESSMBlock, PRESETS[mixer] | options
+    if options.get("conditioned"):
+        raise ValueError("conditioned needs blocks that pass a conditioning vector to their mixer, as DiT of this project does")
+    options.setdefault("prefix_tokens", getattr(model, "num_prefix_tokens", 0))
+    for owner in (model, getattr(model, "patch_embed", None)):
+        grid_size = grid_size or getattr(owner, "grid_size", None)
+
+    found = [(name, layer) for name, layer in model.named_modules() if _attention_width(layer)]
+    if not found:
+        parts = "qkv and proj, or to_q, to_k, to_v and to_out"
+        raise ValueError(f"{type(model).__name__} has no self-attention layer with {parts}")
+    for name, layer in found:
+        weight = next(layer.parameters())
+        new = mixer(_attention_width(layer), grid_size=grid_size, **options).to(weight.device, weight.dtype)
+        model.set_submodule(name, new.train(layer.training))
+    print(f"replaced {len(found)} attention layers of {type(model).__name__} by {mixer.__name__}")
+    return model
+
+
+def _attention_width(layer):
+    """The number of channels of a self-attention layer, timm's or diffusers'; None for any other module."""
+    if all(hasattr(layer, name) for name in ("qkv", "proj", "num_heads")):
+        return layer.qkv.in_features
+    if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and not layer.is_cross_attention:
+        return layer.to_q.in_features
+    return None
 
 
 def _widen(x):

@@ -120,12 +120,20 @@ def add_model_flags(add, vae):
     add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
     add("--model", choices=DiT_models, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
-    add("--image-size", type=positive, help="from the checkpoint")
+    add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
     add("--num-classes", type=positive, help="from the checkpoint")
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=SAMPLERS, default="ddpm")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
+
+
+def image_size(text):
+    """A side, "48", or "32x48" as (height, width)."""
+    sides = [positive(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is neither a side nor HxW")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
 
 def parse_args(argv=None):

@@ -65,7 +65,8 @@ def folder_name(args, settings):
     model = settings["model"].replace("/", "-")
     checkpoint = Path(args.ckpt).stem if args.ckpt else "pretrained"
     vae = Path(settings["vae"]).name
-    return f"{model}-{checkpoint}-size-{settings['image_size']}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    size = settings["image_size"] if isinstance(settings["image_size"], int) else "{}x{}".format(*settings["image_size"])
+    return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
 def claim_folder(folder, model, vae, args):

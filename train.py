@@ -30,9 +30,11 @@ from diffusion.samplers import PerImageNoise, image_seeds
 from mixers import MIXERS
 from models import MODELS
 from parallel import launch
+from pde_ssm import COUPLINGS, TERMS
 from vae import open_space
 
 EMA_DECAY = 0.9999
+HELD_OUT = 2560  # images of --val-path that a validation loss takes
 logger = logging.getLogger("train")
 
 
@@ -43,13 +45,15 @@ def main(args, processes):
     space = open_space(args.vae)
     dataset = load_dataset(args.data_path, args.image_size, args.uncond)
     args.num_classes = 0 if args.uncond else args.num_classes
-    check(args, processes, dataset, space)
+    held_out = load_dataset(args.val_path, args.image_size, args.uncond) if args.val_path else None
+    check(args, processes, dataset, held_out, space)
 
     model = MODELS[args.model](
         input_size=args.image_size // space.factor,
         in_channels=space.channels,
         num_classes=args.num_classes,
         mixer=args.mixer,
+        **mixer_options(args),
     )
     folder = None
     if processes.rank == 0:
@@ -94,10 +98,12 @@ def main(args, processes):
             losses, start = [], perf_counter()
         if step % args.ckpt_every == 0 or step == total:
             save(step)
+            if held_out:
+                log_held_out(step, held_out_loss(ema, held_out, args, processes, space, diffusion), processes, folder)
     logger.info("Done!")
 
 
-def check(args, processes, dataset, space):
+def check(args, processes, dataset, held_out, space):
     """ValueError for settings that cannot work together."""
     patch = MODELS[args.model].keywords["patch_size"]
     if args.image_size % (patch * space.factor):
@@ -109,6 +115,18 @@ def check(args, processes, dataset, space):
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    if held_out and (held_out.num_classes != dataset.num_classes or len(held_out) < processes.size):
+        has = f"{len(held_out)} images of {held_out.num_classes} classes"
+        raise ValueError(f"--val-path has {has}; it needs {dataset.num_classes} classes and {processes.size} images or more")
+
+
+def mixer_options(args):
+    """The --pde-* flags that were given, as options of the mixer."""
+    given = {name: value for name, value in vars(args).items() if name.startswith("pde_") and value not in (None, False)}
+    if given and args.mixer == "attention":
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags} means nothing to --mixer attention")
+    return {name.removeprefix("pde_"): value for name, value in given.items()}
 
 
 def make_loader(dataset, args, processes):
@@ -160,6 +178,35 @@ def draw_batch(images, labels, step, args, processes, flip, space, diffusion):
     return dict(x_start=x, t=t, model_kwargs=model_kwargs, noise=noise(x))
 
 
+@torch.no_grad()
+def held_out_loss(model, dataset, args, processes, space, diffusion):
+    """The mean of every term of the loss over up to HELD_OUT images, spread over the data set: a dict of floats.
+
+    Noise and timesteps are the same in every call of every run, the timesteps evenly spread, so that two models or
+    two steps of one differ by nothing else.
+    """
+    n = min(len(dataset), HELD_OUT)
+    sums = {}
+    mine = range(processes.rank, n, processes.size)
+    for start in range(0, len(mine), 64):
+        numbers = mine[start : start + 64]
+        images, labels = zip(*(dataset[number * len(dataset) // n] for number in numbers))
+        noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
+        images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
+        side = args.image_size // space.factor
+        x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
+        # A prime that divides no n: a permutation, so that timesteps have nothing to do with an image's place in the set.
+        shuffled = torch.tensor([number * 1_000_003 % n for number in numbers], device=processes.device)
+        t = ((shuffled + noise.rand()) * (diffusion.num_timesteps / n)).long()
+        losses = diffusion.training_losses(model, x, t, dict(y=labels), noise(x))
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.sum(dtype=torch.float64)
+    total = torch.stack(list(sums.values())).float()
+    if processes.size > 1:
+        dist.all_reduce(total)
+    return dict(zip(sums, (total / n).tolist()))
+
+
 def update_ema(ema, model, step):
     """One step of the average, with a decay that rises to EMA_DECAY, lest short runs average their initial weights."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
@@ -201,13 +248,28 @@ def log_interval(step, losses, seconds, args, processes, folder):
             print(json.dumps(row), file=file)
 
 
+def log_held_out(step, losses, processes, folder):
+    if processes.rank == 0:
+        row = dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()}
+        logger.info(f"(step={step:07d}) Held-out Loss: {losses['loss']:.4f}")
+        with open(folder / "log.jsonl", "a") as file:
+            print(json.dumps(row), file=file)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
+    add("--val-path", help="images like those of --data-path, whose loss is logged with every checkpoint")
     add("--results-dir", default="results", help="where the experiment's folder goes")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens")
+    add("--pde-coupling", choices=COUPLINGS, help="which channels of --mixer pdessm share a PDE; diagonal unless given")
+    add("--pde-groups", type=positive, help="groups of channels that share one")
+    add("--pde-state-dim", type=positive, help="channels of the PDE, the hidden size unless given")
+    add("--pde-terms", nargs="+", choices=TERMS, metavar="TERM", help=f"some of {', '.join(TERMS)}; all unless given")
+    add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
+    add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
     add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
     add("--num-classes", type=positive, default=1000)

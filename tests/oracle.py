@@ -23,12 +23,27 @@ def second_derivative(n):
     return (2 * math.pi) ** 2 * (-sign / (2 * sine**2)).fill_diagonal_(-(n**2) / 12 - 1 / 6)
 
 
-def solve(u, K, b, r, tau, g0, gx, gy):
-    """h(tau) for one channel u (h, w): the matrix exponential of the discretised operator, applied to the embedding."""
-    h, w = u.shape
-    Ix, Iy, I = (torch.eye(n, dtype=torch.float64) for n in (w, h, h * w))
+def operators(h, w):
+    """I, Dx, Dy, Dxx, Dxy and Dyy on an h x w grid, each (h w, h w)."""
+    Ix, Iy = (torch.eye(n, dtype=torch.float64) for n in (w, h))
     Dx, Dy = torch.kron(Iy, derivative(w)), torch.kron(derivative(h), Ix)
     Dxx, Dyy = torch.kron(Iy, second_derivative(w)), torch.kron(second_derivative(h), Ix)
-    A = K[0, 0] * Dxx + 2 * K[0, 1] * Dx @ Dy + K[1, 1] * Dyy + b[0] * Dx + b[1] * Dy + r * I
-    start = g0 * u.flatten() + gx * Dx @ u.flatten() + gy * Dy @ u.flatten()
-    return (torch.linalg.matrix_exp(tau * A) @ start).reshape(h, w)
+    return torch.kron(Iy, Ix), Dx, Dy, Dxx, Dx @ Dy, Dyy
+
+
+def generator(K, b, r, h, w):
+    """The right-hand side of the PDE of c channels as one matrix (c h w, c h w); K (c, c, 2, 2), b (c, c, 2), r (c, c)."""
+    I, Dx, Dy, Dxx, Dxy, Dyy = operators(h, w)
+    parts = (K[..., 0, 0], Dxx), (2 * K[..., 0, 1], Dxy), (K[..., 1, 1], Dyy), (b[..., 0], Dx), (b[..., 1], Dy), (r, I)
+    return sum(torch.kron(coefficient, D) for coefficient, D in parts)
+
+
+def embed(u, g0, gx, gy):
+    """(g0 + gx d/dx + gy d/dy) u of c channels u (c, h, w), each of g0, gx and gy (c, c)."""
+    I, Dx, Dy, *_ = operators(*u.shape[1:])
+    return (sum(torch.kron(g, D) for g, D in ((g0, I), (gx, Dx), (gy, Dy))) @ u.flatten()).view(u.shape)
+
+
+def solve(u, K, b, r, tau):
+    """The state at time tau from the state u (c, h, w) at time 0: the exponential of the whole discretised system."""
+    return (torch.linalg.matrix_exp(tau * generator(K, b, r, *u.shape[1:])) @ u.flatten()).view(u.shape)

@@ -7,19 +7,22 @@ import torch
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint, settings_from_weights
 from download import find_model
-from models import DiT, DiT_models
+from models import DiT, DiT_models, grid_embedding
+from pde_ssm import TERMS
 
 PIXELS = dict(input_size=16, in_channels=3, num_classes=10)
-SETTINGS = dict(model="DiT-N/4", mixer="pdessm", num_classes=10, image_size=16, vae="none")
+PAPERS = dict(coupling="diagonal", groups=1, state_dim=None, terms=TERMS, gate=False, conditioned=False)
+SETTINGS = dict(model="DiT-N/4", mixer="pdessm", mixer_options=PAPERS, num_classes=10, image_size=16, vae="none")
+ATTENTION = dict(mixer="attention", mixer_options={})
 
 
 def flags(**given):
     return SimpleNamespace(**{name: given.get(name) for name in SETTINGS})
 
 
-def write(path, mixer="pdessm", **changes):
+def write(path, mixer="pdessm", options=None, **changes):
     """A checkpoint as train.py writes it; returns the model."""
-    model = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer)
+    model = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer, **options or {})
     args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=10, image_size=16)
     save_checkpoint(path, **dict(model=model.state_dict(), ema=model.state_dict(), opt={}, args=args) | changes)
     return model
@@ -30,7 +33,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path, mixer):
     path = tmp_path / "a.pt"
     written = write(path, mixer)
     model, settings = load_model(path, flags(), default_vae="mse")
-    assert settings == SETTINGS | dict(mixer=mixer)
+    assert settings == SETTINGS | (ATTENTION if mixer == "attention" else {})
     assert not model.training
     for name, value in written.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
@@ -47,7 +50,7 @@ def test_files_of_the_public_code_load(tmp_path, style):
     else:
         torch.save(state if style == "bare weights" else dict(model=state, opt={}), path)
     loaded, settings = load_model(path, flags(), default_vae="mse")
-    assert settings == dict(model="DiT-S/8", mixer="attention", num_classes=5, image_size=128, vae="mse")
+    assert settings == dict(model="DiT-S/8", **ATTENTION, num_classes=5, image_size=128, vae="mse")
     assert torch.equal(loaded.pos_embed, model.pos_embed)
     assert find_model(path).keys() == state.keys()
 
@@ -57,12 +60,40 @@ def test_files_of_the_public_code_load(tmp_path, style):
 def test_weights_tell_their_settings(name, mixer):
     with torch.device("meta"):
         state = DiT_models[name](input_size=16, in_channels=3, num_classes=7, mixer=mixer).state_dict()
-    assert settings_from_weights(state) == dict(model=name, mixer=mixer, num_classes=7, image_size=16, vae="none")
+    chosen = ATTENTION if mixer == "attention" else dict(mixer="pdessm", mixer_options=PAPERS)
+    assert settings_from_weights(state) == dict(model=name, **chosen, num_classes=7, image_size=16, vae="none")
+
+
+@pytest.mark.parametrize("options", [dict(coupling="coupled", groups=4, terms=("diffusion",)), dict(gate=True, state_dim=48)])
+def test_the_mixers_options_are_read_off_the_weights(tmp_path, options):
+    written = write(tmp_path / "a.pt", options=options)
+    model, settings = load_model(tmp_path / "a.pt", flags(), "ema")
+    assert settings["mixer_options"] == PAPERS | options
+    assert str(model) == str(written)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+@pytest.mark.parametrize("size", [24, (16, 24)])
+def test_a_model_runs_at_another_size(tmp_path, mixer, size):
+    written = write(tmp_path / "a.pt", mixer)
+    model, settings = load_model(tmp_path / "a.pt", flags(image_size=size), "ema")
+    h, w = (24, 24) if size == 24 else size
+    assert settings["image_size"] == size
+    assert model(torch.randn(1, 3, h, w), torch.tensor([5]), torch.tensor([3])).shape == (1, 6, h, w)
+    same = load_model(tmp_path / "a.pt", flags(image_size=16), "ema")[0]
+    assert torch.equal(same.pos_embed, written.pos_embed)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, written.blocks[0].mlp.fc1.weight)
+
+
+def test_positions_keep_their_place_in_the_picture():
+    trained, finer = (grid_embedding(h, 6, 16, (4, 6)).view(h, 6, 16) for h in (4, 12))
+    torch.testing.assert_close(finer[1::3], trained)  # every third of three times the rows has the old row's centre
+    assert torch.equal(trained, grid_embedding(4, 6, 16).view(4, 6, 16))
 
 
 def test_names_of_other_code_bases_do_not_mislead(tmp_path):
     write(tmp_path / "a.pt", "attention", args=argparse.Namespace(model="SiT-N/4", vae="ema"))
-    assert load_model(tmp_path / "a.pt", flags(), "ema")[1] == SETTINGS | dict(mixer="attention")
+    assert load_model(tmp_path / "a.pt", flags(), "ema")[1] == SETTINGS | ATTENTION
 
 
 def test_public_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
@@ -159,7 +190,8 @@ def test_a_missing_checkpoint_is_named(tmp_path):
     [
         (dict(mixer="attention"), "--mixer attention contradicts .*--mixer pdessm"),
         (dict(model="DiT-S/2"), "--model DiT-S/2 contradicts .*--model DiT-N/4"),
-        (dict(image_size=32), "--image-size 32 contradicts .*--image-size 16"),
+        (dict(image_size=18), r"--image-size 18x18: both must be divisible by 4"),
+        (dict(image_size=(16, 22)), r"--image-size 16x22: both must be divisible by 4"),
         (dict(num_classes=1000), "--num-classes 1000 contradicts .*--num-classes 10"),
         (dict(vae="mse"), "--vae mse contradicts .*--vae none"),
     ],
@@ -175,7 +207,7 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path):
     path = tmp_path / "a.pt"
     other = DiT_models["DiT-N/4"](**PIXELS, mixer="attention").state_dict()
     write(path, ema=other)
-    with pytest.raises(ValueError, match=r"attn\.pde\.g0 is missing.* and \d+ more") as error:
+    with pytest.raises(ValueError, match=r"attn\.pde\.equation\.g0 is missing.* and \d+ more") as error:
         load_model(path, flags(), "ema")
     assert "\n" not in str(error.value)
     short = write(path).state_dict() | {"final_layer.linear.bias": torch.zeros(7)}

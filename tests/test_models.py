@@ -116,8 +116,8 @@ def test_initial_scales_of_the_pde_survive():
     model, alone = DiT(**SMALL, mixer="pdessm"), PDESSM(32, grid_size=(4, 4))
     for block in model.blocks:
         for name in ("g0", "gx", "gy", "log_tau", "log_lx", "log_ly", "shear", "r_slack"):
-            assert torch.equal(getattr(block.attn.pde, name), getattr(alone, name)), name
-        assert 0 < block.attn.pde.b.norm(dim=1).max() <= 2 / 4
+            assert torch.equal(getattr(block.attn.pde.equation, name), getattr(alone.equation, name)), name
+        assert 0 < block.attn.pde.equation.b.norm(dim=1).max() <= 2 / 4
 
 
 def test_public_initial_values():

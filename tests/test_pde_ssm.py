@@ -1,158 +1,27 @@
 import copy
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from test_physics import random_operator, without_input_map
 
-import oracle
-from pde_ssm import PDESSM, R_MAX, TERMS, PDESSMBlock, embedding_symbol, green_symbol, wave_numbers
+import pde_ssm
+from commands import ROOT
+from models import DiT
+from pde_ssm import COUPLINGS, PDESSM, TERMS, PDESSMBlock, options_from_weights, receptive_field
 
-GRIDS = [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (7, 5), (8, 8), (6, 9)]
 f64 = torch.float64
-
-
-def random_coefficients(*shape):
-    """K, b, r, tau with some diffusion in every direction, over `shape`."""
-    L = 0.05 * torch.randn(*shape, 2, 2, dtype=f64)
-    return L @ L.mT, 0.2 * torch.randn(*shape, 2, dtype=f64), torch.randn(shape, dtype=f64), 0.5 + torch.rand(shape, dtype=f64)
-
-
-def apply_symbol(symbol, u):
-    return torch.fft.irfft2(symbol * torch.fft.rfft2(u), s=u.shape[-2:])
-
-
-def random_operator(dim, **options):
-    """A PDESSM in float64 whose every coefficient is random."""
-    pde = PDESSM(dim, **options).double()
-    with torch.no_grad():
-        for parameter in pde.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return pde
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_solves_the_discretised_equation(grid):
-    pde = random_operator(3, grid_size=(8, 8))
-    u = torch.randn(2, 3, *grid, dtype=f64)
-    v = torch.einsum("dc,bchw->bdhw", pde.R.weight, u)
-    h = pde(u)
-    K, b, r, tau = pde.coefficients()
-    for c in range(3):
-        for i in range(2):
-            expected = oracle.solve(v[i, c], K[c], b[c], r[c], tau[c], pde.g0[c], pde.gx[c], pde.gy[c])
-            torch.testing.assert_close(h[i, c], expected, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_half_spectrum_agrees_with_the_full_complex_transform(grid):
-    h, w = grid
-    K, b, r, tau = random_coefficients()
-    (ky, ky_odd), (kx, kx_odd) = wave_numbers(h, dtype=f64), wave_numbers(w, dtype=f64)
-    ky, ky_odd = ky[:, None], ky_odd[:, None]
-    square = K[0, 0] * kx**2 + K[1, 1] * ky**2 + 2 * K[0, 1] * kx_odd * ky_odd
-    full = torch.exp(tau * (r - square + 1j * (b[0] * kx_odd + b[1] * ky_odd)))
-    u = torch.randn(h, w, dtype=f64)
-    complex_result = torch.fft.ifft2(full * torch.fft.fft2(u))
-    assert complex_result.imag.abs().max() < 1e-12  # Hermitian: a real signal stays real
-    torch.testing.assert_close(apply_symbol(green_symbol(K, b, r, tau, h, w), u), complex_result.real)
-
-
-@pytest.mark.parametrize("m", [(0, 0), (1, 0), (0, 1), (2, -3), (-2, 1)])
-def test_a_mode_is_multiplied_by_its_symbol(m):
-    h, w = 8, 9
-    K, b, r, tau = random_coefficients()
-    y, x = torch.meshgrid(torch.arange(h, dtype=f64) / h, torch.arange(w, dtype=f64) / w, indexing="ij")
-    k = 2 * math.pi * torch.tensor(m, dtype=f64)
-    phase = k[0] * x + k[1] * y
-    symbol = torch.exp(tau * torch.complex(r - k @ K @ k, b @ k))
-    expected = (symbol * torch.exp(1j * phase)).real
-    torch.testing.assert_close(apply_symbol(green_symbol(K, b, r, tau, h, w), phase.cos()), expected)
-
-
-def test_diffusion_spreads_a_gaussian_into_the_analytic_gaussian():
-    n, tau = 32, torch.tensor(0.7, dtype=f64)
-    K = torch.tensor([[4.0, 2.5], [2.5, 3.0]], dtype=f64) * 1e-3
-    axis = torch.arange(n, dtype=f64) / n
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-
-    def wrapped_gaussian(covariance):
-        total = torch.zeros(n, n, dtype=f64)
-        for i in range(-4, 5):
-            for j in range(-4, 5):
-                d = torch.stack([x - 0.5 + i, y - 0.5 + j], dim=-1)
-                total += torch.exp(-torch.einsum("...i,ij,...j", d, covariance.inverse(), d) / 2)
-        return total / covariance.det().sqrt()
-
-    start = torch.tensor([[6.0, -1.0], [-1.0, 5.0]], dtype=f64) * 1e-3
-    symbol = green_symbol(K, torch.zeros(2, dtype=f64), torch.zeros((), dtype=f64), tau, n, n)
-    torch.testing.assert_close(
-        apply_symbol(symbol, wrapped_gaussian(start)), wrapped_gaussian(start + 2 * tau * K), rtol=1e-8, atol=1e-8
-    )
-
-
-@pytest.mark.parametrize("grid", [(7, 9), (9, 5), (1, 5)])
-@pytest.mark.parametrize("shift", [(1, 0), (0, 1), (2, -3)])
-def test_convection_by_whole_tokens_is_a_roll(grid, shift):
-    h, w = grid
-    u = torch.randn(h, w, dtype=f64)
-    b = torch.tensor([shift[0] / w, shift[1] / h], dtype=f64)
-    zero, one = torch.zeros((), dtype=f64), torch.ones((), dtype=f64)
-    moved = apply_symbol(green_symbol(torch.zeros(2, 2, dtype=f64), b, zero, one, h, w), u)
-    # dh/dt = b . grad h carries a value at x + b tau to x.
-    torch.testing.assert_close(moved, u.roll((-shift[1], -shift[0]), dims=(0, 1)))
-
-
-def test_reaction_scales_and_time_adds_up():
-    K, b, r, tau = random_coefficients(4)
-    none = torch.zeros_like(K), torch.zeros_like(b)
-    torch.testing.assert_close(
-        green_symbol(*none, r, tau, 5, 6), torch.exp(tau * r)[:, None, None].expand(4, 5, 4).to(torch.complex128)
-    )
-    halves = green_symbol(K, b, r, 0.3 * tau, 5, 6) * green_symbol(K, b, r, 0.7 * tau, 5, 6)
-    torch.testing.assert_close(halves, green_symbol(K, b, r, tau, 5, 6))
-
-
-def test_embedding_differentiates():
-    n = 16
-    y, x = torch.meshgrid(*2 * [torch.arange(n, dtype=f64) / n], indexing="ij")
-    phase = 2 * math.pi * (2 * x - 3 * y)
-    g0, gx, gy = torch.tensor([0.5, -1.5, 2.0], dtype=f64)
-    expected = g0 * phase.sin() + 2 * math.pi * (2 * gx - 3 * gy) * phase.cos()
-    torch.testing.assert_close(apply_symbol(embedding_symbol(g0, gx, gy, n, n), phase.sin()), expected)
-
-
-def test_moves_with_the_image():
-    pde = random_operator(4)
-    u = torch.randn(1, 4, 6, 7, dtype=f64)
-    torch.testing.assert_close(pde(u.roll((2, 3), (2, 3))), pde(u).roll((2, 3), (2, 3)))
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_starts_as_a_contraction_that_keeps_the_mean(grid):
-    pde = PDESSM(16).double()
-    v = torch.randn(2, 16, *grid, dtype=f64)
-    pde.R.weight.data = torch.eye(16, dtype=f64)
-    assert pde.symbol(*grid).abs().max() <= 1 + 1e-6
-    torch.testing.assert_close(pde(v).mean((2, 3)), v.mean((2, 3)), rtol=1e-6, atol=1e-6)
-
-
-def test_growth_is_bounded_whatever_the_parameters():
-    pde = PDESSM(64).double()
-    for parameter in pde.parameters():
-        parameter.data.normal_(std=5)
-    with torch.no_grad():
-        K, _, r, tau = pde.coefficients()
-        assert torch.linalg.eigvalsh(K).min() >= -1e-9 * K.abs().max()
-        assert (r <= R_MAX).all()
-        green = green_symbol(*pde.coefficients(), 9, 12).abs().amax((1, 2))
-        assert (green <= torch.exp(tau * R_MAX)).all()
+couplings = pytest.mark.parametrize("coupling", COUPLINGS)
 
 
 def test_initial_scales_span_half_a_token_to_a_quarter_of_the_image():
     n, tokens = 256, 16
     pde = PDESSM(32, grid_size=(tokens, tokens)).double()
     with torch.no_grad():
-        pde.b.zero_()
+        pde.equation.b.zero_()
         kernel = pde.kernel(n, n)
         distance = (torch.fft.fftfreq(n, dtype=f64)).expand(n, n)
         width = (kernel * distance**2).sum((1, 2)).sqrt()
@@ -160,58 +29,209 @@ def test_initial_scales_span_half_a_token_to_a_quarter_of_the_image():
     assert width[-1] == pytest.approx(0.25, rel=0.1)  # the torus cuts the tails of the widest
     ratios = width[1:20] / width[:19]
     torch.testing.assert_close(ratios, ratios[:1].expand(19), rtol=1e-3, atol=0)
-    shifts = PDESSM(4096, grid_size=(tokens, tokens)).b * tokens
+    shifts = PDESSM(4096, grid_size=(tokens, tokens)).equation.b * tokens
     assert shifts.norm(dim=1).max() <= 2
     assert (shifts.mean(0).abs() < 0.1).all()
 
 
-def test_kernel_is_what_an_impulse_becomes():
-    pde = random_operator(2)
+@couplings
+@torch.no_grad()
+def test_kernel_is_what_an_impulse_becomes(coupling):
+    pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
+    impulses = torch.zeros(4, 4, 5, 6, dtype=f64)
+    impulses[range(4), range(4), 0, 0] = 1
+    expected = pde(impulses).transpose(0, 1)                               # (out, in, h, w)
+    kernel = pde.kernel(5, 6)
+    if coupling == "diagonal":
+        torch.testing.assert_close(torch.stack([expected[i, i] for i in range(4)]), kernel)
+    else:
+        assert kernel.shape == (4, 2, 5, 6)  # as the weight of a convolution in two groups
+        whole = torch.zeros_like(expected)
+        whole[:2, :2], whole[2:, 2:] = kernel[:2], kernel[2:]
+        torch.testing.assert_close(expected, whole)
+
+
+def test_receptive_field_of_shifts_and_gaussians():
+    pde = PDESSM(3, grid_size=(9, 11), terms=("convection",)).double()
     with torch.no_grad():
-        pde.g0.fill_(1), pde.gx.zero_(), pde.gy.zero_(), pde.R.weight.copy_(torch.eye(2))
-    impulse = torch.zeros(1, 2, 5, 6, dtype=f64)
-    impulse[..., 0, 0] = 1
-    torch.testing.assert_close(pde(impulse)[0], pde.kernel(5, 6))
+        pde.equation.b.copy_(torch.tensor([[3 / 11, 4 / 9], [0, 0], [-2 / 11, 0]]))
+        torch.testing.assert_close(receptive_field(pde.kernel(9, 11)), torch.tensor([5.0, 0, 2], dtype=f64), atol=1e-6, rtol=0)
+    pde = PDESSM(2, grid_size=(64, 64), terms=("diffusion",)).double()
+    with torch.no_grad():
+        standard_deviation = torch.tensor([1.5, 4.0], dtype=f64)
+        for log_l in (pde.equation.log_lx, pde.equation.log_ly):
+            log_l.copy_((standard_deviation / 64 / math.sqrt(2)).log())    # variance 2 tau l^2
+        torch.testing.assert_close(receptive_field(pde.kernel(64, 64)), math.sqrt(2) * standard_deviation, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("terms", [("diffusion",), ("convection",), ("reaction",), ("diffusion", "convection"), TERMS])
-def test_absent_terms_have_no_parameters(terms):
-    pde = random_operator(3, terms=terms)
+@couplings
+@pytest.mark.parametrize("terms", [*((term,) for term in TERMS), ("diffusion", "convection"), TERMS], ids="-".join)
+def test_absent_terms_have_no_parameters(terms, coupling):
+    pde = random_operator(4, terms=terms, coupling=coupling, groups=2)
     K, b, r, _ = pde.coefficients()
     assert K.any() == ("diffusion" in terms)
     assert b.any() == ("convection" in terms)
     assert r.any() == ("reaction" in terms)
-    per_channel = 4 + 3 * ("diffusion" in terms) + 2 * ("convection" in terms) + ("reaction" in terms)
-    assert sum(p.numel() for p in pde.parameters()) == 9 + 3 * per_channel
-    pde(torch.randn(1, 3, 4, 5, dtype=f64)).square().sum().backward()
+    n, times = (4, 4) if coupling == "diagonal" else (2 * 2 * 2, 2)
+    per_entry = 3 + 3 * ("diffusion" in terms) + 2 * ("convection" in terms) + ("reaction" in terms)
+    assert sum(p.numel() for p in pde.parameters()) == 16 + times + n * per_entry
+    pde(torch.randn(1, 4, 4, 5, dtype=f64)).square().sum().backward()
     assert all(p.grad is not None for p in pde.parameters())
 
 
-@pytest.mark.parametrize("grid", [(1, 4), (3, 4), (5, 3)])
-def test_gradients_agree_with_finite_differences(grid):
-    pde = random_operator(2)
-    u = torch.randn(1, 2, *grid, dtype=f64, requires_grad=True)
-    names, values = zip(*pde.named_parameters())
-
-    def run(u, *values):
-        return torch.func.functional_call(pde, dict(zip(names, values)), u)
-
-    assert torch.autograd.gradcheck(run, (u, *values))
+@couplings
+def test_a_state_of_another_size_is_projected_back(coupling):
+    pde = PDESSM(6, coupling=coupling, state_dim=8, groups=2)
+    assert pde.R.weight.shape == (8, 6)
+    assert pde.out.weight.shape == (6, 8)
+    assert pde.kernel(3, 4).shape[0] == 8
+    assert pde(torch.randn(2, 6, 3, 4)).shape == (2, 6, 3, 4)
+    assert PDESSM(6, coupling=coupling, state_dim=6, groups=2).out is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_by_default():
+    assert PDESSM(24, coupling="pairwise").kernel(2, 2).shape == (24, 24, 2, 2)
+    assert PDESSM(24, coupling="coupled").kernel(2, 2).shape == (24, 8, 2, 2)
+    assert PDESSM(20, coupling="coupled").kernel(2, 2).shape == (20, 4, 2, 2)
+
+
+@pytest.mark.parametrize("coupling", ["pairwise", "coupled"])
+def test_the_result_does_not_depend_on_the_chunks(coupling, monkeypatch):
+    pde = random_operator(6, coupling=coupling, groups=2)
+    u = torch.randn(3, 6, 5, 8, dtype=f64)
+
+    def run(chunk):
+        monkeypatch.setattr(pde_ssm, "CHUNK", chunk)
+        pde.zero_grad()
+        out = pde(u)
+        out.square().sum().backward()
+        return [out.detach()] + [p.grad for p in pde.parameters()]
+
+    whole = run(2**20)
+    for chunk in (1, 3 * 18, 7 * 18):  # 18 entries belong to one wave vector, of which there are 25
+        torch.testing.assert_close(run(chunk), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(pde.eval()(u), whole[0])
+        monkeypatch.setattr(pde_ssm, "KEPT", 0)
+        torch.testing.assert_close(pde(u), whole[0])
+
+
+MEMORY = """
+import resource, sys, torch
+from pde_ssm import PDESSM
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+torch.set_num_threads(1)
+pde, u = PDESSM(384, coupling="pairwise"), torch.randn(8, 384, 16, 16, requires_grad=True)
+before = peak()
+pde(u).square().mean().backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory in Linux's units")
+def test_pairwise_trains_in_little_memory():
+    run = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 1.0  # GB
+
+
+def test_the_gate_multiplies_by_a_second_projection():
+    pde = PDESSM(4, gate=True).double()
+    u = torch.randn(2, 4, 3, 5, dtype=f64)
+    plain = PDESSM(4).double()
+    plain.load_state_dict({name: p for name, p in pde.state_dict().items() if name.split(".")[0] not in ("gate", "out")})
+    tokens = u.movedim(1, -1)
+    gated = plain(u).movedim(1, -1) * torch.nn.functional.silu(tokens @ pde.gate.weight.T)
+    torch.testing.assert_close(pde(u).movedim(1, -1), gated @ pde.out.weight.T)
+
+
+def test_the_condition_scales_the_time_of_each_image():
+    pde = random_operator(4, conditioned=True)
+    u, c = torch.randn(3, 4, 5, 6, dtype=f64), torch.randn(3, 4, dtype=f64)
+    plain = PDESSM(4).double()
+    weights = {name: p for name, p in pde.state_dict().items() if name != "log_time_scale"}
+    scale = (c @ pde.log_time_scale.T).exp()
+    for i in range(3):
+        weights["equation.log_tau"] = pde.equation.log_tau.detach() + scale[i].detach().log()
+        plain.load_state_dict(weights)
+        torch.testing.assert_close(pde(u, c)[i], plain(u[i : i + 1])[0])
+    with torch.no_grad():
+        torch.testing.assert_close(pde.eval()(u, c), pde.train()(u, c))
+
+
+def test_a_fresh_condition_changes_nothing():
+    torch.manual_seed(1)
+    plain = PDESSM(8)
+    torch.manual_seed(1)
+    conditioned = PDESSM(8, conditioned=True)
+    u = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(conditioned(u, torch.randn(2, 8)), plain(u))
+
+
+VARIANTS = [
+    dict(coupling="diagonal"),
+    dict(coupling="pairwise"),
+    dict(coupling="coupled"),
+    dict(gate=True),
+    dict(conditioned=True),
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
-def test_half_precision_keeps_a_float32_core(dtype, scale):
-    block = PDESSMBlock(64, grid_size=(5, 6))
-    tokens = (scale * torch.randn(2, 30, 64)).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        out = block(tokens)
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_lower_precision_keeps_a_float32_core(dtype, scale, options, device):
+    if dtype == torch.float16 and scale > 1 and options.get("gate"):
+        pytest.skip("the gate is quadratic in its input: 1e3 becomes 1e6, more than float16 holds")
+    block = PDESSMBlock(64, grid_size=(5, 6), **options).to(device)
+    tokens = (scale * torch.randn(2, 30, 64, device=device)).requires_grad_()
+    c = [torch.randn(2, 64, device=device)] if options.get("conditioned") else []
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        out = block(tokens, *c)
     assert out.dtype == dtype
     out.float().square().mean().backward()
     assert tokens.grad.isfinite().all()
-    expected = block.double()(tokens.double())
-    error = (out.double() - expected).norm() / expected.norm()
-    assert error < 2 * torch.finfo(dtype).eps
+    expected = block.double()(tokens.double(), *(x.double() for x in c))
+    error = (out.double() - expected).norm()
+    allowed = (1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps) * expected.norm()
+    assert error < allowed + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * out.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@couplings
+def test_half_precision_weights_work_too(dtype, coupling):
+    block = PDESSMBlock(16, grid_size=(4, 4), coupling=coupling).to(dtype)
+    tokens = torch.randn(2, 16, 16, dtype=dtype)
+    out = block(tokens)
+    out.float().square().mean().backward()
+    assert out.dtype == dtype
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+    torch.testing.assert_close(out.double(), block.double()(tokens.double()), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
+def test_compiles_without_a_graph_break(options, randomize):
+    model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, num_classes=10, mixer="pdessm", **options)).eval()
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 2])
+    torch.compiler.reset()
+    assert torch._dynamo.explain(model)(*inputs).graph_break_count == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+def test_the_compiled_model_gives_the_same_numbers(randomize):
+    options = dict(num_classes=10, mixer="pdessm", gate=True, conditioned=True)
+    model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, **options)).eval()
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 2])
+
+    def run(network):
+        model.zero_grad()
+        out = network(*inputs)
+        out.square().sum().backward()
+        return [out.detach()] + [p.grad for p in model.parameters() if p.requires_grad]
+
+    torch.compiler.reset()
+    torch.testing.assert_close(run(torch.compile(model)), run(model), rtol=1e-4, atol=1e-5)
 
 
 def test_block_puts_tokens_on_the_grid_row_by_row():
@@ -223,9 +243,40 @@ def test_block_puts_tokens_on_the_grid_row_by_row():
     assert square(torch.randn(1, 25, 8, dtype=f64)).shape == (1, 25, 8)
 
 
-def test_the_symbol_is_kept_for_inference(monkeypatch):
-    pde, computed = PDESSM(4).eval(), []
-    monkeypatch.setattr(PDESSM, "_symbol", lambda self, h, w, f=PDESSM._symbol: computed.append((h, w)) or f(self, h, w))
+def test_tokens_off_the_grid_exchange_with_all_of_it():
+    block = PDESSMBlock(8, grid_size=(3, 4), prefix_tokens=2).double()
+    tokens = torch.randn(1, 14, 8, dtype=f64)
+    out = block(tokens)
+    mixed = PDESSMBlock(8, grid_size=(3, 4)).double()
+    mixed.load_state_dict({name: p for name, p in block.state_dict().items() if name != "prefix.weight"})
+    grid, uniform = mixed(tokens[:, 2:]), tokens[:, :2] @ block.prefix.weight.T
+    torch.testing.assert_close(out[:, 2:], grid + uniform.mean(1, keepdim=True))
+    torch.testing.assert_close(out[:, :2], uniform + grid.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(terms=("reaction",)),
+        dict(coupling="pairwise", groups=4, terms=("convection",)),
+        dict(coupling="coupled", groups=2, terms=("convection",)),
+        dict(coupling="coupled", groups=4, terms=("diffusion", "reaction"), state_dim=8, gate=True),
+        dict(conditioned=True),
+    ],
+)
+def test_weights_tell_their_options(options):
+    block = PDESSMBlock(16, **options)
+    found = options_from_weights(block.state_dict())
+    assert found == dict(coupling="diagonal", groups=1, state_dim=None, terms=TERMS, gate=False, conditioned=False) | options
+    PDESSMBlock(16, **found).load_state_dict(block.state_dict())
+
+
+@couplings
+def test_the_symbol_is_kept_for_inference(monkeypatch, coupling):
+    pde, computed = PDESSM(4, coupling=coupling).eval(), []
+    compute = pde.equation.compute_symbol
+    monkeypatch.setattr(pde.equation, "compute_symbol", lambda h, w: computed.append((h, w)) or compute(h, w))
     with torch.no_grad():
         for grid in [(4, 4), (4, 4), (3, 5), (4, 4), (3, 5)]:
             pde(torch.randn(1, 4, *grid))
@@ -233,7 +284,7 @@ def test_the_symbol_is_kept_for_inference(monkeypatch):
 
 
 def change_in_place(pde):
-    pde.log_tau.add_(0.5)
+    pde.equation.log_tau.add_(0.5)
     return pde
 
 
@@ -245,23 +296,23 @@ def step_optimiser(pde):
 
 
 def load_other_weights(pde):
-    pde.load_state_dict(PDESSM(4, grid_size=(2, 2)).state_dict())
+    pde.load_state_dict(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).state_dict())
     return pde
 
 
 def assign_other_weights(pde):
-    pde.load_state_dict(PDESSM(4, grid_size=(2, 2)).state_dict(), assign=True)
+    pde.load_state_dict(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).state_dict(), assign=True)
     return pde
 
 
 def replace_parameters(pde):
     for shift in (0.2, 0.3):  # the second may lie where the first one lay
-        pde.log_tau = torch.nn.Parameter(torch.full((4,), shift))
+        pde.equation.log_tau = torch.nn.Parameter(torch.full_like(pde.equation.log_tau, shift))
     return pde
 
 
 def average_with_another(pde):
-    torch._foreach_lerp_(list(pde.parameters()), list(PDESSM(4, grid_size=(2, 2)).parameters()), 0.5)
+    torch._foreach_lerp_(list(pde.parameters()), list(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).parameters()), 0.5)
     return pde
 
 
@@ -272,12 +323,12 @@ def go_through_half(pde):
 def change_a_copy(pde):
     twin = copy.deepcopy(pde)
     for _ in range(5):
-        twin.log_tau.add_(0.1)
+        twin.equation.log_tau.add_(0.1)
     return twin
 
 
 def edit_behind_autograd(pde):
-    pde.log_tau.data.add_(0.5)
+    pde.equation.log_tau.data.add_(0.5)
     return pde.train().eval()
 
 
@@ -288,15 +339,18 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@couplings
 @torch.no_grad()
-def test_the_kept_symbol_is_never_stale(change):
-    pde = PDESSM(4).eval()
-    pde.log_tau.add_(0.1)
-    pde.symbol(4, 6)
+def test_the_kept_symbol_is_never_stale(change, coupling):
+    pde = PDESSM(4, coupling=coupling).eval()
+    pde.equation.log_tau.add_(0.1)
+    before = pde.equation.symbol(4, 6)
     pde = change(pde)
-    fresh = PDESSM(4)
+    fresh = PDESSM(4, coupling=coupling)
     fresh.load_state_dict(pde.state_dict())
-    torch.testing.assert_close(pde.symbol(4, 6), fresh.symbol(4, 6), rtol=0, atol=0)
+    after = pde.equation.symbol(4, 6)
+    torch.testing.assert_close(after, fresh.equation.symbol(4, 6), rtol=0, atol=0)
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize(
@@ -304,8 +358,21 @@ def test_the_kept_symbol_is_never_stale(change):
     [
         (lambda: PDESSM(4, terms=()), "terms must be some of"),
         (lambda: PDESSM(4, terms=("advection",)), "advection"),
-        (lambda: PDESSM(4, coupling="none"), "known: diagonal"),
-        (lambda: PDESSMBlock(4)(torch.randn(1, 5, 4)), "5 tokens"),
+        (lambda: PDESSM(4, coupling="none"), "known: diagonal, pairwise, coupled"),
+        (lambda: PDESSM(6, coupling="pairwise", groups=4), "6 channels cannot be split into 4 equal groups"),
+        (lambda: PDESSM(6, coupling="coupled", groups=4), "6 channels cannot be split into 4 equal groups"),
+        (lambda: PDESSM(6, coupling="pairwise", state_dim=8, groups=3), "8 channels cannot be split into 3"),
+        (lambda: PDESSM(6, state_dim=0), "0 channels"),
+        (lambda: PDESSM(4, coupling="pairwise", conditioned=True), "conditioned needs coupling='diagonal'"),
+        (lambda: PDESSM(4)(torch.ones(1, 4, 2, 2, dtype=torch.int64)), "torch.int64"),
+        (lambda: PDESSM(4)(torch.ones(1, 4, 2, 2, dtype=torch.complex64)), "torch.complex64"),
+        (lambda: PDESSM(4)(torch.ones(1, 3, 2, 2)), r"\(B, 4, h, w\); it got torch.float32 of shape \(1, 3, 2, 2\)"),
+        (lambda: PDESSM(4)(torch.ones(4, 2, 2)), r"of shape \(4, 2, 2\)"),
+        (lambda: PDESSM(4)(torch.ones(1, 4, 2, 2), torch.ones(1, 4)), "conditioned=False and got a vector c"),
+        (lambda: PDESSM(4, conditioned=True)(torch.ones(1, 4, 2, 2)), "conditioned=True and got no vector c"),
+        (lambda: PDESSMBlock(4)(torch.ones(1, 4, 4), attn_mask=torch.ones(4, 4)), "cannot follow attn_mask"),
+        (lambda: PDESSMBlock(4, prefix_tokens=3)(torch.randn(1, 2, 4)), "0 tokens on the grid"),
+        (lambda: PDESSMBlock(4)(torch.randn(1, 5, 4)), "5 tokens on the grid"),
         (lambda: PDESSMBlock(4, grid_size=(2, 3))(torch.randn(1, 5, 4)), r"2 x 3 = 6 tokens"),
     ],
 )

@@ -40,6 +40,22 @@ def test_a_grid_of_samples(tmp_path, checkpoint, sampler, mixer):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".png", ".png", ".pt"]
 
 
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_samples_of_another_size_and_shape(tmp_path, checkpoint, mixer):
+    grid = draw(checkpoint(mixer), tmp_path / "a.png", "--image-size", "16x24", "--class-labels", 3)
+    assert grid.shape == (64, 96, 3)
+    images = draw_many(checkpoint(mixer), tmp_path / "s", "--image-size", "16x24", "--num-fid-samples", 2)
+    assert images.shape == (2, 16, 24, 3)
+    assert [path.name.split("-")[5] for path in (tmp_path / "s").glob("*.npz")] == ["16x24"]
+
+
+@pytest.mark.parametrize("text", ["0", "8x", "x8", "8x8x8", "8x0", "-8", "a"])
+def test_sizes_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--image-size", text])
+    assert "--image-size" in capsys.readouterr().err
+
+
 def test_large_samples_are_shown_as_they_are(tmp_path):
     images = torch.randint(0, 256, (3, 64, 96, 3), dtype=torch.uint8)
     sample.save_grid(images, tmp_path / "grid.png", columns=2)
@@ -200,7 +216,8 @@ def test_flags_of_the_public_scripts_keep_their_defaults():
         (sample_ddp, ["--sample-dir", "/proc/version/samples"], "/proc/version"),
         (sample_ddp, ["--cfg-scale", "0.5"], "--cfg-scale 0.5 is below 1"),
         (sample_ddp, ["--ckpt", "/no/checkpoint.pt"], "no checkpoint at /no/checkpoint.pt"),
-        (sample_ddp, ["--image-size", "32"], "--image-size 32 contradicts .*--image-size 8"),
+        (sample_ddp, ["--image-size", "30"], "--image-size 30x30: both must be divisible by 4"),
+        (sample, ["--image-size", "32x30"], "--image-size 32x30: both must be divisible by 4"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, checkpoint, command, flags, message):

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 
 import train
-from commands import ALONE, QUICK, ROOT, fit, torchrun
+from checkpoint import load_checkpoint, load_model
+from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, torchrun
 from data import load_dataset
 from diffusion import create_diffusion
 from parallel import Processes, launch
+from pde_ssm import TERMS
 from vae import open_space
 
 
@@ -183,6 +186,44 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
 
 
 @pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--pde-terms", "reaction", "diffusion"], dict(terms=("diffusion", "reaction"))),
+        (["--pde-coupling", "coupled", "--pde-groups", "24"], dict(coupling="coupled", groups=24)),
+        (["--pde-coupling", "pairwise", "--pde-state-dim", "16"], dict(coupling="pairwise", state_dim=16)),
+        (["--pde-gate", "--pde-conditioned"], dict(gate=True, conditioned=True)),
+    ],
+)
+def test_options_of_the_pde_reach_the_model_and_both_samplers(tmp_path, flags, options):
+    folder = fit(tmp_path, "--max-steps", 1, "--global-batch-size", 8, "--mixer", "pdessm", *flags)
+    path = folder / "checkpoints" / "0000001.pt"
+    assert {f"pde_{name}" for name in options} <= load_checkpoint(path)[1].keys()
+    nothing = SimpleNamespace(model=None, mixer=None, num_classes=None, image_size=None, vae=None)
+    model, settings = load_model(path, nothing, "ema")
+    assert settings["mixer_options"].items() >= options.items()
+    assert options.get("terms", TERMS) == model.blocks[0].attn.pde.equation.terms
+    assert draw(path, tmp_path / "grid.png", "--class-labels", 3).shape == (64, 64, 3)
+    assert draw_many(path, tmp_path / "samples", "--num-fid-samples", 2).shape == (2, 8, 8, 3)
+
+
+def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
+    flags = ["--data-path", photos, "--val-path", photos, "--global-batch-size", 12, "--num-workers", 0]
+
+    def rows(name, *more):
+        folder = fit(tmp_path / name, *flags, *more)
+        return [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "held_out_loss" in row]
+
+    often = rows("often", "--max-steps", 4, "--ckpt-every", 2)
+    assert [row["step"] for row in often] == [2, 4]
+    assert often[0]["held_out_loss"] > often[1]["held_out_loss"]
+    assert often[1]["held_out_loss"] == pytest.approx(often[1]["held_out_mse"] + often[1]["held_out_vb"])
+    assert rows("once", "--max-steps", 4) == often[1:]
+    torchrun(2, "train.py", *QUICK, "--results-dir", tmp_path / "two", *flags, "--max-steps", 4)
+    two = json.loads((tmp_path / "two" / "000-DiT-N-4" / "log.jsonl").read_text().splitlines()[-1])
+    assert two == pytest.approx(often[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--data-path", "/no/such/folder"], "/no/such/folder: no such folder"),
@@ -193,6 +234,10 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
         (["--results-dir", "/proc/version/results"], "/proc/version"),
         (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
+        (["--val-path", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--pde-gate", "--pde-groups", "2"], "--pde-groups, --pde-gate means nothing to --mixer attention"),
+        (["--mixer", "pdessm", "--pde-coupling", "coupled", "--pde-groups", "7"], "96 channels cannot be split into 7"),
+        (["--mixer", "pdessm", "--pde-coupling", "coupled", "--pde-conditioned"], "conditioned needs coupling='diagonal'"),
         (["--device", "gpu"], "--device gpu is none of cpu, cuda and cuda:N"),
     ],
 )
@@ -217,6 +262,8 @@ def test_a_batch_must_divide_over_the_processes():
         (["--mixer", "mamba"], "choose from .*attention.*pdessm"),
         (["--model", "DiT-M/2"], "choose from .*DiT-XL/2"),
         (["--max-steps", "0"], "0 is not positive"),
+        (["--pde-terms", "advection"], "choose from .*convection"),
+        (["--pde-coupling", "full"], "choose from .*pairwise"),
     ],
 )
 def test_unknown_names_list_the_known(capsys, flags, message):

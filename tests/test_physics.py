@@ -1,0 +1,384 @@
+"""The operator against analysis: exact solutions, conservation laws, and other ways to solve the same equation."""
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+import oracle
+from pde_ssm import PDESSM, R_MAX, TERMS, embedding_symbol, green_symbol, wave_numbers
+
+GRIDS = [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (7, 5), (8, 8), (9, 16), (12, 20)]
+COUPLINGS = [
+    dict(coupling="diagonal"),
+    dict(coupling="pairwise"),
+    dict(coupling="pairwise", groups=2),
+    dict(coupling="coupled", groups=1),
+    dict(coupling="coupled", groups=2),
+]
+f64 = torch.float64
+
+
+def describe(options):
+    return "-".join(str(value) for value in options.values())
+
+
+couplings = pytest.mark.parametrize("options", COUPLINGS, ids=describe)
+grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
+
+
+def random_coefficients(*shape):
+    """K, b, r, tau with some diffusion in every direction, over `shape`."""
+    L = 0.05 * torch.randn(*shape, 2, 2, dtype=f64)
+    return L @ L.mT, 0.2 * torch.randn(*shape, 2, dtype=f64), torch.randn(shape, dtype=f64), 0.5 + torch.rand(shape, dtype=f64)
+
+
+def random_operator(dim, spread=0.05, **options):
+    """A PDESSM in float64 whose every coefficient is random."""
+    pde = PDESSM(dim, grid_size=(8, 8), **options).double()
+    with torch.no_grad():
+        for parameter in pde.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return pde
+
+
+def without_input_map(pde):
+    """The PDE's flow alone: R and B are the identity."""
+    with torch.no_grad():
+        pde.R.weight.copy_(torch.eye(pde.dim))
+        g0 = pde.equation.g0
+        g0.copy_(torch.ones(pde.dim) if g0.ndim == 1 else torch.eye(g0.shape[-1]))
+        pde.equation.gx.zero_(), pde.equation.gy.zero_()
+    return pde
+
+
+def apply_symbol(symbol, u):
+    return torch.fft.irfft2(symbol * torch.fft.rfft2(u), s=u.shape[-2:])
+
+
+def axes(h, w):
+    return torch.meshgrid(torch.arange(h, dtype=f64) / h, torch.arange(w, dtype=f64) / w, indexing="ij")
+
+
+def in_groups(pde, u):
+    """u (B, C, h, w) as (B, groups, c, h, w), and coefficients and embedding as (groups, c, c, ...) matrices."""
+    equation = pde.equation
+    g = equation.g0, equation.gx, equation.gy
+    K, b, r, tau = pde.coefficients()
+    if equation.g0.ndim == 1:
+        K, b, r, *g = (x[:, None, None] for x in (K, b, r, *g))
+    return u.unflatten(1, (len(g[0]), -1)), zip(K, b, r, tau, *g)
+
+
+@couplings
+@grids
+@torch.no_grad()
+def test_solves_the_discretised_equation(options, grid):
+    pde = random_operator(2 if math.prod(grid) > 100 else 4, **options)
+    u = torch.randn(1, pde.dim, *grid, dtype=f64)
+    state, groups = in_groups(pde, torch.einsum("dc,bchw->bdhw", pde.R.weight, u))
+    expected = []
+    for v, (K, b, r, tau, *g) in zip(state[0], groups):
+        v = oracle.embed(v, *g)
+        if options["coupling"] == "pairwise":  # a PDE per pair of channels, summed like a convolution
+            pairs = [[oracle.solve(v[j, None], *(x[i, j, None, None] for x in (K, b, r)), tau)[0] for j in range(len(v))]
+                     for i in range(len(v))]  # fmt: skip
+            expected += [sum(row) for row in pairs]
+        else:
+            expected += oracle.solve(v, K, b, r, tau)
+    torch.testing.assert_close(pde(u)[0], torch.stack(expected), rtol=1e-8, atol=1e-8)
+
+
+@grids
+def test_half_spectrum_agrees_with_the_full_complex_transform(grid):
+    h, w = grid
+    K, b, r, tau = random_coefficients()
+    (ky, ky_odd), (kx, kx_odd) = wave_numbers(h, dtype=f64), wave_numbers(w, dtype=f64)
+    ky, ky_odd = ky[:, None], ky_odd[:, None]
+    square = K[0, 0] * kx**2 + K[1, 1] * ky**2 + 2 * K[0, 1] * kx_odd * ky_odd
+    full = torch.exp(tau * (r - square + 1j * (b[0] * kx_odd + b[1] * ky_odd)))
+    u = torch.randn(h, w, dtype=f64)
+    complex_result = torch.fft.ifft2(full * torch.fft.fft2(u))
+    assert complex_result.imag.abs().max() < 1e-12  # Hermitian: a real signal stays real
+    torch.testing.assert_close(apply_symbol(green_symbol(K, b, r, tau, h, w), u), complex_result.real)
+
+
+@pytest.mark.parametrize("m", [(0, 0), (1, 0), (0, 1), (2, -3), (-2, 1)])
+def test_a_mode_is_multiplied_by_its_symbol(m):
+    h, w = 8, 9
+    K, b, r, tau = random_coefficients()
+    y, x = axes(h, w)
+    k = 2 * math.pi * torch.tensor(m, dtype=f64)
+    phase = k[0] * x + k[1] * y
+    symbol = torch.exp(tau * torch.complex(r - k @ K @ k, b @ k))
+    expected = (symbol * torch.exp(1j * phase)).real
+    torch.testing.assert_close(apply_symbol(green_symbol(K, b, r, tau, h, w), phase.cos()), expected)
+
+
+@torch.no_grad()
+def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential():
+    pde = without_input_map(random_operator(3, coupling="coupled", groups=1))
+    K, b, r, tau = (x[0] for x in pde.coefficients())
+    y, x = axes(7, 10)
+    k = 2 * math.pi * torch.tensor([3, -2], dtype=f64)
+    wave = torch.exp(1j * (k[0] * x + k[1] * y))
+    a = torch.randn(3, dtype=f64)
+    G = torch.linalg.matrix_exp(tau * torch.complex(r - torch.einsum("i,abij,j", k, K, k), b @ k))
+    expected = (torch.einsum("ij,j->i", G, a.to(G.dtype))[:, None, None] * wave).real
+    torch.testing.assert_close(pde((a[:, None, None] * wave.real)[None])[0], expected)
+
+
+def test_diffusion_spreads_a_gaussian_into_the_analytic_gaussian():
+    n, tau = 32, torch.tensor(0.7, dtype=f64)
+    K = torch.tensor([[4.0, 2.5], [2.5, 3.0]], dtype=f64) * 1e-3
+    y, x = axes(n, n)
+
+    def wrapped_gaussian(covariance):
+        total = torch.zeros(n, n, dtype=f64)
+        for i in range(-4, 5):
+            for j in range(-4, 5):
+                d = torch.stack([x - 0.5 + i, y - 0.5 + j], dim=-1)
+                total += torch.exp(-torch.einsum("...i,ij,...j", d, covariance.inverse(), d) / 2)
+        return total / covariance.det().sqrt()
+
+    start = torch.tensor([[6.0, -1.0], [-1.0, 5.0]], dtype=f64) * 1e-3
+    symbol = green_symbol(K, torch.zeros(2, dtype=f64), torch.zeros((), dtype=f64), tau, n, n)
+    torch.testing.assert_close(
+        apply_symbol(symbol, wrapped_gaussian(start)), wrapped_gaussian(start + 2 * tau * K), rtol=1e-8, atol=1e-8
+    )
+
+
+def convection(b, h, w):
+    zero, one = torch.zeros((), dtype=f64), torch.ones((), dtype=f64)
+    return green_symbol(torch.zeros(2, 2, dtype=f64), b, zero, one, h, w)
+
+
+@pytest.mark.parametrize("grid", [(7, 9), (9, 5), (1, 5)])
+@pytest.mark.parametrize("shift", [(1, 0), (0, 1), (2, -3)])
+def test_convection_by_whole_tokens_is_a_roll(grid, shift):
+    h, w = grid
+    u = torch.randn(h, w, dtype=f64)
+    b = torch.tensor([shift[0] / w, shift[1] / h], dtype=f64)
+    # dh/dt = b . grad h carries a value at x + b tau to x.
+    torch.testing.assert_close(apply_symbol(convection(b, h, w), u), u.roll((-shift[1], -shift[0]), dims=(0, 1)))
+
+
+@pytest.mark.parametrize("grid", [(7, 9), (8, 8), (12, 7)])
+def test_convection_by_fractions_of_a_token_is_the_band_limited_shift(grid):
+    def band_limited(x, y):
+        return 0.3 + (2 * math.pi * (2 * x - 3 * y)).cos() - 2 * (2 * math.pi * (x + 2 * y)).sin()
+
+    y, x = axes(*grid)
+    b = torch.tensor([0.123, -0.0711], dtype=f64)
+    torch.testing.assert_close(apply_symbol(convection(b, *grid), band_limited(x, y)), band_limited(x + b[0], y + b[1]))
+
+
+def test_reaction_scales_and_time_adds_up():
+    K, b, r, tau = random_coefficients(4)
+    none = torch.zeros_like(K), torch.zeros_like(b)
+    torch.testing.assert_close(
+        green_symbol(*none, r, tau, 5, 6), torch.exp(tau * r)[:, None, None].expand(4, 5, 4).to(torch.complex128)
+    )
+    halves = green_symbol(K, b, r, 0.3 * tau, 5, 6) * green_symbol(K, b, r, 0.7 * tau, 5, 6)
+    torch.testing.assert_close(halves, green_symbol(K, b, r, tau, 5, 6))
+
+
+@pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
+@grids
+@torch.no_grad()
+def test_two_steps_in_time_are_one_long_step(coupling, grid):
+    pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
+    u = torch.randn(1, 4, *grid, dtype=f64)
+
+    def evolve(u, tau):
+        pde.equation.log_tau.fill_(math.log(tau))
+        return pde(u)
+
+    torch.testing.assert_close(evolve(evolve(u, 0.3), 0.6), evolve(u, 0.9))
+
+
+@pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
+@torch.no_grad()
+def test_no_time_changes_nothing(coupling):
+    pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
+    u = torch.randn(1, 4, 6, 7, dtype=f64)
+    for tau in (1e-4, 1e-6):
+        pde.equation.log_tau.fill_(math.log(tau))
+        assert (pde(u) - u).abs().max() < 100 * tau * u.abs().max()
+
+
+def test_embedding_differentiates():
+    n = 16
+    y, x = axes(n, n)
+    phase = 2 * math.pi * (2 * x - 3 * y)
+    g0, gx, gy = torch.tensor([0.5, -1.5, 2.0], dtype=f64)
+    expected = g0 * phase.sin() + 2 * math.pi * (2 * gx - 3 * gy) * phase.cos()
+    torch.testing.assert_close(apply_symbol(embedding_symbol(g0, gx, gy, n, n), phase.sin()), expected)
+
+
+@couplings
+@torch.no_grad()
+def test_moves_with_the_image(options):
+    pde = random_operator(4, **options)
+    u = torch.randn(1, 4, 6, 7, dtype=f64)
+    torch.testing.assert_close(pde(u.roll((2, 3), (2, 3))), pde(u).roll((2, 3), (2, 3)))
+
+
+@pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
+@grids
+@torch.no_grad()
+def test_without_reaction_a_contraction_keeps_the_mean(coupling, grid):
+    terms = ("diffusion", "convection")
+    pde = without_input_map(random_operator(8, spread=0.2, coupling=coupling, groups=2, terms=terms))
+    u = torch.randn(2, 8, *grid, dtype=f64)
+    h = pde(u)
+    assert h.norm() <= u.norm() * (1 + 1e-12)
+    torch.testing.assert_close(h.mean((2, 3)), u.mean((2, 3)))
+
+
+@pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
+@torch.no_grad()
+def test_starts_without_reaction(coupling):
+    pde = without_input_map(PDESSM(16, coupling=coupling).double())
+    u = torch.randn(2, 16, 6, 8, dtype=f64)
+    torch.testing.assert_close(pde(u).mean((2, 3)), u.mean((2, 3)), rtol=1e-6, atol=1e-6)
+
+
+@couplings
+@torch.no_grad()
+def test_growth_is_bounded_whatever_the_parameters(options):
+    pde = PDESSM(8, **options).double()
+    for parameter in pde.parameters():
+        parameter.normal_(std=2)
+    h, w = 9, 12
+    K, _, r, tau = pde.coefficients()
+    symbol = green_symbol(*pde.coefficients(), h, w) if options["coupling"] == "diagonal" else pde.equation.symbol(h, w)
+    if options["coupling"] == "coupled":
+        assert torch.linalg.eigvalsh(r).max() <= R_MAX + 1e-9
+        k = torch.randn(2, dtype=f64)
+        diffusion = torch.einsum("i,gabij,j->gab", k, K, k)
+        assert torch.linalg.eigvalsh(diffusion).min() >= -1e-9 * diffusion.abs().max()
+        size = torch.linalg.matrix_norm(symbol, ord=2)                     # (f, groups)
+    else:
+        assert torch.linalg.eigvalsh(K).min() >= -1e-9 * K.abs().max()
+        assert (r <= R_MAX).all()
+        size = symbol.abs().flatten(1).T if options["coupling"] == "diagonal" else symbol.abs().amax((2, 3))
+    assert (size <= torch.exp(tau * R_MAX) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("coupling", ["pairwise", "coupled"])
+@torch.no_grad()
+def test_groups_of_one_channel_are_the_diagonal_coupling(coupling):
+    diagonal, pde = random_operator(6), PDESSM(6, coupling=coupling, groups=6).double()
+    ours, theirs = pde.equation, diagonal.equation
+    pde.R.weight.copy_(diagonal.R.weight)
+    for name in ("g0", "gx", "gy", "log_tau"):
+        getattr(ours, name).copy_(getattr(theirs, name).view_as(getattr(ours, name)))
+    if coupling == "pairwise":
+        for name in ("log_lx", "log_ly", "shear", "b", "r_slack"):
+            getattr(ours, name).copy_(getattr(theirs, name).view_as(getattr(ours, name)))
+    else:
+        _, b, r, _ = diagonal.coefficients()
+        ours.lx.copy_(theirs.log_lx.exp()[:, None, None])
+        ours.ly.copy_(theirs.log_ly.exp()[:, None, None])
+        ours.shear.copy_((theirs.shear * theirs.log_ly.exp())[:, None, None])
+        ours.bx.copy_(b[:, :1, None])
+        ours.by.copy_(b[:, 1:, None])
+        ours.r_root.copy_((R_MAX - r).sqrt()[:, None, None])
+    u = torch.randn(2, 6, 5, 8, dtype=f64)
+    torch.testing.assert_close(pde(u), diagonal(u))
+
+
+def test_coupled_channels_start_uncoupled():
+    torch.manual_seed(1)
+    diagonal = PDESSM(16, grid_size=(8, 8))
+    torch.manual_seed(1)
+    coupled = PDESSM(16, grid_size=(8, 8), coupling="coupled")
+    u = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(coupled(u), diagonal(u), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
+@pytest.mark.parametrize("grid", [(5, 8), (6, 6)])
+@torch.no_grad()
+def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid):
+    pde = without_input_map(random_operator(2, coupling=coupling, groups=1))
+    u = torch.randn(1, 2, *grid, dtype=f64)
+    state, groups = in_groups(pde, u)
+    expected = []
+    for v, (K, b, r, tau, *_) in zip(state[0], groups):
+        A = oracle.generator(K, b, r, *grid).numpy()
+        path = solve_ivp(lambda t, y: A @ y, (0, tau.item()), v.flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-12)  # noqa: B023
+        expected.append(torch.from_numpy(path.y[:, -1]).view_as(v))
+    torch.testing.assert_close(pde(u)[0], torch.cat(expected), rtol=1e-7, atol=1e-8)
+
+
+def smooth(h, w):
+    y, x = axes(h, w)
+    return torch.exp((2 * math.pi * (x - 0.2)).sin() + (2 * math.pi * (x + y)).cos())
+
+
+def test_finite_differences_converge_to_it_at_second_order():
+    K = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=f64) * 1e-3
+    b = torch.tensor([0.15, -0.1], dtype=f64)
+    r, tau = torch.tensor(-0.4, dtype=f64), torch.tensor(0.5, dtype=f64)
+
+    def error(n):
+        def right_hand_side(t, h):
+            h = torch.from_numpy(h).view(n, n)
+            east, west, north, south = h.roll(-1, 1), h.roll(1, 1), h.roll(-1, 0), h.roll(1, 0)
+            corners = east.roll(-1, 0) - east.roll(1, 0) - west.roll(-1, 0) + west.roll(1, 0)
+            second = K[0, 0] * (east - 2 * h + west) + K[1, 1] * (north - 2 * h + south) + K[0, 1] * corners / 2
+            first = b[0] * (east - west) + b[1] * (north - south)
+            return (second * n**2 + first * n / 2 + r * h).flatten().numpy()
+
+        start = smooth(n, n)
+        end = solve_ivp(right_hand_side, (0, tau.item()), start.flatten().numpy(), rtol=1e-8, atol=1e-10).y[:, -1]
+        return (apply_symbol(green_symbol(K, b, r, tau, n, n), start).flatten() - torch.from_numpy(end)).abs().max()
+
+    coarse, middle, fine = error(16), error(32), error(64)
+    assert coarse < 0.2  # of values up to 7
+    assert math.log2(coarse / middle) == pytest.approx(2, abs=0.25)
+    assert math.log2(middle / fine) == pytest.approx(2, abs=0.1)
+
+
+@couplings
+@torch.no_grad()
+def test_a_finer_grid_sees_the_same_operator(options):
+    pde = random_operator(4, **options)
+    pde.equation.gx.mul_(0.1), pde.equation.gy.mul_(0.1)
+
+    def solution(n):
+        return pde(torch.stack([smooth(n, n).roll(i * n // 8, i % 2) for i in range(4)])[None])[0]
+
+    finest = solution(64)
+    errors = [(solution(n) - finest[:, :: 64 // n, :: 64 // n]).abs().max() for n in (8, 16, 32)]
+    assert errors[1] < 0.1 * errors[0]
+    assert errors[2] < 1e-3 * errors[1]
+    assert errors[2] < 1e-6
+
+
+@pytest.mark.parametrize("terms", [TERMS, ("convection",), ("diffusion", "reaction")], ids="-".join)
+@couplings
+def test_gradients_agree_with_finite_differences(options, terms):
+    pde = random_operator(2, **options, terms=terms)
+    u = torch.randn(1, 2, 3, 4, dtype=f64, requires_grad=True)
+    names, values = zip(*pde.named_parameters())
+
+    def run(u, *values):
+        return torch.func.functional_call(pde, dict(zip(names, values)), u)
+
+    assert torch.autograd.gradcheck(run, (u, *values))
+
+
+@pytest.mark.parametrize("grid", [(1, 4), (4, 1), (2, 2), (5, 3)])
+def test_gradients_on_small_grids(grid):
+    pde = random_operator(2, gate=True, conditioned=True)
+    u, c = torch.randn(2, 2, *grid, dtype=f64, requires_grad=True), torch.randn(2, 2, dtype=f64, requires_grad=True)
+    names, values = zip(*pde.named_parameters())
+
+    def run(u, c, *values):
+        return torch.func.functional_call(pde, dict(zip(names, values)), (u, c))
+
+    assert torch.autograd.gradcheck(run, (u, c, *values))

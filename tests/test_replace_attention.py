@@ -1,0 +1,116 @@
+"""replace_attention on the models of three libraries."""
+
+import diffusers
+import pytest
+import timm
+import torch
+from torch import nn
+
+from models import DiT
+from pde_ssm import PDESSMBlock, replace_attention
+
+
+def our_dit():
+    model = DiT((8, 12), hidden_size=32, depth=2, num_heads=4, num_classes=10)
+    return model, (torch.randn(2, 4, 8, 12), torch.tensor([3, 500]), torch.tensor([1, 2])), (4, 6)
+
+
+def timm_vit():
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10), (torch.randn(2, 3, 224, 224),), (14, 14)
+
+
+def timm_vit_with_registers():
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=(56, 84), num_classes=10, depth=2)
+    return model, (torch.randn(2, 3, 56, 84),), (4, 6)
+
+
+def diffusers_dit():
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10
+    )
+    return model, (torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.tensor([1, 2])), None
+
+
+BUILD = [our_dit, timm_vit, timm_vit_with_registers, diffusers_dit]
+
+
+def output(model, inputs):
+    out = model(*inputs)
+    return out if isinstance(out, torch.Tensor) else out.sample
+
+
+@pytest.mark.parametrize("build", BUILD, ids=lambda f: f.__name__)
+def test_the_model_trains_a_step_with_every_attention_replaced(build, capsys, randomize):
+    model, inputs, grid = build()
+    shape = output(model, inputs).shape
+    model.train()
+    assert replace_attention(model) is model
+    blocks = [m for m in model.modules() if isinstance(m, PDESSMBlock)]
+    assert f"replaced {len(blocks)} attention layers of {type(model).__name__}" in capsys.readouterr().out
+    assert not [name for name, _ in model.named_modules() if name.endswith(("qkv", "to_q"))]
+    assert {block.grid_size for block in blocks} == {grid}
+    assert all(block.training for block in blocks)
+
+    randomize(model).eval()  # no dropout, so that the loss must fall
+    out = output(model, inputs)
+    assert out.shape == shape
+    loss = out.square().mean()
+    loss.backward()
+    for block in blocks:
+        assert all(p.grad.isfinite().all() for p in block.parameters())
+        assert block.pde.R.weight.grad.any()  # the last block's K and b never reach a class token, which sees the mean
+    slope = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+    torch.optim.SGD(model.parameters(), lr=1e-3 * loss.item() / slope.item()).step()
+    assert output(model, inputs).square().mean() < loss
+
+
+@torch.no_grad()
+def test_a_class_token_sees_every_token_and_is_seen_by_every_token():
+    model = replace_attention(timm.create_model("vit_tiny_patch16_224", depth=1)).eval()
+    images = torch.randn(1, 3, 224, 224)
+
+    def change(i, j):
+        other = images.clone()
+        other[:, :, 16 * i : 16 * i + 16, 16 * j : 16 * j + 16] += 1
+        return (model.forward_features(other) - model.forward_features(images))[0].norm(dim=1)
+
+    assert all(change(i, j)[0] > 1e-4 for i in (0, 7, 13) for j in (0, 13))
+    before = model.forward_features(images)
+    model.cls_token += 1 + torch.randn_like(model.cls_token)
+    assert ((model.forward_features(images) - before).norm(dim=2) > 1e-4).all()
+
+
+def test_new_layers_have_the_type_device_and_mode_of_the_old():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1).to(torch.bfloat16).eval()
+    block = replace_attention(model, gate=True, coupling="pairwise", groups=192).blocks[0].attn
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    assert not block.training
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert {p.device.type for p in replace_attention(model).parameters()} == {"meta"}
+
+
+def test_cross_attention_stays():
+    model = nn.ModuleDict(
+        {
+            "own": diffusers.models.attention_processor.Attention(query_dim=16, heads=2, dim_head=8),
+            "cross": diffusers.models.attention_processor.Attention(16, cross_attention_dim=24, heads=2, dim_head=8),
+        }
+    )
+    replace_attention(model)
+    assert isinstance(model["own"], PDESSMBlock)
+    assert not isinstance(model["cross"], PDESSMBlock)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no self-attention layer"),
+        (our_dit()[0], dict(mixer="attention"), "unknown mixer 'attention'; known: pdessm"),
+        (our_dit()[0], dict(conditioned=True), "conditioned needs blocks that pass"),
+        (our_dit()[0], dict(coupling="pairwise", groups=5), "32 channels cannot be split into 5"),
+    ],
+)
+def test_mistakes_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        replace_attention(model, **options)
