@@ -256,6 +256,7 @@ def test_growth_is_bounded_whatever_the_parameters(options, terms):
     K, _, r, tau = pde.coefficients()
     symbol = green_symbol(*pde.coefficients(), h, w) if options["coupling"] == "diagonal" else pde.equation.symbol(h, w)
     if options["coupling"] == "coupled":
+        torch.testing.assert_close(K, K.transpose(1, 2))
         assert torch.linalg.eigvalsh(r).max() <= R_MAX + 1e-9
         k = torch.randn(2, dtype=f64)
         diffusion = torch.einsum("i,gabij,j->gab", k, K, k)
