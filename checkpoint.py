@@ -68,6 +68,8 @@ def settings_from_weights(weights):
     grid = round(weights["pos_embed"].shape[1] ** 0.5)
     first = {name.removeprefix("blocks.0.attn."): w for name, w in weights.items() if name.startswith("blocks.0.attn.")}
     attention = "qkv.weight" in first
+    if not attention and "pde.equation.g0" not in first:
+        raise ValueError("the weights' blocks mix tokens neither by attention nor by a PDE of this version")
     return {
         "model": names[0],
         "mixer": "attention" if attention else "pdessm",
@@ -88,7 +90,10 @@ def load_model(path, args, default_vae):
     weights, stored = load_checkpoint(path)
     settings = settings_from_weights(weights)
     if stored.get("model") in DiT_models:  # a file of another code base may have names of its own
+        kind = {name: settings[name] for name in ("mixer_options", "mixer")}
         settings |= {name: stored[name] for name in settings if name in stored}
+        if (settings["mixer"] == "attention") != (kind["mixer"] == "attention"):
+            settings |= kind  # what the weights are outweighs what the file says
     for name in ("model", "mixer", "num_classes"):
         given = getattr(args, name)
         if given not in (None, settings[name]):

@@ -43,26 +43,28 @@ class TrainingImages(Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label if self.num_classes else 0
 
 
-def load_dataset(path, image_size, uncond=False):
-    """The training images at `path`, cropped to image_size.
+def load_dataset(path, image_size, uncond=False, held_out=False):
+    """The training images at `path`, cropped to image_size; with held_out, those of a set's own test split.
 
     path:   None or "digits" for the 1,797 handwritten digits that scikit-learn carries; a folder that holds CIFAR-10
             as torchvision unpacks it; or a folder with one folder of images per class.
     uncond: every image is of class 0; a folder may then hold images at any depth.
 
-    OSError that names the folder or file if there are no images to be had.
+    OSError that names the folder or file if there are no images to be had, ValueError for held-out digits.
     """
     if path is None or (path == "digits" and not Path(path).exists()):
+        if held_out:
+            raise ValueError("the digits have no held-out images")
         source, num_classes, flip = _digits(), 10, False  # a mirrored digit is no digit
     elif (folder := Path(path)).name == CIFAR10_FOLDER or (folder / CIFAR10_FOLDER).is_dir():
-        source, num_classes, flip = _cifar10(folder), 10, True
+        source, num_classes, flip = _cifar10(folder, train=not held_out), 10, True
     elif folder.is_dir():
         if not any(folder.iterdir()):
-            raise FileNotFoundError(f"--data-path {path} is empty")
+            raise FileNotFoundError(f"{path} is empty")
         source = (_UnlabelledFolder if uncond else _LabelledFolder)(folder, loader=read_image)
         num_classes, flip = len(source.classes), True
     else:
-        raise FileNotFoundError(f"--data-path {path}: no such folder")
+        raise FileNotFoundError(f"{path}: no such folder")
     return TrainingImages(source, image_size, 0 if uncond else num_classes, flip)
 
 
@@ -102,9 +104,9 @@ def _digits():
     return [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(images, digits.target)]
 
 
-def _cifar10(folder):
+def _cifar10(folder, train):
     root = folder.parent if folder.name == CIFAR10_FOLDER else folder
     try:
-        return CIFAR10(root, train=True)
+        return CIFAR10(root, train)
     except (RuntimeError, OSError) as error:
         raise OSError(f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged: {error}") from error

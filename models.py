@@ -129,7 +129,7 @@ class DiT(nn.Module):
         self.in_channels, self.patch_size, self.learn_sigma = in_channels, patch_size, learn_sigma
         self.num_classes, self.num_heads = num_classes, num_heads
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.grid_size = (height // patch_size, width // patch_size)
+        self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
 
         self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -156,15 +156,16 @@ class DiT(nn.Module):
     def resize(self, input_size):
         """The same weights for inputs of another size, a side or (height, width): returns the model.
 
-        Only the positional embedding changes, to positions between the present ones; every mixer runs on any grid.
+        Only the positional embedding changes: it is computed for the new grid, whose tokens lie between those of the
+        grid that the model was built for. Every mixer runs on any grid.
         """
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"input size {height} x {width} is not divisible by the patch size {p}")
-        trained_grid, self.grid_size = self.grid_size, (height // p, width // p)
+        self.grid_size = (height // p, width // p)
         self.x_embedder.set_input_size((height, width))
-        positions = grid_embedding(*self.grid_size, self.pos_embed.shape[2], trained_grid)
+        positions = grid_embedding(*self.grid_size, self.pos_embed.shape[2], self.trained_grid)
         self.pos_embed = nn.Parameter(positions.to(self.pos_embed), requires_grad=False)
         for block in self.blocks:
             if hasattr(block.attn, "grid_size"):

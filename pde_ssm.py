@@ -14,6 +14,7 @@ This file needs nothing but torch.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ TERMS = ("diffusion", "convection", "reaction")
 R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_MAX)
 CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
 KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
+GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
 _ATTENTION_ARGUMENTS = {
@@ -81,7 +83,7 @@ def embedding_symbol(g0, gx, gy, h, w):
 
 
 class Diagonal(nn.Module):
-    """Each of `dim` channels follows a PDE of its own.
+    """Each of `dim` channels follows a PDE of its own, or, with `components`, is the sum of so many that do.
 
     Parameters, (dim,) unless said otherwise: g0, gx, gy; log_tau; log_lx, log_ly and shear, which give K = L L^T with
     L = [[lx, 0], [shear ly, ly]]; b (dim, 2); r = R_MAX - softplus(r_slack). So K is positive definite and r <= R_MAX
@@ -93,25 +95,36 @@ class Diagonal(nn.Module):
       its time scales, so that every range is there before training;
     - b tau: shifts of up to two tokens in all directions, so that first neighbours are told apart.
 
+    With more than one component all of these are (components, dim, ...), the widths are shuffled within a component, and
+    all components but the first, whose g0 is 1, have a random g0 of standard deviation 1/2: one PDE alone can only
+    smooth, shift and differentiate, several make band-pass filters.
+
     All are plain parameters, not layers: initialisers that walk over a model's layers leave them alone.
     """
 
-    def __init__(self, dim, groups, grid_size, terms):
+    def __init__(self, dim, groups, components, grid_size, terms):
         super().__init__()
-        self.dim, self.groups, self.terms = dim, groups, terms
+        self.dim, self.groups, self.components, self.terms = dim, groups, components, terms
         self._symbols = {}
         self.create_parameters(1 / max(grid_size))
+        self._names = tuple(self._parameters)
 
     def create_parameters(self, token):
-        self.g0 = nn.Parameter(torch.ones(self.dim))
-        self.log_tau = nn.Parameter(torch.zeros(self.dim))
-        self.create_scalar_pdes(token, (self.dim,), r=torch.zeros(self.dim))
+        shape, log_l = (self.dim,), initial_widths(token, self.dim).log()
+        self.g0 = nn.Parameter(torch.ones(shape))
+        if self.components > 1:
+            shape = (self.components, self.dim)
+            log_l = torch.stack([log_l[torch.randperm(self.dim)] for _ in range(self.components)])
+            others = torch.randn(self.components - 1, self.dim) / 2
+            self.g0 = nn.Parameter(torch.cat([self.g0.detach()[None], others]))
+        self.log_tau = nn.Parameter(torch.zeros(shape))
+        self.create_scalar_pdes(token, log_l, r=torch.zeros(shape))
 
-    def create_scalar_pdes(self, token, shape, r):
+    def create_scalar_pdes(self, token, log_l, r):
+        shape = log_l.shape
         self.gx = nn.Parameter(torch.zeros(shape))
         self.gy = nn.Parameter(torch.zeros(shape))
         if "diffusion" in self.terms:
-            log_l = initial_widths(token, math.prod(shape)).log().view(shape)
             self.log_lx = nn.Parameter(log_l)
             self.log_ly = nn.Parameter(log_l.clone())
             self.shear = nn.Parameter(torch.zeros(shape))
@@ -123,7 +136,7 @@ class Diagonal(nn.Module):
     def coefficients(self):
         """K (..., 2, 2), b (..., 2), r (...) and tau, in float32 or wider; zero for absent terms.
 
-        Their leading axes are (dim,), or (groups, c, c) with tau (groups,) where channels are coupled.
+        Their leading axes are (dim,) or (components, dim); where channels are coupled, (groups, c, c) with tau (groups,).
         """
         tau = _widen(self.log_tau).exp()
         shape = self.g0.shape
@@ -146,22 +159,35 @@ class Diagonal(nn.Module):
         train() or eval() afterwards drops what was kept.)
         """
         parameters = list(self._parameters.values())
-        reusable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not reusable or any(p.is_inference() for p in parameters):  # inference tensors count no versions
+        state = None
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            state = self._state(parameters)
+        if state is None:
             return self.compute_symbol(h, w)
-        # Parameters are compared by identity: the entry holds them, so that no later one can take their place in memory.
-        state = [(id(p), p.data_ptr(), p._version) for p in parameters]
         entry = self._symbols.get((h, w))
         if entry is None or entry[0] != state:
+            # The entry holds the parameters: as long as they live, no other can have their identity.
             entry = self._symbols[h, w] = state, parameters, self.compute_symbol(h, w)
+            if len(self._symbols) > GRIDS_KEPT:
+                self._symbols.pop(next(iter(self._symbols)))
         return entry[2]
+
+    def _state(self, parameters):
+        """What changes whenever a parameter does; None where that cannot be told."""
+        if tuple(self._parameters) != self._names or any(p.is_inference() for p in parameters):
+            return None  # parametrised or replicated: the values live elsewhere; inference tensors count no versions
+        try:
+            return [(id(p), p.data_ptr(), p._version) for p in parameters]
+        except RuntimeError:  # tensors of torch.func have no address
+            return None
 
     def compute_symbol(self, h, w, time_scale=None):
         K, b, r, tau = self.coefficients()
         if time_scale is not None:
-            tau = tau * time_scale                                         # (B, dim)
+            tau = tau * time_scale.view(-1, *[1] * (tau.ndim - 1), self.dim)   # (B, dim) or (B, components, dim)
         embedding = embedding_symbol(_widen(self.g0), _widen(self.gx), _widen(self.gy), h, w)
-        return green_symbol(K, b, r, tau, h, w) * embedding
+        symbol = green_symbol(K, b, r, tau, h, w) * embedding
+        return symbol.sum(-4) if self.components > 1 else symbol           # (dim, h, w // 2 + 1) or (B, dim, ...)
 
     def evolve(self, v_hat, h, w, time_scale=None):                        # (B, dim, h, w // 2 + 1), (B, dim) or None
         """From R u to the state at time tau, both in the Fourier domain; time_scale multiplies tau."""
@@ -200,7 +226,8 @@ class Pairwise(Diagonal):
         shape, own = (self.groups, c, c), torch.eye(c).expand(self.groups, c, c)
         self.g0 = nn.Parameter(own / (1 if "reaction" in self.terms else c))
         self.log_tau = nn.Parameter(torch.zeros(self.groups))
-        self.create_scalar_pdes(token, shape, r=math.log(c) * (own - 1))
+        log_l = initial_widths(token, math.prod(shape)).log().view(shape)
+        self.create_scalar_pdes(token, log_l, r=math.log(c) * (own - 1))
 
     def green(self, K, b, r, tau, *k):
         """The symbol as matrices, (f, groups, c, c), at f wave vectors."""
@@ -224,14 +251,18 @@ class Pairwise(Diagonal):
             states = self.symbol(h, w) @ v                                 # (f, groups, c, B)
         else:
             at_once, coefficients = max(1, CHUNK // self.g0.numel()), self.coefficients()
-            pieces = zip(*(k.split(at_once) for k in (v, *self.flat_wave_vectors(h, w))))
-            states = [checkpoint(self.evolve_some, *piece, *coefficients, use_reentrant=False) for piece in pieces]
-            states = torch.cat(states)
+            pieces = list(zip(*(k.split(at_once) for k in (v, *self.flat_wave_vectors(h, w)))))
+            run = self.evolve_some if len(pieces) == 1 else self.evolve_and_forget
+            states = torch.cat([run(*piece, *coefficients) for piece in pieces])
         return states.permute(3, 1, 2, 0).reshape(v_hat.shape)
 
     def evolve_some(self, v, kx, ky, kx_odd, ky_odd, *coefficients):
-        """A few wave vectors alone. Training keeps nothing of their symbol: it is computed again for the gradients."""
+        """A few wave vectors alone."""
         return self.green(*coefficients, kx, ky, kx_odd, ky_odd) @ v
+
+    def evolve_and_forget(self, *arguments):
+        """The same, but training keeps nothing of the symbol: it is computed again for the gradients."""
+        return checkpoint(self.evolve_some, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def embed(self, v_hat, h, w):
         """B(k) v_hat with B(k) = g0 + i (gx kx + gy ky), as one real product: (f, groups, c, B)."""
@@ -323,38 +354,46 @@ class PDESSM(nn.Module):
                  pairwise, as in the paper, and groups of 8 channels for coupled, whose exponential costs O(c^3).
     state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
+    components:  not the paper's: so many PDEs per channel, whose states are summed. For the diagonal coupling alone.
+    activation:  not the paper's: silu(R u + bias) in place of R u.
     gate:        not the paper's: the state times silu of a second projection of u, then a linear layer.
     conditioned: not the paper's: forward takes a vector c (B, dim) too, and each channel's tau is multiplied by exp of
-                 a linear map of it, zero at the start. For the diagonal coupling alone.
+                 a linear map of it, zero at the start and bounded to +-2. For the diagonal coupling alone.
 
-    R is a linear layer without bias (a 1 x 1 convolution). Transform and symbol are computed in float32 (float64 for
+    R is a linear layer (a 1 x 1 convolution). Transform and symbol are computed in float32 (float64 for
     float64 inputs) under any autocast; the result has the type of R u. ValueError for options that do not fit.
     """
 
     def __init__(
         self, dim, *, grid_size=(16, 16), coupling="diagonal", groups=None, state_dim=None, terms=TERMS,
-        gate=False, conditioned=False,
+        components=1, activation=False, gate=False, conditioned=False,
     ):  # fmt: skip
         super().__init__()
         if coupling not in EQUATIONS:
             raise ValueError(f"unknown coupling {coupling!r}; known: {', '.join(EQUATIONS)}")
+        terms = (terms,) if isinstance(terms, str) else tuple(terms)
         if not terms or set(terms) - set(TERMS):
             raise ValueError(f"terms must be some of {', '.join(TERMS)}, not {terms!r}")
         if conditioned and coupling != "diagonal":
             raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")
+        if components < 1 or (components > 1 and coupling != "diagonal"):
+            raise ValueError(f"components is {components}, with coupling {coupling!r}; it is 1, or more if diagonal")
         C = dim if state_dim is None else state_dim
         if groups is None:
             groups = C // math.gcd(C, 8) if coupling == "coupled" else 1
         if groups < 1 or C < 1 or C % groups:
             raise ValueError(f"{C} channels cannot be split into {groups} equal groups")
         self.dim, self.coupling, self.conditioned = dim, coupling, conditioned
-        self.R = nn.Linear(dim, C, bias=False)
+        self.activation = activation
+        self.R = nn.Linear(dim, C, bias=activation)
         terms = tuple(term for term in TERMS if term in terms)
-        self.equation = EQUATIONS[coupling](C, groups, grid_size, terms)
+        self.equation = EQUATIONS[coupling](C, groups, components, grid_size, terms)
         self.gate = nn.Linear(dim, C, bias=False) if gate else None
         self.out = nn.Linear(C, dim, bias=False) if gate or dim != C else None
         for layer in filter(None, (self.R, self.gate, self.out)):
             nn.init.xavier_uniform_(layer.weight)
+        if activation:
+            nn.init.zeros_(self.R.bias)
         if conditioned:
             self.log_time_scale = nn.Parameter(torch.zeros(C, dim))
 
@@ -363,10 +402,14 @@ class PDESSM(nn.Module):
             raise ValueError(f"PDESSM needs a real (B, {self.dim}, h, w); it got {u.dtype} of shape {tuple(u.shape)}")
         if (c is not None) != self.conditioned:
             raise ValueError(f"PDESSM has conditioned={self.conditioned} and got {'no vector' if c is None else 'a vector'} c")
+        if c is not None and c.shape != (len(u), self.dim):
+            raise ValueError(f"c is {tuple(c.shape)}, not one vector per image, {(len(u), self.dim)}")
         h, w = u.shape[-2:]
         u = u.movedim(1, -1)                                               # (B, h, w, D)
         v = self.R(u)                                                      # (B, h, w, C)
-        with torch.autocast(u.device.type, enabled=False):
+        if self.activation:
+            v = nn.functional.silu(v)
+        with _full_precision(u):
             v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))              # (B, C, h, w // 2 + 1)
             options = {"time_scale": self.time_scale(c)} if self.conditioned else {}
             h_hat = self.equation.evolve(v_hat, h, w, **options)           # (B, C, h, w // 2 + 1)
@@ -378,19 +421,21 @@ class PDESSM(nn.Module):
         return state.movedim(-1, 1)                                        # (B, D, h, w)
 
     def time_scale(self, c):                                               # (B, D)
-        return (_widen(c) @ _widen(self.log_time_scale).T).exp()           # (B, C)
+        return (2 * torch.tanh(_widen(c) @ _widen(self.log_time_scale).T / 2)).exp()   # (B, C), from e^-2 to e^2
 
     def coefficients(self):
         """K, b, r and tau of the PDE; see `Diagonal.coefficients`."""
-        return self.equation.coefficients()
+        with _full_precision(self.R.weight):
+            return self.equation.coefficients()
 
     def kernel(self, h, w):
         """The Green's function in space, real: what a unit impulse at token (0, 0) has become at time tau, without R and B.
 
-        (C, h, w) for the diagonal coupling. For the others (C, C / groups, h, w), output channels before input
-        channels, as the weight of a grouped convolution (a circular one).
+        (C, h, w) for the diagonal coupling, (components, C, h, w) if there are several. For the others
+        (C, C / groups, h, w), output channels before input channels, as the weight of a grouped, circular convolution.
         """
-        return self.equation.kernel(h, w)
+        with _full_precision(self.R.weight):
+            return self.equation.kernel(h, w)
 
     def extra_repr(self):
         equation = self.equation
@@ -412,7 +457,8 @@ def receptive_field(kernel):
 class PDESSMBlock(nn.Module):
     """PDE-SSM on tokens, (B, N, D) -> (B, N, D): stands where timm's Attention stood and takes its arguments.
 
-    num_heads, qkv_bias and the other arguments of attention mean nothing to a PDE and are ignored.
+    num_heads, qkv_bias and most other arguments of attention mean nothing to a PDE and are ignored; device and dtype are
+    those of the parameters, and dim_out, if given, must be dim.
     grid_size is the (h, w) of the h w tokens of the grid, row by row; without it, their number must be a square.
     The other options are those of `PDESSM`.
 
@@ -422,26 +468,36 @@ class PDESSMBlock(nn.Module):
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
-                 groups=None, state_dim=None, terms=TERMS, gate=False, conditioned=False, **ignored):  # fmt: skip
+                 groups=None, state_dim=None, terms=TERMS, components=1, activation=False, gate=False,
+                 conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
         super().__init__()
+        if dim_out not in (None, dim):
+            raise ValueError(f"dim_out={dim_out}: PDESSMBlock returns as many channels as it gets, {dim}")
         if unknown := set(ignored) - _ATTENTION_ARGUMENTS:
             raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
         self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
-        options = dict(coupling=coupling, groups=groups, state_dim=state_dim, terms=terms, gate=gate, conditioned=conditioned)
-        self.pde = PDESSM(dim, grid_size=self.grid_size or (16, 16), **options)
+        self.pde = PDESSM(
+            dim, grid_size=self.grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim, terms=terms,
+            components=components, activation=activation, gate=gate, conditioned=conditioned,
+        )  # fmt: skip
         self.conditioned = conditioned
         self.prefix = nn.Linear(dim, dim, bias=False) if prefix_tokens else None
+        self.to(device=device, dtype=dtype)
 
     def forward(self, tokens, c=None, **call):                             # (B, P + N, D), (B, D) or None
-        """`call` takes what callers pass to attention, such as attn_mask=None; ValueError if it is not None or False."""
-        if given := [name for name, value in call.items() if value is not None and value is not False]:
+        """`call` is what callers pass to attention: rope is ignored, since a PDE knows where tokens are; a mask, a context
+        or anything else but None and False is a ValueError."""
+        if given := [name for name, value in call.items() if value is not None and value is not False and name != "rope"]:
             raise ValueError(f"PDESSMBlock mixes a grid of tokens and cannot follow {', '.join(given)}")
+        if tokens.ndim != 3:
+            raise ValueError(f"PDESSMBlock needs tokens (B, N, {self.pde.dim}); it got the shape {tuple(tokens.shape)}")
         prefix, tokens = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
         N = tokens.shape[1]
         h, w = self.grid_size or (math.isqrt(N), math.isqrt(N))
         if N == 0 or h * w != N:
             grid = f"{h} x {w} = {h * w} tokens" if self.grid_size else "a square number of tokens (pass grid_size=(h, w))"
-            raise ValueError(f"PDESSMBlock got {N} tokens on the grid; it expects {grid}")
+            prefix = f" after {self.prefix_tokens} prefix_tokens" if self.prefix_tokens else ""
+            raise ValueError(f"PDESSMBlock got {N} tokens on the grid{prefix}; it expects {grid}")
         u = tokens.transpose(1, 2).unflatten(2, (h, w))                    # (B, D, h, w)
         mixed = self.pde(u, c).flatten(2).transpose(1, 2)                  # (B, N, D)
         if self.prefix is None:
@@ -455,7 +511,10 @@ PRESETS = {"pdessm": {}}
 
 
 def options_from_weights(weights):
-    """The options of the PDESSMBlock that has these weights, a state dict: what to build before loading them."""
+    """The options of the PDESSMBlock without prefix tokens that has these weights, a state dict: build it, then load them.
+
+    KeyError if the weights are not those of a PDESSMBlock.
+    """
     g0 = weights["pde.equation.g0"]
     names = {name.removeprefix("pde.equation.") for name in weights}
     found = {
@@ -465,10 +524,12 @@ def options_from_weights(weights):
     }
     state_dim, dim = weights["pde.R.weight"].shape
     return {
-        "coupling": "diagonal" if g0.ndim == 1 else "coupled" if names & {"lx", "bx", "r_root"} else "pairwise",
-        "groups": 1 if g0.ndim == 1 else len(g0),
+        "coupling": "diagonal" if g0.ndim < 3 else "coupled" if names & {"lx", "bx", "r_root"} else "pairwise",
+        "groups": len(g0) if g0.ndim == 3 else 1,
         "state_dim": state_dim if state_dim != dim else None,
         "terms": tuple(term for term in TERMS if found[term]),
+        "components": len(g0) if g0.ndim == 2 else 1,
+        "activation": "pde.R.bias" in weights,
         "gate": "pde.gate.weight" in weights,
         "conditioned": "pde.log_time_scale" in weights,
     }
@@ -477,10 +538,11 @@ def options_from_weights(weights):
 def replace_attention(model, mixer="pdessm", grid_size=None, **options):
     """Replaces every self-attention layer of `model` by a PDESSMBlock, in place, prints how many, and returns the model.
 
-    model:     anything with attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or as
-               diffusers has it (`to_q`, `to_k`, `to_v`, `to_out`; cross-attention stays).
+    model:     anything with global self-attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or
+               as diffusers has it (`to_q`, `to_k`, `to_v`, `to_out`). Cross-attention and attention in windows stay.
     mixer:     a name in PRESETS, or a class with the constructor of PDESSMBlock.
-    grid_size: (h, w) of the tokens; by default the model's, if it has a `grid_size` or its `patch_embed` has one.
+    grid_size: (h, w) of the tokens; by default the model's, if it has a `grid_size` or its `patch_embed` has one. For
+               other inputs later, set `grid_size` of the blocks.
     options:   of PDESSMBlock; prefix_tokens is by default the model's `num_prefix_tokens`.
 
     The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer.
@@ -495,25 +557,36 @@ def replace_attention(model, mixer="pdessm", grid_size=None, **options):
     for owner in (model, getattr(model, "patch_embed", None)):
         grid_size = grid_size or getattr(owner, "grid_size", None)
 
-    found = [(name, layer) for name, layer in model.named_modules() if _attention_width(layer)]
-    if not found:
+    replacements = {}
+    for layer in model.modules():
+        if dim := _attention_width(layer):
+            weight = next(layer.parameters())
+            new = mixer(dim, grid_size=grid_size, **options).to(weight.device, weight.dtype)
+            replacements[layer] = new.train(layer.training)
+    if not replacements:
         parts = "qkv and proj, or to_q, to_k, to_v and to_out"
         raise ValueError(f"{type(model).__name__} has no self-attention layer with {parts}")
-    for name, layer in found:
-        weight = next(layer.parameters())
-        new = mixer(_attention_width(layer), grid_size=grid_size, **options).to(weight.device, weight.dtype)
-        model.set_submodule(name, new.train(layer.training))
-    print(f"replaced {len(found)} attention layers of {type(model).__name__} by {mixer.__name__}")
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in replacements:
+            model.set_submodule(name, replacements[layer])
+    print(f"replaced {len(replacements)} attention layers of {type(model).__name__} by {getattr(mixer, '__name__', mixer)}")
     return model
 
 
 def _attention_width(layer):
-    """The number of channels of a self-attention layer, timm's or diffusers'; None for any other module."""
-    if all(hasattr(layer, name) for name in ("qkv", "proj", "num_heads")):
-        return layer.qkv.in_features
+    """The channels of a global self-attention layer, timm's or diffusers'; 0 for any other module."""
+    if isinstance(getattr(layer, "qkv", None), nn.Linear) and hasattr(layer, "proj") and hasattr(layer, "num_heads"):
+        in_windows = hasattr(layer, "window_size") or hasattr(layer, "relative_position_bias_table")
+        return 0 if in_windows else layer.qkv.in_features
     if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and not layer.is_cross_attention:
         return layer.to_q.in_features
-    return None
+    return 0
+
+
+def _full_precision(x):
+    """A context without autocast on the device of x."""
+    there = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if there else nullcontext()
 
 
 def _widen(x):

@@ -45,7 +45,7 @@ def main(args, processes):
     space = open_space(args.vae)
     dataset = load_dataset(args.data_path, args.image_size, args.uncond)
     args.num_classes = 0 if args.uncond else args.num_classes
-    held_out = load_dataset(args.val_path, args.image_size, args.uncond) if args.val_path else None
+    held_out = load_dataset(args.val_path, args.image_size, args.uncond, held_out=True) if args.val_path else None
     check(args, processes, dataset, held_out, space)
 
     model = MODELS[args.model](
@@ -115,9 +115,12 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
-    if held_out and (held_out.num_classes != dataset.num_classes or len(held_out) < processes.size):
-        has = f"{len(held_out)} images of {held_out.num_classes} classes"
-        raise ValueError(f"--val-path has {has}; it needs {dataset.num_classes} classes and {processes.size} images or more")
+    if held_out:
+        names = [getattr(images.source, "classes", None) for images in (held_out, dataset)]
+        if dataset.num_classes and names[0] != names[1]:
+            raise ValueError(f"--val-path has other classes ({names[0]}) than --data-path ({names[1]})")
+        if len(held_out) < processes.size:
+            raise ValueError(f"the {len(held_out)} images of --val-path are fewer than the {processes.size} processes")
 
 
 def mixer_options(args):
@@ -260,7 +263,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
-    add("--val-path", help="images like those of --data-path, whose loss is logged with every checkpoint")
+    add("--val-path", help="held-out images of the same classes (or CIFAR-10), whose loss is logged with every checkpoint")
     add("--results-dir", default="results", help="where the experiment's folder goes")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens")

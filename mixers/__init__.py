@@ -18,7 +18,8 @@ def build_mixer(mixer, dim, num_heads, grid_size, /, **options):
         raise ValueError(f"unknown mixer {mixer!r}; known: {', '.join(MIXERS)}")
     build = MIXERS[mixer] if isinstance(mixer, str) else mixer
     parameters = inspect.signature(build).parameters
-    accepted = parameters.keys() - {"dim", "num_heads", "qkv_bias", "grid_size"}  # the model decides those
+    # The model decides the first four, and its tokens are all on the grid.
+    accepted = parameters.keys() - {"dim", "num_heads", "qkv_bias", "grid_size", "prefix_tokens", "ignored"}
     if unknown := [name for name in options if name not in accepted]:
         raise ValueError(f"mixer {mixer} has no option {', '.join(unknown)}")
     if "grid_size" in parameters:

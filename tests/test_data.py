@@ -76,10 +76,14 @@ def test_cifar10_as_torchvision_unpacks_it(tmp_path, monkeypatch, inside):
     for i in range(1, 6):
         batch = {"data": np.full((2, 3072), i, dtype=np.uint8), "labels": [i, 0]}
         (root / f"data_batch_{i}").write_bytes(pickle.dumps(batch))
+    test = {"data": np.full((3, 3072), 9, dtype=np.uint8), "labels": [9, 8, 7]}
+    (root / "test_batch").write_bytes(pickle.dumps(test))
     images = load_dataset(str(root if inside else tmp_path), 32)
     assert (len(images), images.num_classes, images.flip) == (10, 10, True)
     assert images[2][1] == 2
     torch.testing.assert_close(images[2][0], torch.full((3, 32, 32), 2 / 127.5 - 1))
+    held_out = load_dataset(str(tmp_path), 32, held_out=True)
+    assert [held_out[i][1] for i in range(len(held_out))] == [9, 8, 7]
 
 
 def damaged(folder):

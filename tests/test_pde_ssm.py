@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from test_physics import random_operator, without_input_map
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import pde_ssm
 from commands import ROOT
@@ -144,12 +145,36 @@ def test_the_gate_multiplies_by_a_second_projection():
     torch.testing.assert_close(pde(u).movedim(1, -1), gated @ pde.out.weight.T)
 
 
-def test_the_condition_scales_the_time_of_each_image():
-    pde = random_operator(4, conditioned=True)
-    u, c = torch.randn(3, 4, 5, 6, dtype=f64), torch.randn(3, 4, dtype=f64)
+def test_components_are_summed():
+    pde = random_operator(4, components=3)
+    u = torch.randn(2, 4, 3, 5, dtype=f64)
+    one = PDESSM(4).double()
+    total = 0
+    for i in range(3):
+        weights = pde.state_dict()
+        one.load_state_dict({name: p if name == "R.weight" else p[i] for name, p in weights.items()})
+        total = total + one(u)
+        torch.testing.assert_close(pde.kernel(3, 5)[i], one.kernel(3, 5))
+    torch.testing.assert_close(pde(u), total)
+
+
+def test_the_activation_precedes_the_equation():
+    pde = random_operator(4, activation=True)
     plain = PDESSM(4).double()
+    plain.load_state_dict({name: p for name, p in pde.state_dict().items() if name != "R.bias"})
+    with torch.no_grad():
+        plain.R.weight.copy_(torch.eye(4))
+    u = torch.randn(2, 4, 3, 5, dtype=f64)
+    torch.testing.assert_close(pde(u), plain(torch.nn.functional.silu(pde.R(u.movedim(1, -1)).movedim(-1, 1))))
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_the_condition_scales_the_time_of_each_image(components):
+    pde = random_operator(4, conditioned=True, components=components)
+    u, c = torch.randn(3, 4, 5, 6, dtype=f64), torch.randn(3, 4, dtype=f64)
+    plain = PDESSM(4, components=components).double()
     weights = {name: p for name, p in pde.state_dict().items() if name != "log_time_scale"}
-    scale = (c @ pde.log_time_scale.T).exp()
+    scale = (2 * (c @ pde.log_time_scale.T / 2).tanh()).exp()
     for i in range(3):
         weights["equation.log_tau"] = pde.equation.log_tau.detach() + scale[i].detach().log()
         plain.load_state_dict(weights)
@@ -173,6 +198,7 @@ VARIANTS = [
     dict(coupling="coupled"),
     dict(gate=True),
     dict(conditioned=True),
+    dict(components=3, activation=True),
 ]
 
 
@@ -185,7 +211,10 @@ def test_lower_precision_keeps_a_float32_core(dtype, scale, options, device):
         pytest.skip("the gate is quadratic in its input: 1e3 becomes 1e6, more than float16 holds")
     block = PDESSMBlock(64, grid_size=(5, 6), **options).to(device)
     tokens = (scale * torch.randn(2, 30, 64, device=device)).requires_grad_()
-    c = [torch.randn(2, 64, device=device)] if options.get("conditioned") else []
+    c = []
+    if options.get("conditioned"):
+        torch.nn.init.normal_(block.pde.log_time_scale)
+        c = [scale * torch.randn(2, 64, device=device)]
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         out = block(tokens, *c)
     assert out.dtype == dtype
@@ -210,11 +239,23 @@ def test_half_precision_weights_work_too(dtype, coupling):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
-def test_compiles_without_a_graph_break(options, randomize):
+def test_compiles_without_a_graph_break(options, randomize, monkeypatch):
+    monkeypatch.setattr(pde_ssm, "CHUNK", 1000)  # more than one
     model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, num_classes=10, mixer="pdessm", **options)).eval()
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 2])
+
+    def run(network):
+        model.zero_grad()
+        out = network(*inputs)
+        out.square().sum().backward()
+        with torch.no_grad():
+            kept = network(*inputs)
+        return [out.detach(), kept] + [p.grad for p in model.parameters() if p.requires_grad]
+
     torch.compiler.reset()
     assert torch._dynamo.explain(model)(*inputs).graph_break_count == 0
+    torch.compiler.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager")), run(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
@@ -263,12 +304,14 @@ def test_tokens_off_the_grid_exchange_with_all_of_it():
         dict(coupling="coupled", groups=2, terms=("convection",)),
         dict(coupling="coupled", groups=4, terms=("diffusion", "reaction"), state_dim=8, gate=True),
         dict(conditioned=True),
+        dict(components=3, activation=True),
     ],
 )
 def test_weights_tell_their_options(options):
     block = PDESSMBlock(16, **options)
     found = options_from_weights(block.state_dict())
-    assert found == dict(coupling="diagonal", groups=1, state_dim=None, terms=TERMS, gate=False, conditioned=False) | options
+    plain = dict(coupling="diagonal", groups=1, state_dim=None, terms=TERMS)
+    assert found == plain | dict(components=1, activation=False, gate=False, conditioned=False) | options
     PDESSMBlock(16, **found).load_state_dict(block.state_dict())
 
 
@@ -281,6 +324,69 @@ def test_the_symbol_is_kept_for_inference(monkeypatch, coupling):
         for grid in [(4, 4), (4, 4), (3, 5), (4, 4), (3, 5)]:
             pde(torch.randn(1, 4, *grid))
     assert computed == [(4, 4), (3, 5)]
+
+
+@couplings
+def test_kept_symbols_are_few(coupling):
+    pde = PDESSM(4, coupling=coupling).eval()
+    with torch.no_grad():
+        for n in range(1, 9):
+            pde(torch.randn(1, 4, n, n))
+    assert len(pde.equation._symbols) == pde_ssm.GRIDS_KEPT
+
+
+@couplings
+def test_an_ensemble_under_vmap_is_never_stale(coupling):
+    models = [PDESSM(4, coupling=coupling).eval() for _ in range(3)]
+    weights, _ = torch.func.stack_module_state(models)
+    u = torch.randn(2, 4, 3, 5)
+    with torch.no_grad():
+        for scale in (1, 2):
+            weights = {name: scale * w for name, w in weights.items()}
+            outs = torch.vmap(lambda w: torch.func.functional_call(models[0], w, u))(weights)
+            for i, model in enumerate(models):
+                model.load_state_dict({name: w[i] for name, w in weights.items()})
+                torch.testing.assert_close(outs[i], model(u), rtol=1e-4, atol=1e-5)
+
+
+@couplings
+@torch.no_grad()
+def test_a_whole_module_can_be_pickled(coupling, tmp_path):
+    pde, u = PDESSM(4, coupling=coupling).eval(), torch.randn(2, 4, 3, 5)
+    expected = pde(u)
+    torch.save(pde, tmp_path / "a.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=False)(u), expected, rtol=0, atol=0)
+
+
+@couplings
+def test_shapes_can_be_had_without_memory(coupling):
+    with torch.device("meta"):
+        assert PDESSMBlock(16, coupling=coupling)(torch.randn(2, 25, 16)).shape == (2, 25, 16)
+
+
+@couplings
+def test_autocast_does_not_touch_what_can_be_asked(coupling):
+    pde = PDESSM(16, coupling=coupling)
+    expected = pde.kernel(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(pde.kernel(4, 6), expected, rtol=0, atol=0)
+        assert {x.dtype for x in pde.coefficients()} == {torch.float32}
+
+
+def test_arguments_of_timms_attention():
+    block = PDESSMBlock(8, num_heads=2, qkv_bias=True, dim_out=8, qk_norm=True, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in block.parameters()} == {("meta", torch.bfloat16)}
+    assert PDESSM(4, terms="diffusion").equation.terms == ("diffusion",)
+    assert PDESSM(4, terms=(t for t in reversed(TERMS))).equation.terms == TERMS
+
+
+def change_parametrised(pde):
+    register_parametrization(pde.equation, "log_tau", torch.nn.Identity())
+    pde.equation.symbol(4, 6)
+    pde.equation.parametrizations.log_tau.original.add_(0.1)
+    torch.testing.assert_close(pde.equation.symbol(4, 6), pde.equation.compute_symbol(4, 6), rtol=0, atol=0)
+    remove_parametrizations(pde.equation, "log_tau")
+    return pde
 
 
 def change_in_place(pde):
@@ -334,7 +440,7 @@ def edit_behind_autograd(pde):
 
 CHANGES = [
     change_in_place, step_optimiser, load_other_weights, assign_other_weights, replace_parameters, average_with_another,
-    go_through_half, change_a_copy, edit_behind_autograd,
+    go_through_half, change_a_copy, edit_behind_autograd, change_parametrised,
 ]  # fmt: skip
 
 
@@ -370,6 +476,11 @@ def test_the_kept_symbol_is_never_stale(change, coupling):
         (lambda: PDESSM(4)(torch.ones(4, 2, 2)), r"of shape \(4, 2, 2\)"),
         (lambda: PDESSM(4)(torch.ones(1, 4, 2, 2), torch.ones(1, 4)), "conditioned=False and got a vector c"),
         (lambda: PDESSM(4, conditioned=True)(torch.ones(1, 4, 2, 2)), "conditioned=True and got no vector c"),
+        (lambda: PDESSM(4, conditioned=True)(torch.ones(2, 4, 2, 2), torch.ones(1, 4)), r"c is \(1, 4\), not .* \(2, 4\)"),
+        (lambda: PDESSM(4, components=0), "components is 0"),
+        (lambda: PDESSM(4, components=2, coupling="coupled"), "components is 2, with coupling 'coupled'"),
+        (lambda: PDESSMBlock(4, dim_out=8), "dim_out=8"),
+        (lambda: PDESSMBlock(4)(torch.ones(4, 4)), r"\(B, N, 4\); it got the shape \(4, 4\)"),
         (lambda: PDESSMBlock(4)(torch.ones(1, 4, 4), attn_mask=torch.ones(4, 4)), "cannot follow attn_mask"),
         (lambda: PDESSMBlock(4, prefix_tokens=3)(torch.randn(1, 2, 4)), "0 tokens on the grid"),
         (lambda: PDESSMBlock(4)(torch.randn(1, 5, 4)), "5 tokens on the grid"),

@@ -48,7 +48,7 @@ def without_input_map(pde):
     with torch.no_grad():
         pde.R.weight.copy_(torch.eye(pde.dim))
         g0 = pde.equation.g0
-        g0.copy_(torch.ones(pde.dim) if g0.ndim == 1 else torch.eye(g0.shape[-1]))
+        g0.copy_(torch.ones(pde.dim) if pde.coupling == "diagonal" else torch.eye(g0.shape[-1]))
         pde.equation.gx.zero_(), pde.equation.gy.zero_()
     return pde
 

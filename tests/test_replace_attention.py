@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from mixers import MIXERS
 from models import DiT
 from pde_ssm import PDESSMBlock, replace_attention
 
@@ -90,6 +91,33 @@ def test_new_layers_have_the_type_device_and_mode_of_the_old():
     assert {p.device.type for p in replace_attention(model).parameters()} == {"meta"}
 
 
+def test_rotary_embeddings_are_ignored():
+    block = replace_attention(nn.Sequential(timm.layers.AttentionRope(16, num_heads=2)))[0]
+    tokens = torch.randn(1, 16, 16)
+    torch.testing.assert_close(block(tokens, rope=torch.randn(16, 16), attn_mask=None), block(tokens))
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = nn.ModuleList([timm.layers.Attention(16), timm.layers.Attention(8)])
+    before = str(model)
+    with pytest.raises(ValueError, match="8 channels cannot be split into 16"):
+        replace_attention(model, coupling="pairwise", groups=16)
+    assert str(model) == before
+
+
+def test_a_shared_layer_stays_shared():
+    layer = timm.layers.Attention(8)
+    model = replace_attention(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))
+    assert isinstance(model["a"], PDESSMBlock)
+    assert model["b"][0] is model["a"]
+
+
+def test_any_class_may_take_attentions_place(capsys):
+    model = replace_attention(our_dit()[0], MIXERS["pdessm"], coupling="coupled")
+    assert {block.attn.pde.coupling for block in model.blocks} == {"coupled"}
+    assert "replaced 2 attention layers" in capsys.readouterr().out
+
+
 def test_cross_attention_stays():
     model = nn.ModuleDict(
         {
@@ -106,6 +134,7 @@ def test_cross_attention_stays():
     ("model", "options", "message"),
     [
         (nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no self-attention layer"),
+        (timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), {}, "no self-attention layer"),
         (our_dit()[0], dict(mixer="attention"), "unknown mixer 'attention'; known: pdessm"),
         (our_dit()[0], dict(conditioned=True), "conditioned needs blocks that pass"),
         (our_dit()[0], dict(coupling="pairwise", groups=5), "32 channels cannot be split into 5"),

@@ -188,7 +188,7 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        (["--pde-terms", "reaction", "diffusion"], dict(terms=("diffusion", "reaction"))),
+        (["--pde-terms", "diffusion", "reaction"], dict(terms=("diffusion", "reaction"))),
         (["--pde-coupling", "coupled", "--pde-groups", "24"], dict(coupling="coupled", groups=24)),
         (["--pde-coupling", "pairwise", "--pde-state-dim", "16"], dict(coupling="pairwise", state_dim=16)),
         (["--pde-gate", "--pde-conditioned"], dict(gate=True, conditioned=True)),
@@ -197,13 +197,23 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
 def test_options_of_the_pde_reach_the_model_and_both_samplers(tmp_path, flags, options):
     folder = fit(tmp_path, "--max-steps", 1, "--global-batch-size", 8, "--mixer", "pdessm", *flags)
     path = folder / "checkpoints" / "0000001.pt"
-    assert {f"pde_{name}" for name in options} <= load_checkpoint(path)[1].keys()
+    stored = load_checkpoint(path)[1]
+    assert {name: stored[f"pde_{name}"] for name in options} == {n: list(v) if n == "terms" else v for n, v in options.items()}
     nothing = SimpleNamespace(model=None, mixer=None, num_classes=None, image_size=None, vae=None)
     model, settings = load_model(path, nothing, "ema")
     assert settings["mixer_options"].items() >= options.items()
     assert options.get("terms", TERMS) == model.blocks[0].attn.pde.equation.terms
     assert draw(path, tmp_path / "grid.png", "--class-labels", 3).shape == (64, 64, 3)
     assert draw_many(path, tmp_path / "samples", "--num-fid-samples", 2).shape == (2, 8, 8, 3)
+
+
+def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
+    other = tmp_path / "others" / "cat" / "1.png"
+    other.parent.mkdir(parents=True)
+    (Path(photos) / "0" / "0.png").rename(other)
+    args = train.parse_args([*QUICK, "--data-path", photos, "--val-path", str(tmp_path / "others"), "--global-batch-size", "8"])
+    with pytest.raises(ValueError, match=r"--val-path has other classes \(\['cat'\]\) than --data-path \(\['0', '1', '2'\]\)"):
+        train.main(args, ALONE)
 
 
 def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
@@ -235,6 +245,7 @@ def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
         (["--results-dir", "/proc/version/results"], "/proc/version"),
         (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
         (["--val-path", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--val-path", "digits"], "the digits have no held-out images"),
         (["--pde-gate", "--pde-groups", "2"], "--pde-groups, --pde-gate means nothing to --mixer attention"),
         (["--mixer", "pdessm", "--pde-coupling", "coupled", "--pde-groups", "7"], "96 channels cannot be split into 7"),
         (["--mixer", "pdessm", "--pde-coupling", "coupled", "--pde-conditioned"], "conditioned needs coupling='diagonal'"),
