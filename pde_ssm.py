@@ -402,7 +402,7 @@ class PDESSM(nn.Module):
             raise ValueError(f"PDESSM needs a real (B, {self.dim}, h, w); it got {u.dtype} of shape {tuple(u.shape)}")
         if (c is not None) != self.conditioned:
             raise ValueError(f"PDESSM has conditioned={self.conditioned} and got {'no vector' if c is None else 'a vector'} c")
-        if c is not None and c.shape != (len(u), self.dim):
+        if c is not None and (c.ndim != 2 or c.shape[0] != u.shape[0] or c.shape[1] != self.dim):
             raise ValueError(f"c is {tuple(c.shape)}, not one vector per image, {(len(u), self.dim)}")
         h, w = u.shape[-2:]
         u = u.movedim(1, -1)                                               # (B, h, w, D)

@@ -258,6 +258,20 @@ def test_compiles_without_a_graph_break(options, randomize, monkeypatch):
     torch.testing.assert_close(run(torch.compile(model, backend="aot_eager")), run(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
+@torch.no_grad()
+def test_exports_for_any_batch(options, randomize, tmp_path):
+    model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, num_classes=10, mixer="pdessm", **options)).eval()
+
+    def inputs(B):
+        return torch.randn(B, 4, 8, 8), torch.full((B,), 500), torch.arange(B)
+
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    torch.export.save(torch.export.export(model, inputs(2), dynamic_shapes=(batch, batch, batch)), tmp_path / "a.pt2")
+    exported, other = torch.export.load(tmp_path / "a.pt2").module(), inputs(5)
+    torch.testing.assert_close(exported(*other), model(*other))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
 def test_the_compiled_model_gives_the_same_numbers(randomize):
