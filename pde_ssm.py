@@ -352,7 +352,7 @@ class PDESSM(nn.Module):
     coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
     groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
                  pairwise, as in the paper, and groups of 8 channels for coupled, whose exponential costs O(c^3).
-    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back.
+    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. `expand` gives it in multiples of dim.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
     components:  not the paper's: so many PDEs per channel, whose states are summed. For the diagonal coupling alone.
     activation:  not the paper's: silu(R u + bias) in place of R u.
@@ -365,7 +365,7 @@ class PDESSM(nn.Module):
     """
 
     def __init__(
-        self, dim, *, grid_size=(16, 16), coupling="diagonal", groups=None, state_dim=None, terms=TERMS,
+        self, dim, *, grid_size=(16, 16), coupling="diagonal", groups=None, state_dim=None, expand=1.0, terms=TERMS,
         components=1, activation=False, gate=False, conditioned=False,
     ):  # fmt: skip
         super().__init__()
@@ -378,7 +378,7 @@ class PDESSM(nn.Module):
             raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")
         if components < 1 or (components > 1 and coupling != "diagonal"):
             raise ValueError(f"components is {components}, with coupling {coupling!r}; it is 1, or more if diagonal")
-        C = dim if state_dim is None else state_dim
+        C = round(expand * dim) if state_dim is None else state_dim
         if groups is None:
             groups = C // math.gcd(C, 8) if coupling == "coupled" else 1
         if groups < 1 or C < 1 or C % groups:
@@ -468,7 +468,7 @@ class PDESSMBlock(nn.Module):
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
-                 groups=None, state_dim=None, terms=TERMS, components=1, activation=False, gate=False,
+                 groups=None, state_dim=None, expand=1.0, terms=TERMS, components=1, activation=False, gate=False,
                  conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
         super().__init__()
         if dim_out not in (None, dim):
@@ -477,8 +477,8 @@ class PDESSMBlock(nn.Module):
             raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
         self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
         self.pde = PDESSM(
-            dim, grid_size=self.grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim, terms=terms,
-            components=components, activation=activation, gate=gate, conditioned=conditioned,
+            dim, grid_size=self.grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim,
+            expand=expand, terms=terms, components=components, activation=activation, gate=gate, conditioned=conditioned,
         )  # fmt: skip
         self.conditioned = conditioned
         self.prefix = nn.Linear(dim, dim, bias=False) if prefix_tokens else None

@@ -88,6 +88,7 @@ def test_a_state_of_another_size_is_projected_back(coupling):
     assert pde.kernel(3, 4).shape[0] == 8
     assert pde(torch.randn(2, 6, 3, 4)).shape == (2, 6, 3, 4)
     assert PDESSM(6, coupling=coupling, state_dim=6, groups=2).out is None
+    assert PDESSM(6, coupling=coupling, expand=4 / 3, groups=2).R.weight.shape == (8, 6)
 
 
 def test_groups_by_default():

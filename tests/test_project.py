@@ -42,7 +42,7 @@ def test_imports_flow_one_way(name):
             imported.add(node.module.split(".")[0])
     assert imported & set(ORDER) <= set(ORDER[: ORDER.index(name)])
     if name == "pde_ssm":
-        assert imported == {"math", "torch"}
+        assert imported == {"contextlib", "math", "torch"}
     if name == "diffusion":
         assert not imported & set(ORDER)
 
@@ -52,6 +52,7 @@ def test_the_readmes_tree_is_the_tree():
     kept = {path.name for path in ROOT.glob("*.py")}
     kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
+    folders |= {f"reproduce/{path.name}" for path in (ROOT / "reproduce").glob("*.*")}
     assert kept | folders == named
 
 

@@ -192,6 +192,7 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
         (["--pde-coupling", "coupled", "--pde-groups", "24"], dict(coupling="coupled", groups=24)),
         (["--pde-coupling", "pairwise", "--pde-state-dim", "16"], dict(coupling="pairwise", state_dim=16)),
         (["--pde-gate", "--pde-conditioned"], dict(gate=True, conditioned=True)),
+        (["--pde-activation", "--pde-components", "2"], dict(activation=True, components=2)),
     ],
 )
 def test_options_of_the_pde_reach_the_model_and_both_samplers(tmp_path, flags, options):
