@@ -74,6 +74,15 @@ def test_the_mixers_options_are_read_off_the_weights(tmp_path, options):
     assert str(model) == str(written)
 
 
+def test_a_preset_keeps_its_name(tmp_path):
+    written = write(tmp_path / "a.pt", "pdessm-g")
+    model, settings = load_model(tmp_path / "a.pt", flags(mixer="pdessm-g"), "ema")
+    assert settings["mixer"] == "pdessm-g"
+    assert str(model) == str(written)
+    torch.save(written.state_dict(), tmp_path / "a.pt")  # which knows no names
+    assert str(load_model(tmp_path / "a.pt", flags(), "ema")[0]) == str(written)
+
+
 @pytest.mark.parametrize("mixer", ["attention", "pdessm"])
 @pytest.mark.parametrize("size", [24, (16, 24)])
 def test_a_model_runs_at_another_size(tmp_path, mixer, size):

@@ -70,6 +70,11 @@ def test_swapping_the_mixer_changes_its_parameters_alone(name):
     assert shared == {key for key in pdessm.state_dict() if ".attn." not in key}
 
 
+@pytest.mark.parametrize("name", [f"DiT-{size}/2" for size in models.SIZES])
+def test_our_preset_has_no_more_parameters_than_attention(name):
+    assert count(build_meta(name, mixer="pdessm-g")) <= count(build_meta(name))
+
+
 def test_sizes_for_cpus():
     assert 0.8e6 < count(build_meta("DiT-N/2")) < 1.2e6
     tiny = DiT_models["DiT-Ti/2"].keywords
