@@ -82,6 +82,21 @@ def embedding_symbol(g0, gx, gy, h, w):
     return torch.complex(*torch.broadcast_tensors(g0, gx * kx + gy * ky))
 
 
+def initial_widths(token, n):
+    """n diffusion lengths l with K = l^2, so that the Gaussian's standard deviation at tau = 1 is sqrt(2) l."""
+    return torch.logspace(math.log(token / 2), math.log(max(1 / 4, token / 2)), n, base=math.e) / math.sqrt(2)
+
+
+def initial_shifts(token, shape):
+    """Random vectors (*shape, 2) of up to two tokens, in all directions."""
+    angle, length = 2 * math.pi * torch.rand(shape), 2 * token * torch.rand(shape)
+    return torch.stack([length * angle.cos(), length * angle.sin()], dim=-1)
+
+
+def symmetric(A):
+    return (A + A.mT) / 2
+
+
 class Diagonal(nn.Module):
     """Each of `dim` channels follows a PDE of its own, or, with `components`, is the sum of so many that do.
 
@@ -330,21 +345,6 @@ EQUATIONS = {"diagonal": Diagonal, "pairwise": Pairwise, "coupled": Coupled}
 COUPLINGS = tuple(EQUATIONS)
 
 
-def initial_widths(token, n):
-    """n diffusion lengths l with K = l^2, so that the Gaussian's standard deviation at tau = 1 is sqrt(2) l."""
-    return torch.logspace(math.log(token / 2), math.log(max(1 / 4, token / 2)), n, base=math.e) / math.sqrt(2)
-
-
-def initial_shifts(token, shape):
-    """Random vectors (*shape, 2) of up to two tokens, in all directions."""
-    angle, length = 2 * math.pi * torch.rand(shape), 2 * token * torch.rand(shape)
-    return torch.stack([length * angle.cos(), length * angle.sin()], dim=-1)
-
-
-def symmetric(A):
-    return (A + A.mT) / 2
-
-
 class PDESSM(nn.Module):
     """The PDE-SSM operator: (B, dim, h, w) -> (B, dim, h, w), for any h and w.
 
@@ -439,7 +439,8 @@ class PDESSM(nn.Module):
 
     def extra_repr(self):
         equation = self.equation
-        return f"{self.dim}, coupling={self.coupling!r}, groups={equation.groups}, terms={equation.terms}"
+        shape = f"groups={equation.groups}, components={equation.components}"
+        return f"{self.dim}, coupling={self.coupling!r}, {shape}, terms={equation.terms}"
 
 
 def receptive_field(kernel):
