@@ -1,6 +1,7 @@
 """Diffusion objectives and samplers for any callable (x, t, **kwargs); nothing here knows a model."""
 
 from .ddpm import GaussianDiffusion, beta_schedule, spaced_timesteps
+from .flow import PATHS, TIMES, FlowMatching
 
 
 # fmt: off
@@ -29,3 +30,18 @@ def create_diffusion(
         predict_xstart=predict_xstart, learn_sigma=learn_sigma, sigma_small=sigma_small,
         use_kl=use_kl, rescale_bound=rescale_learned_sigmas,
     )  # fmt: skip
+
+
+def create_flow(num_timesteps=50, path="linear", times="uniform"):
+    """Flow matching with the interface of `create_diffusion`.
+
+    num_timesteps: steps of the samplers; training knows none.
+    path:          "linear", the paper's, or "cosine", which keeps the variance.
+    times:         how training draws t: "uniform" or "logit-normal".
+
+    ValueError for a path or times that are unknown, or fewer than one step.
+    """
+    if path not in PATHS or times not in TIMES or num_timesteps < 1:
+        known = f"paths: {', '.join(PATHS)}; times: {', '.join(TIMES)}; at least 1 step"
+        raise ValueError(f"no flow with path {path!r}, times {times!r} and {num_timesteps} steps; known {known}")
+    return FlowMatching(path, times, num_timesteps)

@@ -90,6 +90,10 @@ class GaussianDiffusion:
         """What the network is shown for timesteps t (B,)."""
         return self._tables(t.device).t[t]
 
+    def draw_times(self, p):
+        """Timesteps for training from uniform random numbers p (B,) in [0, 1)."""
+        return (p * self.num_timesteps).long()
+
     def q_sample(self, x_start, t, noise=None):
         """x_t given x_0."""
         noise = torch.randn_like(x_start) if noise is None else noise

@@ -85,4 +85,72 @@ def _countdown(diffusion, x, progress):
         yield torch.full((len(x),), step, device=x.device)
 
 
+@torch.no_grad()
+def euler(
+    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
+):  # fmt: skip
+    """Follows the velocity of a flow from t = 0 to 1 in equal steps; the error falls with the step."""
+    dt = 1 / flow.num_timesteps
+    for t in _count_up(flow, x, progress):
+        x = x + dt * flow.velocity(model, x, t, model_kwargs)
+    return _clip(x, clip_denoised)
+
+
+@torch.no_grad()
+def heun(
+    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
+):  # fmt: skip
+    """As euler, with the mean of the velocities at both ends of a step, two calls of the network each: second order."""
+    dt = 1 / flow.num_timesteps
+    for t in _count_up(flow, x, progress):
+        here = flow.velocity(model, x, t, model_kwargs)
+        there = flow.velocity(model, x + dt * here, t + dt, model_kwargs)
+        x = x + dt / 2 * (here + there)
+    return _clip(x, clip_denoised)
+
+
+@torch.no_grad()
+def rk45(
+    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
+    rtol=1e-5, atol=1e-5,
+):  # fmt: skip
+    """Dormand and Prince's method with adaptive steps, through torchdiffeq; num_timesteps means nothing to it.
+
+    The steps are chosen for the whole batch, so an image depends a little, within the tolerances, on its neighbours.
+    """
+    from torchdiffeq import odeint
+
+    def right_hand_side(t, x):
+        return flow.velocity(model, x, t.expand(len(x)), model_kwargs)
+
+    return _clip(odeint(right_hand_side, x, x.new_tensor([0, 1]), method="dopri5", rtol=rtol, atol=atol)[-1], clip_denoised)
+
+
+@torch.no_grad()
+def sde(
+    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
+):  # fmt: skip
+    """The stochastic process with the flow's marginals, by Euler and Maruyama: dx = (v + sigma s / 2) dt + sqrt(sigma) dW.
+
+    s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds.
+    """
+    dt = 1 / flow.num_timesteps
+    for t in _count_up(flow, x, progress):
+        velocity = flow.velocity(model, x, t, model_kwargs)
+        _, sigma, _, _ = flow.coefficients(t, x)
+        x = x + dt * (velocity - flow.noise(x, t, velocity) / 2) + (dt * sigma).sqrt() * randn_like(x)
+    return _clip(x, clip_denoised)
+
+
+def _count_up(flow, x, progress):
+    """The times at which the steps begin, each (B,)."""
+    for step in tqdm(range(flow.num_timesteps), disable=not progress):
+        yield torch.full((len(x),), step / flow.num_timesteps, device=x.device, dtype=x.dtype)
+
+
+def _clip(x, clip_denoised):
+    return x.clamp(-1, 1) if clip_denoised else x
+
+
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+FLOW_SAMPLERS = {"euler": euler, "heun": heun, "rk45": rk45, "sde": sde}

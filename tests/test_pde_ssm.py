@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from test_physics import random_operator, without_input_map
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import pde_ssm
 from commands import ROOT
 from models import DiT
 from pde_ssm import COUPLINGS, PDESSM, TERMS, PDESSMBlock, options_from_weights, receptive_field
+from test_physics import random_operator, without_input_map
 
 f64 = torch.float64
 couplings = pytest.mark.parametrize("coupling", COUPLINGS)

@@ -1,0 +1,135 @@
+"""Flow matching where everything is known: data from a Gaussian, or from two of them."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion import PATHS, create_flow
+from diffusion.samplers import FLOW_SAMPLERS, euler, heun, rk45, sde
+
+f64 = torch.float64
+MEANS = torch.tensor([[1.5, -0.5], [-1.0, 0.75]], dtype=f64)  # of two modes; the first is the Gaussian's
+
+
+def exact(flow, means, std):
+    """The velocity E[alpha' u + sigma' z | x] for u from equally likely Gaussians: a network (x, 1000 t)."""
+
+    def network(x, t):
+        alpha, sigma, d_alpha, d_sigma = flow.coefficients(t / 1000, x)
+        variance = (alpha * std) ** 2 + sigma**2                           # (B, 1, 1, 1)
+        offset = x[:, None] - alpha[:, None] * means.view(1, -1, 2, 1, 1)  # (B, modes, 2, 1, 1)
+        share = (-offset.square().sum(2, keepdim=True) / variance[:, None] / 2).softmax(1)
+        u = means.view(1, -1, 2, 1, 1) + (alpha * std**2 / variance)[:, None] * offset
+        z = (sigma / variance)[:, None] * offset
+        return (share * (d_alpha[:, None] * u + d_sigma[:, None] * z)).sum(1)
+
+    return network
+
+
+def start(n=64):
+    return torch.randn(n, 2, 1, 1, dtype=f64)
+
+
+def run(sampler, path, steps, means, x, **options):
+    flow = create_flow(steps, path)
+    return sampler(flow, exact(flow, means, 0.4), x, clip_denoised=False, **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_lead_from_noise_to_the_image_and_know_their_derivatives(path):
+    t = torch.linspace(0, 1, 11, dtype=f64, requires_grad=True)
+    alpha, sigma, d_alpha, d_sigma = PATHS[path](t)
+    torch.testing.assert_close(torch.autograd.grad(alpha.sum(), t, retain_graph=True)[0], d_alpha)
+    torch.testing.assert_close(torch.autograd.grad(sigma.sum(), t)[0], d_sigma)
+    ends = torch.stack([alpha, sigma])[:, [0, -1]]
+    torch.testing.assert_close(ends, torch.tensor([[0, 1], [1, 0]], dtype=f64))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_velocity_gives_back_image_and_noise(path):
+    flow, u, z = create_flow(path=path), start(), start()
+    t = torch.linspace(0, 1, 64, dtype=f64)
+    alpha, sigma, d_alpha, d_sigma = flow.coefficients(t, u)
+    x, velocity = alpha * u + sigma * z, d_alpha * u + d_sigma * z
+    torch.testing.assert_close(flow.clean(x, t, velocity), u)
+    torch.testing.assert_close(flow.noise(x, t, velocity), z)
+    if path == "linear":
+        torch.testing.assert_close(flow.clean(x, t, velocity), x + (1 - t).view(-1, 1, 1, 1) * velocity)  # Eq. (13)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_loss_is_that_of_the_velocity(path):
+    flow, u, z = create_flow(path=path), start(), start()
+    t = torch.rand(64, dtype=f64)
+    _, _, d_alpha, d_sigma = flow.coefficients(t, u)
+    seen = []
+    losses = flow.training_losses(lambda x, t, y: seen.append((x, t, y)) or 0 * x, u, t, dict(y=3), z)
+    torch.testing.assert_close(losses["loss"], (d_alpha * u + d_sigma * z).square().mean((1, 2, 3)))
+    x, shown, y = seen[0]
+    torch.testing.assert_close(shown, 1000 * t)
+    assert y == 3
+    if path == "linear":
+        torch.testing.assert_close(x, t.view(-1, 1, 1, 1) * u + (1 - t.view(-1, 1, 1, 1)) * z)  # Eq. (12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("modes", [1, 2])
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+def test_fixed_steps_converge_at_their_order(path, modes, sampler, order):
+    x, means = start(), MEANS[:modes]
+    if modes == 1 and path == "linear":
+        expected = means.view(1, 2, 1, 1) + 0.4 * x  # an affine map takes the one Gaussian to the other
+        torch.testing.assert_close(run(rk45, path, 1, means, x, rtol=1e-9, atol=1e-9), expected, rtol=0, atol=1e-7)
+    else:
+        expected = run(rk45, path, 1, means, x, rtol=1e-10, atol=1e-10)
+    errors = [(run(sampler, path, n, means, x) - expected).abs().mean() for n in (64, 128, 256)]
+    rates = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
+    assert rates == pytest.approx([order, order], abs=0.15)
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-7, 1e-9])
+def test_adaptive_steps_meet_their_tolerance(tolerance):
+    x = start()
+    error = run(rk45, "linear", 1, MEANS[:1], x, rtol=tolerance, atol=tolerance) - (MEANS[0].view(1, 2, 1, 1) + 0.4 * x)
+    assert error.square().mean().sqrt() < 5 * tolerance
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler", [euler, sde])
+def test_samples_have_the_mean_and_covariance_of_the_data(path, sampler):
+    x = start(20_000)
+    samples = run(sampler, path, 200, MEANS, x)[:, :, 0, 0]
+    mean = MEANS.mean(0)
+    covariance = 0.16 * torch.eye(2, dtype=f64) + torch.einsum("mi,mj->ij", MEANS - mean, MEANS - mean) / 2
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.05)
+
+
+def test_the_stochastic_sampler_draws_noise_once_per_step():
+    drawn = []
+    x = start(4)
+    run(sde, "linear", 10, MEANS, x, randn_like=lambda x: drawn.append(1) or torch.randn_like(x))
+    assert len(drawn) == 10
+    assert torch.equal(run(euler, "linear", 10, MEANS, x), run(euler, "linear", 10, MEANS, x))
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS.values())
+def test_pixels_can_be_kept_in_range(sampler):
+    flow = create_flow(10)
+    assert sampler(flow, exact(flow, 2 * MEANS, 0.4), start()).abs().max() == 1
+
+
+def test_times_in_training():
+    p = (torch.arange(1000) + 0.5) / 1000
+    assert torch.equal(create_flow().draw_times(p), p)
+    t = create_flow(times="logit-normal").draw_times(p)
+    torch.testing.assert_close(torch.logit(t).std(), torch.tensor(1.0), rtol=0.01, atol=0)
+    assert t.median() == pytest.approx(0.5, abs=1e-3)
+    assert create_flow(times="logit-normal").draw_times(torch.zeros(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [dict(path="curved"), dict(times="late"), dict(num_timesteps=0)])
+def test_unknown_options_are_named(options):
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        create_flow(**options)
