@@ -12,7 +12,8 @@ from models import DiT_models
 from pde_ssm import options_from_weights
 from vae import open_space
 
-READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed")  # by settings_from_weights
+# What settings_from_weights reads.
+READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
 
 
 def save_checkpoint(path, **contents):
@@ -54,7 +55,8 @@ def load_checkpoint(path):
 
 
 def settings_from_weights(weights):
-    """model, mixer and its options, num_classes, image_size and vae as train.py was told them, read off the weights."""
+    """What train.py was told, read off the weights: model, mixer and its options, num_classes, image_size, vae,
+    objective (a flow's network has no variance among its outputs) and path (of a flow, which is guessed)."""
     hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     names = [
@@ -77,14 +79,16 @@ def settings_from_weights(weights):
         "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
         "image_size": grid * patch * open_space(vae).factor,
         "vae": vae,
+        "objective": "flow" if len(weights["final_layer.linear.bias"]) == channels * patch**2 else "diffusion",
+        "path": "linear",
     }
 
 
 def load_model(path, args, default_vae):
     """The model of a checkpoint, in eval mode: (model, settings).
 
-    The settings (model, mixer, mixer_options, num_classes, image_size, vae) are the checkpoint's; those that `args`
-    gives too, not None, must agree. Two are free: which decoder to use in latent space, and image_size, a side or
+    The settings, those of `settings_from_weights`, are the checkpoint's; those that `args` gives too, not None, must
+    agree. Two are free: which decoder to use in latent space, and image_size, a side or
     (height, width), to which the model is resized. ValueError names both values, or what does not fit.
     """
     weights, stored = load_checkpoint(path)
@@ -110,6 +114,7 @@ def load_model(path, args, default_vae):
         input_size=settings["image_size"] // space.factor,
         in_channels=space.channels,
         num_classes=settings["num_classes"],
+        learn_sigma=settings["objective"] == "diffusion",
         mixer=settings["mixer"],
         **settings["mixer_options"],
     )

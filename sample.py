@@ -15,8 +15,8 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from checkpoint import load_model
-from diffusion import create_diffusion
-from diffusion.samplers import SAMPLERS, PerImageNoise, image_seeds
+from diffusion import create_objective
+from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise, image_seeds
 from download import find_checkpoint
 from mixers import MIXERS
 from models import DiT_models
@@ -33,7 +33,7 @@ def main(args, processes):
     torch.set_float32_matmul_precision("high")
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="mse")
     labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
-    diffusion = create_diffusion(str(args.num_sampling_steps))
+    objective, sampler = create_sampler(args, settings)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out}: not a file in a folder that can be written")
@@ -43,12 +43,21 @@ def main(args, processes):
     labels, images = torch.tensor(labels, device=processes.device), []
     for numbers in torch.arange(len(labels)).split(AT_ONCE):
         noise = PerImageNoise(image_seeds(args.seed, numbers.tolist(), "sampling"), processes.device)
-        images.append(generate(model, space, diffusion, SAMPLERS[args.sampler], labels[numbers], noise, args.cfg_scale))
+        images.append(generate(model, space, objective, sampler, labels[numbers], noise, args.cfg_scale))
     save_grid(torch.cat(images), out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
     print(f"{len(labels)} samples are in {out}")
 
 
-def generate(model, space, diffusion, sampler, labels, noise, cfg_scale, progress=True):
+def create_sampler(args, settings):
+    """What a checkpoint was trained for, in as many steps as asked for, and the function that samples from it."""
+    samplers = SAMPLERS if settings["objective"] == "diffusion" else FLOW_SAMPLERS
+    name = args.sampler or next(iter(samplers))
+    if name not in samplers:
+        raise ValueError(f"--sampler {name}: the checkpoint's objective is {settings['objective']}, for {', '.join(samplers)}")
+    return create_objective(settings["objective"], args.num_sampling_steps, settings["path"]), samplers[name]
+
+
+def generate(model, space, objective, sampler, labels, noise, cfg_scale, progress=True):
     """One sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
     cfg_scale is the strength of classifier-free guidance; 1 is none, and so is any without classes. Pixels are kept in
@@ -57,7 +66,7 @@ def generate(model, space, diffusion, sampler, labels, noise, cfg_scale, progres
     unguided = cfg_scale == 1 or model.num_classes == 0
     h, w = (side * model.patch_size for side in model.grid_size)
     x = sampler(
-        diffusion,
+        objective,
         model if unguided else guided(model, cfg_scale),
         noise.randn(model.in_channels, h, w),
         model_kwargs=dict(y=labels),
@@ -124,7 +133,7 @@ def add_model_flags(add, vae):
     add("--num-classes", type=positive, help="from the checkpoint")
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
     add("--num-sampling-steps", type=positive, default=250)
-    add("--sampler", choices=SAMPLERS, default="ddpm")
+    add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
 
 

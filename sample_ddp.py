@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from data import read_image
-from diffusion import create_diffusion
-from diffusion.samplers import SAMPLERS, PerImageNoise, image_seeds
+from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from parallel import launch
-from sample import add_model_flags, checkpoint_name, generate, save_png
+from sample import add_model_flags, checkpoint_name, create_sampler, generate, save_png
 from train import positive
 from vae import open_space
 
@@ -36,10 +35,10 @@ def main(args, processes):
         find_checkpoint(checkpoint_name(args))  # if it must be fetched, then once
     processes.barrier()
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")
-    diffusion = create_diffusion(str(args.num_sampling_steps))
+    objective, sampler = create_sampler(args, settings)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
-        claim_folder(folder, model, settings["vae"], args)
+        claim_folder(folder, model, settings["vae"], sampler.__name__, args)
     processes.barrier()
     batches = unfinished_batches(folder, args)
     mine = batches[processes.rank :: processes.size]
@@ -52,7 +51,7 @@ def main(args, processes):
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
         noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
         labels = (noise.rand() * model.num_classes).long()
-        images = generate(model, space, diffusion, SAMPLERS[args.sampler], labels, noise, args.cfg_scale, progress=False)
+        images = generate(model, space, objective, sampler, labels, noise, args.cfg_scale, progress=False)
         for number, image in zip(numbers, images):
             save_png(image.numpy(), folder / f"{number:06d}.png")
     processes.barrier()
@@ -69,7 +68,7 @@ def folder_name(args, settings):
     return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
-def claim_folder(folder, model, vae, args):
+def claim_folder(folder, model, vae, sampler, args):
     """Makes the folder, or makes sure that what lies there came from the same weights and settings.
 
     The name does not tell apart two runs' checkpoints of one step, two samplers, or folders of one name with other
@@ -79,7 +78,7 @@ def claim_folder(folder, model, vae, args):
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
-    settings = dict(weights=digest.hexdigest()[:16], sampler=args.sampler, num_sampling_steps=args.num_sampling_steps)
+    settings = dict(weights=digest.hexdigest()[:16], sampler=sampler, num_sampling_steps=args.num_sampling_steps)
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "settings.json"

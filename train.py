@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint import save_checkpoint
 from data import center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
-from diffusion import create_diffusion
+from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from mixers import MIXERS
 from models import MODELS
@@ -52,6 +52,7 @@ def main(args, processes):
         input_size=args.image_size // space.factor,
         in_channels=space.channels,
         num_classes=args.num_classes,
+        learn_sigma=args.objective == "diffusion",
         mixer=args.mixer,
         **mixer_options(args),
     )
@@ -68,7 +69,7 @@ def main(args, processes):
     ema = deepcopy(model).eval().requires_grad_(False)
     replica = DistributedDataParallel(model) if processes.size > 1 else model
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
-    diffusion = create_diffusion(timestep_respacing="")
+    objective = create_objective(args.objective, path=args.path, times=args.times)
     loader = make_loader(dataset, args, processes)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
 
@@ -83,8 +84,8 @@ def main(args, processes):
     losses, start = [], perf_counter()
     progress = tqdm(islice(epochs(loader, save), total), total=total, unit="step", mininterval=0.5, disable=processes.rank > 0)
     for step, (images, labels) in enumerate(progress, start=1):
-        batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, diffusion)
-        loss = diffusion.training_losses(replica, **batch)["loss"].mean()
+        batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, objective)
+        loss = objective.training_losses(replica, **batch)["loss"].mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -99,7 +100,7 @@ def main(args, processes):
         if step % args.ckpt_every == 0 or step == total:
             save(step)
             if held_out:
-                log_held_out(step, held_out_loss(ema, held_out, args, processes, space, diffusion), processes, folder)
+                log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, folder)
     logger.info("Done!")
 
 
@@ -163,7 +164,7 @@ def epochs(loader, save):
             raise
 
 
-def draw_batch(images, labels, step, args, processes, flip, space, diffusion):
+def draw_batch(images, labels, step, args, processes, flip, space, objective):
     """The arguments of training_losses, with everything random drawn from a generator per image.
 
     The n-th image that a run sees gets the n-th generator, whichever process it lands on.
@@ -176,18 +177,19 @@ def draw_batch(images, labels, step, args, processes, flip, space, diffusion):
         images = torch.where(mirrored[:, None, None, None] < 0.5, images.flip(3), images)
     side = args.image_size // space.factor
     x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
-    t = (time * diffusion.num_timesteps).long()
+    t = objective.draw_times(time)
     model_kwargs = dict(y=labels, drop=dropped < 0.1)
     return dict(x_start=x, t=t, model_kwargs=model_kwargs, noise=noise(x))
 
 
 @torch.no_grad()
-def held_out_loss(model, dataset, args, processes, space, diffusion):
+def held_out_loss(model, dataset, args, processes, space):
     """The mean of every term of the loss over up to HELD_OUT images, spread over the data set: a dict of floats.
 
     Noise and timesteps are the same in every call of every run, the timesteps evenly spread, so that two models or
     two steps of one differ by nothing else.
     """
+    objective = create_objective(args.objective, path=args.path)
     n = min(len(dataset), HELD_OUT)
     sums = {}
     mine = range(processes.rank, n, processes.size)
@@ -200,8 +202,8 @@ def held_out_loss(model, dataset, args, processes, space, diffusion):
         x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
         # A prime that divides no n: a permutation, so that timesteps have nothing to do with an image's place in the set.
         shuffled = torch.tensor([number * 1_000_003 % n for number in numbers], device=processes.device)
-        t = ((shuffled + noise.rand()) * (diffusion.num_timesteps / n)).long()
-        losses = diffusion.training_losses(model, x, t, dict(y=labels), noise(x))
+        t = objective.draw_times((shuffled + noise.rand()) / n)
+        losses = objective.training_losses(model, x, t, dict(y=labels), noise(x))
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss.sum(dtype=torch.float64)
     total = torch.stack(list(sums.values())).float()
@@ -276,6 +278,9 @@ def parse_args(argv=None):
     add("--pde-activation", action="store_true", help="silu before the PDE (not in the paper)")
     add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
     add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
+    add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
+    add("--path", choices=PATHS, default="linear", help="of flow matching, from noise to image")
+    add("--times", choices=TIMES, default="uniform", help="how flow matching draws its times")
     add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
     add("--num-classes", type=positive, default=1000)

@@ -45,3 +45,14 @@ def create_flow(num_timesteps=50, path="linear", times="uniform"):
         known = f"paths: {', '.join(PATHS)}; times: {', '.join(TIMES)}; at least 1 step"
         raise ValueError(f"no flow with path {path!r}, times {times!r} and {num_timesteps} steps; known {known}")
     return FlowMatching(path, times, num_timesteps)
+
+
+def create_objective(name, num_timesteps=None, path="linear", times="uniform"):
+    """The objective that a --objective flag names, "diffusion" or "flow", with num_timesteps to sample; by default
+    those of training. path and times are the flow's."""
+    if name == "diffusion":
+        return create_diffusion("" if num_timesteps is None else str(num_timesteps))
+    return create_flow(num_timesteps or 1, path, times)
+
+
+OBJECTIVES = ("diffusion", "flow")

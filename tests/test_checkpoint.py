@@ -14,7 +14,10 @@ PIXELS = dict(input_size=16, in_channels=3, num_classes=10)
 PAPERS = dict(
     coupling="diagonal", groups=1, state_dim=None, terms=TERMS, components=1, activation=False, gate=False, conditioned=False,
 )  # fmt: skip
-SETTINGS = dict(model="DiT-N/4", mixer="pdessm", mixer_options=PAPERS, num_classes=10, image_size=16, vae="none")
+OBJECTIVE = dict(objective="diffusion", path="linear")
+SETTINGS = dict(
+    model="DiT-N/4", mixer="pdessm", mixer_options=PAPERS, num_classes=10, image_size=16, vae="none", **OBJECTIVE
+)  # fmt: skip
 ATTENTION = dict(mixer="attention", mixer_options={})
 
 
@@ -52,7 +55,7 @@ def test_files_of_the_public_code_load(tmp_path, style):
     else:
         torch.save(state if style == "bare weights" else dict(model=state, opt={}), path)
     loaded, settings = load_model(path, flags(), default_vae="mse")
-    assert settings == dict(model="DiT-S/8", **ATTENTION, num_classes=5, image_size=128, vae="mse")
+    assert settings == dict(model="DiT-S/8", **ATTENTION, num_classes=5, image_size=128, vae="mse", **OBJECTIVE)
     assert torch.equal(loaded.pos_embed, model.pos_embed)
     assert find_model(path).keys() == state.keys()
 
@@ -63,7 +66,7 @@ def test_weights_tell_their_settings(name, mixer):
     with torch.device("meta"):
         state = DiT_models[name](input_size=16, in_channels=3, num_classes=7, mixer=mixer).state_dict()
     chosen = ATTENTION if mixer == "attention" else dict(mixer="pdessm", mixer_options=PAPERS)
-    assert settings_from_weights(state) == dict(model=name, **chosen, num_classes=7, image_size=16, vae="none")
+    assert settings_from_weights(state) == dict(model=name, **chosen, num_classes=7, image_size=16, vae="none", **OBJECTIVE)
 
 
 @pytest.mark.parametrize("options", [dict(coupling="coupled", groups=4, terms=("diffusion",)), dict(gate=True, state_dim=48)])

@@ -15,9 +15,12 @@ from checkpoint import load_checkpoint, load_model
 from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, torchrun
 from data import load_dataset
 from diffusion import create_diffusion
+from diffusion.samplers import FLOW_SAMPLERS
 from parallel import Processes, launch
 from pde_ssm import TERMS
 from vae import open_space
+
+NAMES = ("model", "mixer", "num_classes", "image_size", "vae")  # of flags that a checkpoint decides
 
 
 def load(folder, step):
@@ -200,12 +203,40 @@ def test_options_of_the_pde_reach_the_model_and_both_samplers(tmp_path, flags, o
     path = folder / "checkpoints" / "0000001.pt"
     stored = load_checkpoint(path)[1]
     assert {name: stored[f"pde_{name}"] for name in options} == {n: list(v) if n == "terms" else v for n, v in options.items()}
-    nothing = SimpleNamespace(model=None, mixer=None, num_classes=None, image_size=None, vae=None)
-    model, settings = load_model(path, nothing, "ema")
+    model, settings = load_model(path, SimpleNamespace(**dict.fromkeys(NAMES)), "ema")
     assert settings["mixer_options"].items() >= options.items()
     assert options.get("terms", TERMS) == model.blocks[0].attn.pde.equation.terms
     assert draw(path, tmp_path / "grid.png", "--class-labels", 3).shape == (64, 64, 3)
     assert draw_many(path, tmp_path / "samples", "--num-fid-samples", 2).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_flow_matching_from_training_to_samples(tmp_path, mixer):
+    flags = ["--max-steps", 30, "--global-batch-size", 32, "--lr", 1e-3, "--log-every", 10, "--mixer", mixer]
+    folder = fit(tmp_path, *flags, "--objective", "flow", "--path", "cosine", "--times", "logit-normal")
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+    path = folder / "checkpoints" / "0000030.pt"
+    model, settings = load_model(path, SimpleNamespace(**dict.fromkeys(NAMES)), "ema")
+    assert (settings["objective"], settings["path"], model.out_channels) == ("flow", "cosine", 3)
+    grids = {sampler: draw(path, tmp_path / "a.png", "--sampler", sampler) for sampler in FLOW_SAMPLERS}
+    assert np.array_equal(grids["euler"], draw(path, tmp_path / "a.png"))
+    assert len({grid.tobytes() for grid in grids.values()}) == len(grids)
+    assert draw_many(path, tmp_path / "samples", "--sampler", "heun", "--num-fid-samples", 2).shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match="--sampler ddpm: the checkpoint's objective is flow, for euler, heun, rk45, sde"):
+        draw(path, tmp_path / "a.png", "--sampler", "ddpm")
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_mixers_see_the_same_images_noise_and_times(tmp_path, monkeypatch, objective):
+    seen = []
+    draw_batch = train.draw_batch
+    monkeypatch.setattr(train, "draw_batch", lambda *a: seen.append(draw_batch(*a)) or seen[-1])
+    for mixer in ("attention", "pdessm", "pdessm-g"):
+        fit(tmp_path, "--max-steps", 3, "--global-batch-size", 8, "--objective", objective, "--mixer", mixer)
+    for step in range(3):
+        for other in (seen[3 + step], seen[6 + step]):
+            torch.testing.assert_close(other, seen[step], rtol=0, atol=0)
 
 
 def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
