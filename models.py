@@ -187,15 +187,15 @@ class DiT(nn.Module):
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (h, w))                # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)        # (B, C, H, W)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale):
+    def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
         """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
 
-        Guides the first three channels, as the public DiT samples were made; the rest passes through.
+        Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through.
         """
         n = len(x) // 2
         out = self.forward(x[:n].repeat(2, 1, 1, 1), t, y)                 # (2n, out_channels, H, W)
-        guided = torch.lerp(out[n:, :3], out[:n, :3], cfg_scale)           # (n, 3, H, W)
-        return torch.cat([guided.repeat(2, 1, 1, 1), out[:, 3:]], dim=1)
+        guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)
+        return torch.cat([guided.repeat(2, 1, 1, 1), out[:, channels:]], dim=1)
 
 
 # name: hidden_size, depth, num_heads

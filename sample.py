@@ -8,6 +8,7 @@ The model's size, mixer, classes and space come from the checkpoint. Without --c
 import argparse
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ def main(args, processes):
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="mse")
     labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
     objective, sampler = create_sampler(args, settings)
+    guidance = read_guidance(args)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out}: not a file in a folder that can be written")
@@ -43,7 +45,7 @@ def main(args, processes):
     labels, images = torch.tensor(labels, device=processes.device), []
     for numbers in torch.arange(len(labels)).split(AT_ONCE):
         noise = PerImageNoise(image_seeds(args.seed, numbers.tolist(), "sampling"), processes.device)
-        images.append(generate(model, space, objective, sampler, labels[numbers], noise, args.cfg_scale))
+        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance))
     save_grid(torch.cat(images), out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
     print(f"{len(labels)} samples are in {out}")
 
@@ -57,17 +59,32 @@ def create_sampler(args, settings):
     return create_objective(settings["objective"], args.num_sampling_steps, settings["path"]), samplers[name]
 
 
-def generate(model, space, objective, sampler, labels, noise, cfg_scale, progress=True):
+class Guidance(NamedTuple):
+    """Classifier-free guidance: its strength, 1 being none; how many channels it guides, None for all; and on which part
+    of the way from noise, 0, to image, 1."""
+
+    scale: float
+    channels: int | None = 3
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+def read_guidance(args):
+    low, high = args.cfg_interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"--cfg-interval {low} {high}: it is from 0, noise, to 1, image")
+    return Guidance(args.cfg_scale, None if args.cfg_channels == "all" else 3, (low, high))
+
+
+def generate(model, space, objective, sampler, labels, noise, guidance, progress=True):
     """One sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
-    cfg_scale is the strength of classifier-free guidance; 1 is none, and so is any without classes. Pixels are kept in
-    range throughout; latents have no range.
+    Without classes there is no guidance. Pixels are kept in range throughout; latents have no range.
     """
-    unguided = cfg_scale == 1 or model.num_classes == 0
+    unguided = guidance.scale == 1 or model.num_classes == 0
     h, w = (side * model.patch_size for side in model.grid_size)
     x = sampler(
         objective,
-        model if unguided else guided(model, cfg_scale),
+        model if unguided else guided(model, objective, guidance),
         noise.randn(model.in_channels, h, w),
         model_kwargs=dict(y=labels),
         clip_denoised=space.factor == 1,
@@ -78,12 +95,16 @@ def generate(model, space, objective, sampler, labels, noise, cfg_scale, progres
     return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
 
-def guided(model, cfg_scale):
+def guided(model, objective, guidance):
     """The network (x, t, y) with classifier-free guidance: both halves of a doubled batch, of which one is returned."""
+    scale, channels, (low, high) = guidance
+    everywhere = (low, high) == (0, 1)
 
     def network(x, t, y):
+        if not everywhere and not low <= objective.progress(t[0].item()) <= high:
+            return model(x, t, y)
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
-        return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), y, cfg_scale)[: len(x)]
+        return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), y, scale, channels or model.in_channels)[: len(x)]
 
     return network
 
@@ -134,6 +155,9 @@ def add_model_flags(add, vae):
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
+    add("--cfg-channels", choices=["3", "all"], default="3", help="channels that guidance guides: 3 as in DiT, or all")
+    interval = dict(type=float, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
+    add("--cfg-interval", **interval, help="where guidance acts on the way from noise, 0, to image, 1")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
 
 

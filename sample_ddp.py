@@ -22,7 +22,7 @@ from data import read_image
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from parallel import launch
-from sample import add_model_flags, checkpoint_name, create_sampler, generate, save_png
+from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
 from train import positive
 from vae import open_space
 
@@ -36,6 +36,7 @@ def main(args, processes):
     processes.barrier()
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")
     objective, sampler = create_sampler(args, settings)
+    guidance = read_guidance(args)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
         claim_folder(folder, model, settings["vae"], sampler.__name__, args)
@@ -51,7 +52,7 @@ def main(args, processes):
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
         noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
         labels = (noise.rand() * model.num_classes).long()
-        images = generate(model, space, objective, sampler, labels, noise, args.cfg_scale, progress=False)
+        images = generate(model, space, objective, sampler, labels, noise, guidance, progress=False)
         for number, image in zip(numbers, images):
             save_png(image.numpy(), folder / f"{number:06d}.png")
     processes.barrier()
@@ -79,6 +80,7 @@ def claim_folder(folder, model, vae, sampler, args):
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     settings = dict(weights=digest.hexdigest()[:16], sampler=sampler, num_sampling_steps=args.num_sampling_steps)
+    settings |= dict(cfg_channels=args.cfg_channels, cfg_interval=list(args.cfg_interval))
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "settings.json"

@@ -59,7 +59,7 @@ class GaussianDiffusion:
         self.predict_xstart, self.learn_sigma, self.sigma_small = predict_xstart, learn_sigma, sigma_small
         self.use_kl, self.rescale_bound = use_kl, rescale_bound
         self.timestep_map = list(timestep_map)
-        self.num_timesteps = len(self.timestep_map)
+        self.num_timesteps, self.training_betas = len(self.timestep_map), betas
 
         abar = (1 - betas).cumprod(0)[self.timestep_map]
         before = torch.cat([abar.new_ones(1), abar[:-1]])
@@ -89,6 +89,10 @@ class GaussianDiffusion:
     def model_timesteps(self, t):
         """What the network is shown for timesteps t (B,)."""
         return self._tables(t.device).t[t]
+
+    def progress(self, t):
+        """How far from noise, 0, to image, 1, the network is at the timestep that it is shown."""
+        return 1 - t / len(self.training_betas)
 
     def draw_times(self, p):
         """Timesteps for training from uniform random numbers p (B,) in [0, 1)."""

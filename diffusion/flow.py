@@ -41,6 +41,10 @@ class FlowMatching:
     def __init__(self, path, times, num_timesteps):
         self.path, self.times, self.num_timesteps = PATHS[path], TIMES[times], num_timesteps
 
+    def progress(self, t):
+        """How far from noise, 0, to image, 1, the network is at what it is shown, 1000 t."""
+        return t / 1000
+
     def draw_times(self, p):
         """Times for training from uniform random numbers p (B,) in [0, 1)."""
         return self.times(p)

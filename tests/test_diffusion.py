@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusion import create_diffusion, spaced_timesteps
-from diffusion.samplers import PerImageNoise, image_seeds
+from diffusion.samplers import PerImageNoise, ddim, dpm_solver, image_seeds
 
 
 def network(x, t):
@@ -149,3 +149,31 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch():
     assert len({x.item() for x in PerImageNoise(image_seeds(0, range(1000), "sampling"), "cpu").randn()}) == 1000
     assert image_seeds(0, range(5), "sampling") != image_seeds(0, range(5), "training")
     assert image_seeds(0, range(5), "sampling") != image_seeds(1, range(5), "sampling")
+
+
+def test_dpm_solver_needs_few_steps():
+    """Of data from a Gaussian the best prediction of the noise is known, and with it where every sample must end."""
+    mean, std = 0.3, 0.5
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+
+    def end(sampler, steps, **options):
+        diffusion = create_diffusion(str(steps), learn_sigma=False, **options)
+        abar = (1 - diffusion.training_betas).cumprod(0)
+
+        def network(x, t):
+            a = abar[t].view(-1, 1, 1, 1)
+            noise = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
+            return (x - (1 - a).sqrt() * noise) / a.sqrt() if diffusion.predict_xstart else noise
+
+        return sampler(diffusion, network, x, clip_denoised=False)
+
+    errors = [[(end(s, steps) - mean - std * x).abs().max() for s in (dpm_solver, ddim)] for steps in (10, 20, 40)]
+    assert errors[0][0] < errors[0][1]
+    assert errors[1][0] < errors[1][1] / 2
+    assert errors[2][0] < errors[2][1] / 10
+    torch.testing.assert_close(end(dpm_solver, 20, predict_xstart=True), end(dpm_solver, 20))
+
+
+def test_dpm_solver_clips_and_splits_off_the_variance():
+    out = dpm_solver(create_diffusion("8"), lambda x, t: torch.cat([-3 * x, x], 1), torch.randn(2, 3, 4, 4))
+    assert out.abs().max() <= 1

@@ -10,6 +10,7 @@ import sample
 import sample_ddp
 from checkpoint import save_checkpoint
 from commands import ALONE, FEW_STEPS, draw, draw_many, torchrun
+from diffusion import create_diffusion, create_flow
 from models import DiT_models
 from parallel import launch
 
@@ -72,6 +73,39 @@ def test_guidance_and_class_matter_only_where_there_are_classes(tmp_path, checkp
     assert not np.array_equal(base, draw(path, tmp_path / "b.png", "--class-labels", 3, "--cfg-scale", 1))
     free = checkpoint(num_classes=0, name="free.pt")
     assert np.array_equal(draw(free, tmp_path / "c.png"), draw(free, tmp_path / "d.png", "--cfg-scale", 1))
+
+
+@torch.no_grad()
+def test_guidance_on_a_part_of_the_way_and_on_all_channels(randomize):
+    model = randomize(DiT_models["DiT-N/4"](input_size=8, in_channels=4, num_classes=10, learn_sigma=False)).eval()
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 7])
+    flow, null = create_flow(), torch.full((2,), 10)
+
+    def network(t, *settings):
+        return sample.guided(model, flow, sample.Guidance(2.5, *settings))(x, t, y)
+
+    t = torch.full((2,), 400.0)
+    plain, without = model(x, t, y), model(x, t, null)
+    all_channels = without + 2.5 * (plain - without)
+    torch.testing.assert_close(network(t, None), all_channels)
+    torch.testing.assert_close(network(t)[:, :3], all_channels[:, :3])
+    torch.testing.assert_close(network(t)[:, 3], plain[:, 3])
+    torch.testing.assert_close(network(t, None, (0.3, 0.5)), all_channels)
+    torch.testing.assert_close(network(t, None, (0.5, 0.9)), plain)
+    diffusion = create_diffusion("10")
+    assert [diffusion.progress(t) for t in (1000, 250, 0)] == [0, 0.75, 1]
+
+
+def test_guidance_flags_reach_the_samples(tmp_path, checkpoint):
+    path = checkpoint()
+    base = draw(path, tmp_path / "a.png", "--class-labels", 3)
+    assert not np.array_equal(base, draw(path, tmp_path / "b.png", "--class-labels", 3, "--cfg-interval", 0.3, 0.6))
+    assert np.array_equal(base, draw(path, tmp_path / "c.png", "--class-labels", 3, "--cfg-channels", "all"))  # RGB
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
+    with pytest.raises(ValueError, match=r"cfg_interval \[0.0, 1.0\] and now \[0.0, 0.5\]"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2, "--cfg-interval", 0, 0.5)
+    with pytest.raises(ValueError, match=r"--cfg-interval 0\.6 0\.3"):
+        draw(path, tmp_path / "a.png", "--cfg-interval", 0.6, 0.3)
 
 
 def test_two_processes_draw_the_same_images_as_one(tmp_path, checkpoint):
