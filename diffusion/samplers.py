@@ -80,9 +80,7 @@ def ddim(
 
 
 @torch.no_grad()
-def dpm_solver(
-    diffusion, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
-):  # fmt: skip
+def dpm_solver(diffusion, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """DPM-Solver++ of second order (Lu et al., 2022), through diffusers' scheduler: few steps without noise.
 
     Visits num_timesteps of the timesteps of training, chosen by the scheduler.
@@ -109,9 +107,7 @@ def _countdown(diffusion, x, progress):
 
 
 @torch.no_grad()
-def euler(
-    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
-):  # fmt: skip
+def euler(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """Follows the velocity of a flow from t = 0 to 1 in equal steps; the error falls with the step."""
     dt = 1 / flow.num_timesteps
     for t in _count_up(flow, x, progress):
@@ -120,9 +116,7 @@ def euler(
 
 
 @torch.no_grad()
-def heun(
-    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
-):  # fmt: skip
+def heun(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """As euler, with the mean of the velocities at both ends of a step, two calls of the network each: second order."""
     dt = 1 / flow.num_timesteps
     for t in _count_up(flow, x, progress):
@@ -150,9 +144,7 @@ def rk45(
 
 
 @torch.no_grad()
-def sde(
-    flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
-):  # fmt: skip
+def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """The stochastic process with the flow's marginals, by Euler and Maruyama: dx = (v + sigma s / 2) dt + sqrt(sigma) dW.
 
     s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds.
