@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from models import DiT_models
+from models import MODELS, DiT_models, UNets
 from pde_ssm import options_from_weights
 from vae import open_space
 
-# What settings_from_weights reads.
+# What settings_from_weights reads of a DiT and of a U-Net.
 READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
+READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
 
 
 def save_checkpoint(path, **contents):
@@ -47,8 +48,9 @@ def load_checkpoint(path):
     contents = contents if isinstance(contents, dict) else {}
     weights = contents.get("ema", contents.get("model", contents))
     weights = weights if isinstance(weights, dict) else {}
-    if missing := [name for name in READ_FROM if not isinstance(weights.get(name), torch.Tensor)]:
-        raise ValueError(f"{path} holds no DiT: {missing[0]} is missing")
+    needed = READ_FROM_UNET if READ_FROM_UNET[0] in weights else READ_FROM
+    if missing := [name for name in needed if not isinstance(weights.get(name), torch.Tensor)]:
+        raise ValueError(f"{path} holds no {'U-Net' if needed is READ_FROM_UNET else 'DiT'}: {missing[0]} is missing")
     args = contents.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return weights, args if isinstance(args, dict) else {}
@@ -57,6 +59,11 @@ def load_checkpoint(path):
 def settings_from_weights(weights):
     """What train.py was told, read off the weights: model, mixer and its options, num_classes, image_size, vae,
     objective (a flow's network has no variance among its outputs) and path (of a flow, which is guessed)."""
+    read = _settings_of_unet if READ_FROM_UNET[0] in weights else _settings_of_dit
+    return read(weights) | {"path": "linear"}
+
+
+def _settings_of_dit(weights):
     hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     names = [
@@ -80,7 +87,23 @@ def settings_from_weights(weights):
         "image_size": grid * patch * open_space(vae).factor,
         "vae": vae,
         "objective": "flow" if len(weights["final_layer.linear.bias"]) == channels * patch**2 else "diffusion",
-        "path": "linear",
+    }
+
+
+def _settings_of_unet(weights):
+    """A U-Net's weights know no image_size: None."""
+    width, channels = weights["net.conv_in.weight"].shape[:2]
+    names = [name for name, build in UNets.items() if build.keywords["channels"][0] == width]
+    if not names:
+        raise ValueError(f"no U-Net is known that begins with {width} channels")
+    return {
+        "model": names[0],
+        "mixer": "attention",
+        "mixer_options": {},
+        "num_classes": len(weights["net.class_embedding.weight"]) - 1,
+        "image_size": None,
+        "vae": "ema" if channels == 4 else "none",
+        "objective": "flow" if len(weights["net.conv_out.weight"]) == channels else "diffusion",
     }
 
 
@@ -88,12 +111,12 @@ def load_model(path, args, default_vae):
     """The model of a checkpoint, in eval mode: (model, settings).
 
     The settings, those of `settings_from_weights`, are the checkpoint's; those that `args` gives too, not None, must
-    agree. Two are free: which decoder to use in latent space, and image_size, a side or
-    (height, width), to which the model is resized. ValueError names both values, or what does not fit.
+    agree. Two are free: which decoder to use in latent space, and image_size, a side or (height, width), to which the
+    model is resized. ValueError names both values, or what does not fit.
     """
     weights, stored = load_checkpoint(path)
     settings = settings_from_weights(weights)
-    if stored.get("model") in DiT_models:  # a file of another code base may have names of its own
+    if stored.get("model") in MODELS:  # a file of another code base may have names of its own
         kind = {name: settings[name] for name in ("mixer_options", "mixer")}
         settings |= {name: stored[name] for name in settings if name in stored}
         if (settings["mixer"] == "attention") != (kind["mixer"] == "attention"):
@@ -109,8 +132,12 @@ def load_model(path, args, default_vae):
         settings["vae"] = default_vae
     settings["vae"] = args.vae or settings["vae"]
 
+    if settings["image_size"] is None:
+        if args.image_size is None:
+            raise ValueError(f"{path} does not say for images of which size it is; give --image-size")
+        settings["image_size"] = args.image_size if isinstance(args.image_size, int) else args.image_size[0]
     space = open_space(settings["vae"])
-    model = DiT_models[settings["model"]](
+    model = MODELS[settings["model"]](
         input_size=settings["image_size"] // space.factor,
         in_channels=space.channels,
         num_classes=settings["num_classes"],
@@ -128,11 +155,10 @@ def load_model(path, args, default_vae):
 def resize(model, image_size, factor):
     """Makes the model one for images of another size, a side or (height, width), in a space smaller by `factor`."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height % (model.patch_size * factor) or width % (model.patch_size * factor):
-        raise ValueError(
-            f"--image-size {height}x{width}: both must be divisible by {model.patch_size * factor}, "
-            f"the model's patch size {model.patch_size} times the {factor} of its space"
-        )
+    least = model.stride * factor
+    if height % least or width % least:
+        parts = f"{model.stride} of the model times {factor} of its space"
+        raise ValueError(f"--image-size {height}x{width}: both must be divisible by {least} ({parts})")
     model.resize((height // factor, width // factor))
 
 

@@ -10,6 +10,8 @@ from timm.models.vision_transformer import Mlp, PatchEmbed
 from torch import nn
 from torch.nn.functional import layer_norm
 
+from backbones import Backbone, drop_labels
+from backbones.unet import UNet
 from mixers import build_mixer
 
 
@@ -71,10 +73,7 @@ class LabelEmbedder(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, y, drop=None):                                       # (B,), (B,) bool or None
-        if drop is None and self.training and self.dropout_prob > 0:
-            drop = torch.rand(len(y), device=y.device) < self.dropout_prob
-        if drop is not None:
-            y = y.masked_fill(drop, self.num_classes)
+        y = drop_labels(y, drop, self.num_classes, self.dropout_prob * self.training)
         return self.embedding_table(y)                                     # (B, D)
 
 
@@ -108,7 +107,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, *self.adaLN_modulation(c).chunk(2, dim=1)))
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """A diffusion transformer on images or latents.
 
     input_size is a side or (height, width), divisible by patch_size. mixer is a name in mixers.MIXERS or a class;
@@ -123,10 +122,9 @@ class DiT(nn.Module):
     ):
         # fmt: on
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"input size {height} x {width} is not divisible by the patch size {patch_size}")
         self.in_channels, self.patch_size, self.learn_sigma = in_channels, patch_size, learn_sigma
+        self.stride = patch_size
+        height, width = self.input_size = self.check_size(input_size)
         self.num_classes, self.num_heads = num_classes, num_heads
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
@@ -159,12 +157,9 @@ class DiT(nn.Module):
         Only the positional embedding changes: it is computed for the new grid, whose tokens lie between those of the
         grid that the model was built for. Every mixer runs on any grid.
         """
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        p = self.patch_size
-        if height % p or width % p:
-            raise ValueError(f"input size {height} x {width} is not divisible by the patch size {p}")
-        self.grid_size = (height // p, width // p)
-        self.x_embedder.set_input_size((height, width))
+        height, width = self.input_size = self.check_size(input_size)
+        self.grid_size = (height // self.patch_size, width // self.patch_size)
+        self.x_embedder.set_input_size(self.input_size)
         positions = grid_embedding(*self.grid_size, self.pos_embed.shape[2], self.trained_grid)
         self.pos_embed = nn.Parameter(positions.to(self.pos_embed), requires_grad=False)
         for block in self.blocks:
@@ -187,16 +182,6 @@ class DiT(nn.Module):
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (h, w))                # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)        # (B, C, H, W)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
-        """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
-
-        Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through.
-        """
-        n = len(x) // 2
-        out = self.forward(x[:n].repeat(2, 1, 1, 1), t, y)                 # (2n, out_channels, H, W)
-        guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)
-        return torch.cat([guided.repeat(2, 1, 1, 1), out[:, channels:]], dim=1)
-
 
 # name: hidden_size, depth, num_heads
 SIZES = {
@@ -212,4 +197,14 @@ DiT_models = {
     for size, (hidden, depth, heads) in SIZES.items()
     for patch in (1, 2, 4, 8, 16)
 }
-MODELS = dict(DiT_models)  # every backbone by name
+UNets = {
+    "UNet-S": partial(UNet, channels=(128, 192, 256, 256), layers=2, attention_levels=(1, 2)),
+    "UNet-N": partial(UNet, channels=(32, 64, 96), layers=1, attention_levels=(1,)),
+}
+MODELS = DiT_models | UNets  # every backbone by name
+
+
+def stride(name):
+    """What both sides of the input of the model of that name must be divisible by."""
+    options = MODELS[name].keywords
+    return options["patch_size"] if name in DiT_models else 2 ** (len(options["channels"]) - 1)

@@ -20,7 +20,7 @@ from diffusion import create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise, image_seeds
 from download import find_checkpoint
 from mixers import MIXERS
-from models import DiT_models
+from models import MODELS
 from parallel import launch
 from train import positive
 from vae import open_space
@@ -81,11 +81,10 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     Without classes there is no guidance. Pixels are kept in range throughout; latents have no range.
     """
     unguided = guidance.scale == 1 or model.num_classes == 0
-    h, w = (side * model.patch_size for side in model.grid_size)
     x = sampler(
         objective,
         model if unguided else guided(model, objective, guidance),
-        noise.randn(model.in_channels, h, w),
+        noise.randn(model.in_channels, *model.input_size),
         model_kwargs=dict(y=labels),
         clip_denoised=space.factor == 1,
         progress=progress,
@@ -148,7 +147,7 @@ def save_png(pixels, path):
 def add_model_flags(add, vae):
     """The flags that sample.py and sample_ddp.py share. What a checkpoint decides has no default here."""
     add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
-    add("--model", choices=DiT_models, metavar="NAME", help="from the checkpoint")
+    add("--model", choices=MODELS, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
     add("--num-classes", type=positive, help="from the checkpoint")

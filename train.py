@@ -28,7 +28,7 @@ from data import center_crop_arr, load_dataset  # noqa: F401  (scripts take cent
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from mixers import MIXERS
-from models import MODELS
+from models import MODELS, stride
 from parallel import launch
 from pde_ssm import COUPLINGS, TERMS
 from vae import open_space
@@ -106,10 +106,10 @@ def main(args, processes):
 
 def check(args, processes, dataset, held_out, space):
     """ValueError for settings that cannot work together."""
-    patch = MODELS[args.model].keywords["patch_size"]
-    if args.image_size % (patch * space.factor):
-        parts = f"patch size {patch}" + (f" x {space.factor} of the VAE" if space.factor > 1 else "")
-        raise ValueError(f"--image-size {args.image_size} is not divisible by {patch * space.factor} ({parts})")
+    least = stride(args.model) * space.factor
+    if args.image_size % least:
+        parts = f"{stride(args.model)} of {args.model}" + (f" x {space.factor} of the VAE" if space.factor > 1 else "")
+        raise ValueError(f"--image-size {args.image_size} is not divisible by {least} ({parts})")
     if args.global_batch_size % processes.size:
         raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {processes.size} processes")
     if len(dataset) < args.global_batch_size:

@@ -105,7 +105,7 @@ def test_resizing_there_and_back_changes_nothing(mixer):
     before = model.pos_embed.clone()
     assert not torch.equal(model.resize((24, 16)).pos_embed[:, :16], before)
     assert torch.equal(model.resize(16).pos_embed, before)
-    with pytest.raises(ValueError, match="input size 16 x 18 is not divisible by the patch size 4"):
+    with pytest.raises(ValueError, match="input size 16 x 18 is not divisible by 4"):
         model.resize((16, 18))
 
 

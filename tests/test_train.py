@@ -228,6 +228,20 @@ def test_flow_matching_from_training_to_samples(tmp_path, mixer):
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_a_unet_from_training_to_samples(tmp_path, objective):
+    flags = ["--model", "UNet-N", "--max-steps", 2, "--global-batch-size", 8, "--objective", objective]
+    path = fit(tmp_path, *flags) / "checkpoints" / "0000002.pt"
+    settings = load_model(path, SimpleNamespace(**dict.fromkeys(NAMES)), "ema")[1]
+    assert (settings["model"], settings["objective"], settings["image_size"]) == ("UNet-N", objective, 8)
+    assert draw(path, tmp_path / "a.png", "--image-size", "8x16", "--class-labels", 3).shape == (64, 128, 3)
+    weights = load_checkpoint(path)[0]
+    torch.save(weights, path)  # without what train.py was told
+    with pytest.raises(ValueError, match="does not say for images of which size it is; give --image-size"):
+        draw(path, tmp_path / "a.png")
+    assert draw(path, tmp_path / "a.png", "--image-size", "8", "--class-labels", 3).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_mixers_see_the_same_images_noise_and_times(tmp_path, monkeypatch, objective):
     seen = []
     draw_batch = train.draw_batch
@@ -269,13 +283,15 @@ def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
     ("flags", "message"),
     [
         (["--data-path", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["--image-size", "10"], r"--image-size 10 is not divisible by 4 \(patch size 4\)"),
-        (["--image-size", "40", "--vae", "ema"], r"--image-size 40 is not divisible by 32 \(patch size 4 x 8 of the VAE\)"),
+        (["--image-size", "10"], r"--image-size 10 is not divisible by 4 \(4 of DiT-N/4\)"),
+        (["--image-size", "40", "--vae", "ema"], r"--image-size 40 is not divisible by 32 \(4 of DiT-N/4 x 8 of the VAE\)"),
         (["--global-batch-size", "2000"], "the 1797 images do not fill one batch of --global-batch-size 2000"),
         (["--num-classes", "9"], "10 classes, more than --num-classes 9"),
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
         (["--results-dir", "/proc/version/results"], "/proc/version"),
         (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
+        (["--model", "UNet-N", "--mixer", "pdessm"], "a U-Net has no mixer to swap"),
+        (["--model", "UNet-N", "--image-size", "10"], r"--image-size 10 is not divisible by 4 \(4 of UNet-N\)"),
         (["--val-path", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--val-path", "digits"], "the digits have no held-out images"),
         (["--pde-gate", "--pde-groups", "2"], "--pde-groups, --pde-gate means nothing to --mixer attention"),

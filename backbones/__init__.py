@@ -1,0 +1,37 @@
+"""Networks to train: each maps x (B, C, H, W), timesteps t (B,) and classes y (B,) to (B, out_channels, H, W)."""
+
+import torch
+from torch import nn
+
+
+class Backbone(nn.Module):
+    """What they share. Class num_classes is the null class.
+
+    A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
+    divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the
+    null class, or leaves it to chance in training.
+    """
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
+        """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
+
+        Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through.
+        """
+        n = len(x) // 2
+        out = self.forward(x[:n].repeat(2, 1, 1, 1), t, y)                 # (2n, out_channels, H, W)
+        guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)
+        return torch.cat([guided.repeat(2, 1, 1, 1), out[:, channels:]], dim=1)
+
+    def check_size(self, input_size):
+        """(height, width) of a side or a pair, if both are divisible by the stride; else ValueError."""
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"input size {height} x {width} is not divisible by {self.stride}, as this model needs")
+        return height, width
+
+
+def drop_labels(y, drop, null, probability):
+    """Classes y (B,) with those of drop (B,) bool, or if that is None some at random, replaced by the null class."""
+    if drop is None and probability > 0:
+        drop = torch.rand(len(y), device=y.device) < probability
+    return y if drop is None else y.masked_fill(drop, null)

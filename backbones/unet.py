@@ -1,0 +1,42 @@
+"""The convolutional U-Net as a baseline: diffusers' UNet2DModel with the interface of DiT."""
+
+from . import Backbone, drop_labels
+
+
+class UNet(Backbone):
+    """channels has one entry per resolution, each half of the one before, with `layers` residual blocks; those numbered
+    in attention_levels have self-attention. Other arguments are DiT's; ValueError for any mixer but attention."""
+
+    def __init__(
+        self, input_size=32, in_channels=4, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, mixer="attention",
+        *, channels, layers, attention_levels,
+    ):  # fmt: skip
+        from diffusers import UNet2DModel
+
+        super().__init__()
+        if mixer != "attention":
+            raise ValueError(f"a U-Net has no mixer to swap, so mixer={mixer!r} means nothing to it")
+        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.stride = 2 ** (len(channels) - 1)
+        self.resize(input_size)
+        kinds = ["Attn" if level in attention_levels else "" for level in range(len(channels))]
+        self.net = UNet2DModel(
+            in_channels=in_channels,
+            out_channels=self.out_channels,
+            block_out_channels=channels,
+            layers_per_block=layers,
+            down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+            attention_head_dim=32,
+            num_class_embeds=num_classes + 1,
+        )
+
+    def resize(self, input_size):
+        """A convolutional network runs at any size: returns the model."""
+        self.input_size = self.check_size(input_size)
+        return self
+
+    def forward(self, x, t, y, drop=None):                                 # (B, C, H, W), (B,), (B,), (B,) bool or None
+        y = drop_labels(y, drop, self.num_classes, self.class_dropout_prob * self.training)
+        return self.net(x, t, y).sample                                    # (B, out_channels, H, W)
