@@ -1,13 +1,18 @@
 """Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
 [-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
 
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torch.utils.data import ConcatDataset, Dataset
+from torchvision.datasets import CIFAR10, LSUN, Flowers102, ImageFolder
+from tqdm import tqdm
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
@@ -43,16 +48,20 @@ class TrainingImages(Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label if self.num_classes else 0
 
 
-def load_dataset(path, image_size, uncond=False, held_out=False):
+def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     """The training images at `path`, cropped to image_size; with held_out, those of a set's own test split.
 
+    name:   one of DATASETS, whose files are expected at `path`, all of them; without it, the folder is taken as it is.
     path:   None or "digits" for the 1,797 handwritten digits that scikit-learn carries; a folder that holds CIFAR-10
             as torchvision unpacks it; or a folder with one folder of images per class.
     uncond: every image is of class 0; a folder may then hold images at any depth.
 
-    OSError that names the folder or file if there are no images to be had, ValueError for held-out digits.
+    OSError that names the folder or file if there are no images to be had, or not as many as the named set has;
+    ValueError for held-out images of a set that has none.
     """
-    if path is None or (path == "digits" and not Path(path).exists()):
+    if name is not None:
+        source, num_classes, flip = _read_named(name, path, held_out), DATASETS[name].num_classes, True
+    elif path is None or (path == "digits" and not Path(path).exists()):
         if held_out:
             raise ValueError("the digits have no held-out images")
         source, num_classes, flip = _digits(), 10, False  # a mirrored digit is no digit
@@ -110,3 +119,159 @@ def _cifar10(folder, train):
         return CIFAR10(root, train)
     except (RuntimeError, OSError) as error:
         raise OSError(f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged: {error}") from error
+
+
+class _Unlabelled(Dataset):
+    """The images of other sources, one after the other, as if they had no classes."""
+
+    def __init__(self, *sources):
+        self.images = ConcatDataset(sources)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index][0], 0
+
+
+class _Downsampled(Dataset):
+    """Images in one memory-mapped array (N, 3, side, side), uint8, without classes."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        return Image.fromarray(np.ascontiguousarray(self.array[index].transpose(1, 2, 0))), 0
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads dicts and lists of numpy arrays, and nothing that could run."""
+
+    def find_class(self, module, name):
+        known = {"_reconstruct", "ndarray", "dtype"} if module.partition(".")[0] == "numpy" else set()
+        if name in known or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def _imagenet64(folder, held_out):
+    """A folder of images, or the batches of downsampled images, of which an array beside them is made once."""
+    pattern, name = ("val_data*", "val") if held_out else ("train_data_batch_*", "train")
+    parts = sorted(path for path in Path(folder).glob(pattern) if path.suffix in ("", ".npz"))
+    array = Path(folder, f"{name}.npy")
+    if not parts and not array.exists():
+        return _UnlabelledFolder(folder, loader=read_image)
+    if not array.exists():
+        _join(parts, array)
+    return _Downsampled(np.load(array, mmap_mode="r"))
+
+
+def _join(parts, path):
+    """Writes the "data" of all parts, rows of 3 x 64 x 64, into one .npy file, one part in memory at a time."""
+    partial = f"{path}.{os.getpid()}.partial"
+    with open(partial, "wb") as file:
+        count = 0
+        for write in (False, True):  # the header needs the number of images
+            if write:
+                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
+            for part in tqdm(parts, desc=f"Building {path}" if write else "Counting", unit="file"):
+                rows = _read_part(part)
+                count += 0 if write else len(rows)
+                if write:
+                    file.write(rows.tobytes())
+    os.replace(partial, path)
+
+
+def _read_part(path):
+    try:
+        with open(path, "rb") as file:
+            rows = np.load(file)["data"] if path.suffix == ".npz" else _Arrays(file, encoding="latin1").load()["data"]
+        return np.asarray(rows, dtype=np.uint8).reshape(-1, 3, 64, 64)
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise OSError(f"cannot read {path} as downsampled ImageNet ({error})") from error
+
+
+def _imagenet256(folder, held_out):
+    return _LabelledFolder(folder, loader=read_image)
+
+
+def _celeba_hq(folder, held_out):
+    if held_out:
+        raise ValueError("celeba-hq has no held-out images of its own")
+    return _UnlabelledFolder(folder, loader=read_image)
+
+
+def _lsun_church(folder, held_out):
+    name = "church_outdoor_" + ("val" if held_out else "train")
+    if Path(folder, f"{name}_lmdb").is_dir():
+        return _Unlabelled(LSUN(folder, classes=[name]))
+    return _UnlabelledFolder(folder, loader=read_image)
+
+
+def _flowers102(folder, held_out):
+    if held_out:
+        raise ValueError("flowers102 has no held-out images here: training takes all of its three splits, as the paper does")
+    try:
+        return _Unlabelled(*(Flowers102(folder, split) for split in ("train", "val", "test")))
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"flowers102 in {folder} is incomplete or damaged: {error}") from error
+
+
+class Named(NamedTuple):
+    """A data set of the paper: how many images it has for training and held out, its classes (0 where it is trained
+    without), where its files come from, and read(folder, held_out), which returns a sequence of (PIL image, class)."""
+
+    images: int
+    held_out: int
+    num_classes: int
+    where: str
+    read: Callable
+
+
+DATASETS = {
+    "cifar10": Named(
+        50_000, 10_000, 10,
+        "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked there",
+        lambda folder, held_out: _cifar10(Path(folder), train=not held_out),
+    ),
+    "imagenet64": Named(
+        1_281_167, 50_000, 0,
+        "the batches of Imagenet64_train_part1.zip and _part2.zip of https://image-net.org/download-images.php, or ImageNet's "
+        "training images in folders",
+        _imagenet64,
+    ),
+    "imagenet256": Named(
+        1_281_167, 50_000, 1000,
+        "ImageNet's training images of https://image-net.org/challenges/LSVRC/2012, in one folder per class",
+        _imagenet256,
+    ),
+    "celeba-hq": Named(
+        30_000, 0, 0,
+        "the images of https://github.com/tkarras/progressive_growing_of_gans, as files at any depth",
+        _celeba_hq,
+    ),
+    "lsun-church": Named(
+        126_227, 300, 0,
+        "church_outdoor_train_lmdb of https://github.com/fyu/lsun (pip install lmdb), or its images as files",
+        _lsun_church,
+    ),
+    "flowers102": Named(
+        8_189, 0, 0,
+        "102flowers.tgz, imagelabels.mat and setid.mat of https://www.robots.ox.ac.uk/~vgg/data/flowers/102, in flowers-102/",
+        _flowers102,
+    ),
+}  # fmt: skip
+
+
+def _read_named(name, folder, held_out):
+    """OSError says how many images are missing, and where they come from."""
+    named = DATASETS[name]
+    if folder is None or not Path(folder).is_dir():
+        raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
+    source, expected = named.read(folder, held_out), named.held_out if held_out else named.images
+    if len(source) != expected:
+        raise OSError(f"{name} in {folder} has {len(source):,} images, not {expected:,}: {named.where}")
+    return source

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint import save_checkpoint
-from data import center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
+from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from mixers import MIXERS
@@ -43,9 +43,10 @@ def main(args, processes):
     torch.manual_seed(args.global_seed)         # the same initial weights on every process
     device = processes.device
     space = open_space(args.vae)
-    dataset = load_dataset(args.data_path, args.image_size, args.uncond)
-    args.num_classes = 0 if args.uncond else args.num_classes
-    held_out = load_dataset(args.val_path, args.image_size, args.uncond, held_out=True) if args.val_path else None
+    dataset, held_out = load_dataset(args.data_path, args.image_size, args.uncond, name=args.dataset), None
+    if args.val_path:
+        held_out = load_dataset(args.val_path, args.image_size, args.uncond, held_out=True, name=args.dataset)
+    args.num_classes = args.num_classes if dataset.num_classes else 0
     check(args, processes, dataset, held_out, space)
 
     model = MODELS[args.model](
@@ -265,6 +266,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
+    add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
     add("--val-path", help="held-out images of the same classes (or CIFAR-10), whose loss is logged with every checkpoint")
     add("--results-dir", default="results", help="where the experiment's folder goes")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")

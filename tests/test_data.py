@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import train
 from data import center_crop_arr, load_dataset
 
@@ -136,3 +137,94 @@ def half_a_cifar(folder):
 def test_mistakes_name_the_place(folder, mistake, message):
     with pytest.raises(OSError, match=message):
         mistake(folder)
+
+
+def write_images(folder, count, classes=1):
+    for i in range(count):
+        path = folder / f"class{i % classes}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 64), (i, 0, 0)).save(path)
+
+
+def write_batches(folder, suffix, prefix="train_data_batch_"):
+    """Two batches of two images of one colour each, as ImageNet's site gives them."""
+    for number in (1, 2):
+        rows = np.stack([np.full((3, 64, 64), 10 * number + i, dtype=np.uint8).reshape(-1) for i in range(2)])
+        batch = dict(data=rows, labels=[1, 2], mean=rows.mean(0))
+        if suffix == ".npz":
+            np.savez(folder / f"{prefix}{number}.npz", **batch)
+        else:
+            (folder / f"{prefix}{number}").write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def expect(monkeypatch, name, images, held_out=0):
+    monkeypatch.setitem(data.DATASETS, name, data.DATASETS[name]._replace(images=images, held_out=held_out))
+
+
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+def test_downsampled_imagenet_from_its_batches(tmp_path, monkeypatch, suffix):
+    expect(monkeypatch, "imagenet64", 4, held_out=4)
+    write_batches(tmp_path, suffix)
+    for _ in range(2):  # the second time from the array that the first one left
+        images = load_dataset(str(tmp_path), 64, name="imagenet64")
+        assert (len(images), images.num_classes, images.flip) == (4, 0, True)
+        colours = [((image[0, 0, 0] + 1) * 127.5).item() for image, _ in (images[i] for i in range(4))]
+        assert colours == pytest.approx([10, 11, 20, 21], abs=1e-3)
+    assert (tmp_path / "train.npy").exists()
+    assert not list(tmp_path.glob("*.partial"))
+    write_batches(tmp_path, suffix, "val_data_")
+    assert len(load_dataset(str(tmp_path), 64, held_out=True, name="imagenet64")) == 4
+
+
+def test_a_hostile_batch_does_not_run(tmp_path):
+    (tmp_path / "train_data_batch_1").write_bytes(pickle.dumps(dict(data=print)))
+    with pytest.raises(OSError, match=r"cannot read .*train_data_batch_1 as downsampled ImageNet \(it holds .*print\)"):
+        load_dataset(str(tmp_path), 64, name="imagenet64")
+    assert not (tmp_path / "train.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes"), [("imagenet64", 0), ("imagenet256", 1000), ("celeba-hq", 0), ("lsun-church", 0)]
+)
+def test_named_sets_from_folders_of_images(tmp_path, monkeypatch, name, num_classes):
+    expect(monkeypatch, name, 6)
+    write_images(tmp_path, 6, classes=3)
+    images = load_dataset(str(tmp_path), 32, name=name)
+    assert (len(images), images.num_classes) == (6, num_classes)
+    assert images[5][0].shape == (3, 32, 32)
+    assert images[5][1] == (2 if num_classes else 0)
+    expect(monkeypatch, name, 1000)
+    with pytest.raises(OSError, match=rf"{name} in .* has 6 images, not 1,000: .*https://"):
+        load_dataset(str(tmp_path), 32, name=name)
+
+
+def test_flowers_are_all_three_splits(tmp_path, monkeypatch):
+    colours = dict(train="red", val="lime", test="blue")
+    monkeypatch.setattr(data, "Flowers102", lambda folder, split: [(Image.new("RGB", (8, 8), colours[split]), 3)])
+    expect(monkeypatch, "flowers102", 3)
+    images = load_dataset(str(tmp_path), 8, name="flowers102")
+    assert images.num_classes == 0
+    assert [images[i][0][:, 0, 0].tolist() for i in range(3)] == [[1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
+
+
+def test_lsun_is_read_from_its_database(tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "church_outdoor_train_lmdb").mkdir()
+    picture = Image.new("RGB", (8, 8), "red")
+    monkeypatch.setattr(data, "LSUN", lambda folder, classes: asked.append(classes) or [(picture, 0)] * 6)
+    expect(monkeypatch, "lsun-church", 6)
+    assert load_dataset(str(tmp_path), 8, name="lsun-church")[5][0].shape == (3, 8, 8)
+    assert asked == [["church_outdoor_train"]]
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_a_missing_set_says_where_to_get_it(tmp_path, name):
+    for folder in (None, str(tmp_path / "nowhere")):
+        with pytest.raises(OSError, match=rf"{name} is expected in a folder, not .*: .*https://"):
+            load_dataset(folder, 32, name=name)
+
+
+@pytest.mark.parametrize("name", ["flowers102", "celeba-hq"])
+def test_sets_without_held_out_images_say_so(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} has no held-out images"):
+        load_dataset(str(tmp_path), 32, held_out=True, name=name)

@@ -165,7 +165,7 @@ def test_what_was_learnt_is_saved_before_a_bad_image_ends_the_run(tmp_path, monk
         return get(index)
 
     monkeypatch.setattr(type(digits), "__getitem__", lambda self, index: read_twenty(index))
-    monkeypatch.setattr(train, "load_dataset", lambda *a: digits)
+    monkeypatch.setattr(train, "load_dataset", lambda *a, **k: digits)
     with pytest.raises(OSError, match=r"x\.png"):
         fit(tmp_path, "--global-batch-size", 8)
     assert load(tmp_path / "000-DiT-N-4", 2)
