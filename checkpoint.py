@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from diffusion import PATHS
+from mixers import MIXERS
 from models import MODELS, DiT_models, UNets
 from pde_ssm import options_from_weights
 from vae import open_space
@@ -107,6 +109,18 @@ def _settings_of_unet(weights):
     }
 
 
+def _trustworthy(stored, settings):
+    """Of what a file says of itself, that which does not contradict its weights, or that they cannot know."""
+    kept = {name: stored[name] for name in ("model", "vae") if isinstance(stored.get(name), str)}
+    if stored.get("mixer") in MIXERS and (stored["mixer"] == "attention") == (settings["mixer"] == "attention"):
+        kept["mixer"] = stored["mixer"]  # the name of a preset
+    if isinstance(stored.get("image_size"), int):
+        kept["image_size"] = stored["image_size"]
+    if stored.get("objective") == settings["objective"] and stored.get("path") in PATHS:
+        kept["path"] = stored["path"]
+    return kept
+
+
 def load_model(path, args, default_vae):
     """The model of a checkpoint, in eval mode: (model, settings).
 
@@ -117,10 +131,7 @@ def load_model(path, args, default_vae):
     weights, stored = load_checkpoint(path)
     settings = settings_from_weights(weights)
     if stored.get("model") in MODELS:  # a file of another code base may have names of its own
-        kind = {name: settings[name] for name in ("mixer_options", "mixer")}
-        settings |= {name: stored[name] for name in settings if name in stored}
-        if (settings["mixer"] == "attention") != (kind["mixer"] == "attention"):
-            settings |= kind  # what the weights are outweighs what the file says
+        settings |= _trustworthy(stored, settings)
     for name in ("model", "mixer", "num_classes"):
         given = getattr(args, name)
         if given not in (None, settings[name]):

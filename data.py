@@ -1,6 +1,7 @@
 """Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
 [-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
 
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
-from torchvision.datasets import CIFAR10, LSUN, Flowers102, ImageFolder
+from torchvision.datasets import CIFAR10, Flowers102, ImageFolder
 from tqdm import tqdm
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -60,7 +61,7 @@ def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     ValueError for held-out images of a set that has none.
     """
     if name is not None:
-        source, num_classes, flip = _read_named(name, path, held_out), DATASETS[name].num_classes, True
+        source, num_classes, flip = _read_named(name, path, held_out, uncond), DATASETS[name].num_classes, True
     elif path is None or (path == "digits" and not Path(path).exists()):
         if held_out:
             raise ValueError("the digits have no held-out images")
@@ -135,10 +136,13 @@ class _Unlabelled(Dataset):
 
 
 class _Downsampled(Dataset):
-    """Images in one memory-mapped array (N, 3, side, side), uint8, without classes."""
+    """Images in a memory-mapped .npy file (N, 3, side, side), uint8, without classes."""
 
-    def __init__(self, array):
-        self.array = array
+    def __init__(self, path):
+        self.path, self.array = path, np.load(path, mmap_mode="r")
+
+    def __reduce__(self):  # a worker maps the file again instead of getting a copy
+        return _Downsampled, (self.path,)
 
     def __len__(self):
         return len(self.array)
@@ -151,13 +155,13 @@ class _Arrays(pickle.Unpickler):
     """Reads dicts and lists of numpy arrays, and nothing that could run."""
 
     def find_class(self, module, name):
-        known = {"_reconstruct", "ndarray", "dtype"} if module.partition(".")[0] == "numpy" else set()
+        known = {"_reconstruct", "_frombuffer", "ndarray", "dtype"} if module.partition(".")[0] == "numpy" else set()
         if name in known or (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
-def _imagenet64(folder, held_out):
+def _imagenet64(folder, held_out, uncond):
     """A folder of images, or the batches of downsampled images, of which an array beside them is made once."""
     pattern, name = ("val_data*", "val") if held_out else ("train_data_batch_*", "train")
     parts = sorted(path for path in Path(folder).glob(pattern) if path.suffix in ("", ".npz"))
@@ -165,64 +169,93 @@ def _imagenet64(folder, held_out):
     if not parts and not array.exists():
         return _UnlabelledFolder(folder, loader=read_image)
     if not array.exists():
-        _join(parts, array)
-    return _Downsampled(np.load(array, mmap_mode="r"))
+        _join(parts, array, DATASETS["imagenet64"].held_out if held_out else DATASETS["imagenet64"].images)
+    return _Downsampled(array)
 
 
-def _join(parts, path):
+def _join(parts, path, expected):
     """Writes the "data" of all parts, rows of 3 x 64 x 64, into one .npy file, one part in memory at a time."""
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "wb") as file:
-        count = 0
-        for write in (False, True):  # the header needs the number of images
-            if write:
-                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
-            for part in tqdm(parts, desc=f"Building {path}" if write else "Counting", unit="file"):
-                rows = _read_part(part)
-                count += 0 if write else len(rows)
-                if write:
-                    file.write(rows.tobytes())
-    os.replace(partial, path)
+    count = sum(len(_read_part(part)) for part in tqdm(parts, desc="Counting", unit="file"))
+    if count != expected:
+        raise OSError(f"the {len(parts)} files of {path.parent} hold {count:,} images, not {expected:,}")
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
+            for part in tqdm(parts, desc=f"Building {path}", unit="file"):
+                file.write(_read_part(part).tobytes())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_part(path):
     try:
         with open(path, "rb") as file:
             rows = np.load(file)["data"] if path.suffix == ".npz" else _Arrays(file, encoding="latin1").load()["data"]
-        return np.asarray(rows, dtype=np.uint8).reshape(-1, 3, 64, 64)
+        return np.asarray(rows, dtype=np.uint8).reshape(len(rows), 3, 64, 64)
     except Exception as error:  # damaged bytes raise nearly anything
         raise OSError(f"cannot read {path} as downsampled ImageNet ({error})") from error
 
 
-def _imagenet256(folder, held_out):
-    return _LabelledFolder(folder, loader=read_image)
+def _imagenet256(folder, held_out, uncond):
+    return (_UnlabelledFolder if uncond else _LabelledFolder)(folder, loader=read_image)
 
 
-def _celeba_hq(folder, held_out):
+def _celeba_hq(folder, held_out, uncond):
     if held_out:
         raise ValueError("celeba-hq has no held-out images of its own")
     return _UnlabelledFolder(folder, loader=read_image)
 
 
-def _lsun_church(folder, held_out):
-    name = "church_outdoor_" + ("val" if held_out else "train")
-    if Path(folder, f"{name}_lmdb").is_dir():
-        return _Unlabelled(LSUN(folder, classes=[name]))
-    return _UnlabelledFolder(folder, loader=read_image)
+def _lsun_church(folder, held_out, uncond):
+    database = Path(folder, f"church_outdoor_{'val' if held_out else 'train'}_lmdb")
+    return _Database(database) if database.is_dir() else _UnlabelledFolder(folder, loader=read_image)
 
 
-def _flowers102(folder, held_out):
+class _Database(Dataset):
+    """The images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself."""
+
+    def __init__(self, path):
+        self.path, self.opened_by = str(path), None
+        with self._open() as environment, environment.begin() as transaction:
+            self.keys = [key for key, _ in transaction.cursor()]
+
+    def _open(self):
+        try:
+            import lmdb
+        except ImportError as error:
+            raise OSError(f"{self.path} is an LMDB database: pip install lmdb") from error
+        try:
+            return lmdb.open(self.path, readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise OSError(f"cannot read the database {self.path} ({error})") from error
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, index):
+        if self.opened_by != os.getpid():
+            self.environment, self.opened_by = self._open(), os.getpid()
+        with self.environment.begin() as transaction:
+            return read_image(io.BytesIO(transaction.get(self.keys[index]))), 0
+
+    def __reduce__(self):
+        return _Database, (self.path,)
+
+
+def _flowers102(folder, held_out, uncond):
     if held_out:
         raise ValueError("flowers102 has no held-out images here: training takes all of its three splits, as the paper does")
-    try:
-        return _Unlabelled(*(Flowers102(folder, split) for split in ("train", "val", "test")))
-    except (RuntimeError, OSError) as error:
-        raise OSError(f"flowers102 in {folder} is incomplete or damaged: {error}") from error
+    splits = [Flowers102(folder, split) for split in ("train", "val", "test")]
+    if missing := [file for split in splits for file in split._image_files if not file.is_file()]:
+        raise OSError(f"{len(missing):,} images are missing, such as {missing[0]}")
+    return _Unlabelled(*splits)
 
 
 class Named(NamedTuple):
     """A data set of the paper: how many images it has for training and held out, its classes (0 where it is trained
-    without), where its files come from, and read(folder, held_out), which returns a sequence of (PIL image, class)."""
+    without), where its files come from, and read(folder, held_out, uncond), which returns a sequence of (PIL image, class)."""
 
     images: int
     held_out: int
@@ -235,7 +268,7 @@ DATASETS = {
     "cifar10": Named(
         50_000, 10_000, 10,
         "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked there",
-        lambda folder, held_out: _cifar10(Path(folder), train=not held_out),
+        lambda folder, held_out, uncond: _cifar10(Path(folder), train=not held_out),
     ),
     "imagenet64": Named(
         1_281_167, 50_000, 0,
@@ -245,33 +278,37 @@ DATASETS = {
     ),
     "imagenet256": Named(
         1_281_167, 50_000, 1000,
-        "ImageNet's training images of https://image-net.org/challenges/LSVRC/2012, in one folder per class",
+        "ImageNet's training images (held out: validation) of https://image-net.org/challenges/LSVRC/2012, a folder per class",
         _imagenet256,
     ),
     "celeba-hq": Named(
         30_000, 0, 0,
-        "the images of https://github.com/tkarras/progressive_growing_of_gans, as files at any depth",
+        "the images that https://github.com/tkarras/progressive_growing_of_gans makes, as files at any depth",
         _celeba_hq,
     ),
     "lsun-church": Named(
         126_227, 300, 0,
-        "church_outdoor_train_lmdb of https://github.com/fyu/lsun (pip install lmdb), or its images as files",
+        "church_outdoor_train_lmdb of https://github.com/fyu/lsun, unpacked, or its images as files",
         _lsun_church,
     ),
     "flowers102": Named(
         8_189, 0, 0,
-        "102flowers.tgz, imagelabels.mat and setid.mat of https://www.robots.ox.ac.uk/~vgg/data/flowers/102, in flowers-102/",
+        "102flowers.tgz, unpacked to flowers-102/jpg, and imagelabels.mat and setid.mat beside it in flowers-102, of "
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
         _flowers102,
     ),
 }  # fmt: skip
 
 
-def _read_named(name, folder, held_out):
-    """OSError says how many images are missing, and where they come from."""
+def _read_named(name, folder, held_out, uncond):
+    """OSError says what is missing, and where it comes from."""
     named = DATASETS[name]
     if folder is None or not Path(folder).is_dir():
         raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
-    source, expected = named.read(folder, held_out), named.held_out if held_out else named.images
-    if len(source) != expected:
-        raise OSError(f"{name} in {folder} has {len(source):,} images, not {expected:,}: {named.where}")
+    try:
+        source, expected = named.read(folder, held_out, uncond), named.held_out if held_out else named.images
+        if len(source) != expected:
+            raise OSError(f"it has {len(source):,} images, not {expected:,}")
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{name} in {folder} is not whole ({error}); it takes {named.where}") from error
     return source

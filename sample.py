@@ -78,7 +78,7 @@ def read_guidance(args):
 def generate(model, space, objective, sampler, labels, noise, guidance, progress=True):
     """One sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
-    Without classes there is no guidance. Pixels are kept in range throughout; latents have no range.
+    Without classes there is no guidance. Pixels are kept in range; latents have none.
     """
     unguided = guidance.scale == 1 or model.num_classes == 0
     x = sampler(

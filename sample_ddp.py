@@ -91,7 +91,8 @@ def claim_folder(folder, model, vae, sampler, args):
         partial.write_text(json.dumps(settings))
         os.replace(partial, record)
     before = json.loads(record.read_text())
-    if differences := [f"{k} {before.get(k)} and now {v}" for k, v in settings.items() if before.get(k) != v]:
+    settings = {k: v for k, v in settings.items() if before.get(k, v) != v}  # older folders know fewer settings
+    if differences := [f"{k} {before[k]} and now {v}" for k, v in settings.items()]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
     npz = Path(f"{folder}.npz")
     if npz.exists() and (count := npz_shape(npz)[0]) > args.num_fid_samples:

@@ -43,10 +43,15 @@ def main(args, processes):
     torch.manual_seed(args.global_seed)         # the same initial weights on every process
     device = processes.device
     space = open_space(args.vae)
+    if processes.rank > 0:
+        processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
     dataset, held_out = load_dataset(args.data_path, args.image_size, args.uncond, name=args.dataset), None
     if args.val_path:
         held_out = load_dataset(args.val_path, args.image_size, args.uncond, held_out=True, name=args.dataset)
-    args.num_classes = args.num_classes if dataset.num_classes else 0
+    if processes.rank == 0:
+        processes.barrier()
+    if args.dataset or not dataset.num_classes:
+        args.num_classes = dataset.num_classes
     check(args, processes, dataset, held_out, space)
 
     model = MODELS[args.model](
@@ -70,7 +75,7 @@ def main(args, processes):
     ema = deepcopy(model).eval().requires_grad_(False)
     replica = DistributedDataParallel(model) if processes.size > 1 else model
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
-    objective = create_objective(args.objective, path=args.path, times=args.times)
+    objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
     loader = make_loader(dataset, args, processes)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
 
@@ -117,6 +122,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    if args.objective != "flow" and (args.path or args.times):
+        raise ValueError("--path and --times mean nothing without --objective flow")
     if held_out:
         names = [getattr(images.source, "classes", None) for images in (held_out, dataset)]
         if dataset.num_classes and names[0] != names[1]:
@@ -190,7 +197,7 @@ def held_out_loss(model, dataset, args, processes, space):
     Noise and timesteps are the same in every call of every run, the timesteps evenly spread, so that two models or
     two steps of one differ by nothing else.
     """
-    objective = create_objective(args.objective, path=args.path)
+    objective = create_objective(args.objective, path=args.path or "linear")
     n = min(len(dataset), HELD_OUT)
     sums = {}
     mine = range(processes.rank, n, processes.size)
@@ -281,11 +288,11 @@ def parse_args(argv=None):
     add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
     add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
     add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
-    add("--path", choices=PATHS, default="linear", help="of flow matching, from noise to image")
-    add("--times", choices=TIMES, default="uniform", help="how flow matching draws its times")
+    add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")
+    add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")
     add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
-    add("--num-classes", type=positive, default=1000)
+    add("--num-classes", type=positive, default=1000, help="a --dataset brings its own")
     add("--uncond", action="store_true", help="train without classes; the folder then needs no class folders")
     add("--epochs", type=positive, default=1400)
     add("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")

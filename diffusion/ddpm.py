@@ -96,7 +96,7 @@ class GaussianDiffusion:
 
     def draw_times(self, p):
         """Timesteps for training from uniform random numbers p (B,) in [0, 1)."""
-        return (p * self.num_timesteps).long()
+        return (p * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)  # p may have been rounded to 1
 
     def q_sample(self, x_start, t, noise=None):
         """x_t given x_0."""

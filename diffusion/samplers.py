@@ -1,7 +1,7 @@
 """Samplers: functions of a diffusion, a network (x, t, **model_kwargs) and noise x (B, C, H, W) that return images.
 
-Each draws `randn_like(x)` once per step, the last one included, whatever else it does: the same generator state gives
-the same images. Pass `PerImageNoise` to make each image depend on a seed of its own and not on its batch.
+Those that draw noise draw `randn_like(x)` once per step, the last one included, whatever else they do: the same generator
+state gives the same images. Pass `PerImageNoise` to make each image depend on a seed of its own and not on its batch.
 """
 
 import numpy as np
@@ -88,6 +88,8 @@ def dpm_solver(diffusion, model, x, *, clip_denoised=True, model_kwargs=None, pr
     from diffusers import DPMSolverMultistepScheduler
 
     betas = diffusion.training_betas.numpy()
+    if diffusion.num_timesteps >= len(betas):
+        raise ValueError(f"dpm-solver takes fewer steps than training's {len(betas)}, not {diffusion.num_timesteps}")
     scheduler = DPMSolverMultistepScheduler(len(betas), trained_betas=betas, prediction_type="sample")
     scheduler.set_timesteps(diffusion.num_timesteps)
     for step in tqdm(scheduler.timesteps.tolist(), disable=not progress):
@@ -140,21 +142,25 @@ def rk45(
     def right_hand_side(t, x):
         return flow.velocity(model, x, t.expand(len(x)), model_kwargs)
 
-    return _clip(odeint(right_hand_side, x, x.new_tensor([0, 1]), method="dopri5", rtol=rtol, atol=atol)[-1], clip_denoised)
+    # The last step ends at 1 instead of passing over it: beyond lies what the network never saw.
+    span, options = x.new_tensor([0, 1]), dict(step_t=x.new_tensor([1.0]))
+    return _clip(odeint(right_hand_side, x, span, method="dopri5", rtol=rtol, atol=atol, options=options)[-1], clip_denoised)
 
 
 @torch.no_grad()
 def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """The stochastic process with the flow's marginals, by Euler and Maruyama: dx = (v + sigma s / 2) dt + sqrt(sigma) dW.
 
-    s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds.
+    s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds. The last
+    step goes to the clean image, for no later one would take its noise away.
     """
     dt = 1 / flow.num_timesteps
     for t in _count_up(flow, x, progress):
         velocity = flow.velocity(model, x, t, model_kwargs)
         _, sigma, _, _ = flow.coefficients(t, x)
-        x = x + dt * (velocity - flow.noise(x, t, velocity) / 2) + (dt * sigma).sqrt() * randn_like(x)
-    return _clip(x, clip_denoised)
+        clean, noise = flow.clean(x, t, velocity), randn_like(x)
+        x = x + dt * (velocity - flow.noise(x, t, velocity) / 2) + (dt * sigma).sqrt() * noise
+    return _clip(clean, clip_denoised)
 
 
 def _count_up(flow, x, progress):

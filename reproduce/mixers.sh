@@ -5,9 +5,9 @@
 #
 # Runs go to results/mixers/<mixer>-<seed>/; those that are there already are left out. About 6 minutes each on one core.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-data=$1
+data=$(realpath "$1")
 shift
+cd "$(dirname "$0")/.."
 train=$data val=$data
 if [ -d "$data/test" ]; then train=$data/train val=$data/test; fi
 

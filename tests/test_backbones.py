@@ -29,7 +29,8 @@ def test_every_parameter_gets_a_gradient(num_classes):
     out = model(torch.randn(4, 3, 8, 8), torch.tensor([0, 3, 500, 999]), y, torch.zeros(4, dtype=torch.bool))
     assert out.shape == (4, 6, 8, 8)
     out.square().mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    lacking = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert [name for name in lacking if not name.endswith("to_k.bias")] == []  # which a softmax over keys cancels
 
 
 @torch.no_grad()

@@ -77,6 +77,12 @@ def test_the_mixers_options_are_read_off_the_weights(tmp_path, options):
     assert str(model) == str(written)
 
 
+def test_what_a_file_says_of_itself_is_not_believed_blindly(tmp_path):
+    args = dict(model="DiT-N/4", mixer="mamba", vae="none", num_classes=None, image_size="64", objective="eps", path="/data")
+    write(tmp_path / "a.pt", args=argparse.Namespace(**args))
+    assert load_model(tmp_path / "a.pt", flags(), "ema")[1] == SETTINGS
+
+
 def test_a_preset_keeps_its_name(tmp_path):
     written = write(tmp_path / "a.pt", "pdessm-g")
     model, settings = load_model(tmp_path / "a.pt", flags(mixer="pdessm-g"), "ema")

@@ -1,9 +1,13 @@
+import io
 import pickle
 
+import lmdb
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
+from torch.utils.data import DataLoader
 
 import data
 import train
@@ -180,7 +184,26 @@ def test_a_hostile_batch_does_not_run(tmp_path):
     (tmp_path / "train_data_batch_1").write_bytes(pickle.dumps(dict(data=print)))
     with pytest.raises(OSError, match=r"cannot read .*train_data_batch_1 as downsampled ImageNet \(it holds .*print\)"):
         load_dataset(str(tmp_path), 64, name="imagenet64")
-    assert not (tmp_path / "train.npy").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["train_data_batch_1"]
+
+
+def test_batches_can_come_one_after_the_other(tmp_path, monkeypatch):
+    expect(monkeypatch, "imagenet64", 4)
+    write_batches(tmp_path, "")
+    second = (tmp_path / "train_data_batch_2").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"the 1 files of .* hold 2 images, not 4"):
+        load_dataset(str(tmp_path), 64, name="imagenet64")
+    second.rename(tmp_path / "train_data_batch_2")
+    images = load_dataset(str(tmp_path), 64, name="imagenet64")
+    assert len(pickle.dumps(images)) < 2000  # a worker maps the file
+    assert torch.equal(pickle.loads(pickle.dumps(images))[3][0], images[3][0])
+
+
+def test_batches_of_another_size_are_refused(tmp_path, monkeypatch):
+    expect(monkeypatch, "imagenet64", 1)
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 3 * 32 * 32), dtype=np.uint8))
+    with pytest.raises(OSError, match=r"cannot read .*train_data_batch_1\.npz as downsampled ImageNet"):
+        load_dataset(str(tmp_path), 64, name="imagenet64")
 
 
 @pytest.mark.parametrize(
@@ -194,31 +217,70 @@ def test_named_sets_from_folders_of_images(tmp_path, monkeypatch, name, num_clas
     assert images[5][0].shape == (3, 32, 32)
     assert images[5][1] == (2 if num_classes else 0)
     expect(monkeypatch, name, 1000)
-    with pytest.raises(OSError, match=rf"{name} in .* has 6 images, not 1,000: .*https://"):
+    with pytest.raises(OSError, match=rf"{name} in .* is not whole \(it has 6 images, not 1,000\); it takes .*https://"):
         load_dataset(str(tmp_path), 32, name=name)
 
 
 def test_flowers_are_all_three_splits(tmp_path, monkeypatch):
-    colours = dict(train="red", val="lime", test="blue")
-    monkeypatch.setattr(data, "Flowers102", lambda folder, split: [(Image.new("RGB", (8, 8), colours[split]), 3)])
-    expect(monkeypatch, "flowers102", 3)
+    base = tmp_path / "flowers-102"
+    (base / "jpg").mkdir(parents=True)
+    colours = ["red", "lime", "blue", "white"]
+    for number, colour in enumerate(colours, start=1):
+        Image.new("RGB", (8, 8), colour).save(base / "jpg" / f"image_{number:05d}.jpg", quality=95)
+    savemat(base / "setid.mat", dict(trnid=[[1]], valid=[[2]], tstid=[[3, 4]]))
+    savemat(base / "imagelabels.mat", dict(labels=[[5, 6, 7, 8]]))
+    monkeypatch.setattr(data.Flowers102, "_check_integrity", lambda self: True)
+    # torchvision reads one image's number as a number, not as a list
+    monkeypatch.setattr(data.Flowers102, "_splits_map", dict(train="tstid", val="tstid", test="tstid"))
+    expect(monkeypatch, "flowers102", 6)
     images = load_dataset(str(tmp_path), 8, name="flowers102")
     assert images.num_classes == 0
-    assert [images[i][0][:, 0, 0].tolist() for i in range(3)] == [[1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
+    assert [images[i][1] for i in range(6)] == [0] * 6
+    torch.testing.assert_close(images[5][0], torch.ones(3, 8, 8), rtol=0, atol=0.05)
+    (base / "jpg" / "image_00004.jpg").unlink()
+    with pytest.raises(OSError, match=r"3 images are missing, such as .*image_00004\.jpg\); it takes .*https://"):
+        load_dataset(str(tmp_path), 8, name="flowers102")
+
+
+def write_database(path, images):
+    with lmdb.open(str(path), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for i, image in enumerate(images):
+            file = io.BytesIO()
+            image.save(file, "webp", lossless=True)
+            transaction.put(f"key{i}".encode(), file.getvalue())
 
 
 def test_lsun_is_read_from_its_database(tmp_path, monkeypatch):
-    asked = []
-    (tmp_path / "church_outdoor_train_lmdb").mkdir()
-    picture = Image.new("RGB", (8, 8), "red")
-    monkeypatch.setattr(data, "LSUN", lambda folder, classes: asked.append(classes) or [(picture, 0)] * 6)
-    expect(monkeypatch, "lsun-church", 6)
-    assert load_dataset(str(tmp_path), 8, name="lsun-church")[5][0].shape == (3, 8, 8)
-    assert asked == [["church_outdoor_train"]]
+    monkeypatch.chdir(tmp_path)
+    write_database(tmp_path / "church_outdoor_train_lmdb", [Image.new("RGB", (9, 8), (i, 0, 0)) for i in range(6)])
+    write_database(tmp_path / "church_outdoor_val_lmdb", [Image.new("RGB", (9, 8), "blue")])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    expect(monkeypatch, "lsun-church", 6, held_out=1)
+    images = load_dataset(str(tmp_path), 8, name="lsun-church")
+    read = [image[0, 0, 0].item() for image, _ in DataLoader(images, batch_size=None, num_workers=2)]
+    assert read == pytest.approx([i / 127.5 - 1 for i in range(6)])
+    assert torch.equal(pickle.loads(pickle.dumps(images))[5][0], images[5][0])
+    assert load_dataset(str(tmp_path), 8, held_out=True, name="lsun-church")[0][0][2].min() == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # nothing is written
+    (tmp_path / "church_outdoor_val_lmdb" / "data.mdb").write_bytes(b"")
+    with pytest.raises(OSError, match=r"cannot read the database .*church_outdoor_val_lmdb.*; it takes .*https://"):
+        load_dataset(str(tmp_path), 8, held_out=True, name="lsun-church")
+
+
+def test_flat_imagenet_without_classes(tmp_path, monkeypatch):
+    expect(monkeypatch, "imagenet256", 2)
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    assert load_dataset(str(tmp_path), 8, uncond=True, name="imagenet256").num_classes == 0
+    with pytest.raises(OSError, match=r"has no class folders.*it takes .*https://"):
+        load_dataset(str(tmp_path), 8, name="imagenet256")
 
 
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_a_missing_set_says_where_to_get_it(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=rf"{name} in .*empty is not whole .* it takes .*https://"):
+        load_dataset(str(tmp_path / "empty"), 32, name=name)
     for folder in (None, str(tmp_path / "nowhere")):
         with pytest.raises(OSError, match=rf"{name} is expected in a folder, not .*: .*https://"):
             load_dataset(folder, 32, name=name)

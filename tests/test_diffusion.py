@@ -174,6 +174,17 @@ def test_dpm_solver_needs_few_steps():
     torch.testing.assert_close(end(dpm_solver, 20, predict_xstart=True), end(dpm_solver, 20), rtol=1e-3, atol=1e-5)
 
 
+def test_dpm_solver_takes_fewer_steps_than_training():
+    with pytest.raises(ValueError, match="fewer steps than training's 1000, not 1000"):
+        dpm_solver(create_diffusion(""), lambda x, t: torch.cat([x, x], 1), torch.randn(2, 3, 4, 4))
+    assert dpm_solver(create_diffusion("999"), lambda x, t: torch.cat([x, x], 1), torch.randn(1, 1, 2, 2)).isfinite().all()
+
+
+def test_every_uniform_number_is_a_timestep():
+    p = torch.tensor([0, 0.5, 0.99999, 1])
+    assert create_diffusion("").draw_times(p).tolist() == [0, 500, 999, 999]
+
+
 def test_dpm_solver_clips_and_splits_off_the_variance():
     out = dpm_solver(create_diffusion("8"), lambda x, t: torch.cat([-3 * x, x], 1), torch.randn(2, 3, 4, 4))
     assert out.abs().max() <= 1

@@ -106,6 +106,22 @@ def test_samples_have_the_mean_and_covariance_of_the_data(path, sampler):
     torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_the_stochastic_sampler_leaves_no_noise(steps):
+    flow, x = create_flow(steps), start()
+    samples = sde(flow, exact(flow, MEANS[:1], 0.0), x, clip_denoised=False)
+    torch.testing.assert_close(samples, MEANS[0].view(1, 2, 1, 1).expand_as(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS.values())
+def test_the_network_is_asked_within_its_times_alone(sampler):
+    flow, asked = create_flow(7), []
+    sampler(flow, lambda x, t: asked.append(t) or exact(flow, MEANS, 0.4)(x, t), start())
+    asked = torch.cat(asked)
+    assert asked.min() == 0
+    assert asked.max() <= 1000
+
+
 def test_the_stochastic_sampler_draws_noise_once_per_step():
     drawn = []
     x = start(4)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "pde_ssm", "mixers", "backbones", "models", "vae", "checkpoint", "download", "data", "diffusion", "parallel", "train",
+    "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "checkpoint", "download", "data", "parallel", "train",
     "sample", "sample_ddp", "evaluate",
 ]  # fmt: skip
 

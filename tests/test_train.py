@@ -13,7 +13,7 @@ from PIL import Image
 import train
 from checkpoint import load_checkpoint, load_model
 from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, torchrun
-from data import load_dataset
+from data import DATASETS, load_dataset
 from diffusion import create_diffusion
 from diffusion.samplers import FLOW_SAMPLERS
 from parallel import Processes, launch
@@ -253,6 +253,13 @@ def test_mixers_see_the_same_images_noise_and_times(tmp_path, monkeypatch, objec
             torch.testing.assert_close(other, seen[step], rtol=0, atol=0)
 
 
+def test_a_named_set_brings_its_classes(tmp_path, photos, monkeypatch):
+    for name, classes in (("imagenet256", 3), ("celeba-hq", 0)):
+        monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(images=40, num_classes=classes))
+        folder = fit(tmp_path / name, "--dataset", name, "--data-path", photos, "--max-steps", 1, "--global-batch-size", 8)
+        assert load_checkpoint(folder / "checkpoints" / "0000001.pt")[1]["num_classes"] == classes
+
+
 def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
     other = tmp_path / "others" / "cat" / "1.png"
     other.parent.mkdir(parents=True)
@@ -290,6 +297,7 @@ def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
         (["--results-dir", "/proc/version/results"], "/proc/version"),
         (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
+        (["--times", "logit-normal"], "--path and --times mean nothing without --objective flow"),
         (["--model", "UNet-N", "--mixer", "pdessm"], "a U-Net has no mixer to swap"),
         (["--model", "UNet-N", "--image-size", "10"], r"--image-size 10 is not divisible by 4 \(4 of UNet-N\)"),
         (["--val-path", "/no/such/folder"], "/no/such/folder: no such folder"),
