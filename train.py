@@ -43,12 +43,12 @@ def main(args, processes):
     torch.manual_seed(args.global_seed)         # the same initial weights on every process
     device = processes.device
     space = open_space(args.vae)
-    if processes.rank > 0:
+    if args.dataset and processes.rank > 0:
         processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
     dataset, held_out = load_dataset(args.data_path, args.image_size, args.uncond, name=args.dataset), None
     if args.val_path:
         held_out = load_dataset(args.val_path, args.image_size, args.uncond, held_out=True, name=args.dataset)
-    if processes.rank == 0:
+    if args.dataset and processes.rank == 0:
         processes.barrier()
     if args.dataset or not dataset.num_classes:
         args.num_classes = dataset.num_classes
