@@ -589,9 +589,8 @@ def _attention_width(layer):
 
 
 def _full_precision(x):
-    """A context without autocast on the device of x."""
-    there = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if there else nullcontext()
+    """A context without autocast on the device of x; the meta device has none."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def _widen(x):
