@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from mixers import MIXERS
@@ -87,18 +88,18 @@ def test_new_layers_have_the_type_device_and_mode_of_the_old():
     assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
     assert not block.training
     with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        model = our_dit()[0]
     assert {p.device.type for p in replace_attention(model).parameters()} == {"meta"}
 
 
 def test_rotary_embeddings_are_ignored():
-    block = replace_attention(nn.Sequential(timm.layers.AttentionRope(16, num_heads=2)))[0]
+    block = PDESSMBlock(16)
     tokens = torch.randn(1, 16, 16)
     torch.testing.assert_close(block(tokens, rope=torch.randn(16, 16), attn_mask=None), block(tokens))
 
 
 def test_a_failure_leaves_the_model_as_it_was():
-    model = nn.ModuleList([timm.layers.Attention(16), timm.layers.Attention(8)])
+    model = nn.ModuleList([Attention(16), Attention(8)])
     before = str(model)
     with pytest.raises(ValueError, match="8 channels cannot be split into 16"):
         replace_attention(model, coupling="pairwise", groups=16)
@@ -106,7 +107,7 @@ def test_a_failure_leaves_the_model_as_it_was():
 
 
 def test_a_shared_layer_stays_shared():
-    layer = timm.layers.Attention(8)
+    layer = Attention(8)
     model = replace_attention(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))
     assert isinstance(model["a"], PDESSMBlock)
     assert model["b"][0] is model["a"]
