@@ -257,16 +257,18 @@ def log_interval(step, losses, seconds, args, processes, folder):
     if processes.rank == 0:
         row = dict(step=step, loss=loss.item() / processes.size, steps_per_sec=len(losses) / seconds)
         logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
-        with open(folder / "log.jsonl", "a") as file:
-            print(json.dumps(row), file=file)
+        append_row(folder, row)
 
 
 def log_held_out(step, losses, processes, folder):
     if processes.rank == 0:
-        row = dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()}
         logger.info(f"(step={step:07d}) Held-out Loss: {losses['loss']:.4f}")
-        with open(folder / "log.jsonl", "a") as file:
-            print(json.dumps(row), file=file)
+        append_row(folder, dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
+
+
+def append_row(folder, row):
+    with open(folder / "log.jsonl", "a") as file:
+        print(json.dumps(row), file=file)
 
 
 def parse_args(argv=None):
