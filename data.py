@@ -82,6 +82,8 @@ def read_image(path):
     """An image file as RGB. OSError names a file that cannot be read."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # converting would clip nearly all of it to white
+                raise ValueError(f"its mode is {image.mode}, where 8 bits a channel are needed")
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = str(error).replace(repr(str(path)), "it")

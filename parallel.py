@@ -1,5 +1,6 @@
-"""One process or many: what torchrun started, and how a command ends."""
+"""One process or many: what torchrun started, what a command is given, and how it ends."""
 
+import argparse
 import os
 import sys
 from typing import NamedTuple
@@ -18,6 +19,9 @@ class Processes(NamedTuple):
     def barrier(self):
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def launch(command, args):
@@ -70,3 +74,10 @@ def _one_line(error):
     if "Original Traceback" in message:
         message = message.splitlines()[-1].partition(": ")[2]
     return message
+
+
+def positive(text):
+    """The type of a flag."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number

@@ -21,8 +21,7 @@ from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise, image_see
 from download import find_checkpoint
 from mixers import MIXERS
 from models import MODELS
-from parallel import launch
-from train import positive
+from parallel import launch, positive
 from vae import open_space
 
 AT_ONCE = 64     # samples in one batch

@@ -3,14 +3,13 @@
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.pt --num-fid-samples 50000
 
 Every image has a seed of its own and batches are the same for any number of processes, so the images are too. Run again
-after a stop, it goes on where it was.
+after a stop, it goes on where it was. With --evaluate REF it then prints what evaluate.py would.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,11 @@ from checkpoint import load_model
 from data import read_image
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
-from parallel import launch
+from evaluate import add_feature_flags, compare, measure, open_source, report
+from features import open_network
+from images import npz_shape, write_npz
+from parallel import launch, positive
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
-from train import positive
 from vae import open_space
 
 
@@ -36,6 +37,9 @@ def main(args, processes):
     processes.barrier()
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")
     objective, sampler = create_sampler(args, settings)
+    if args.evaluate:  # what is missing for it shows before the work
+        network = open_network(args.features, args.weights)
+        reference = open_source(args.evaluate, network)
     guidance = read_guidance(args)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
@@ -57,7 +61,13 @@ def main(args, processes):
             save_png(image.numpy(), folder / f"{number:06d}.png")
     processes.barrier()
     if processes.rank == 0:
-        print(f"Saved .npz file to {write_npz(folder, args.num_fid_samples)}")
+        print(f"Saved .npz file to {gather_npz(folder, args.num_fid_samples)}")
+    processes.barrier()
+    if args.evaluate:
+        samples = open_source(f"{folder}.npz", network)
+        sides = [measure(source, network, processes) for source in (reference, samples)]
+        if processes.rank == 0:
+            report(compare(*sides, network, progress=True), *sides, network, f"{folder}.json")
 
 
 def folder_name(args, settings):
@@ -99,13 +109,6 @@ def claim_folder(folder, model, vae, sampler, args):
         raise ValueError(f"{npz} holds {count:,} images, more than --num-fid-samples {args.num_fid_samples:,}; move it away")
 
 
-def npz_shape(path):
-    """The shape of arr_0 in an .npz, from its header alone."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)[0]
-
-
 def unfinished_batches(folder, args):
     """The numbers of the images of every batch that is not whole. An image belongs to the same batch in every run."""
     there = {entry.name for entry in os.scandir(folder)}
@@ -114,18 +117,12 @@ def unfinished_batches(folder, args):
     return [batch for batch in batches if any(f"{number:06d}.png" not in there for number in batch)]
 
 
-def write_npz(folder, count):
+def gather_npz(folder, count):
     """Gathers images 0 to count - 1 into <folder>.npz as arr_0, uint8 (count, H, W, 3), one image in memory at a time."""
-    path, partial = f"{folder}.npz", f"{folder}.npz.{os.getpid()}.partial"
-    with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        for number in tqdm(range(count), desc="Building .npz file from samples"):
-            pixels = np.asarray(read_image(folder / f"{number:06d}.png"))  # a damaged one is named: delete it and run again
-            if number == 0:
-                header = dict(descr="|u1", fortran_order=False, shape=(count, *pixels.shape))
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(pixels.tobytes())
-    os.replace(partial, path)
-    return path
+    numbers = tqdm(range(count), desc="Building .npz file from samples")
+    pixels = (np.asarray(read_image(folder / f"{n:06d}.png")) for n in numbers)  # a damaged one is named: delete it, run again
+    write_npz(f"{folder}.npz", pixels, count)
+    return f"{folder}.npz"
 
 
 def parse_args(argv=None):
@@ -137,6 +134,8 @@ def parse_args(argv=None):
     add("--num-fid-samples", type=positive, default=50_000)
     add("--cfg-scale", type=float, default=1.5, help="strength of classifier-free guidance; 1 is none")
     add("--global-seed", type=int, default=0)
+    add("--evaluate", metavar="REF", help="compare with this .npz or folder when done, as evaluate.py does; also as .json")
+    add_feature_flags(add)
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster matrix products, with rounding of 1e-3")
     return parser.parse_args(argv)
 

@@ -29,7 +29,7 @@ from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from mixers import MIXERS
 from models import MODELS, stride
-from parallel import launch
+from parallel import launch, positive
 from pde_ssm import COUPLINGS, TERMS
 from vae import open_space
 
@@ -306,12 +306,6 @@ def parse_args(argv=None):
     add("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
-
-
-def positive(text):
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import sample
 import sample_ddp
 import train
-from parallel import Processes
+from parallel import ALONE
 
 ROOT = Path(__file__).parent.parent
-ALONE = Processes(0, 1, torch.device("cpu"))
 QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
 FEW_STEPS = ["--num-sampling-steps", "4", "--device", "cpu"]
 

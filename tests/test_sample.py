@@ -210,7 +210,7 @@ def test_the_npz_takes_no_memory(tmp_path):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i:06d}.png", compress_level=0)
     tracemalloc.start()
-    sample_ddp.write_npz(folder, 2000)
+    sample_ddp.gather_npz(folder, 2000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6

@@ -1,0 +1,149 @@
+"""Finished images, uint8 from 0 to 255: folders of them, and ADM's .npz, read and written as streams."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data import center_crop_arr, load_dataset
+
+
+def open_images(path):
+    """The images at `path`, with len() and read(batches): an .npz with arr_0, a folder of images at any depth, or
+    whatever else training reads at a path. OSError or ValueError says what is wrong there."""
+    if Path(path).is_file():
+        return NpzImages(path)
+    return FolderImages(path)
+
+
+class NpzImages:
+    """arr_0 of an .npz, uint8 (N, H, W, 3), of which one batch at a time is in memory."""
+
+    def __init__(self, path):
+        self.path = path
+        with open_npz(path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise ValueError(f"{path} holds no images: it has no arr_0, only {', '.join(names(archive)) or 'nothing'}")
+            with archive.open("arr_0.npy") as file:
+                self.shape, fortran, self.dtype = read_header(file)
+                first = file.read(2**16) if self.dtype.kind == "f" else b""
+        if self.dtype != np.uint8:
+            raise ValueError(f"arr_0 of {path} is {self.dtype}{_span(first, self.dtype)}; images are uint8 from 0 to 255")
+        if len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
+            raise ValueError(f"arr_0 of {path} has the shape {self.shape}; images are (N, height, width, 3)")
+        if fortran:
+            raise ValueError(f"arr_0 of {path} is in Fortran order, in which images lie scattered: save a C-ordered copy")
+
+    def __len__(self):
+        return self.shape[0]
+
+    def read(self, batches):
+        """Yields a uint8 (n, H, W, 3) for each of `batches`, increasing sequences of increasing numbers."""
+        size, at = self.shape[1] * self.shape[2] * 3, 0
+        try:
+            with open_npz(self.path) as archive, archive.open("arr_0.npy") as file:
+                read_header(file)
+                for numbers in batches:
+                    batch = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+                    for image, number in zip(batch, numbers):
+                        file.seek((number - at) * size, os.SEEK_CUR)
+                        pixels = file.read(size)
+                        image[:] = np.frombuffer(pixels, np.uint8).reshape(image.shape)
+                        at = number + 1
+                    yield batch
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise OSError(f"{self.path} is damaged near image {at:,} of {len(self):,} ({error})") from error
+
+
+class FolderImages(Dataset):
+    """Images of a folder, of any sizes; grey ones become RGB and transparency is dropped."""
+
+    def __init__(self, path, crop=None):
+        self.path, self.crop, self.source = path, crop, load_dataset(path, crop, uncond=True).source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, number):
+        image, _ = self.source[number]
+        return np.asarray(image if self.crop is None else center_crop_arr(image, self.crop))
+
+    def read(self, batches):
+        """Yields a list of uint8 (H, W, 3) for each of `batches`, sequences of numbers."""
+        workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+        yield from DataLoader(self, batch_sampler=batches, collate_fn=list, num_workers=workers)
+
+
+class ArrayImages:
+    """An array or tensor uint8 (N, H, W, 3) that is in memory already."""
+
+    def __init__(self, array):
+        self.path, self.array = "memory", np.asarray(array)
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            raise ValueError(f"images are uint8 (N, height, width, 3), not {self.array.dtype} {self.array.shape}")
+
+    def __len__(self):
+        return len(self.array)
+
+    def read(self, batches):
+        for numbers in batches:
+            yield self.array[numbers]
+
+
+def write_npz(path, images, n, **arrays):
+    """Writes n images, an iterable of uint8 (H, W, 3) of one size, as arr_0 (n, H, W, 3) in C order, one in memory at a
+    time, and other arrays beside it: the .npz that ADM's evaluator reads. ValueError if sizes differ."""
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with zipfile.ZipFile(partial, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                for number, pixels in enumerate(images):
+                    if number == 0:
+                        first = pixels
+                        header = dict(descr="|u1", fortran_order=False, shape=(n, *first.shape))
+                        np.lib.format.write_array_header_1_0(file, header)
+                    if pixels.shape != first.shape:
+                        raise ValueError(f"image {number} is {_size(pixels)}, image 0 {_size(first)}; an .npz holds one size")
+                    file.write(pixels.tobytes())
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(array), version=(1, 0), allow_pickle=False)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def npz_shape(path):
+    """The shape of arr_0 in an .npz, from its header alone."""
+    return NpzImages(path).shape
+
+
+def open_npz(path):
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{path} is not an .npz, or only a part of one ({error})") from error
+
+
+def names(archive):
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def read_header(file):
+    """(shape, Fortran order, dtype) of an array in the .npy format, versions 1 and 2."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _span(first, dtype):
+    """Where the first values of a float array lie, for a message."""
+    values = np.frombuffer(first[: len(first) // dtype.itemsize * dtype.itemsize], dtype) if first else np.zeros(0)
+    return f" from {values.min():.3g} to {values.max():.3g}" if len(values) else ""
+
+
+def _size(pixels):
+    return f"{pixels.shape[0]} x {pixels.shape[1]}"
