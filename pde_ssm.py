@@ -15,9 +15,11 @@ This file needs nothing but torch.
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 TERMS = ("diffusion", "convection", "reaction")
@@ -25,6 +27,7 @@ R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_
 CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
 KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
 GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps
+LONGEST_MATRIX = 32  # sides up to which a product with the Fourier matrix beats an FFT on CPU
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
 _ATTENTION_ARGUMENTS = {
@@ -91,6 +94,132 @@ def initial_shifts(token, shape):
     """Random vectors (*shape, 2) of up to two tokens, in all directions."""
     angle, length = 2 * math.pi * torch.rand(shape), 2 * token * torch.rand(shape)
     return torch.stack([length * angle.cos(), length * angle.sin()], dim=-1)
+
+
+def convolve(v, symbol):
+    """irfft2(symbol * rfft2(v)) along h and w, in the precision of v.
+
+    v (B, h, w, C), real; symbol (2, h, w // 2 + 1, C), its real and imaginary part, or (B, 2, ...) for one per image.
+    On CPU the transforms of short sides are matrix products and the gradient is written by hand: see `Convolution`.
+    """
+    if v.device.type == "cpu" and not _traced(v, symbol):
+        return Convolution.apply(v, symbol)[0]
+    v_hat = torch.fft.rfft2(v.movedim(-1, 1))                              # (B, C, h, w // 2 + 1)
+    return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1)
+
+
+def _traced(*tensors):
+    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _as_complex(symbol):
+    """(..., 2, h, w // 2 + 1, C) -> complex (..., C, h, w // 2 + 1)"""
+    return torch.complex(*symbol.movedim(-1, -3).contiguous().unbind(-4))
+
+
+class Convolution(torch.autograd.Function):
+    """v, symbol -> irfft2(symbol * v_hat) and v_hat, with the gradient by hand: autograd's own pads the spectrum with zeros.
+
+    With the columns weighted by d (1 where kx has no partner of the other sign, 2 elsewhere, divided by h w), irfft2 is
+    the transpose of rfft2 d. So the gradient with respect to v is the same convolution with the conjugate symbol, and
+    that with respect to the symbol is d conj(v_hat) g_hat summed over the images. v_hat is an output, so that the
+    gradient has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, v, symbol):
+        ctx.set_materialize_grads(False)
+        v_hat = spectrum(v)
+        ctx.save_for_backward(v_hat, symbol)
+        ctx.grid = v.shape[1:3]
+        return field(multiply(symbol, v_hat), *ctx.grid), v_hat
+
+    @staticmethod
+    def backward(ctx, g, v_hat_grad):
+        v_hat, symbol = ctx.saved_tensors
+        v_grad = symbol_grad = None
+        if g is not None:
+            v_grad, g_hat = Convolution.apply(g, symbol * symbol.new_tensor([1, -1]).view(2, 1, 1, 1))
+            if ctx.needs_input_grad[1]:
+                symbol_grad = correlate(v_hat, g_hat, column_weights(*ctx.grid, g), per_image=symbol.ndim > 4)
+        if v_hat_grad is not None:                                         # only under create_graph
+            d = column_weights(*ctx.grid, v_hat_grad)
+            transposed = field(v_hat_grad / (d if v_hat_grad.is_complex() else d[:, None]), *ctx.grid)
+            v_grad = transposed if v_grad is None else v_grad + transposed
+        return v_grad, symbol_grad
+
+
+# The four steps of a convolution. Spectra of grids with sides up to LONGEST_MATRIX are real (B, 2, h, w // 2 + 1, C), as
+# tokens are, and come from two products with small matrices; those of larger ones are complex (B, C, h, w // 2 + 1).
+
+
+def spectrum(v):                                                           # (B, h, w, C)
+    B, h, w, C = v.shape
+    if max(h, w) > LONGEST_MATRIX:
+        return torch.fft.rfft2(v.movedim(-1, 1).contiguous())
+    along_w, along_h = fourier_matrices(h, w, v.dtype)
+    v_hat = torch.bmm(along_w.expand(B * h, -1, -1), v.reshape(B * h, w, C))         # (B h, 2 (w // 2 + 1), C)
+    return torch.bmm(along_h.expand(B, -1, -1), v_hat.view(B, 2 * h, -1)).view(B, 2, h, -1, C)
+
+
+def field(v_hat, h, w):
+    """The inverse of `spectrum`: (B, h, w, C)."""
+    if v_hat.is_complex():
+        return torch.fft.irfft2(v_hat, s=(h, w)).movedim(1, -1)
+    B, C = len(v_hat), v_hat.shape[-1]
+    along_w, along_h = fourier_matrices(h, w, v_hat.dtype)
+    weights = column_weights(h, w, v_hat).repeat(2)
+    v = torch.bmm(along_h.T.expand(B, -1, -1), v_hat.reshape(B, 2 * h, -1)).view(B * h, -1, C)
+    return torch.bmm((along_w.T * weights).expand(B * h, -1, -1), v).view(B, h, w, C)
+
+
+def multiply(symbol, v_hat):
+    """The complex product."""
+    if v_hat.is_complex():
+        return _as_complex(symbol) * v_hat
+    real, imag = symbol.unbind(-4)
+    product = real.unsqueeze(-4) * v_hat
+    product.select(1, 0).addcmul_(v_hat.select(1, 1), imag, value=-1)
+    product.select(1, 1).addcmul_(v_hat.select(1, 0), imag)
+    return product
+
+
+def correlate(v_hat, g_hat, weights, per_image):
+    """weights conj(v_hat) g_hat as a symbol: summed over the images, or one per image."""
+    if v_hat.is_complex():
+        product = v_hat.conj() * g_hat
+        product = weights * (product if per_image else product.sum(0))
+        return torch.stack([product.real, product.imag], dim=-4).movedim(-3, -1)
+    real = (v_hat * g_hat).sum(1)
+    imag = v_hat[:, 0] * g_hat[:, 1] - v_hat[:, 1] * g_hat[:, 0]
+    if not per_image:
+        real, imag = real.sum(0), imag.sum(0)
+    return weights[:, None] * torch.stack([real, imag], dim=-4)
+
+
+def column_weights(h, w, like):
+    """d of `Convolution`, (w // 2 + 1,), real, of the precision of `like`."""
+    weights = torch.full((w // 2 + 1,), 2 / (h * w), dtype=like.real.dtype)
+    weights[0] = 1 / (h * w)
+    if w % 2 == 0:
+        weights[-1] = 1 / (h * w)
+    return weights
+
+
+@lru_cache(maxsize=16)
+def fourier_matrices(h, w, dtype):
+    """The real transform along w, (2 (w // 2 + 1), w), and the complex one along h as a real matrix, (2 h, 2 h).
+
+    The first gives real parts, then imaginary parts. The second takes pairs of them, row by row, and returns all real
+    parts before all imaginary ones.
+    """
+    along_w = torch.view_as_real(torch.fft.rfft(torch.eye(w, dtype=torch.float64)))  # (w, w // 2 + 1, 2)
+    F = torch.fft.fft(torch.eye(h, dtype=torch.float64))                   # symmetric, (h, h)
+    along_h = torch.stack([torch.stack([F.real, -F.imag], dim=-1), torch.stack([F.imag, F.real], dim=-1)])
+    return along_w.permute(2, 1, 0).reshape(-1, w).to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype)
 
 
 def symmetric(A):
@@ -167,7 +296,7 @@ class Diagonal(nn.Module):
         return K, b, r, tau
 
     def symbol(self, h, w):
-        """What `evolve` multiplies by on an h x w grid, complex: here G(k) B(k), (dim, h, w // 2 + 1).
+        """What `evolve` multiplies by on an h x w grid: see `compute_symbol`.
 
         It does not depend on the input, so evaluation without gradients computes it once per grid size and reuses it
         until a parameter changes. (Writing through `parameter.data` escapes PyTorch's version counter, and so ours;
@@ -197,17 +326,27 @@ class Diagonal(nn.Module):
             return None
 
     def compute_symbol(self, h, w, time_scale=None):
+        """G(k) B(k) as its real and imaginary part, (..., 2, h, w // 2 + 1, dim)."""
+        g0, gx, gy = (_widen(g)[..., None, None, :] for g in (self.g0, self.gx, self.gy))
         K, b, r, tau = self.coefficients()
         if time_scale is not None:
             tau = tau * time_scale.view(-1, *[1] * (tau.ndim - 1), self.dim)   # (B, dim) or (B, components, dim)
-        embedding = embedding_symbol(_widen(self.g0), _widen(self.gx), _widen(self.gy), h, w)
-        symbol = green_symbol(K, b, r, tau, h, w) * embedding
-        return symbol.sum(-4) if self.components > 1 else symbol           # (dim, h, w // 2 + 1) or (B, dim, ...)
+        K, b, r = tau[..., None, None] * K, tau[..., None] * b, tau * r    # few numbers yet, in front of many
+        kx, ky, kx_odd, ky_odd = (k.unsqueeze(-1) for k in wave_vectors(h, w, K.dtype, K.device))
+        growth, phase = growth_and_phase(K[..., None, None, :, :, :], b[..., None, None, :, :], r[..., None, None, :],
+                                         kx, ky, kx_odd, ky_odd)           # (..., h, w // 2 + 1, dim), maybe 1 for h, w
+        B_imag = gx * kx_odd + gy * ky_odd
+        size = growth.exp()
+        real, imag = size * phase.cos(), size * phase.sin()
+        real, imag = real * g0 - imag * B_imag, real * B_imag + imag * g0
+        symbol = torch.stack([real, imag], dim=-4)
+        return symbol.sum(-5) if self.components > 1 else symbol
 
-    def evolve(self, v_hat, h, w, time_scale=None):                        # (B, dim, h, w // 2 + 1), (B, dim) or None
-        """From R u to the state at time tau, both in the Fourier domain; time_scale multiplies tau."""
+    def evolve(self, v, time_scale=None):                                  # (B, h, w, dim), (B, dim) or None
+        """From R u to the state at time tau; time_scale multiplies tau."""
+        h, w = v.shape[1:3]
         symbol = self.symbol(h, w) if time_scale is None else self.compute_symbol(h, w, time_scale)
-        return symbol * v_hat
+        return convolve(v, symbol)
 
     def kernel(self, h, w):
         return torch.fft.irfft2(green_symbol(*self.coefficients(), h, w), s=(h, w))
@@ -260,7 +399,9 @@ class Pairwise(Diagonal):
         dtype = torch.promote_types(self.g0.dtype, torch.float32)
         return [k.expand(h, w // 2 + 1).flatten() for k in wave_vectors(h, w, dtype, self.g0.device)]
 
-    def evolve(self, v_hat, h, w):                                         # (B, dim, h, w // 2 + 1)
+    def evolve(self, v):                                                   # (B, h, w, dim)
+        h, w = v.shape[1:3]
+        v_hat = torch.fft.rfft2(v.movedim(-1, 1))                          # (B, dim, h, w // 2 + 1)
         v = self.embed(v_hat, h, w)                                        # (f, groups, c, B)
         if not torch.is_grad_enabled() and len(v) * self.g0.numel() <= KEPT:
             states = self.symbol(h, w) @ v                                 # (f, groups, c, B)
@@ -269,7 +410,8 @@ class Pairwise(Diagonal):
             pieces = list(zip(*(k.split(at_once) for k in (v, *self.flat_wave_vectors(h, w)))))
             run = self.evolve_some if len(pieces) == 1 else self.evolve_and_forget
             states = torch.cat([run(*piece, *coefficients) for piece in pieces])
-        return states.permute(3, 1, 2, 0).reshape(v_hat.shape)
+        h_hat = states.permute(3, 1, 2, 0).reshape(v_hat.shape)
+        return torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1)
 
     def evolve_some(self, v, kx, ky, kx_odd, ky_odd, *coefficients):
         """A few wave vectors alone."""
@@ -404,16 +546,13 @@ class PDESSM(nn.Module):
             raise ValueError(f"PDESSM has conditioned={self.conditioned} and got {'no vector' if c is None else 'a vector'} c")
         if c is not None and (c.ndim != 2 or c.shape[0] != u.shape[0] or c.shape[1] != self.dim):
             raise ValueError(f"c is {tuple(c.shape)}, not one vector per image, {(len(u), self.dim)}")
-        h, w = u.shape[-2:]
         u = u.movedim(1, -1)                                               # (B, h, w, D)
         v = self.R(u)                                                      # (B, h, w, C)
         if self.activation:
             v = nn.functional.silu(v)
         with _full_precision(u):
-            v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))              # (B, C, h, w // 2 + 1)
             options = {"time_scale": self.time_scale(c)} if self.conditioned else {}
-            h_hat = self.equation.evolve(v_hat, h, w, **options)           # (B, C, h, w // 2 + 1)
-            state = torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
+            state = self.equation.evolve(_widen(v), **options).to(v.dtype)
         if self.gate is not None:
             state = state * nn.functional.silu(self.gate(u))               # (B, h, w, C)
         if self.out is not None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import pde_ssm
@@ -511,3 +512,53 @@ def test_mistakes_are_named(build, message):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="term"):
         PDESSMBlock(4, term="diffusion")
+
+
+def convolve_plainly(v, symbol):
+    symbol = torch.complex(*symbol.unbind(-4)).movedim(-1, -3)
+    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1)), s=v.shape[1:3]).movedim(1, -1)
+
+
+def convolution_arguments(h, w, per_image, dtype=torch.float64):
+    shape = (3, 2, h, w // 2 + 1, 2) if per_image else (2, h, w // 2 + 1, 2)
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in [(3, h, w, 2), shape]]
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("longest", [0, 32])  # an FFT, matrices
+@pytest.mark.parametrize("grid", [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (6, 4), (9, 16), (40, 6)])
+def test_convolution_by_hand_is_autograds(monkeypatch, grid, longest, per_image):
+    monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
+    v, symbol = convolution_arguments(*grid, per_image)
+    ours, plain = pde_ssm.convolve(v, symbol), convolve_plainly(v, symbol)
+    torch.testing.assert_close(ours, plain)
+    g = torch.randn_like(plain)
+    gradients = [torch.autograd.grad(out, (v, symbol), g, create_graph=True) for out in (ours, plain)]
+    torch.testing.assert_close(*gradients)
+    directions = [torch.randn_like(x) for x in (v, symbol)]
+    slopes = [sum((x * y).sum() for x, y in zip(pair, directions)) for pair in gradients]
+    torch.testing.assert_close(*(torch.autograd.grad(slope, (v, symbol)) for slope in slopes))
+
+
+@pytest.mark.parametrize("longest", [0, 32])
+def test_convolution_serves_functional_transforms(monkeypatch, longest):
+    monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
+    v, symbol = (x.detach() for x in convolution_arguments(4, 6, per_image=False))
+    dv, ds = torch.randn_like(v), torch.randn_like(symbol)
+    _, slope = torch.func.jvp(pde_ssm.convolve, (v, symbol), (dv, ds))
+    torch.testing.assert_close(slope, convolve_plainly(dv, symbol) + convolve_plainly(v, ds))
+    with forward_ad.dual_level():
+        dual = pde_ssm.convolve(forward_ad.make_dual(v, dv), symbol)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, convolve_plainly(dv, symbol))
+    several = torch.stack([symbol, ds])
+    mapped = torch.func.vmap(pde_ssm.convolve, in_dims=(None, 0))(v, several)
+    torch.testing.assert_close(mapped, torch.stack([convolve_plainly(v, s) for s in several]))
+
+
+@pytest.mark.parametrize("frozen", ["input", "symbol"])
+def test_a_frozen_side_gets_no_gradient(frozen):
+    v, symbol = convolution_arguments(4, 6, per_image=False)
+    (v if frozen == "input" else symbol).requires_grad_(False)
+    pde_ssm.convolve(v, symbol).square().sum().backward()
+    assert (v.grad is None) == (frozen == "input")
+    assert (symbol.grad is None) == (frozen == "symbol")
