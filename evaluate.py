@@ -26,7 +26,7 @@ from features import NETWORKS, open_network
 from images import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
 from parallel import ALONE, launch, positive
 
-BLOCK = 2**25  # distances at a time
+BLOCK = 2**26  # distances at a time
 
 
 class Statistics:
@@ -71,16 +71,16 @@ class Statistics:
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): of two Gaussians, mu (D,) and sigma (D, D).
 
-    The trace of the root is the sum of the roots of the eigenvalues of sigma1^(1/2) sigma2 sigma1^(1/2), which are real
-    and not negative, and so need no general matrix root; nor do singular covariances need the 1e-6 that ADM adds to
-    their diagonals when such a root fails. ValueError if shapes differ.
+    The trace of the root is the sum of the singular values of sigma1^(1/2) sigma2^(1/2). Symmetric roots come from
+    eigenvalues and exist for singular covariances too, which need nothing on their diagonals here (ADM adds 1e-6 if its
+    general root of the product is not finite). ValueError if shapes differ.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ValueError(f"features of different sizes: {mu1.shape} and {mu2.shape}")
-    values, vectors = np.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()
+    (values1, vectors1), (values2, vectors2) = np.linalg.eigh(sigma1), np.linalg.eigh(sigma2)
+    roots = (vectors1 * np.sqrt(values1.clip(min=0))).T @ (vectors2 * np.sqrt(values2.clip(min=0)))
+    overlap = np.linalg.svd(roots, compute_uv=False).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap)
 
 
@@ -129,7 +129,7 @@ def precision_recall(ref, sample, k=3, block=None, exact=False, progress=False):
 def _squared_distances(a, b, exact):
     """As ADM has them: in float16, which decides close calls, or in float32 where those are not finite."""
     if exact:
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return torch.cdist(a, b).square()
     half_a, half_b = a.half(), b.half()
     norm_a, norm_b = (x.float().square().sum(1).half() for x in (half_a, half_b))
     d = (half_a.float() @ half_b.float().T).half()
@@ -287,14 +287,16 @@ def full_precision():
         torch.set_float32_matmul_precision(before[1])
 
 
+@torch.no_grad()
 def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=False):
     """Every metric that two Sides allow: a dict of floats by name, in ADM's order.
 
-    The names FID, sFID, precision and recall are for Inception's 2048 features; those of other features say so.
+    The names FID, sFID, KID, precision and recall are for Inception's 2048 features; those of other features say so.
+    Other layers of Inception give the distance alone.
     """
     inception, results = network.name == "inception", {}
-    full = network.dim == 2048 or not inception
-    suffix = "" if inception and full else f"-{network.dim}" if inception else f"-{network.label}"
+    full = not (inception and network.label)
+    suffix = f"-{network.label}" if network.label else ""
     with full_precision():
         if inception and full and sample.pool is not None and not prefix:
             probabilities = [network.probabilities(part).cpu().numpy() for part in sample.pool.split(5000)]

