@@ -182,8 +182,6 @@ def open_source(source, network, crop=None):
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_file():
         return Source(str(path), FolderImages(str(source), crop), {}, None)
-    if path.suffix in (".npy", ".png", ".jpg", ".jpeg"):
-        raise ValueError(f"{path} is neither an .npz nor a folder of images")
     with open_npz(path) as archive:
         held = names(archive)
     statistics, counted, misfit = read_statistics(path, network) if "mu" in held else ({}, None, None)
@@ -395,7 +393,7 @@ class FeatureFile(NamedTuple):
 def read_features(path, names_):
     """(FeatureFile, a Side for each name) of an .npz that holds arrays (N, D) by those names."""
     sides = []
-    with np.load(path, allow_pickle=False) as arrays:
+    with open_npz(path), np.load(path, allow_pickle=False) as arrays:
         for name in names_:
             if name not in arrays:
                 raise ValueError(f"{path} has no array {name!r} of features; it has {_list(arrays.files)}")

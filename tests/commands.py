@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import sample
@@ -46,3 +47,17 @@ def torchrun(processes, script, *flags, fails=False):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode != 0) == fails, done.stderr
     return done.stderr
+
+
+class Colours(torch.nn.Module):
+    """Stands for Inception: two statistics of each colour as pool, the means of halves as spatial."""
+
+    name, label, dim = "inception", "", 6
+
+    def forward(self, images):
+        x = images.float() / 255
+        halves = x.flatten(2).unflatten(2, (2, -1)).mean(3)                # (N, 3, 2)
+        return dict(pool=torch.cat([x.mean((2, 3)), x.std((2, 3))], 1), spatial=halves.flatten(1))
+
+    def probabilities(self, pool):
+        return (5 * pool).softmax(1)

@@ -11,22 +11,9 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 import evaluate
+from commands import Colours
 from evaluate import Statistics, frechet_distance, inception_score, measure, open_source, precision_recall
 from parallel import ALONE, Processes, launch
-
-
-class Colours(torch.nn.Module):
-    """Stands for Inception: two statistics of each colour as pool, the means of halves as spatial."""
-
-    name, label, dim = "inception", "", 6
-
-    def forward(self, images):
-        x = images.float() / 255
-        halves = x.flatten(2).unflatten(2, (2, -1)).mean(3)                # (N, 3, 2)
-        return dict(pool=torch.cat([x.mean((2, 3)), x.std((2, 3))], 1), spatial=halves.flatten(1))
-
-    def probabilities(self, pool):
-        return (5 * pool).softmax(1)
 
 
 @pytest.fixture
@@ -355,7 +342,7 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "none.npz"], "none.npz: no such file or folder"),
         (["a.npz", "empty"], "empty is empty"),
         (["a.npz", "text.npz"], "text.npz is not an .npz"),
-        (["a.npz", "text.png"], "text.png is neither an .npz nor a folder"),
+        (["a.npz", "text.png"], "text.png is not an .npz"),
         (["a.npz", "other.npz"], "holds neither images .* nor statistics .*; it has x"),
         (["a.npz", "broken.npz"], r"pool statistics of shapes \(3,\) and \(2, 2\)"),
         (["a.npz", "a.npz", "--num", "6"], "holds 5 images, fewer than --num 6"),
@@ -365,6 +352,8 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "--make-ref", "a.npz", "b.npz"], "--make-ref FOLDER OUT.npz stands alone"),
         (["x", "y", "--features", "f.npz", "--num", "3"], "not for features in a file"),
         (["x", "y", "--features", "none.npz"], "none.npz"),
+        (["x", "y", "--features", "text.npz"], "text.npz is not an .npz"),
+        (["arr_0", "y", "--features", "a.npz"], r"arr_0 in a.npz is uint8 \(5, 6, 6, 3\); features are finite floats"),
     ],
 )
 def test_a_user_s_mistakes_end_in_one_line(tmp_path, monkeypatch, images, run, flags, message):

@@ -1,3 +1,4 @@
+import json
 import tracemalloc
 import zipfile
 
@@ -6,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import sample
 import sample_ddp
 from checkpoint import save_checkpoint
-from commands import ALONE, FEW_STEPS, draw, draw_many, torchrun
+from commands import ALONE, FEW_STEPS, Colours, draw, draw_many, torchrun
 from diffusion import create_diffusion, create_flow
 from models import DiT_models
 from parallel import launch
@@ -190,6 +192,23 @@ def test_a_damaged_image_is_named(tmp_path, checkpoint):
     png.write_bytes(png.read_bytes()[:60])
     with pytest.raises(OSError, match=r"cannot read the image .*000001\.png"):
         draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
+
+
+def test_samples_are_evaluated_in_one_go(tmp_path, checkpoint, monkeypatch, capsys):
+    for command in (sample_ddp, evaluate):
+        monkeypatch.setattr(command, "open_network", lambda *_: Colours())
+    ref, path = tmp_path / "ref.npz", checkpoint()
+    with pytest.raises(FileNotFoundError, match=r"ref\.npz: no such file"):  # before any image is drawn
+        draw_many(path, tmp_path / "s", "--evaluate", ref)
+    assert not (tmp_path / "s").exists()
+    np.savez(ref, arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 8, "--evaluate", ref)
+    npz = next((tmp_path / "s").glob("*.npz"))
+    row = json.loads(npz.with_suffix(".json").read_text())
+    printed = capsys.readouterr().out
+    assert f"FID: {row['FID']}" in printed
+    evaluate.main(evaluate.parse_args([str(ref), str(npz), "--json", "-"]), ALONE)
+    assert json.loads(capsys.readouterr().out) == row
 
 
 def test_labels_and_seed_vary_the_images(tmp_path, checkpoint, monkeypatch):
