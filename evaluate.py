@@ -22,6 +22,7 @@ import torch.distributed as dist
 from scipy.special import rel_entr
 from tqdm import tqdm
 
+from data import DATASETS
 from features import NETWORKS, open_network
 from images import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
 from parallel import ALONE, launch, positive
@@ -170,8 +171,9 @@ class Side(NamedTuple):
     sizes: set
 
 
-def open_source(source, network, crop=None):
-    """A path or an array uint8 (N, H, W, 3) as a Source, after a look at its headers only; `crop` is for folders.
+def open_source(source, network, crop=None, dataset=None):
+    """A path or an array uint8 (N, H, W, 3) as a Source, after a look at its headers only; `crop` and `dataset`
+    are for folders.
 
     Statistics in a file count if they are of the network's features. OSError or ValueError says what is wrong.
     """
@@ -181,7 +183,7 @@ def open_source(source, network, crop=None):
     if not path.exists() and source != "digits":
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_file():
-        return Source(str(path), FolderImages(str(source), crop), {}, None)
+        return Source(str(path), FolderImages(str(source), crop, dataset), {}, None)
     with open_npz(path) as archive:
         held = names(archive)
     statistics, counted, misfit = read_statistics(path, network) if "mu" in held else ({}, None, None)
@@ -431,7 +433,8 @@ def main(args, processes):
         network = open_network(args.features, args.weights, args.feature_dim)
         if args.make_ref:
             folder, out = args.make_ref
-            make_reference(open_source(folder, network, args.image_size), out, network, processes, args.num, args.batch_size)
+            source = open_source(folder, network, args.image_size, args.dataset)
+            make_reference(source, out, network, processes, args.num, args.batch_size)
             return
         paths = [args.ref, args.ref] if args.halves else [args.ref, args.samples]
         sources = [open_source(path, network, args.image_size) for path in paths]  # what is wrong shows before the work
@@ -449,6 +452,8 @@ def check(args):
     """ValueError for flags that cannot go together."""
     if args.make_ref and (args.ref or args.halves or args.features.endswith(".npz")):
         raise ValueError("--make-ref FOLDER OUT.npz stands alone")
+    if args.dataset and not args.make_ref:
+        raise ValueError("--dataset says what the FOLDER of --make-ref holds, and means nothing without it")
     if args.halves and args.samples:
         raise ValueError("--halves compares one set with itself; leave SAMPLES out")
     if not args.make_ref and not (args.ref and (args.samples or args.halves)):
@@ -472,6 +477,7 @@ def parse_args(argv=None):
     add("--feature-dim", type=positive, metavar="N", help="layer of Inception by its channels: 64, 192, 768 or 2048 (default)")
     # torchrun takes --num for an abbreviation of an option of its own.
     add("--num", "--num-images", type=positive, metavar="N", help="take so many images of each side, evenly spread")
+    add("--dataset", choices=DATASETS, help="which of the paper's data sets the FOLDER of --make-ref holds")
     add("--image-size", type=positive, help="crop a folder's images to squares of that side, as training does")
     add("--halves", action="store_true", help="compare REF's images of even and of odd number: the internal FID")
     add("--kid", action="store_true", help="also the kernel distance, by torch-fidelity")

@@ -66,10 +66,10 @@ class NpzImages:
 
 
 class FolderImages(Dataset):
-    """Images of a folder, of any sizes; grey ones become RGB and transparency is dropped."""
+    """Images of a folder, of any sizes; grey ones become RGB and transparency is dropped. dataset: which of DATASETS it is."""
 
-    def __init__(self, path, crop=None):
-        self.path, self.crop, self.source = path, crop, load_dataset(path, crop, uncond=True).source
+    def __init__(self, path, crop=None, dataset=None):
+        self.path, self.crop, self.source = path, crop, load_dataset(path, crop, uncond=True, name=dataset).source
 
     def __len__(self):
         return len(self.source)

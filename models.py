@@ -188,6 +188,7 @@ SIZES = {
     "XL": (1152, 28, 16),
     "L": (1024, 24, 16),
     "B": (768, 12, 12),
+    "M": (512, 12, 8),  # the PDE-SSM paper's for churches and flowers; not one of DiT's
     "S": (384, 12, 6),
     "Ti": (192, 12, 3),
     "N": (96, 6, 3),

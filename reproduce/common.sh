@@ -1,0 +1,97 @@
+# What the scripts of the paper's tables share. A script names its data set and recipe, then every system, which is trained,
+# sampled, evaluated and added as a row to reproduce/results/<table>.jsonl. Started again, it goes on where it was stopped.
+#
+#     [SCALE=small] bash reproduce/table1_cifar10.sh DATA
+#
+# From the environment:
+#   SCALE       full, the paper's; or small, on 2 CPU cores in minutes, to see that everything runs: tiny models on pixels,
+#               few steps and images. DATA is then any folder of images, or holds train/ and test/
+#   SEEDS       "0 1 2", or if small "0"
+#   OBJECTIVE   flow, the paper's, or diffusion
+#   FEATURES    of evaluate.py: inception, or if small efficientnet-lite0, whose weights come with its package
+#   PROCESSES   of torchrun: the number of GPUs, or 1
+#   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
+set -euo pipefail
+if [ $# -ne 1 ]; then
+    echo "usage: [SCALE=small] bash $0 DATA" >&2
+    exit 2
+fi
+table=$(basename "$0" .sh) data=$(realpath "$1")
+cd "$(dirname "$0")/.."
+SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PYTHON=${PYTHON:-python}
+WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE} ROWS=${ROWS:-reproduce/results/$table.jsonl}
+PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+case $SCALE-$OBJECTIVE in
+    full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps
+    full-diffusion) sampler=ddpm SAMPLING_STEPS=${SAMPLING_STEPS:-250} ;;
+    small-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-20} ;;
+    small-diffusion) sampler=ddim SAMPLING_STEPS=${SAMPLING_STEPS:-40} ;;
+    *)
+        echo "SCALE is full or small and OBJECTIVE flow or diffusion, not $SCALE and $OBJECTIVE" >&2
+        exit 2
+        ;;
+esac
+
+# recipe DATASET IMAGE_SIZE STEPS IMAGES FLAGS...: the paper's data, and flags of train.py for all systems
+recipe() {
+    if [ "$SCALE" = full ]; then
+        SEEDS=${SEEDS:-0 1 2} FEATURES=${FEATURES:-inception} STEPS=${STEPS:-$3} IMAGES=${IMAGES:-$4}
+        real=$data reference=(--dataset "$1" --image-size "$2")
+        train=(--dataset "$1" --data-path "$data" --image-size "$2" --epochs 100000 "${@:5}")
+    else
+        SEEDS=${SEEDS:-0} FEATURES=${FEATURES:-efficientnet-lite0} STEPS=${STEPS:-200} IMAGES=${IMAGES:-512}
+        real=$data
+        local held_out=()
+        if [ -d "$data/train" ]; then real=$data/train; fi
+        if [ -d "$data/test" ]; then held_out=(--val-path "$data/test"); fi
+        reference=(--image-size 32 --num "${IMAGES}")
+        train=(--vae none --uncond --image-size 32 --global-batch-size 64 --lr 1e-3 --num-workers 0 --epochs 100000)
+        train+=(--data-path "$real" "${held_out[@]}")
+    fi
+    metrics=()
+}
+
+# system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own
+system() {
+    local name=$1 model=$2 seed
+    if [ "$SCALE" = small ]; then model=$3; fi
+    for seed in $SEEDS; do
+        folder=$WORK/$name-$seed
+        if [ -f "$folder/recorded" ]; then continue; fi
+        mkdir -p "$folder"
+        if [ -z "$(checkpoint)" ]; then
+            run train.py --model "$model" "${train[@]}" --objective "$OBJECTIVE" --max-steps "$STEPS" --global-seed "$seed" \
+                --results-dir "$folder" "${@:4}"
+        fi
+        run sample_ddp.py --ckpt "$(checkpoint)" --sampler $sampler --num-sampling-steps "$SAMPLING_STEPS" \
+            --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$folder/samples"
+        if [ ! -f "$WORK/reference.npz" ]; then
+            run evaluate.py --make-ref "$real" "$WORK/reference.npz" "${reference[@]}" --features "$FEATURES"
+        fi
+        run evaluate.py "$WORK/reference.npz" "$(echo "$folder"/samples/*.npz)" --features "$FEATURES" "${metrics[@]}" \
+            --json "$folder/metrics.json"
+        "$PYTHON" reproduce/tables.py --record "$ROWS" "$table" "$SCALE" "$name" "$folder" "$(checkpoint)"
+        touch "$folder/recorded"
+    done
+}
+
+# three_systems DIT: the paper's three, with a DiT of that name, and the table
+three_systems() {
+    system DiT "$1" DiT-N/4
+    system U-Net UNet-S UNet-N
+    system PDE-SSM-DiT "$1" DiT-N/4 --mixer pdessm
+    "$PYTHON" reproduce/tables.py "$ROWS"
+}
+
+checkpoint() {
+    compgen -G "$folder/*/checkpoints/$(printf %07d "$STEPS").pt" || true
+}
+
+# run COMMAND...: on all processes; the seconds it took and what it was go to the run's commands.txt
+run() {
+    local start=$SECONDS command=$*
+    if [ "$PROCESSES" -gt 1 ]; then set -- -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" "$@"; fi
+    echo "$PYTHON $*" >&2
+    "$PYTHON" "$@"
+    echo "$((SECONDS - start)) ${command//"$data"/DATA}" >> "$folder/commands.txt"
+}

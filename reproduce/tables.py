@@ -1,0 +1,172 @@
+"""The paper's tables beside what was measured here, as Markdown:
+
+    python reproduce/tables.py                                 every file of rows in reproduce/results
+    python reproduce/tables.py reproduce/results/table1_cifar10.jsonl
+
+and, called by the scripts of the tables, a new row:
+
+    python reproduce/tables.py --record ROWS TABLE SCALE SYSTEM FOLDER CHECKPOINT
+
+A row has all that its numbers rest on: commands, seed, steps, sampler, images, features, seconds, machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from datetime import date
+from pathlib import Path
+from statistics import mean
+
+HERE = Path(__file__).parent
+# What the paper reports, by table and system: parameters in millions and metrics by their names there.
+PAPER = {
+    "table1_cifar10": {
+        "DiT": {"parameters": 29.6, "MSE": 0.0382, "FID": 4.25},
+        "U-Net": {"parameters": 32.6, "MSE": 0.0378, "FID": 4.19},
+        "PDE-SSM-DiT": {"parameters": 34.2, "MSE": 0.0376, "FID": 4.18},
+    },
+    "table2_imagenet64": {
+        "DiT": {"parameters": 33, "FID": 22.9},
+        "U-Net": {"parameters": 32, "FID": 22.2},
+        "PDE-SSM-DiT": {"parameters": 31, "FID": 22.1},
+    },
+    "table3_celebahq64": {"DiT": {"FID": 9.17}, "U-Net": {"FID": 11.06}, "PDE-SSM-DiT": {"FID": 7.01}},
+    "table3_lsun_church": {"DiT": {"FID": 55.04}, "U-Net": {"FID": 51.56}, "PDE-SSM-DiT": {"FID": 40.71}},
+    "table3_flowers": {"DiT": {"FID": 61.50}, "U-Net": {"FID": 57.20}, "PDE-SSM-DiT": {"FID": 49.56}},
+    "table4_celebahq256": {
+        "DiT": {"parameters": 32.99, "MSE": 0.0802, "FID": 21.08},
+        "PDE-SSM-DiT": {"parameters": 26.48, "MSE": 0.0537, "FID": 18.36},
+    },
+    "table7_ablation": {
+        "Baseline": {"FID": 1.108},
+        "Diffusion+Reaction": {"FID": 1.441},
+        "Diffusion+Convection": {"FID": 1.015},
+        "Convection": {"FID": 1.065},
+        "Diffusion": {"FID": 0.711},
+        "Reaction": {"FID": 0.617},
+    },
+    "table10_imagenet256": {
+        "DiT": {"FID": 48.44, "sFID": 9.04, "Inception Score": 30.78, "Precision": 0.45, "Recall": 0.53},
+        "PDE-SSM-DiT": {"FID": 49.37, "sFID": 11.21, "Inception Score": 34.09, "Precision": 0.47, "Recall": 0.48},
+    },
+}
+
+
+def record(rows, table, scale, system, folder, checkpoint):
+    """Appends the row of a finished run to the file `rows`; a row is written whole or not at all."""
+    import torch
+
+    contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    args = contents["args"]
+    log = [json.loads(line) for line in (Path(checkpoint).parent.parent / "log.jsonl").read_text().splitlines()]
+    commands = [line.split(" ", 1) for line in Path(folder, "commands.txt").read_text().splitlines()]
+    processor = f"{_processor()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    row = dict(
+        table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"], model=args["model"],
+        parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
+        training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
+        **{name: value for entry in log for name, value in entry.items() if name.startswith("held_out")},
+        metrics=json.loads(Path(folder, "metrics.json").read_text()),
+        commands=[dict(command=command, seconds=int(seconds)) for seconds, command in commands],
+        machine=machine, torch=torch.__version__, date=str(date.today()),
+    )  # fmt: skip
+    rows = Path(rows)
+    partial = rows.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text((rows.read_text() if rows.exists() else "") + json.dumps(row) + "\n")
+    os.replace(partial, rows)
+
+
+def _processor():
+    """The model of the processor; Linux says more than Python."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def tabulate(table, rows):
+    """Markdown of one table: the paper's figures, then ours for each setting that was run."""
+    metrics = list(next(iter(PAPER[table].values())))
+    settings = {}
+    for row in rows:  # a later run of the same seed replaces an earlier one
+        key = row["scale"], row["objective"], row["steps"], row["metrics"]["features"], row["metrics"]["samples"]["images"]
+        settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
+    header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
+    lines = {system: [system, *(_plain(figures[name]) for name in metrics)] for system, figures in PAPER[table].items()}
+    notes = []
+    for number, (key, systems) in enumerate(settings.items(), 1):
+        header += [f"{_ours(name, key[3])} [{number}]" for name in metrics]
+        for system, line in lines.items():
+            runs = list(systems.get(system, {}).values())
+            line += [_summary([_figure(row, name) for row in runs]) for name in metrics]
+        scale, objective, steps, features, images = key
+        seeds = sorted({seed for runs in systems.values() for seed in runs})
+        row = next(iter(next(iter(systems.values())).values()))
+        notes.append(
+            f"[{number}] {scale} scale, {objective}, {steps:,} steps, {features}, {images:,} samples against "
+            f"{row['metrics']['reference']['images_in_statistics']:,} images, seed{'s' * (len(seeds) > 1)} "
+            f"{', '.join(map(str, seeds))}; {row['machine']}, PyTorch {row['torch']}, {row['date']}"
+        )
+    table_lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines.values()]]
+    return "\n".join([f"**{table}**", "", *table_lines, "", *notes, ""])
+
+
+def _figure(row, name):
+    """What a row has for the metric that the paper calls `name`, or None."""
+    if name == "parameters":
+        return row["parameters"] / 1e6
+    if name == "MSE":
+        return row.get("held_out_mse", row["training_loss"])
+    return next((value for key, value in row["metrics"].items() if _same(key, name)), None)
+
+
+def _same(key, name):
+    """FID of other features than Inception's 2048 has names such as FD-EfficientNet."""
+    return key == name or (name == "FID" and re.match(r"(FID|FD)\b", key) is not None)
+
+
+def _heading(name):
+    return "parameters (M)" if name == "parameters" else name
+
+
+def _ours(name, features):
+    if name == "FID" and features != "2048 features of inception":
+        return "Frechet distance, ours"
+    return f"{_heading(name)}, ours"
+
+
+def _summary(values):
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    spread = f" ({_plain(min(values))} to {_plain(max(values))})" if len(values) > 1 and min(values) < max(values) else ""
+    return _plain(mean(values)) + spread
+
+
+def _plain(value):
+    return f"{value:.4g}"
+
+
+def main(files):
+    files = [Path(file) for file in files] or sorted((HERE / "results").glob("table*.jsonl"))
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"tables.py: error: no rows in {', '.join(missing)}; the scripts reproduce/table*.sh write them")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for table in PAPER:
+        if chosen := [row for row in rows if row["table"] == table]:
+            print(tabulate(table, chosen))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The paper's tables beside ours.")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--record", nargs=6, metavar=("ROWS", "TABLE", "SCALE", "SYSTEM", "FOLDER", "CHECKPOINT"))
+    arguments = parser.parse_args()
+    if arguments.record:
+        record(*arguments.record)
+    else:
+        main(arguments.files)

@@ -1,0 +1,112 @@
+"""The scripts of the paper's tables: one of them in full, though tiny, the others with every command looked at and not run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import sample_ddp
+import train
+from commands import ROOT
+from data import DATASETS
+from models import MODELS
+
+SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
+COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
+# In place of Python: writes down the command and makes the files that the real one would.
+PRETENDER = f"""#!{sys.executable}
+import os, pathlib, sys
+with open(os.environ["SEEN"], "a") as file:
+    print(repr(sys.argv[1:]), file=file)
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+if sys.argv[1] == "-c":
+    print(1)
+elif sys.argv[1] == "train.py":
+    path = pathlib.Path(flags["--results-dir"], "000", "checkpoints", "%07d.pt" % int(flags["--max-steps"]))
+    path.parent.mkdir(parents=True)
+    path.touch()
+elif sys.argv[1] == "sample_ddp.py":
+    pathlib.Path(flags["--sample-dir"]).mkdir(exist_ok=True)
+    pathlib.Path(flags["--sample-dir"], "samples.npz").touch()
+elif "--make-ref" in flags:
+    pathlib.Path(sys.argv[4]).touch()
+"""
+
+
+def run_script(name, data, folder, **environment):
+    environment = os.environ | {"WORK": str(folder / "runs"), "ROWS": str(folder / "rows.jsonl")} | environment
+    command = ["bash", str(ROOT / "reproduce" / name), str(data)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def commands_of(name, folder, **environment):
+    """The commands that a script would run."""
+    pretender, seen = folder / "python", folder / "seen"
+    pretender.write_text(PRETENDER)
+    pretender.chmod(0o755)
+    seen.unlink(missing_ok=True)
+    done = run_script(name, folder, folder, PYTHON=str(pretender), SEEN=str(seen), **environment)
+    assert done.returncode == 0, done.stderr
+    return [eval(line) for line in seen.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["flow", "diffusion"])
+@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
+    commands = commands_of(script, tmp_path, SCALE=scale, OBJECTIVE=objective)
+    parsed = [(name, COMMANDS[name](flags)) for name, *flags in commands if name in COMMANDS]
+    trained = [args for name, args in parsed if name == "train.py"]
+    assert len(trained) >= (6 if scale == "full" else 2)
+    assert len(parsed) == 3 * len(trained) + 1  # train, sample and evaluate each, and one reference
+    for args in trained:
+        assert args.model in MODELS
+        assert args.objective == objective
+        train.mixer_options(args)
+        assert (args.dataset in DATASETS) == (scale == "full")
+    seeds = {args.global_seed for args in trained}
+    assert seeds == ({0, 1, 2} if scale == "full" else {0})
+    settings = [{k: v for k, v in vars(a).items() if not k.startswith("pde_") and k not in ("model", "mixer", "results_dir")}
+                for a in trained if a.global_seed == 0]  # fmt: skip
+    assert all(other == settings[0] for other in settings)  # systems differ in the network alone
+
+
+def test_what_is_finished_is_not_done_again(tmp_path):
+    first = commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
+    (tmp_path / "runs" / "U-Net-0" / "recorded").unlink()
+    again = commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
+    assert [c[0] for c in again] == ["-c", "sample_ddp.py", "evaluate.py", "reproduce/tables.py", "reproduce/tables.py"]
+    assert again[1:] == [c for c in first if "U-Net-0" in str(c)][1:] + [first[-1]]
+
+
+@pytest.mark.parametrize(("name", "message"), [("SCALE", "not tiny and flow"), ("OBJECTIVE", "not full and tiny")])
+def test_mistakes_are_named(tmp_path, name, message):
+    done = run_script("table1_cifar10.sh", tmp_path, tmp_path, **{name: "tiny"})
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_small_table_has_every_system(tmp_path):
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for number in range(64):
+            image = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8))
+            image.save(tmp_path / "data" / split / f"{number}.png")
+    settings = dict(SCALE="small", STEPS="1", IMAGES="4", SAMPLING_STEPS="1", FEATURES="efficientnet-lite0")
+    done = run_script("table1_cifar10.sh", tmp_path / "data", tmp_path, PYTHON=sys.executable, **settings)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["system"] for row in rows] == ["DiT", "U-Net", "PDE-SSM-DiT"]
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert table[0][1:4] == ["parameters (M), paper", "MSE, paper", "FID, paper"]
+    for row, line in zip(rows, table[2:]):
+        ours = [row["parameters"] / 1e6, row["held_out_mse"], row["metrics"]["FD-EfficientNet"]]
+        assert line[0] == row["system"]
+        assert [float(cell) for cell in line[4:]] == pytest.approx(ours, rel=1e-3)
+        assert str(tmp_path / "data") not in json.dumps(row["commands"])
