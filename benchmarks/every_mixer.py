@@ -1,0 +1,41 @@
+"""A training step of DiT-N on images of 32 x 32 with every mixer, at 64 tokens and batch 64 and at 256 tokens and batch 16:
+
+    python -m benchmarks.every_mixer
+"""
+
+from functools import partial
+
+from benchmarks.sides import training_step
+from benchmarks.timing import Report, lines_of, milliseconds, parse_args, time_in_turns
+from models import MODELS
+
+MIXERS = {
+    "attention": dict(mixer="attention"),
+    "pdessm": dict(mixer="pdessm"),
+    "gate": dict(mixer="pdessm", gate=True),
+    "pdessm-g": dict(mixer="pdessm-g"),
+    "gate-conditioned": dict(mixer="pdessm", gate=True, conditioned=True),
+    "conditioned": dict(mixer="pdessm", conditioned=True),
+    "pairwise": dict(mixer="pdessm", coupling="pairwise"),
+    "coupled": dict(mixer="pdessm", coupling="coupled"),
+}
+MODELS_AND_BATCHES = {"DiT-N/4": 64, "DiT-N/2": 16}
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "tokens": lambda row: row["tokens"],
+    "batch": lambda row: row["batch"],
+    **{f"{name}, ms": milliseconds(name) for name in MIXERS},
+}
+
+
+def main(args):
+    report = Report("every_mixer", args, COLUMNS, input_size=32, in_channels=3, num_classes=10)
+    for name, batch in MODELS_AND_BATCHES.items():
+        options = MODELS[name].keywords | dict(input_size=32, in_channels=3, num_classes=10)
+        times = time_in_turns({m: partial(training_step, args, batch, **options, **MIXERS[m]) for m in MIXERS}, args)
+        report.add(model=name, tokens=(32 // options["patch_size"]) ** 2, batch=batch, sides=times)
+    report.finish({"training step, DiT-N": lines_of(report.contents["rows"], MIXERS)})
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__))

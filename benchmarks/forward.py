@@ -1,0 +1,35 @@
+"""What Tables 8 and 9 of the paper share: the forward pass of DiT models, beside attention in both its forms."""
+
+from functools import partial
+
+from benchmarks.sides import SIDES, count_parameters, forward_pass
+from benchmarks.timing import Report, milliseconds, paper_ratio, ratio, time_in_turns
+from models import SIZES
+
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "tokens": lambda row: row["tokens"],
+    **{f"{name}, ms": milliseconds(name) for name in SIDES},
+    "attention/pdessm": ratio("attention", "pdessm"),
+    "naive/pdessm": ratio("naive", "pdessm"),
+    "pdessm/floor": ratio("pdessm", "floor"),
+    "paper's": paper_ratio,
+}
+
+
+def measure(table, args, cells):
+    """cells: (size, patch) -> seconds of attention and of PDE-SSM in the paper, at input size 256 and batch 4."""
+    side, batch = (64, 1) if args.quick else (256, 4)
+    report = Report(table, args, COLUMNS, input_size=side, batch=batch)
+    if args.quick:
+        print("--quick: input size 64 and batch 1 in place of 256 and 4, which the paper's figures are for")
+    for (size, patch), (attention, pdessm) in cells.items():
+        hidden, depth, heads = SIZES[size]
+        options = dict(input_size=side, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads)
+        model = partial(forward_pass, args, batch, **options)
+        times = time_in_turns({name: partial(model, mixer=mixer) for name, mixer in SIDES.items()}, args)
+        report.add(
+            model=f"DiT-{size}/{patch}", tokens=(side // patch) ** 2, parameters=count_parameters(**options), sides=times,
+            paper=dict(attention_ms=1e3 * attention, pdessm_ms=1e3 * pdessm),
+        )  # fmt: skip
+    return report

@@ -1,0 +1,65 @@
+"""Images per second of a whole sampling run: 50 steps of DDPM with classifier-free guidance, both halves in one batch:
+
+    python -m benchmarks.sampling --quick                           DiT-S/2, on 2 CPU cores within 5 minutes
+    python -m benchmarks.sampling --compile reduce-overhead         DiT-XL/2, as CUDA graphs
+"""
+
+from functools import partial
+
+import torch
+
+from benchmarks.sides import SIDES, build_model, precision
+from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
+from diffusion import create_diffusion
+from diffusion.samplers import ddpm
+from models import SIZES
+from sample import guided
+
+STEPS = 50
+NAMES = ("attention", "pdessm", "floor")
+GUIDANCE = (1.5, 3, (0, 1))  # scale, channels, from noise to image
+
+
+def rate(name):
+    """The column of a side's images per second."""
+    return lambda row: 1e3 * row["batch"] / ms if (ms := milliseconds(name)(row)) else None
+
+
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "tokens": lambda row: row["tokens"],
+    "batch": lambda row: row["batch"],
+    **{f"{name}, images/s": rate(name) for name in NAMES},
+    "pdessm/attention": ratio("attention", "pdessm"),
+    "floor/pdessm": ratio("pdessm", "floor"),
+}
+
+
+def main(args):
+    size, inputs, batch = ("S", (16, 32), args.batch or 1) if args.quick else ("XL", (32, 64), args.batch or 16)
+    report = Report("sampling", args, COLUMNS, steps=STEPS, sampler="ddpm", guidance=GUIDANCE[0])
+    for side in inputs:
+        hidden, depth, heads = SIZES[size]
+        options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
+        times = time_in_turns({name: partial(sampling_run, args, batch, mixer=SIDES[name], **options) for name in NAMES}, args)
+        report.add(model=f"DiT-{size}/2", tokens=(side // 2) ** 2, batch=batch, sides=times)
+    lines = lines_of(report.contents["rows"], NAMES, value=rate)
+    report.finish({f"{STEPS} steps, DiT-{size}/2, batch {batch}": lines}, unit="images per second")
+
+
+def sampling_run(args, batch, **options):
+    """All steps from noise to images, ready to be timed."""
+    model = build_model(args, **options).eval()
+    diffusion = create_diffusion(str(STEPS))
+    noise = torch.randn(batch, model.in_channels, *model.input_size, device=args.device)
+    labels = torch.randint(model.num_classes, (batch,), device=args.device)
+
+    def run():
+        with precision(args):
+            ddpm(diffusion, guided(model, diffusion, GUIDANCE), noise, clip_denoised=False, model_kwargs=dict(y=labels))
+
+    return run
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__, batch=dict(type=int, help="images at once; by default 16, or 1 with --quick")))

@@ -1,0 +1,47 @@
+"""A training step of a whole DiT-S/2 by tokens, also against the same model built from timm's and PyTorch's own parts:
+
+    python -m benchmarks.step --quick      on 2 CPU cores within 5 minutes
+    python -m benchmarks.step --tokens-per-step 65536
+"""
+
+from functools import partial
+
+from benchmarks.sides import Floor, training_step
+from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
+from models import SIZES
+
+SIZE = "S"
+INPUTS = (8, 16, 32, 64, 128)
+SIDES = {
+    "attention": dict(mixer="attention"),
+    "timm": dict(mixer="attention", timms_blocks=True),
+    "pdessm": dict(mixer="pdessm"),
+    "floor": dict(mixer=Floor),
+}
+COLUMNS = {
+    "input": lambda row: row["input"],
+    "tokens": lambda row: row["tokens"],
+    "batch": lambda row: row["batch"],
+    **{f"{name}, ms": milliseconds(name) for name in SIDES},
+    "attention/pdessm": ratio("attention", "pdessm"),
+    "timm/attention": ratio("timm", "attention"),
+    "pdessm/floor": ratio("pdessm", "floor"),
+}
+
+
+def main(args):
+    hidden, depth, heads = SIZES[SIZE]
+    report = Report("step", args, COLUMNS, model=f"DiT-{SIZE}/2", tokens_per_step=args.tokens_per_step)
+    for side in INPUTS:
+        tokens = (side // 2) ** 2
+        batch = max(1, args.tokens_per_step // tokens)
+        options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
+        names = [name for name in SIDES if not (args.quick and name == "timm" and tokens > 1024)]
+        times = time_in_turns({name: partial(training_step, args, batch, **options, **SIDES[name]) for name in names}, args)
+        report.add(input=side, tokens=tokens, batch=batch, sides=times)
+    lines = lines_of(report.contents["rows"], SIDES)
+    report.finish({f"training step, DiT-{SIZE}/2": lines})
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__, **{"tokens-per-step": dict(type=int, default=2048, help="a batch has at least one image")}))

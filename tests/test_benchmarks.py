@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks import forward, sides, table5, table8, table9, timing
+from commands import ROOT
+from mixers import build_mixer
+from models import DiT
+
+TINY = (16, 1, 2)  # hidden size, depth, heads
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE_MS", 0.1)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
+    device = torch.device("cpu")
+    return Namespace(quick=True, device=device, threads=1, seconds=0, compile=None, out=tmp_path, batch=2, tokens_per_step=16)
+
+
+def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 7)
+    args.seconds = 60
+    calls = []
+
+    def sleeper(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return lambda: call
+
+    results = timing.time_in_turns({"short": sleeper("short", 0.01), "long": sleeper("long", 0.03)}, args)
+    turns = calls[6:]                                                      # after three untimed calls each
+    assert len(turns) == 14
+    assert all(set(turns[i : i + 2]) == {"short", "long"} for i in range(0, 14, 2))
+    assert len({tuple(turns[i : i + 2]) for i in range(0, 14, 2)}) == 2    # in either order
+    for name, least in (("short", 10), ("long", 30)):
+        low, high = results[name]["quartiles_ms"]
+        assert least <= low <= results[name]["median_ms"] <= high
+        assert results[name]["samples"] == 7
+    assert results["short"]["median_ms"] < results["long"]["median_ms"]
+
+
+def test_short_calls_are_gathered_into_samples(args, monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE_MS", 20)
+    result = timing.time_in_turns({"nap": lambda: lambda: time.sleep(0.002)}, args)["nap"]
+    assert 2 <= result["calls"] <= 10
+    assert result["median_ms"] >= 2
+
+
+def test_what_does_not_fit_is_said_and_the_rest_is_timed(args):
+    results = timing.time_in_turns({"huge": lambda: torch.empty(2**50), "small": lambda: lambda: torch.ones(3).sum()}, args)
+    assert results["huge"] == "does not fit into memory"
+    assert results["small"]["median_ms"] > 0
+    with pytest.raises(RuntimeError, match="shape"):
+        timing.time_in_turns({"wrong": lambda: lambda: torch.ones(2, 3) @ torch.ones(2, 3)}, args)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills processes for memory")
+def test_memory_that_is_not_there_is_an_error_and_not_a_kill():
+    code = """
+import torch
+from benchmarks import timing
+args = timing.parse_args("A test.", ["--device", "cpu", "--threads", "1"])
+free = 1024 * timing.proc_value("/proc/meminfo", "MemAvailable")
+try:
+    torch.empty(2 * free, dtype=torch.uint8)
+except RuntimeError as error:
+    assert timing.is_out_of_memory(error), error
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("power", [1, 1.5, 2])
+def test_slopes_are_exponents_of_the_larger_sizes(power):
+    places = [(4, 70), (16, 80), *((n, 3 * n**power) for n in (64, 256, 1024))]
+    assert timing.slope(places) == pytest.approx(power)                    # of 64, 256 and 1,024
+    assert timing.slope(places[:4]) != pytest.approx(power)
+    assert timing.slope([(16, 1)]) is None
+
+
+def test_the_papers_ratios():
+    """Those that the paper itself, or a reader of its tables, quotes."""
+    for cells, ratios in (
+        (table5.PAPER, [5.09, 1.39, 0.67, 8.35, 1.72, 0.55, 13.39, 2.29, 0.73, 40.33, 3.92, 0.57]),
+        (table8.PAPER, [0.85, 1.53, 4.46]),
+        (table9.PAPER, [6.49, 4.45, 3.70, 4.44]),
+    ):
+        assert [round(attention / pdessm, 2) for attention, pdessm in cells.values()] == ratios
+
+
+def test_naive_attention_and_timms_blocks_compute_the_same(args):
+    options = dict(input_size=8, hidden_size=16, depth=2, num_heads=2)
+    models = [
+        sides.build_model(args, mixer="attention", **options),
+        sides.build_model(args, mixer=sides.NaiveAttention, **options),
+        sides.build_model(args, mixer="attention", timms_blocks=True, **options),
+    ]
+    assert not models[1].blocks[0].attn.fused_attn
+    batch = sides.random_batch(models[0], 3, args)
+    outputs = [model.eval()(*batch) for model in models]
+    for model in models[1:]:
+        for mine, theirs in zip(model.state_dict().values(), models[0].state_dict().values()):
+            assert torch.equal(mine, theirs)
+    assert outputs[0].abs().min() > 0
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[2], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_floor_is_r_alone():
+    floor, tokens = sides.Floor(6), torch.randn(2, 5, 6, requires_grad=True)
+    out = floor(tokens)
+    torch.testing.assert_close(out, tokens @ floor.R.weight.T)
+    gradient = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, tokens, gradient)[0], gradient @ floor.R.weight)
+
+
+def test_nothing_is_timed_on_zeros(args):
+    model = sides.build_model(args, mixer="pdessm", input_size=8, hidden_size=16, depth=1, num_heads=2)
+    assert all(parameter.any() for parameter in model.parameters())
+
+
+def small(name, monkeypatch):
+    """The benchmark of that name with models and sizes that take no time."""
+    benchmark = import_module(f"benchmarks.{name}")
+    sizes = {
+        "table5": dict(PAPER={(32, 8): (1.0, 2.0), (64, 8): (3.0, 4.0), (256, 2): (5.0, 6.0)}),
+        "mixer": dict(HEADS={16: 2}, GRIDS=[(2, 2), (2, 3)], BATCH=1),
+        "step": dict(SIZE="N", INPUTS=(4, 8)),
+        "memory": dict(TOKENS=[16], CHANNELS=16, HEADS=2, BATCH=1),
+        "every_mixer": dict(MODELS_AND_BATCHES={"DiT-N/16": 2}),
+        "sampling": dict(STEPS=2, SIZES={"S": TINY}),
+    }.get(name, {})
+    for constant, value in sizes.items():
+        monkeypatch.setattr(benchmark, constant, value)
+    monkeypatch.setattr(table5, "MODEL", table5.MODEL | dict(hidden_size=16, depth=1, num_heads=2))
+    monkeypatch.setattr(forward, "SIZES", dict.fromkeys(("XL", "L", "B", "S"), TINY))
+    return benchmark
+
+
+@pytest.mark.parametrize("name", ["mixer", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling"])
+def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys):
+    small(name, monkeypatch).main(args)
+    contents = json.loads((args.out / f"{name}-cpu-quick.json").read_text())
+    assert contents["machine"]["threads"] == torch.get_num_threads()
+    assert contents["machine"]["versions"]["torch"]
+    assert contents["settings"]["precision"] == "float32"
+    assert contents["rows"]
+    for row in contents["rows"]:
+        assert {"attention", "pdessm"} <= row["sides"].keys() or {"attention", "diagonal", "floor"} <= row["sides"].keys()
+        for side in row["sides"].values():
+            assert side.get("median_ms", side.get("peak_mb")) > 0
+    assert (args.out / f"{name}-cpu-quick.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(args.out.glob("*.partial*"))
+    printed = capsys.readouterr().out
+    if name == "table5":
+        assert "16,384  left out by --quick" in printed
+        assert "0.75x" in printed                                          # the paper's of the second row
+    if name == "mixer":
+        assert "2 x 3" in printed
+
+
+def test_without_matplotlib_there_is_no_plot_and_it_is_said(args, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    small("table8", monkeypatch).main(args)
+    assert "No plot: matplotlib is not installed" in capsys.readouterr().out
+    assert [path.suffix for path in args.out.iterdir()] == [".json"]
+
+
+def test_compiled_sides_compute_the_same(args, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or f)
+    args.compile = "reduce-overhead"
+    model = sides.build_model(args, mixer="pdessm", input_size=8, hidden_size=16, depth=1, num_heads=2)
+    assert calls == [dict(mode="reduce-overhead", dynamic=False)]
+    assert isinstance(model, DiT)
+    assert build_mixer(sides.Floor, 8, 2, (2, 2)).R.bias is None
