@@ -3,17 +3,13 @@
 from functools import partial
 
 from benchmarks.sides import SIDES, count_parameters, forward_pass
-from benchmarks.timing import Report, milliseconds, paper_ratio, ratio, time_in_turns
+from benchmarks.timing import Report, columns_beside_paper, time_in_turns
 from models import SIZES
 
 COLUMNS = {
     "model": lambda row: row["model"],
     "tokens": lambda row: row["tokens"],
-    **{f"{name}, ms": milliseconds(name) for name in SIDES},
-    "attention/pdessm": ratio("attention", "pdessm"),
-    "naive/pdessm": ratio("naive", "pdessm"),
-    "pdessm/floor": ratio("pdessm", "floor"),
-    "paper's": paper_ratio,
+    **columns_beside_paper(SIDES),
 }
 
 

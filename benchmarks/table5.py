@@ -10,7 +10,7 @@ nor its kind of attention.
 from functools import partial
 
 from benchmarks.sides import SIDES, count_parameters, training_step
-from benchmarks.timing import Report, lines_of, lines_of_paper, milliseconds, paper_ratio, parse_args, ratio, time_in_turns
+from benchmarks.timing import Report, columns_beside_paper, lines_of, lines_of_paper, parse_args, time_in_turns
 
 # (image, patch): seconds of attention and of PDE-SSM in the paper
 PAPER = {
@@ -25,11 +25,7 @@ COLUMNS = {
     "image": lambda row: row["image"],
     "patch": lambda row: row["patch"],
     "tokens": lambda row: row["tokens"],
-    **{f"{name}, ms": milliseconds(name) for name in SIDES},
-    "attention/pdessm": ratio("attention", "pdessm"),
-    "naive/pdessm": ratio("naive", "pdessm"),
-    "pdessm/floor": ratio("pdessm", "floor"),
-    "paper's": paper_ratio,
+    **columns_beside_paper(SIDES),
 }
 
 

@@ -264,6 +264,17 @@ def paper_ratio(row):
     return f"{row['paper']['attention_ms'] / row['paper']['pdessm_ms']:.2f}x"
 
 
+def columns_beside_paper(names):
+    """Milliseconds of each side, their ratios, and the paper's."""
+    return {
+        **{f"{name}, ms": milliseconds(name) for name in names},
+        "attention/pdessm": ratio("attention", "pdessm"),
+        "naive/pdessm": ratio("naive", "pdessm"),
+        "pdessm/floor": ratio("pdessm", "floor"),
+        "paper's": paper_ratio,
+    }
+
+
 def tokens(row):
     return row["tokens"]
 

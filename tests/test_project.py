@@ -52,7 +52,7 @@ def test_the_readmes_tree_is_the_tree():
     kept = {path.name for path in ROOT.glob("*.py")}
     kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
-    folders |= {f"reproduce/{path.name}" for path in (ROOT / "reproduce").glob("*.*")}
+    folders |= {f"{path.parent.name}/{path.name}" for name in ("benchmarks", "reproduce") for path in (ROOT / name).glob("*.*")}
     assert kept | folders == named
 
 
