@@ -59,17 +59,11 @@ def time_in_turns(sides, args):
     Returns name -> dict(median_ms, quartiles_ms, samples, calls), calls being those of one sample, or for what does not
     fit into memory the words that say so.
     """
-    results, ready = {}, {}
+    results, ready = dict.fromkeys(sides, "does not fit into memory"), {}
     for name, build in sides.items():
-        try:
-            call = build()
-            ready[name] = call, warm_up(call, args.device)
-            results[name] = None
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            results[name] = "does not fit into memory"
-        release_memory(args.device)
+        release_memory(args.device)  # of what did not fit, or of the row before
+        if call := prepare(build, args.device):
+            ready[name] = call
     samples = {name: [] for name in ready}
     order, deal, start = list(ready), random.Random(0), perf_counter()
     for done in range(MOST_ROUNDS):
@@ -83,6 +77,16 @@ def time_in_turns(sides, args):
         middle = rounded(median(times))
         results[name] = dict(median_ms=middle, quartiles_ms=[low, high], samples=len(times), calls=ready[name][1])
     return results
+
+
+def prepare(build, device):
+    """The function to time, called before, and how many calls make a sample; None for what does not fit into memory."""
+    try:
+        call = build()
+        return call, warm_up(call, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def rounded(value):
@@ -121,8 +125,8 @@ def is_out_of_memory(error):
 
 
 def release_memory(device):
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
