@@ -97,15 +97,17 @@ def initial_shifts(token, shape):
 
 
 def convolve(v, symbol):
-    """irfft2(symbol * rfft2(v)) along h and w, in the precision of v.
+    """irfft2(symbol * rfft2(v)) along h and w, computed in float32 or wider, in the type of v.
 
     v (B, h, w, C), real; symbol (2, h, w // 2 + 1, C), its real and imaginary part, or (B, 2, ...) for one per image.
     On CPU the transforms of short sides are matrix products and the gradient is written by hand: see `Convolution`.
     """
+    if symbol.ndim == 4 and (kernels := _kernels(v)):
+        return kernels.evolve(v, symbol)
     if v.device.type == "cpu" and not _traced(v, symbol):
-        return Convolution.apply(v, symbol)[0]
-    v_hat = torch.fft.rfft2(v.movedim(-1, 1))                              # (B, C, h, w // 2 + 1)
-    return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1)
+        return Convolution.apply(_widen(v), symbol)[0].to(v.dtype)
+    v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                      # (B, C, h, w // 2 + 1)
+    return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1).to(v.dtype)
 
 
 def _traced(*tensors):
@@ -401,17 +403,17 @@ class Pairwise(Diagonal):
 
     def evolve(self, v):                                                   # (B, h, w, dim)
         h, w = v.shape[1:3]
-        v_hat = torch.fft.rfft2(v.movedim(-1, 1))                          # (B, dim, h, w // 2 + 1)
-        v = self.embed(v_hat, h, w)                                        # (f, groups, c, B)
-        if not torch.is_grad_enabled() and len(v) * self.g0.numel() <= KEPT:
-            states = self.symbol(h, w) @ v                                 # (f, groups, c, B)
+        v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                  # (B, dim, h, w // 2 + 1)
+        embedded = self.embed(v_hat, h, w)                                 # (f, groups, c, B)
+        if not torch.is_grad_enabled() and len(embedded) * self.g0.numel() <= KEPT:
+            states = self.symbol(h, w) @ embedded                          # (f, groups, c, B)
         else:
             at_once, coefficients = max(1, CHUNK // self.g0.numel()), self.coefficients()
-            pieces = list(zip(*(k.split(at_once) for k in (v, *self.flat_wave_vectors(h, w)))))
+            pieces = list(zip(*(k.split(at_once) for k in (embedded, *self.flat_wave_vectors(h, w)))))
             run = self.evolve_some if len(pieces) == 1 else self.evolve_and_forget
             states = torch.cat([run(*piece, *coefficients) for piece in pieces])
         h_hat = states.permute(3, 1, 2, 0).reshape(v_hat.shape)
-        return torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1)
+        return torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
 
     def evolve_some(self, v, kx, ky, kx_odd, ky_odd, *coefficients):
         """A few wave vectors alone."""
@@ -552,7 +554,7 @@ class PDESSM(nn.Module):
             v = nn.functional.silu(v)
         with _full_precision(u):
             options = {"time_scale": self.time_scale(c)} if self.conditioned else {}
-            state = self.equation.evolve(_widen(v), **options).to(v.dtype)
+            state = self.equation.evolve(v, **options)                     # (B, h, w, C)
         if self.gate is not None:
             state = state * nn.functional.silu(self.gate(u))               # (B, h, w, C)
         if self.out is not None:
@@ -725,6 +727,34 @@ def _attention_width(layer):
     if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and not layer.is_cross_attention:
         return layer.to_q.in_features
     return 0
+
+
+_backend = "torch"
+
+
+def set_backend(name):
+    """What runs the diagonal coupling: "torch"; "triton", the kernels of pde_ssm_triton.py, or an error where they cannot; or
+    "auto", the kernels where they can: on GPUs, up to 32 x 32 tokens, not conditioned. The results agree up to rounding."""
+    global _backend
+    if name not in ("torch", "triton", "auto"):
+        raise ValueError(f"unknown backend {name!r}; known: torch, triton, auto")
+    _backend = name
+
+
+def _kernels(v):
+    """The module pde_ssm_triton if it is to evolve v (B, h, w, C)."""
+    if _backend == "torch":
+        return None
+    try:
+        import pde_ssm_triton
+    except ImportError:
+        pde_ssm_triton = None
+    if pde_ssm_triton and pde_ssm_triton.serves(v):
+        return pde_ssm_triton
+    if _backend == "triton":
+        where = "not installed" if pde_ssm_triton is None else f"not for {v.dtype} of shape {tuple(v.shape)} on {v.device.type}"
+        raise ValueError(f"the backend is triton, and its kernels are {where}; set_backend('auto') takes torch there")
+    return None
 
 
 def _full_precision(x):

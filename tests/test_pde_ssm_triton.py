@@ -1,0 +1,115 @@
+"""The kernels under Triton's interpreter, on CPUs, against the plain path."""
+
+import os
+
+import pytest
+import torch
+
+import pde_ssm
+from pde_ssm import PDESSM
+
+pytest.importorskip("triton")
+os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: for these tests, at this import
+import pde_ssm_triton
+
+del os.environ["TRITON_INTERPRET"]
+
+# In units of the largest value. All but tokens and results is float32; bfloat16 has 8 bits, and the interpreter cuts off
+# where GPUs and PyTorch round.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+types = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture
+def triton_backend():
+    pde_ssm.set_backend("triton")
+    yield
+    pde_ssm.set_backend("torch")
+
+
+def assert_close(mine, expected, dtype):
+    assert mine.dtype == expected.dtype
+    assert mine.shape == expected.shape
+    assert (mine - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+def random_problem(grid, dtype, B=3, C=5):
+    h, w = grid
+    v = torch.randn(B, h, w, C).to(dtype).requires_grad_()
+    symbol = torch.randn(2, h, w // 2 + 1, C).requires_grad_()
+    return v, symbol
+
+
+@types
+@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (1, 6), (7, 1), (5, 8), (9, 7), (16, 16), (18, 20), (3, 32)], ids=str)
+def test_values_and_gradients_are_those_of_the_plain_path(grid, dtype):
+    v, symbol = random_problem(grid, dtype)
+    gradient = torch.randn_like(v)
+    expected, mine = (f(v, symbol) for f in (pde_ssm_triton.reference, pde_ssm_triton.evolve))
+    assert_close(mine, expected, dtype)
+    for theirs, ours in zip(*(torch.autograd.grad(out, (v, symbol), gradient) for out in (expected, mine))):
+        assert_close(ours, theirs, dtype)
+
+
+def test_channels_in_several_programs_the_last_not_full(monkeypatch):
+    monkeypatch.setattr(pde_ssm_triton, "FORWARD_BYTES", 16 * 16 * 4 * 2)
+    monkeypatch.setattr(pde_ssm_triton, "BACKWARD_BYTES", 16 * 16 * 4 * 4)
+    v, symbol = random_problem((5, 6), torch.float32, B=5, C=7)
+    assert pde_ssm_triton.constants(v, pde_ssm_triton.FORWARD_BYTES)["CB"] == 2
+    gradient = torch.randn_like(v)
+    results = []
+    for f in (pde_ssm_triton.reference, pde_ssm_triton.evolve):
+        out = f(v, symbol)
+        results.append((out, *torch.autograd.grad(out, (v, symbol), gradient)))
+    for theirs, mine in zip(*results):
+        assert_close(mine, theirs, torch.float32)
+
+
+@types
+@pytest.mark.parametrize("options", [{}, {"components": 2, "gate": True, "activation": True}], ids=["plain", "gated"])
+def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, dtype, triton_backend):
+    pde = PDESSM(6, grid_size=(5, 8), **options).to(dtype)
+    with torch.no_grad():
+        for p in pde.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    u, gradient = torch.randn(2, 6, 5, 8).to(dtype).requires_grad_(), torch.randn(2, 6, 5, 8).to(dtype)
+    results = []
+    for backend in ("torch", "triton"):
+        pde_ssm.set_backend(backend)
+        out = pde(u)
+        results.append((out, *torch.autograd.grad(out, [u, *pde.parameters()], gradient)))
+    for theirs, mine in zip(*results):
+        # In bfloat16 the state is rounded before the gate and the last layer, either way.
+        assert (mine - theirs).abs().max() <= 3 * TOLERANCE[dtype] * theirs.abs().max()
+
+
+def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
+    v, symbol = random_problem((3, 4), torch.float32, B=2, C=2)
+    torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils=("test_schema", "test_autograd_registration"))
+    torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils="test_faketensor")
+
+
+def test_a_compiled_layer_has_no_graph_break(triton_backend):
+    pde = PDESSM(4, grid_size=(3, 4))
+    u = torch.randn(2, 4, 3, 4)
+    torch.testing.assert_close(torch.compile(pde, fullgraph=True, backend="aot_eager")(u), pde(u))
+
+
+def test_auto_takes_the_plain_path_where_the_kernels_cannot(triton_backend):
+    for u in (torch.randn(1, 2, 33, 2), torch.randn(1, 2, 3, 3, dtype=torch.float64)):
+        pde = PDESSM(2).to(u.dtype)
+        pde_ssm.set_backend("torch")
+        expected = pde(u)
+        pde_ssm.set_backend("auto")
+        assert torch.equal(pde(u), expected)
+        pde_ssm.set_backend("triton")
+        with pytest.raises(ValueError, match=r"not for torch\.float.* on cpu"):
+            pde(u)
+    with pytest.raises(ValueError, match="known: torch, triton, auto"):
+        pde_ssm.set_backend("cuda")
+
+
+def test_other_layers_do_not_come_by_the_kernels(triton_backend):
+    c = torch.randn(2, 4)
+    assert PDESSM(4, conditioned=True)(torch.randn(2, 4, 3, 3), c).shape == (2, 4, 3, 3)
+    assert PDESSM(4, coupling="coupled")(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
