@@ -44,4 +44,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args(__doc__, **{"tokens-per-step": dict(type=int, default=2048, help="a batch has at least one image")}))
+    main(parse_args(__doc__, **{"tokens-per-step": dict(type=int, default=1024, help="a batch has at least one image")}))
