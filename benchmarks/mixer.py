@@ -53,7 +53,7 @@ def main(args):
         for name in ("forward", "forward and backward"):
             mine = [row for row in rows if row["channels"] == dim and row["pass"] == name]
             panels[f"{name}, {dim} channels"] = lines_of(mine, SIDES)
-    report.contents["growth"] = {title: growth(lines) for title, lines in panels.items()}
+    report.contents["growth"] = {title: times for title, lines in panels.items() if (times := growth(lines))}
     report.save()
     for title, times in report.contents["growth"].items():
         print(f"{title}: from 4,096 to 16,384 tokens", ", ".join(f"{side} {value:.1f}x" for side, value in times.items()))

@@ -311,22 +311,31 @@ def slope(places):
     return linear_regression(*zip(*places)).slope if len(places) > 1 else None
 
 
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#555555", "#cc79a7", "#e69f00"]
+# A side has its colour in every plot, told apart by the colour-blind too; labels of other names get those that are left.
+COLOURS = {
+    "attention": "#0072b2", "naive": "#d55e00", "pdessm": "#009e73", "diagonal": "#009e73", "floor": "#555555",
+    "pairwise": "#cc79a7", "coupled": "#e69f00", "timm": "#56b4e9",
+}  # fmt: skip
+MORE_COLOURS = ["#8c564b", "#7f3fbf", "#bcbd22", "#d4a0a0"]
 
 
 def draw(panels, name, unit, path, contents):
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
-    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], panels.items()):
+    colours, more = dict(COLOURS), iter(MORE_COLOURS)
+    columns, rows = min(2, len(panels)), math.ceil(len(panels) / 2)
+    size = (5.2 * columns, 4.4 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes.flat, panels.items()):
         for label, places in lines.items():
             exponent = slope(places)
             style = dict(linestyle=":", markersize=3) if label.startswith("paper") else dict(markersize=5)
             text = label if exponent is None else f"{label}, slope {exponent:.2f}"
-            colour = COLOURS[labels.index(label) % len(COLOURS)]
-            axis.plot(*zip(*places), marker="o", color=colour, label=text, linewidth=1.5, **style)
+            side = label.removeprefix("paper: ")
+            if side not in colours:
+                colours[side] = next(more)
+            axis.plot(*zip(*places), marker="o", color=colours[side], label=text, linewidth=1.5, **style)
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel=unit, title=title)
         ticks = []
         for n in sorted({n for places in lines.values() for n, _ in places}):
@@ -335,6 +344,8 @@ def draw(panels, name, unit, path, contents):
         axis.set_xticks(ticks)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axis.grid(which="major", color="#dddddd", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
