@@ -166,6 +166,12 @@ def half_weights(w, count):
     return weights
 
 
+@cache
+def irfft2_weights(h, w, device):
+    """How much each wave number of half a spectrum counts in irfft2, (w // 2 + 1, 1)."""
+    return (half_weights(w, w // 2 + 1) / (h * w)).float().to(device)[:, None]
+
+
 def constants(v, most_bytes):
     """Those of the kernels for tokens v (B, h, w, C): padded sizes, channels of a program, precision of products."""
     _, h, w, C = v.shape
@@ -215,8 +221,7 @@ def evolve_backward(gradient: torch.Tensor, v: torch.Tensor, symbol: torch.Tenso
         gradient, v, symbol, fourier_matrices(h, w, v.device), v_gradient, sums, B, h, w, w // 2 + 1, C,
         **sizes, num_warps=WARPS,
     )  # fmt: skip
-    weights = half_weights(w, w // 2 + 1).to(sums) / (h * w)
-    return v_gradient, sums.sum(0) * weights[:, None]
+    return v_gradient, sums.sum(0) * irfft2_weights(h, w, v.device)
 
 
 @evolve_backward.register_fake

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.sides import SIDES, layer_pass, training_step
 from benchmarks.timing import Report, is_out_of_memory, limit_memory, lines_of, parse_args, proc_value, release_memory, rounded
+from pde_ssm import set_backend
 
 BATCH, CHANNELS, HEADS = 4, 384, 6
 TOKENS = [16, 64, 256, 1024, 4096, 16384]
@@ -92,6 +93,7 @@ def peak_of_process(what, side, args, n):
 
 def grow(what, side, args, n):
     torch.set_num_threads(args.threads)
+    set_backend(args.backend)
     limit_memory()
     run(what, side, args, 2)  # what comes once: threads, imports, kernels
     release_memory(args.device)

@@ -23,6 +23,8 @@ from time import perf_counter
 
 import torch
 
+from pde_ssm import set_backend
+
 ROOT = Path(__file__).parent.parent
 SAMPLE_MS = 5.0   # a sample is at least as long
 ROUNDS = 3        # at least, however long a call takes
@@ -38,6 +40,7 @@ def parse_args(description, argv=None, **flags):
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; by default all cores that it may use")
     add("--seconds", type=float, help="for each row of the table, beyond 3 rounds; 10, or 4 with --quick")
     add("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile every side, e.g. reduce-overhead")
+    add("--backend", choices=("torch", "auto"), default="torch", help="of the PDE: auto takes Triton's kernels where they can")
     add("--out", type=Path, default=ROOT / "reproduce" / "results", help="folder of the JSON and the plot")
     for name, options in flags.items():
         add(f"--{name}", **options)
@@ -45,6 +48,7 @@ def parse_args(description, argv=None, **flags):
     args.device = torch.device(args.device)
     args.seconds = args.seconds or (4 if args.quick else 10)
     torch.set_num_threads(args.threads)
+    set_backend(args.backend)
     if args.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
     else:
@@ -195,14 +199,15 @@ class Report:
 
     def __init__(self, name, args, columns, **settings):
         device = machine(args.device).get("gpu", "cpu").lower().replace(" ", "-")
-        parts = [name, device, f"compiled-{args.compile}" if args.compile else "", "quick" if args.quick else ""]
+        compiled = f"compiled-{args.compile}" if args.compile else ""
+        parts = [name, device, "triton" if args.backend == "auto" else "", compiled, "quick" if args.quick else ""]
         self.path = args.out / f"{'-'.join(filter(None, parts))}.json"
         self.columns = columns
         precision = "bfloat16 autocast" if args.device.type == "cuda" else "float32"
         self.contents = dict(
             command=" ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
             date=datetime.now(UTC).date().isoformat(), commit=commit(), machine=machine(args.device),
-            settings=dict(precision=precision, compile=args.compile, **settings), rows=[],
+            settings=dict(precision=precision, backend=args.backend, compile=args.compile, **settings), rows=[],
         )  # fmt: skip
         about = self.contents["machine"]
         print(f"{about.get('gpu') or about['processor']}, {count_threads(about)}, {precision}, {about['versions']}")

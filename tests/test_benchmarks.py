@@ -20,8 +20,8 @@ TINY = (16, 1, 2)  # hidden size, depth, heads
 def args(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_MS", 0.1)
     monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
-    device = torch.device("cpu")
-    return Namespace(quick=True, device=device, threads=1, seconds=0, compile=None, out=tmp_path, batch=2, tokens_per_step=16)
+    common = dict(quick=True, device=torch.device("cpu"), threads=1, seconds=0, compile=None, backend="torch", out=tmp_path)
+    return Namespace(**common, batch=2, tokens_per_step=16)
 
 
 def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
