@@ -27,10 +27,9 @@ from checkpoint import save_checkpoint
 from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
-from mixers import MIXERS
+from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch, positive
-from pde_ssm import COUPLINGS, TERMS
 from vae import open_space
 
 EMA_DECAY = 0.9999
@@ -130,15 +129,6 @@ def check(args, processes, dataset, held_out, space):
             raise ValueError(f"--val-path has other classes ({names[0]}) than --data-path ({names[1]})")
         if len(held_out) < processes.size:
             raise ValueError(f"the {len(held_out)} images of --val-path are fewer than the {processes.size} processes")
-
-
-def mixer_options(args):
-    """The --pde-* flags that were given, as options of the mixer."""
-    given = {name: value for name, value in vars(args).items() if name.startswith("pde_") and value not in (None, False)}
-    if given and args.mixer == "attention":
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags} means nothing to --mixer attention")
-    return {name.removeprefix("pde_"): value for name, value in given.items()}
 
 
 def make_loader(dataset, args, processes):
@@ -280,14 +270,7 @@ def parse_args(argv=None):
     add("--results-dir", default="results", help="where the experiment's folder goes")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens")
-    add("--pde-coupling", choices=COUPLINGS, help="which channels of --mixer pdessm share a PDE; diagonal unless given")
-    add("--pde-groups", type=positive, help="groups of channels that share one")
-    add("--pde-state-dim", type=positive, help="channels of the PDE, the hidden size unless given")
-    add("--pde-expand", type=float, help="the same, as a multiple of the hidden size")
-    add("--pde-terms", nargs="+", choices=TERMS, metavar="TERM", help=f"some of {', '.join(TERMS)}; all unless given")
-    add("--pde-components", type=positive, help="PDEs per channel, whose states are summed (not in the paper)")
-    add("--pde-activation", action="store_true", help="silu before the PDE (not in the paper)")
-    add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
+    add_pde_flags(add)
     add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
     add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
     add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")

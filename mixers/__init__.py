@@ -7,7 +7,7 @@ from functools import partial
 
 from timm.models.vision_transformer import Attention
 
-from pde_ssm import PRESETS, PDESSMBlock
+from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock
 
 MIXERS = {"attention": Attention} | {name: partial(PDESSMBlock, **options) for name, options in PRESETS.items()}
 
@@ -25,3 +25,25 @@ def build_mixer(mixer, dim, num_heads, grid_size, /, **options):
     if "grid_size" in parameters:
         options["grid_size"] = grid_size
     return build(dim, num_heads=num_heads, qkv_bias=True, **options)
+
+
+def add_pde_flags(add):
+    """The options of `--mixer pdessm` as flags of a command: `add` is add_argument of its parser."""
+    add("--pde-coupling", choices=COUPLINGS, help="which channels of --mixer pdessm share a PDE; diagonal unless given")
+    add("--pde-groups", type=int, help="groups of channels that share one")
+    add("--pde-state-dim", type=int, help="channels of the PDE, the hidden size unless given")
+    add("--pde-expand", type=float, help="the same, as a multiple of the hidden size")
+    add("--pde-terms", nargs="+", choices=TERMS, metavar="TERM", help=f"some of {', '.join(TERMS)}; all unless given")
+    add("--pde-components", type=int, help="PDEs per channel, whose states are summed (not in the paper)")
+    add("--pde-activation", action="store_true", help="silu before the PDE (not in the paper)")
+    add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
+
+
+def mixer_options(args):
+    """The --pde-* flags that were given, as options of the mixer."""
+    given = {name: value for name, value in vars(args).items() if name.startswith("pde_")}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    if given and args.mixer == "attention":
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags} means nothing to --mixer attention")
+    return {name.removeprefix("pde_"): value for name, value in given.items()}
