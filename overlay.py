@@ -185,14 +185,17 @@ class Exchange:
         """Returns {name: (old layer, new layer)}. A layer that stands in several places is replaced in all."""
         grids = [getattr(module, "grid_size", None) for module in model.modules()]
         grid_size = next((tuple(grid) for grid in grids if isinstance(grid, (tuple, list)) and len(grid) == 2), None)
-        new, replaced = {}, {}
-        for name, layer in list(model.named_modules(remove_duplicate=False)):
-            if not name or not self.is_meant(layer, model.get_submodule(name.rpartition(".")[0])):
-                continue
-            if layer not in new:
-                new[layer] = self.build(layer, grid_size)
+        found = {
+            name: layer
+            for name, layer in model.named_modules(remove_duplicate=False)
+            if name and self.is_meant(layer, model.get_submodule(name.rpartition(".")[0]))
+        }
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # A stream of its own: numbers that the script draws later must not be those of these weights.
+            torch.default_generator.manual_seed(torch.randint(2**62, ()).item())
+            new = {layer: self.build(layer, grid_size) for layer in dict.fromkeys(found.values())}
+        for name, layer in found.items():
             model.set_submodule(name, new[layer])
-            replaced[name] = layer, new[layer]
         self.count += len(new)
         self.others.update(kind(module) for module in model.modules() if "attention" in type(module).__name__.lower())
         if new:
@@ -200,7 +203,7 @@ class Exchange:
             old = Counter(type(layer).__name__ for layer in new)
             what = ", ".join(f"{count} {name}" for name, count in old.items())
             say(f"{type(model).__name__}: {what} -> {describe(self.mixer, self.options)} on {grid} tokens")
-        return replaced
+        return {name: (layer, new[layer]) for name, layer in found.items()}
 
     def is_meant(self, layer, owner):
         if not self.attention_class:
@@ -213,10 +216,7 @@ class Exchange:
         if first is None:
             raise ValueError(f"{kind(layer)} has no nn.Linear, whose input would be the channels to mix")
         dim, heads = first.in_features, getattr(layer, "num_heads", 8)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            # A stream of its own: numbers that the script draws later must not be those of these weights.
-            torch.default_generator.manual_seed(torch.randint(2**62, ()).item())
-            mixer = build_mixer(self.mixer, dim, heads, grid_size, **self.options)
+        mixer = build_mixer(self.mixer, dim, heads, grid_size, **self.options)
         return mixer.to(first.weight.device, first.weight.dtype).train(layer.training)
 
     def require_any(self):
@@ -449,12 +449,15 @@ def check(folder):
     def compare(what, difference, limit):
         rows.append(dict(what=what, difference=difference, limit=limit, agrees=difference <= limit))
 
-    for name, build in their_models.DiT_models.items():
+    builds = {name: (DiT_models[name], build) for name, build in their_models.DiT_models.items() if name in DiT_models}
+    for name, pair in builds.items():
         with torch.device("meta"):
-            ours, theirs = layout(DiT_models[name]()), layout(build())
+            ours, theirs = (layout(build()) for build in pair)
         compare(f"{name}: {len(theirs)} names and shapes", sum(ours.get(k) != theirs.get(k) for k in ours | theirs), 0)
-    for name in [name for name in their_models.DiT_models if "-S/" in name]:
-        outputs = [network_outputs(model) for model in same_weights(DiT_models[name], their_models.DiT_models[name])]
+    for row, (name, pair) in zip(rows[:], builds.items()):
+        if "-S/" not in name or not row["agrees"]:
+            continue
+        outputs = [network_outputs(model) for model in same_weights(*pair)]
         for what, ours in outputs[0].items():
             compare(f"{name}: {what}", distance(ours, outputs[1][what]), 1e-5)
     for respacing, options in DIFFUSIONS:

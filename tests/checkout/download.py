@@ -1,0 +1,5 @@
+import torch
+
+
+def find_model(path):
+    return torch.load(path)["ema"]

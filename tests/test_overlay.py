@@ -1,0 +1,398 @@
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import models
+import overlay
+from checkpoint import load_model, save_checkpoint
+from commands import ROOT, torchrun
+from mixers import MIXERS, PRESETS
+from models import DiT_models
+from pde_ssm import PDESSMBlock
+
+PDE = ["--mixer", "pdessm"]
+UPSTREAM = os.environ.get("UPSTREAM_DIT")
+
+
+def git(folder, *arguments):
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git checkout beside an empty working directory with some images."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "tests" / "checkout", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "all")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(overlay, "said", set())
+    torch.save(torch.randn(4, 3, 8, 8), "images.pt")
+    yield folder
+    assert git(folder, "status", "--porcelain", "--ignored") == ""
+
+
+def fit(checkout, *flags, model="DiT-N/4"):
+    """Trains by the checkout's script; returns its checkpoint."""
+    overlay.main([str(checkout / "train.py"), "--model", model, "--images", "images.pt", *map(str, flags)])
+    return torch.load("results/last.pt", weights_only=False)
+
+
+def draw(checkout, path, *flags):
+    overlay.main([str(checkout / "sample.py"), *flags, "ODE", "--ckpt", str(path)])
+    return torch.load("sample.pt")
+
+
+@torch.no_grad()
+def draw_ours(path):
+    args = argparse.Namespace(model=None, mixer=None, num_classes=None, vae=None, image_size=None)
+    model, settings = load_model(path, args, default_vae="ema")
+    x, t, y = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8), torch.tensor([10.0, 700.0]), torch.tensor([3, 10])
+    return model(x, t, y), settings
+
+
+def write(path, mixer, **options):
+    """A checkpoint of this repository."""
+    model = DiT_models["DiT-N/4"](input_size=8, in_channels=3, num_classes=10, mixer=mixer, **options)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    args = dict(model="DiT-N/4", mixer=mixer, vae="none", image_size=8)
+    save_checkpoint(path, model=model.state_dict(), ema=model.state_dict(), opt={}, args=args)
+    return path
+
+
+def test_two_processes_train_and_the_checkpoint_travels(checkout):
+    flags = ["--model", "DiT-N/4", "--images", "images.pt", *PDE, "--pde-gate", "--steps", 2]
+    output = torchrun(2, "overlay.py", checkout / "train.py", *flags)
+    assert output.count("overlay: Net: 6 Attention -> --mixer pdessm (gate=True) on 2 x 2 tokens") == 1
+    theirs = draw(checkout, "results/last.pt")
+    ours, settings = draw_ours("results/last.pt")
+    assert (settings["mixer"], settings["mixer_options"]["gate"], settings["model"]) == ("pdessm", True, "DiT-N/4")
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("attention", {}),
+        ("pdessm", {}),
+        ("pdessm-g", {}),
+        ("pdessm", dict(coupling="coupled", terms=("diffusion", "reaction"))),
+        ("pdessm", dict(coupling="pairwise", groups=3, state_dim=48)),
+    ],
+)
+def test_checkpoints_of_this_repository_tell_the_mixer(checkout, mixer, options):
+    ours, _ = draw_ours(write("ours.pt", mixer, **options))
+    torch.testing.assert_close(draw(checkout, "ours.pt"), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_changes_nothing(checkout):
+    through = fit(checkout, "--mixer", "attention")
+    command = [sys.executable, "-B", str(checkout / "train.py"), "--model", "DiT-N/4", "--images", "images.pt"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    alone = torch.load("results/last.pt", weights_only=False)
+    assert vars(alone["args"]) == vars(through["args"])
+    assert alone["model"].keys() == through["model"].keys()
+    assert all(torch.equal(w, through["model"][name]) for name, w in alone["model"].items())
+
+
+@pytest.mark.parametrize("mixer", PRESETS)
+def test_all_else_starts_from_the_same_values(checkout, mixer):
+    attention = fit(checkout, "--steps", 0)
+    pde = fit(checkout, "--mixer", mixer, "--steps", 0)
+    shared = attention["model"].keys() & pde["model"].keys()
+    assert {name for name in attention["model"] if ".attn." not in name} == shared
+    assert all(torch.equal(attention["model"][name], pde["model"][name]) for name in shared)
+    assert torch.equal(attention["numbers"], pde["numbers"])
+
+
+def test_no_initialiser_of_the_checkout_touches_a_mixer(checkout):
+    weights = fit(checkout, *PDE, "--steps", 0, "--pde-activation", model="DiT-N/2")["model"]
+    layers = [{k.split(".attn.")[1]: w for k, w in weights.items() if k.startswith(f"blocks.{i}.attn.")} for i in (0, 1)]
+    fresh = PDESSMBlock(96, grid_size=(4, 4), activation=True).state_dict()
+    drawn = {"pde.R.weight", "pde.equation.b"}
+    assert layers[0].keys() == fresh.keys()
+    assert all(torch.equal(layers[0][name], w) for name, w in fresh.items() if name not in drawn)
+    assert not any(torch.equal(layers[0][name], layers[1][name]) for name in drawn)
+    assert all(torch.isclose(layers[0][name].std(), fresh[name].std(), rtol=0.2) for name in drawn)
+
+
+def test_training_learns_and_learns_the_mixers(checkout):
+    before, after = (fit(checkout, *PDE, "--steps", steps, model="DiT-N/2")["model"] for steps in (0, 2))
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {"pos_embed"}
+
+
+def test_flags_may_stand_anywhere(checkout):
+    script, rest = str(checkout / "train.py"), ["--model", "DiT-N/4", "--images", "images.pt", "--steps", "0"]
+    for argv in ([*PDE, script, *rest], [script, rest[0], rest[1], "--mixer=pdessm", "--pde-terms", "diffusion", *rest[2:]]):
+        overlay.main(argv)
+        weights = torch.load("results/last.pt", weights_only=False)["model"]
+        assert "blocks.0.attn.pde.equation.log_lx" in weights
+        assert ("blocks.0.attn.pde.equation.b" in weights) == ("--pde-terms" not in argv)
+
+
+def test_afterwards_all_is_as_it_was(checkout):
+    before = sys.path[:], sys.modules.copy(), sys.argv[:], sys.dont_write_bytecode
+    fit(checkout, *PDE)
+    assert (sys.path, sys.argv, sys.dont_write_bytecode) == (before[0], *before[2:])
+    assert all(sys.modules[name] is module for name, module in before[1].items())
+    assert sys.modules["models"] is models
+    assert "__init_subclass__" not in vars(nn.Module)
+
+    class Later(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = timm.layers.Attention(96)
+
+    assert isinstance(Later().attn, timm.layers.Attention)
+
+
+def test_an_attention_of_ones_own(checkout):
+    expected = r"holds timm.*:Attention; they hold 6 models:SelfAttention; name the class .* --attention-class"
+    for steps in (0, 1):  # at the script's end, or at the first step of its optimizer
+        with pytest.raises(ValueError, match=expected) as error:
+            fit(checkout, *PDE, "--steps", steps, model="Own-N/4")
+        assert overlay.is_ours(error.value)
+    weights = fit(checkout, *PDE, "--attention-class", "models:SelfAttention", model="Own-N/4")["model"]
+    assert "blocks.5.attn.pde.R.weight" in weights
+    with pytest.raises(ValueError, match="holds models:Other; they hold 6 models:SelfAttention"):
+        fit(checkout, *PDE, "--attention-class", "models:Other", model="Own-N/4")
+
+
+def test_a_model_of_timm_within_a_model_keeps_its_attention(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = timm.create_model("vit_tiny_patch16_224", depth=1)
+            self.attn = self.again = timm.layers.Attention(96)
+
+    net, exchange = Net(), overlay.Exchange("pdessm", {}, tmp_path)
+    assert list(exchange(net)) == ["attn", "again"]
+    assert net.attn is net.again
+    assert exchange.count == 1
+    assert isinstance(net.attn, PDESSMBlock)
+    assert isinstance(net.encoder.blocks[0].attn, timm.layers.Attention)
+    named = overlay.Exchange("pdessm", {}, tmp_path, "timm.models.vision_transformer:Attention")
+    assert list(named(net)) == ["encoder.blocks.0.attn"]
+
+
+def test_layers_keep_device_type_and_mode(tmp_path):
+    net = nn.Sequential(timm.layers.Attention(96)).to("meta", torch.bfloat16).eval()
+    overlay.Exchange("pdessm", {}, tmp_path)(net)
+    assert {(p.device.type, p.dtype) for p in net.parameters()} == {("meta", torch.bfloat16)}
+    assert not net[0].training
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mixer", "attention", "--pde-gate"], "--pde-gate means nothing to --mixer attention"),
+        (["--pde-groups", "0"], "--pde-groups means nothing to --mixer attention"),
+        (["--mixer", "attention", "--attention-class", "a:B"], "--attention-class means nothing to --mixer attention"),
+        ([*PDE, "--attention-class", "SelfAttention"], "it is module:Class"),
+        ([*PDE, "--pde-components", "0"], "components is 0"),
+        ([*PDE, "--pde-coupling", "pairwise", "--pde-groups", "7"], "96 channels cannot be split into 7"),
+        ([*PDE, "--model", "Strip"], "2 tokens on the grid; it expects a square number"),
+    ],
+)
+def test_mistakes_in_flags(checkout, flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        fit(checkout, *flags)
+    assert overlay.is_ours(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "flags", "message"),
+    [
+        ("attention", {}, PDE, "--mixer pdessm contradicts ours.pt, which mixes tokens by attention"),
+        ("pdessm", {}, ["--mixer", "attention"], "--mixer attention contradicts ours.pt, which mixes tokens by a PDE"),
+        ("pdessm", {}, ["--mixer", "pdessm-g"], r"--mixer pdessm-g contradicts ours.pt, which has --mixer pdessm \(coupling"),
+        ("pdessm", {}, ["--pde-gate"], r"--mixer pdessm \(gate=True\) contradicts ours.pt"),
+        ("attention", {}, ["--pde-gate"], "--pde-gate means nothing to --mixer attention"),
+        ("pdessm", dict(conditioned=True), [], "ours.pt are conditioned, but the blocks of a checkout pass no vector"),
+    ],
+)
+def test_checkpoints_of_another_mixer(checkout, mixer, options, flags, message):
+    write("ours.pt", mixer, **options)
+    with pytest.raises(ValueError, match=message):
+        draw(checkout, "ours.pt", *flags)
+
+
+def test_flags_that_agree_with_the_checkpoint(checkout):
+    ours, _ = draw_ours(write("ours.pt", "pdessm-g"))
+    torch.testing.assert_close(draw(checkout, "ours.pt", "--mixer", "pdessm-g"), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mixer", "flags"), [("attention", PDE), ("pdessm", [])])
+def test_a_checkpoint_of_another_mixer_that_the_arguments_do_not_show(checkout, mixer, flags):
+    write("ours.weights", mixer)
+    with pytest.raises(ValueError, match=r"the checkpoint does not fit --mixer .* it has another mixer"):
+        draw(checkout, "ours.weights", *flags)
+
+
+def test_what_is_no_script_and_no_checkout(checkout, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.py: no such script$"):
+        overlay.main([str(checkout / "none.py"), *PDE])
+    with pytest.raises(FileNotFoundError, match="checkout: no such script, but a folder"):
+        overlay.main([str(checkout), *PDE])
+    with pytest.raises(FileNotFoundError, match=r"has no models\.py"):
+        overlay.main(["--diff", str(tmp_path / "here")])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        overlay.main(["--check", str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="has no DiT_models"):
+        overlay.check(ready(tmp_path / "a", models="Other_models = {}", diffusion="", train=""))
+    with pytest.raises(ValueError, match="has no dict of models"):
+        overlay.main(["--diff", str(ready(tmp_path / "b", models="x = {}"))])
+    with pytest.raises(ValueError, match="cannot be imported: No module named 'nowhere'"):
+        overlay.main(["--diff", str(ready(tmp_path / "c", models="import nowhere"))])
+
+
+def ready(folder, **sources):
+    folder.mkdir()
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    return folder
+
+
+def test_errors_of_the_script_are_its_own(checkout):
+    with pytest.raises(FileNotFoundError, match=r"missing.pt") as error:
+        fit(checkout, *PDE, "--images", "missing.pt")
+    assert not overlay.is_ours(error.value)
+
+
+def test_diff(checkout, capsys, monkeypatch):
+    monkeypatch.setattr(overlay, "SIDE", 16)
+    overlay.main(["--diff", str(checkout), "--model", "DiT-N/2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in found["replaced"]] == [f"blocks.{i}.attn" for i in range(6)]
+    before, after = ([layer[side] for layer in found["replaced"]] for side in ("before", "after"))
+    assert {layer["class"] for layer in before} == {"Attention"}
+    assert {layer["class"] for layer in after} == {"PDESSMBlock"}
+    assert before[0]["parameters"] - after[0]["parameters"] == 4 * 96**2 + 4 * 96 - (96**2 + 10 * 96)
+    assert found["parameters"][0] - found["parameters"][1] == 6 * (3 * 96**2 - 6 * 96)
+    N, D = 64, 96
+    attention, R, transforms = 8 * N * D**2 + 4 * N**2 * D, 2 * N * D**2, 2 * 2.5 * N * D * 6
+    assert found["forward_flops"][0] - found["forward_flops"][1] == 6 * (attention - R - transforms)
+    keys = found["keys"]
+    assert len(keys["only_before"]) == 6 * 4
+    assert len(keys["only_after"]) == 6 * 10
+    outside = found["outside_the_mixers"]
+    assert outside.pop("tensors") == len(keys["shared"]) == sum(".attn." not in key for key in keys["shared"])
+    assert list(outside.values()) == [True] * 4
+    table = overlay.diff_table(found | {"outside_the_mixers": {"tensors": 1, "same_names": False}})
+    assert "same names: NO" in table
+    assert "6 x blocks.*.attn" in table
+
+
+def test_diff_counts_complex_products_as_four_real_ones(checkout, monkeypatch):
+    monkeypatch.setattr(overlay, "SIDE", 8)
+    flags = ["--diff", str(checkout), "--model", "DiT-N/4", "--pde-coupling", "coupled", "--pde-groups", "1"]
+    found = overlay.diff(checkout, overlay.parse_args(flags))
+    N, f, D = 4, 4, 96
+    embedding, symbol = 2 * f * 2 * 3 * D**2, 8 * f * D**2
+    pde = 2 * N * D**2 + embedding + symbol + 2 * 2.5 * N * D * 2
+    attention = 8 * N * D**2 + 4 * N**2 * D
+    assert found["forward_flops"][1] - found["forward_flops"][0] == 6 * (pde - attention)
+
+
+def test_diff_of_what_it_cannot_compare(checkout):
+    with pytest.raises(ValueError, match="--model DiT-XL/2 is none of DiT-N/4, DiT-N/2, Own-N/4, Strip"):
+        overlay.main(["--diff", str(checkout), "--model", "DiT-XL/2"])
+    with pytest.raises(ValueError, match="--diff compares attention with another mixer"):
+        overlay.main(["--diff", str(checkout), "--mixer", "attention"])
+    with pytest.raises(ValueError, match=r"holds timm.*:Attention; they hold 6 models:SelfAttention"):
+        overlay.main(["--diff", str(checkout), "--model", "Own-N/4"])
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A checkout that is this repository with two models, and a function (file, old, new) that changes it."""
+    monkeypatch.setattr(overlay, "SIDE", 16)
+    folder = ready(tmp_path / "copy", train="from data import center_crop_arr")
+    for name in ("models.py", "data.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("backbones", "mixers", "diffusion"):
+        shutil.copytree(ROOT / name, folder / name)
+
+    def change(file, old, new):
+        text = (folder / file).read_text()
+        assert text.count(old) == 1
+        (folder / file).write_text(text.replace(old, new))
+
+    change("models.py", "for patch in (1, 2, 4, 8, 16)", "for patch in (4, 8)")
+    change("models.py", "in SIZES.items()", 'in [("S", SIZES["S"])]')
+    return folder, change
+
+
+def test_check_agrees_with_a_copy(copy, capsys):
+    overlay.main(["--check", str(copy[0])])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 + 2 * 4 + len(overlay.DIFFUSIONS) + len(overlay.CROPS)
+    assert not [line for line in lines if "DISAGREES" in line]
+
+
+def test_check_finds_differences(copy, capsys):
+    folder, change = copy
+    change("backbones/__init__.py", "channels=3)", "channels=4)")
+    change("diffusion/__init__.py", "sigma_small=sigma_small", "sigma_small=False")
+    change("data.py", "Resampling.BICUBIC", "Resampling.BILINEAR")
+    change("models.py", "for patch in (4, 8)", "for patch in (4,)")
+    with pytest.raises(ValueError, match=r"^5 of 22 comparisons disagree: DiT-S/4: guided forward, create_diffusion"):
+        overlay.main(["--check", str(folder), "--json"])
+    wrong = [row["what"] for row in json.loads(capsys.readouterr().out) if not row["agrees"]]
+    assert "sigma_small=True" in wrong[1]
+    assert [what.split(" of ")[0] for what in wrong[2:]] == ["centre crop"] * 3
+
+    change("models.py", "self.final_layer = FinalLayer(hidden_size", "self.final_layer = FinalLayer(hidden_size + 0")
+    change("models.py", "nn.Linear(hidden_size, 2 * hidden_size)", "nn.Linear(hidden_size, 2 * hidden_size, bias=False)")
+    change("models.py", "nn.init.zeros_(last.bias)", "last.bias is None or nn.init.zeros_(last.bias)")
+    rows = {row["what"].split(":")[0]: row["difference"] for row in overlay.check(folder)[:2]}
+    assert rows["DiT-S/4"] == 1  # and no outputs, since the weights do not fit
+    assert list(rows)[1].startswith("create_diffusion")
+
+
+@pytest.mark.skipif(not UPSTREAM, reason="UPSTREAM_DIT names no checkout of DiT")
+def test_a_real_checkout(tmp_path, monkeypatch, capsys):
+    from diffusers.models import AutoencoderKL
+
+    folder = Path(UPSTREAM).resolve()
+    before = git(folder, "status", "--porcelain", "--ignored")
+    overlay.main(["--check", str(folder)])
+    overlay.main(["--diff", str(folder), "--json"])
+    found = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
+    assert found["parameters"] == [32_963_360, 27_682_592]
+    assert list(found["outside_the_mixers"].values())[1:] == [True] * 4
+
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = AutoencoderKL(**blocks, block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4)
+    commit = "0" * 40
+    cached = tmp_path / "hub" / "models--stabilityai--sd-vae-ft-mse"
+    vae.save_pretrained(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    flags = ["--model", "DiT-S/8", "--num-sampling-steps", "2", "--ckpt", "a.pt"]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    pictures = []
+    for mixer in MIXERS:
+        model = DiT_models["DiT-S/8"](mixer=mixer)
+        nn.init.normal_(model.final_layer.linear.weight, std=0.02)
+        args = argparse.Namespace(model="DiT-S/8", image_size=256, num_classes=1000, vae="ema")
+        torch.save(dict(ema=model.state_dict(), args=args), tmp_path / "a.pt")
+        command = [sys.executable, str(ROOT / "overlay.py"), str(folder / "sample.py"), *flags]
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+        pictures.append((tmp_path / "sample.png").read_bytes())
+    assert len(set(pictures)) == len(MIXERS)
+    assert git(folder, "status", "--porcelain", "--ignored") == before
