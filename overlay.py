@@ -87,6 +87,7 @@ def run(script, arguments, args):
     say(f"{script} runs as it is, with {describe(mixer, options)}")
     say("torch.load may read an argparse.Namespace, which torch >= 2.6 refuses; Python writes no __pycache__")
     exchange = None if mixer == "attention" else Exchange(mixer, options, root, args.attention_class)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes of data loaders that start afresh
     argv, sys.argv = sys.argv, [str(script), *arguments]
     try:
         with imports_of(script.parent), torch.serialization.safe_globals([argparse.Namespace]), exchanging(exchange):
@@ -149,12 +150,12 @@ def stored_mixer(arguments):
         weights = {}
         with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):  # reading it is the script's business
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            weights = contents.get("ema", contents.get("model", contents))
-        for name in weights:
+            weights = dict(contents.get("ema", contents.get("model", contents)))
+        for name in map(str, weights):
             if name.endswith(".pde.equation.g0"):
                 prefix = name.removesuffix("pde.equation.g0")
                 return path, {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
-            if name.endswith(".attn.qkv.weight"):
+            if name.endswith(".qkv.weight"):
                 return path, {}
     return None, None
 
@@ -325,12 +326,12 @@ def diff(folder, args):
     if name not in registry:
         raise ValueError(f"--model {name} is none of {', '.join(registry)}")
 
-    models, after = [], []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(registry[name](input_size=SIDE))
-        replaced = exchange(models[1]) if len(models) == 2 else {}
-        after.append(torch.rand(100))
+    torch.manual_seed(0)
+    models, numbers = [registry[name](input_size=SIDE)], [torch.rand(100)]
+    torch.manual_seed(0)
+    models.append(registry[name](input_size=SIDE))
+    replaced = exchange(models[1])
+    numbers.append(torch.rand(100))
     exchange.require_any()
 
     states = [model.state_dict() for model in models]
@@ -356,7 +357,7 @@ def diff(folder, args):
             "same_names": list(outside[0]) == list(outside[1]),
             "same_shapes": shapes(outside[0]) == shapes(outside[1]),
             "same_initial_values": all(torch.equal(outside[0][key], outside[1][key]) for key in shared if key in outside[0]),
-            "same_random_numbers_afterwards": torch.equal(*after),
+            "same_random_numbers_afterwards": torch.equal(*numbers),
         },
     }
 

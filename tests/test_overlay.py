@@ -38,6 +38,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(overlay, "said", set())
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     torch.save(torch.randn(4, 3, 8, 8), "images.pt")
     yield folder
     assert git(folder, "status", "--porcelain", "--ignored") == ""
@@ -234,6 +235,15 @@ def test_checkpoints_of_another_mixer(checkout, mixer, options, flags, message):
 def test_flags_that_agree_with_the_checkpoint(checkout):
     ours, _ = draw_ours(write("ours.pt", "pdessm-g"))
     torch.testing.assert_close(draw(checkout, "ours.pt", "--mixer", "pdessm-g"), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("contents", [{"ema": [torch.zeros(2)]}, {"model": None}, [1], {"ema": {1: torch.zeros(2)}}, None])
+def test_files_that_are_no_checkpoint_say_nothing(tmp_path, contents):
+    path = tmp_path / "statistics.pt"
+    torch.save(contents, path)
+    assert overlay.stored_mixer(["train", f"--statistics={path}", "--other", str(tmp_path / "none.pt")]) == (None, None)
+    path.write_bytes(b"not torch's")
+    assert overlay.stored_mixer([str(path)]) == (None, None)
 
 
 @pytest.mark.parametrize(("mixer", "flags"), [("attention", PDE), ("pdessm", [])])
