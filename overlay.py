@@ -114,14 +114,9 @@ def choose_mixer(args, arguments):
     ValueError if the two contradict each other.
     """
     path, stored = stored_mixer(arguments)
-    if stored is None:
-        mixer = args.mixer or "attention"
-    elif args.mixer and (args.mixer == "attention") != (stored == {}):
-        holds = "attention" if stored == {} else "a PDE"
-        raise ValueError(f"--mixer {args.mixer} contradicts {path}, which mixes tokens by {holds}; leave the flag out")
-    else:
-        mixer = args.mixer or ("pdessm" if stored else "attention")
-    args.mixer = mixer
+    if stored and args.mixer == "attention":
+        raise ValueError(f"--mixer attention contradicts {path}, which mixes tokens by a PDE; leave the flag out")
+    args.mixer = mixer = args.mixer or ("pdessm" if stored else "attention")
     options = mixer_options(args)
     if mixer == "attention" and args.attention_class:
         raise ValueError("--attention-class means nothing to --mixer attention")
@@ -139,9 +134,9 @@ def choose_mixer(args, arguments):
 
 
 def stored_mixer(arguments):
-    """(path, weights of the first mixer) of the first argument that is a checkpoint with mixers that are known.
+    """(path, weights of its first mixer) of the first argument that is a checkpoint with PDEs, or (None, {}).
 
-    The weights are {} for attention, None if there is no such argument.
+    Attention says nothing: its weights may be those of an encoder that a script reads too.
     """
     for argument in arguments:
         path = argument.partition("=")[2] if argument.startswith("--") else argument
@@ -155,9 +150,7 @@ def stored_mixer(arguments):
             if name.endswith(".pde.equation.g0"):
                 prefix = name.removesuffix("pde.equation.g0")
                 return path, {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
-            if name.endswith(".qkv.weight"):
-                return path, {}
-    return None, None
+    return None, {}
 
 
 def shapes(weights):

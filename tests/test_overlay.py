@@ -218,7 +218,7 @@ def test_mistakes_in_flags(checkout, flags, message):
 @pytest.mark.parametrize(
     ("mixer", "options", "flags", "message"),
     [
-        ("attention", {}, PDE, "--mixer pdessm contradicts ours.pt, which mixes tokens by attention"),
+        ("attention", {}, PDE, "the checkpoint does not fit --mixer pdessm: it has another mixer"),
         ("pdessm", {}, ["--mixer", "attention"], "--mixer attention contradicts ours.pt, which mixes tokens by a PDE"),
         ("pdessm", {}, ["--mixer", "pdessm-g"], r"--mixer pdessm-g contradicts ours.pt, which has --mixer pdessm \(coupling"),
         ("pdessm", {}, ["--pde-gate"], r"--mixer pdessm \(gate=True\) contradicts ours.pt"),
@@ -241,9 +241,9 @@ def test_flags_that_agree_with_the_checkpoint(checkout):
 def test_files_that_are_no_checkpoint_say_nothing(tmp_path, contents):
     path = tmp_path / "statistics.pt"
     torch.save(contents, path)
-    assert overlay.stored_mixer(["train", f"--statistics={path}", "--other", str(tmp_path / "none.pt")]) == (None, None)
+    assert overlay.stored_mixer(["train", f"--statistics={path}", "--other", str(tmp_path / "none.pt")]) == (None, {})
     path.write_bytes(b"not torch's")
-    assert overlay.stored_mixer([str(path)]) == (None, None)
+    assert overlay.stored_mixer([str(path)]) == (None, {})
 
 
 @pytest.mark.parametrize(("mixer", "flags"), [("attention", PDE), ("pdessm", [])])
@@ -329,7 +329,7 @@ def test_diff_of_what_it_cannot_compare(checkout):
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """A checkout that is this repository with two models, and a function (file, old, new) that changes it."""
+    """A checkout that is this repository with one model, and a function (file, old, new) that changes it."""
     monkeypatch.setattr(overlay, "SIDE", 16)
     folder = ready(tmp_path / "copy", train="from data import center_crop_arr")
     for name in ("models.py", "data.py"):
@@ -342,7 +342,7 @@ def copy(tmp_path, monkeypatch):
         assert text.count(old) == 1
         (folder / file).write_text(text.replace(old, new))
 
-    change("models.py", "for patch in (1, 2, 4, 8, 16)", "for patch in (4, 8)")
+    change("models.py", "for patch in (1, 2, 4, 8, 16)", "for patch in (8,)")
     change("models.py", "in SIZES.items()", 'in [("S", SIZES["S"])]')
     return folder, change
 
@@ -350,7 +350,7 @@ def copy(tmp_path, monkeypatch):
 def test_check_agrees_with_a_copy(copy, capsys):
     overlay.main(["--check", str(copy[0])])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 + 2 * 4 + len(overlay.DIFFUSIONS) + len(overlay.CROPS)
+    assert len(lines) == 1 + 1 + 4 + len(overlay.DIFFUSIONS) + len(overlay.CROPS)
     assert not [line for line in lines if "DISAGREES" in line]
 
 
@@ -359,8 +359,7 @@ def test_check_finds_differences(copy, capsys):
     change("backbones/__init__.py", "channels=3)", "channels=4)")
     change("diffusion/__init__.py", "sigma_small=sigma_small", "sigma_small=False")
     change("data.py", "Resampling.BICUBIC", "Resampling.BILINEAR")
-    change("models.py", "for patch in (4, 8)", "for patch in (4,)")
-    with pytest.raises(ValueError, match=r"^5 of 22 comparisons disagree: DiT-S/4: guided forward, create_diffusion"):
+    with pytest.raises(ValueError, match=r"^5 of 22 comparisons disagree: DiT-S/8: guided forward, create_diffusion"):
         overlay.main(["--check", str(folder), "--json"])
     wrong = [row["what"] for row in json.loads(capsys.readouterr().out) if not row["agrees"]]
     assert "sigma_small=True" in wrong[1]
@@ -370,7 +369,7 @@ def test_check_finds_differences(copy, capsys):
     change("models.py", "nn.Linear(hidden_size, 2 * hidden_size)", "nn.Linear(hidden_size, 2 * hidden_size, bias=False)")
     change("models.py", "nn.init.zeros_(last.bias)", "last.bias is None or nn.init.zeros_(last.bias)")
     rows = {row["what"].split(":")[0]: row["difference"] for row in overlay.check(folder)[:2]}
-    assert rows["DiT-S/4"] == 1  # and no outputs, since the weights do not fit
+    assert rows["DiT-S/8"] == 1  # and no outputs, since the weights do not fit
     assert list(rows)[1].startswith("create_diffusion")
 
 
