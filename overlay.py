@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import wraps
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from pde_ssm import options_from_weights
 HERE = Path(__file__).resolve().parent
 # A checkout has modules of these names too, and while its scripts run, those are meant.
 OURS = {path.stem for path in HERE.glob("*.py")} | {path.parent.name for path in HERE.glob("*/__init__.py")}
-OURS -= {"overlay", "pde_ssm"}
+OURS = {name for name in OURS if not name.startswith(("overlay", "pde_ssm"))}
 
 SIDE = 32  # of the latents of a 256 x 256 image
 DIFFUSIONS = [
@@ -270,22 +271,32 @@ def exchanging(exchange):
 
 @contextmanager
 def imports_of(folder):
-    """Within, imports mean what they mean to a script of `folder`: of ours, only pde_ssm is there, and nothing is written
-    to __pycache__. Afterwards, the modules of `folder` are gone from sys.modules and ours are back."""
+    """Within, imports mean what they mean to a script of `folder`: of ours, only the operator is there, and nothing is
+    written to __pycache__. Afterwards, the modules of `folder` are gone from sys.modules and ours are back."""
     folder = Path(folder).resolve()
     path, dont_write, there = sys.path[:], sys.dont_write_bytecode, set(sys.modules)
     ours = [name for name in there if name.partition(".")[0] in OURS and lies_in(sys.modules[name], HERE)]
     ours = {name: sys.modules.pop(name) for name in ours}
     sys.path[:] = [str(folder), *(entry for entry in path if Path(entry).resolve() != HERE)]
     sys.dont_write_bytecode = True
+    sys.meta_path.insert(0, Operator)
     try:
         yield
     finally:
+        sys.meta_path.remove(Operator)
         for name in set(sys.modules) - there | ours.keys():
             if lies_in(sys.modules.get(name), folder):
                 del sys.modules[name]
         sys.modules.update(ours)
         sys.path[:], sys.dont_write_bytecode = path, dont_write
+
+
+class Operator:
+    """An import finder for pde_ssm.py and for the kernels beside it, which it imports only when it needs them."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [str(HERE)]) if name.startswith("pde_ssm") else None
 
 
 def lies_in(module, folder):

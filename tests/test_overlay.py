@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,15 @@ def test_afterwards_all_is_as_it_was(checkout):
             self.attn = timm.layers.Attention(96)
 
     assert isinstance(Later().attn, timm.layers.Attention)
+
+
+def test_of_this_repository_a_script_finds_the_operator_alone(checkout, tmp_path, monkeypatch):
+    with overlay.imports_of(checkout):
+        assert find_spec("parallel") is None
+        assert find_spec("models").origin == str(checkout / "models.py")
+        monkeypatch.setattr(overlay, "HERE", ready(tmp_path / "ours", pde_ssm_kernels="fast = True"))
+        assert import_module("pde_ssm_kernels").fast  # as pde_ssm imports what it needs on some devices only
+    assert find_spec("parallel").origin == str(ROOT / "parallel.py")
 
 
 def test_an_attention_of_ones_own(checkout):
