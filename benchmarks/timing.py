@@ -23,6 +23,7 @@ from time import perf_counter
 
 import torch
 
+from parallel import choose_device
 from pde_ssm import set_backend
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ def parse_args(description, argv=None, **flags):
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and smaller sizes: within 5 minutes on 2 CPU cores")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="cpu, cuda or cuda:N; by default a GPU if there is one")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; by default all cores that it may use")
     add("--seconds", type=float, help="for each row of the table, beyond 3 rounds; 10, or 4 with --quick")
     add("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile every side, e.g. reduce-overhead")
@@ -45,7 +46,12 @@ def parse_args(description, argv=None, **flags):
     for name, options in flags.items():
         add(f"--{name}", **options)
     args = parser.parse_args(argv)
-    args.device = torch.device(args.device)
+    try:
+        args.device = choose_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads} is below 1")
     args.seconds = args.seconds or (4 if args.quick else 10)
     torch.set_num_threads(args.threads)
     set_backend(args.backend)

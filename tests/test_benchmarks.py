@@ -63,6 +63,13 @@ def test_what_does_not_fit_is_said_and_the_rest_is_timed(args):
         timing.time_in_turns({"wrong": lambda: lambda: torch.ones(2, 3) @ torch.ones(2, 3)}, args)
 
 
+@pytest.mark.parametrize("flags", [["--device", "cuda:99"], ["--device", "tpu"], ["--threads", "0"]], ids=" ".join)
+def test_flags_that_cannot_be_are_refused_in_one_sentence(flags, capsys):
+    with pytest.raises(SystemExit):
+        timing.parse_args("A test.", flags)
+    assert f"error: {flags[0]} {flags[1]}" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills processes for memory")
 def test_memory_that_is_not_there_is_an_error_and_not_a_kill():
     code = """
