@@ -214,6 +214,15 @@ def test_two_processes_see_what_one_sees(tmp_path, images):
         np.testing.assert_allclose(statistics[name][1], covariance, rtol=1e-4, atol=1e-9)
 
 
+def test_some_of_the_images_are_evenly_spread(images):
+    assert evaluate.spread(10, 4) == [0, 2, 5, 7]
+    assert evaluate.spread(4) == [0, 1, 2, 3]
+    array = images(10)
+    side = measure(open_source(array, Colours()), Colours(), num=4, part=slice(1, None, 2))
+    whole = measure(open_source(array, Colours()), Colours())
+    torch.testing.assert_close(side.pool, whole.pool[[2, 7]])
+
+
 def test_fewer_images_than_processes(images):
     with pytest.raises(ValueError, match="the 2 images of images in memory are fewer than the 3 processes"):
         measure(open_source(images(2), Colours()), Colours(), Processes(1, 3, torch.device("cpu")))
