@@ -320,7 +320,7 @@ def warnings_of(ref, sample, network):
         for features, (mu, _) in side.statistics.items():
             if side.counted is not None and side.counted <= len(mu):
                 found.append(
-                    f"{side.counted:,} images of {side.name} are fewer than the {len(mu):,} {features} features: their "
+                    f"{side.counted:,} images of {side.name} are not more than the {len(mu):,} {features} features: their "
                     "covariance is singular and the distance biased upwards; compare it only at equal numbers of images"
                 )
         if len(side.sizes) > 1:

@@ -316,7 +316,7 @@ def test_what_a_reader_must_know_is_said(tmp_path, images, run, capsys):
     row = run(tmp_path / "few.npz", tmp_path / "mixed")
     biased, mixed, differ = (warning for warning in row["warnings"] if "spatial" not in warning)
     assert "5 images of" in biased
-    assert "fewer than the 6 pool features" in biased
+    assert "not more than the 6 pool features" in biased
     assert "mixed has images of 2 sizes, 6 x 6 to 7 x 6" in mixed
     assert "references of 6 x 6 and samples of 6 x 6 to 7 x 6" in differ
     assert capsys.readouterr().err.count("warning: ") == len(row["warnings"])
