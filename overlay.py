@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib.machinery import PathFinder
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -385,7 +386,8 @@ def describe_layer(layer):
 @torch.no_grad()
 def forward_flops(model):
     """Of one image, once the symbols are there: PyTorch's count of matrix products, attention and convolutions, four times
-    for complex matrices, and 2.5 n log2 n for each real Fourier transform of n points, half the usual of a complex one."""
+    for complex matrices, and 2.5 n log2 n for each real Fourier transform of n points, half the usual of a complex one (on
+    CPUs short ones are matrix products, which take more operations and less time)."""
 
     def product(a, b, *_, **__):
         return (8 if a.is_complex() else 2) * a.numel() * b.shape[-1]
@@ -403,7 +405,7 @@ def forward_flops(model):
     }
     inputs = torch.randn(1, model.in_channels, SIDE, SIDE), torch.ones(1), torch.zeros(1, dtype=torch.long)
     model.eval()(*inputs)
-    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+    with patch("pde_ssm.LONGEST_MATRIX", 0), FlopCounterMode(display=False, custom_mapping=counts) as counter:
         model(*inputs)
     return counter.get_total_flops()
 
