@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Samples of the paper's three systems, trained by diffusion and by flow matching with the same flags for a few minutes each,
+# on the digits and on CIFAR-10: reproduce/results/grids-digits.png and grids-cifar10.png, with their commands beside them.
+#
+#     bash reproduce/grids.sh DATA        DATA holds CIFAR-10 as torchvision unpacks it, or train/
+set -euo pipefail
+data=$(realpath "$1")
+cd "$(dirname "$0")/.."
+if [ -d "$data/train" ]; then data=$data/train; fi
+PYTHON=${PYTHON:-python}
+
+draw() { # draw SET SYSTEM OBJECTIVE SAMPLER FLAGS...
+    local folder=results/grids/$1-$2-$3 sampler=$4 steps set=$1
+    shift 4
+    if [ -f "$folder/samples.png" ]; then return; fi
+    rm -rf "$folder"
+    case $set in
+        digits) steps=${STEPS:-1600} && set -- --image-size 8 --global-batch-size 32 --lr 3e-3 "$@" ;;
+        cifar10) steps=${STEPS:-800} && set -- --image-size 32 --global-batch-size 64 --lr 1e-3 --data-path "$data" --num-workers 0 "$@" ;;
+    esac
+    echo "train.py $* --max-steps $steps" | sed "s#$data#DATA#" | tee -a results/grids/$set.txt
+    "$PYTHON" train.py --vae none --num-classes 10 --max-steps "$steps" --results-dir "$folder" "$@"
+    "$PYTHON" sample.py --ckpt "$folder"/*/checkpoints/*"$steps".pt --sampler "$sampler" --num-sampling-steps 50 \
+        --cfg-scale 2 --samples-per-class 4 --out "$folder/samples.png"
+}
+
+mkdir -p results/grids
+for set in ${SETS:-digits cifar10}; do
+    patch=2
+    if [ "$set" = cifar10 ]; then patch=4; fi
+    for objective in diffusion flow; do
+        sampler=heun
+        if [ "$objective" = diffusion ]; then sampler=dpm-solver; fi
+        draw "$set" DiT "$objective" "$sampler" --objective "$objective" --model "DiT-N/$patch"
+        draw "$set" U-Net "$objective" "$sampler" --objective "$objective" --model UNet-N
+        draw "$set" PDE-SSM-DiT "$objective" "$sampler" --objective "$objective" --model "DiT-N/$patch" --mixer pdessm
+    done
+    "$PYTHON" - "$set" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+name, folder, bar = sys.argv[1], Path("results/grids"), 18
+rows = [[(f"{s}, {o}", Image.open(folder / f"{name}-{s}-{o}" / "samples.png").reduce(2)) for s in ("DiT", "U-Net", "PDE-SSM-DiT")]
+        for o in ("diffusion", "flow")]
+width, height = rows[0][0][1].size
+sheet = Image.new("RGB", (3 * width, 2 * (height + bar)), "white")
+for y, row in enumerate(rows):
+    for x, (title, grid) in enumerate(row):
+        ImageDraw.Draw(sheet).text((x * width + 4, y * (height + bar) + 3), title, fill="black", font_size=11)
+        sheet.paste(grid, (x * width, y * (height + bar) + bar))
+sheet.save(f"reproduce/results/grids-{name}.png", optimize=True)
+PYTHON
+    cp "results/grids/$set.txt" "reproduce/results/grids-$set.txt"
+done
