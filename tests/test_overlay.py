@@ -1,5 +1,6 @@
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -305,8 +306,8 @@ def test_diff(checkout, capsys, monkeypatch):
     assert before[0]["parameters"] - after[0]["parameters"] == 4 * 96**2 + 4 * 96 - (96**2 + 10 * 96)
     assert found["parameters"][0] - found["parameters"][1] == 6 * (3 * 96**2 - 6 * 96)
     N, D = 64, 96
-    attention, R, transforms = 8 * N * D**2 + 4 * N**2 * D, 2 * N * D**2, 2 * 2.5 * N * D * 6
-    assert found["forward_flops"][0] - found["forward_flops"][1] == 6 * (attention - R - transforms)
+    attention, R = 8 * N * D**2 + 4 * N**2 * D, 2 * N * D**2
+    assert 0.5 * (attention - R) < (found["forward_flops"][0] - found["forward_flops"][1]) / 6 < attention - R
     keys = found["keys"]
     assert len(keys["only_before"]) == 6 * 4
     assert len(keys["only_after"]) == 6 * 10
@@ -318,15 +319,25 @@ def test_diff(checkout, capsys, monkeypatch):
     assert "6 x blocks.*.attn" in table
 
 
-def test_diff_counts_complex_products_as_four_real_ones(checkout, monkeypatch):
-    monkeypatch.setattr(overlay, "SIDE", 8)
-    flags = ["--diff", str(checkout), "--model", "DiT-N/4", "--pde-coupling", "coupled", "--pde-groups", "1"]
-    found = overlay.diff(checkout, overlay.parse_args(flags))
-    N, f, D = 4, 4, 96
-    embedding, symbol = 2 * f * 2 * 3 * D**2, 8 * f * D**2
-    pde = 2 * N * D**2 + embedding + symbol + 2 * 2.5 * N * D * 2
-    attention = 8 * N * D**2 + 4 * N**2 * D
-    assert found["forward_flops"][1] - found["forward_flops"][0] == 6 * (pde - attention)
+@pytest.mark.parametrize(
+    ("layer", "flops"),
+    [
+        (lambda x: x @ x, 3 * 2 * 16**3),
+        (lambda x: x[0, 0] @ x[0, 0], 2 * 16**3),
+        (lambda x: (x + 1j) @ (x + 1j), 4 * 3 * 2 * 16**3),
+        (lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=(16, 16)), 2 * 3 * 2.5 * 256 * 8),
+        (lambda x: torch.fft.irfft(torch.fft.rfft(x[..., :15]), n=15), 2 * 3 * 16 * 2.5 * 15 * math.log2(15)),
+    ],
+)
+def test_counts_of_flops(monkeypatch, layer, flops):
+    class Net(nn.Module):
+        in_channels = 3
+
+        def forward(self, x, t, y):
+            return layer(x)
+
+    monkeypatch.setattr(overlay, "SIDE", 16)
+    assert overlay.forward_flops(Net()) == pytest.approx(flops, abs=1)
 
 
 def test_diff_of_what_it_cannot_compare(checkout):
