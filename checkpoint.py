@@ -28,15 +28,17 @@ def save_checkpoint(path, **contents):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"could not write the checkpoint {path}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full, PyTorch's writer speaks of positions, after the OSError that says so.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"could not write the checkpoint {path}: {reason}") from error
     finally:
         with suppress(OSError):
             partial.unlink()
 
 
-def load_checkpoint(path):
-    """(weights, args) of a checkpoint: its EMA's state dict if it has one, and its settings as a dict.
+def read_checkpoint(path):
+    """The dict in a file; an empty one for a file of something else.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
@@ -47,7 +49,13 @@ def load_checkpoint(path):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise ValueError(f"{path} is not a whole checkpoint of tensors: it is damaged, cut short or something else") from error
-    contents = contents if isinstance(contents, dict) else {}
+    return contents if isinstance(contents, dict) else {}
+
+
+def load_checkpoint(path):
+    """(weights, args) of a checkpoint: its EMA's state dict if it has one, and its settings as a dict. ValueError for
+    anything else."""
+    contents = read_checkpoint(path)
     weights = contents.get("ema", contents.get("model", contents))
     weights = weights if isinstance(weights, dict) else {}
     needed = READ_FROM_UNET if READ_FROM_UNET[0] in weights else READ_FROM

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from typing import NamedTuple
 
@@ -19,6 +20,27 @@ class Processes(NamedTuple):
     def barrier(self):
         if self.size > 1:
             dist.barrier()
+
+    def any(self, *flags):
+        """Which of the flags are true on some process."""
+        if self.size == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return tuple(map(bool, raised.tolist()))
+
+    def mean(self, x):
+        """The mean over all processes of a tensor, which is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x / self.size
+
+    def share(self, value):
+        """What rank 0 has, on every process."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -43,7 +65,7 @@ def launch(command, args):
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}")
     except RuntimeError as error:
         # Where another process has ended with its own message, all that is left to say is that it did.
-        if sys.flags.dev_mode or not dist.is_initialized() or "Connection closed by peer" not in str(error):
+        if sys.flags.dev_mode or not dist.is_initialized() or not re.search("onnection (closed|reset) by peer", str(error)):
             raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: stopped, because another process did")
     finally:

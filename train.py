@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-from copy import deepcopy
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
@@ -18,21 +17,20 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import save_checkpoint
 from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch, positive
+from resume import find_run, forget_what_came_after, restore, save_run, shelter, stop_signals
+from update import PRECISIONS, create_learner, in_precision, update
 from vae import open_space
 
-EMA_DECAY = 0.9999
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
 logger = logging.getLogger("train")
 
@@ -61,51 +59,56 @@ def main(args, processes):
         mixer=args.mixer,
         **mixer_options(args),
     )
-    folder = None
+    run = find_run(args, processes)
+    folder, first = None, run["step"] if run else 0
     if processes.rank == 0:
-        folder = create_experiment(args)
-        logger.info(f"Experiment directory created at {folder}")
+        folder = run["path"].parent.parent if run else create_experiment(args)
+        log_to(logging.FileHandler(folder / "log.txt"))
+        logger.setLevel(logging.INFO)
+        logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
     space.load(device)
 
-    model.to(device).train()
-    ema = deepcopy(model).eval().requires_grad_(False)
+    learner = create_learner(model, args, device)
+    if run:
+        restore(learner, run)
+        if processes.rank == 0:
+            forget_what_came_after(run)
+        logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
     replica = DistributedDataParallel(model) if processes.size > 1 else model
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
+    network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
     loader = make_loader(dataset, args, processes)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
 
     def save(step):
         if processes.rank == 0:
-            path = folder / "checkpoints" / f"{step:07d}.pt"
-            contents = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), args=vars(args))
-            save_checkpoint(path, **contents)
-            logger.info(f"Saved checkpoint to {path}")
+            logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args)}")
 
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, start = [], perf_counter()
-    progress = tqdm(islice(epochs(loader, save), total), total=total, unit="step", mininterval=0.5, disable=processes.rank > 0)
-    for step, (images, labels) in enumerate(progress, start=1):
-        batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, objective)
-        loss = objective.training_losses(replica, **batch)["loss"].mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        update_ema(ema, model, step)
-
-        losses.append(loss.detach())
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-        if step % args.log_every == 0 or step == total:
-            log_interval(step, losses, perf_counter() - start, args, processes, folder)
-            losses, start = [], perf_counter()
-        if step % args.ckpt_every == 0 or step == total:
-            save(step)
-            if held_out:
-                log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, folder)
+    with stop_signals() as signals:
+        reader = islice(batches(loader, first, processes, signals, save), max(total - first, 0))
+        progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=processes.rank > 0)
+        for step, (images, labels) in enumerate(progress, start=first + 1):
+            batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, objective)
+            loss = objective.training_losses(network, **batch)["loss"].mean()
+            learner.scaler.scale(loss).backward()
+            loss = processes.mean(loss.detach())
+            update(learner, loss, step)
+            losses.append(loss)
+            if step % 10 == 0:
+                progress.set_postfix(loss=f"{loss.item():.4f}")
+            if step % args.log_every == 0 or step == total:
+                log_interval(step, losses, perf_counter() - start, args, processes, folder)
+                losses, start = [], perf_counter()
+            if step % args.ckpt_every == 0 or step == total:
+                if held_out:
+                    ema = next(iter(learner.averages.values()))
+                    log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, folder)
+                save(step)
     logger.info("Done!")
 
 
@@ -133,7 +136,7 @@ def check(args, processes, dataset, held_out, space):
 
 def make_loader(dataset, args, processes):
     """This process's share of every global batch; an epoch's order is the same for any number of processes."""
-    sampler = DistributedSampler(dataset, processes.size, processes.rank, seed=args.global_seed, drop_last=True)
+    sampler = Order(dataset, processes.size, processes.rank, seed=args.global_seed, drop_last=True)
     workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
     return DataLoader(
         dataset,
@@ -142,24 +145,53 @@ def make_loader(dataset, args, processes):
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=shelter,
         pin_memory=processes.device.type == "cuda",
     )
 
 
-def epochs(loader, save):
-    """Batches without end, in a new order every epoch. If one cannot be read, what was learnt until then is saved."""
-    step = 0
-    for epoch in count():
+class Order(DistributedSampler):
+    """The order of an epoch, from any place in it: images before `first` are not read."""
+
+    first = 0
+
+    def __iter__(self):
+        return islice(super().__iter__(), self.first, None)
+
+
+def epochs(loader, step):
+    """Batches without end, in a new order every epoch, beginning after that of the given step."""
+    start, position = divmod(step, len(loader))
+    for epoch in count(start):
         logger.info(f"Beginning epoch {epoch}...")
         loader.sampler.set_epoch(epoch)
+        loader.sampler.first = position * loader.batch_size
+        yield from loader
+        position = 0
+
+
+def batches(loader, first, processes, signals, save):
+    """Batches for all processes alike, beginning after that of step `first`.
+
+    When one process cannot read an image or is sent a signal, all of them stop, with what was learnt until then saved.
+    """
+    reader = epochs(loader, first)
+    for step in count(first):
+        batch = problem = None
         try:
-            for batch in loader:
-                yield batch
-                step += 1
-        except OSError:
-            if step:
-                save(step)
-            raise
+            batch = next(reader)
+        except OSError as error:
+            problem = error
+        failed, stopped = processes.any(problem is not None, bool(signals))
+        if (failed or stopped) and step > first:
+            save(step)
+            processes.barrier()  # the first process to end takes the others with it
+        if failed:
+            raise problem or OSError("stopped, because another process could not read an image")
+        if stopped:
+            logger.info(f"Stopped after step {step:,} by {' and '.join(signals) or 'a signal to another process'}")
+            raise SystemExit(os.EX_TEMPFAIL)
+        yield batch
 
 
 def draw_batch(images, labels, step, args, processes, flip, space, objective):
@@ -210,14 +242,8 @@ def held_out_loss(model, dataset, args, processes, space):
     return dict(zip(sums, (total / n).tolist()))
 
 
-def update_ema(ema, model, step):
-    """One step of the average, with a decay that rises to EMA_DECAY, lest short runs average their initial weights."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
-
-
 def create_experiment(args):
-    """A new folder results/<index>-<model>, with a copy of the log in it."""
+    """A new folder results/<index>-<model>."""
     root = Path(args.results_dir)
     root.mkdir(parents=True, exist_ok=True)
     taken = [int(entry.name[:3]) for entry in root.iterdir() if entry.name[:3].isdigit()]
@@ -229,8 +255,6 @@ def create_experiment(args):
         except FileExistsError:
             continue  # another run took it just now
     (folder / "checkpoints").mkdir()
-    log_to(logging.FileHandler(folder / "log.txt"))
-    logger.setLevel(logging.INFO)
     return folder
 
 
@@ -240,12 +264,9 @@ def log_to(handler):
 
 
 def log_interval(step, losses, seconds, args, processes, folder):
-    """The mean loss over all processes and the speed since the last line, as text and as a line of JSON."""
-    loss = torch.stack(losses).mean()
-    if processes.size > 1:
-        dist.all_reduce(loss)
+    """The mean loss and the speed since the last line, as text and as a line of JSON."""
     if processes.rank == 0:
-        row = dict(step=step, loss=loss.item() / processes.size, steps_per_sec=len(losses) / seconds)
+        row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
         logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
         append_row(folder, row)
 
@@ -287,6 +308,15 @@ def parse_args(argv=None):
     add("--num-workers", type=int, default=4, help="processes that read images, per training process; at most one per core")
     add("--log-every", type=positive, default=100, help="steps")
     add("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
+    add("--keep-last", type=positive, metavar="K", help="keep the newest K checkpoints only; all unless given")
+    add("--keep-every", type=positive, metavar="STEPS", help="and those of every such step, for good")
+    add(
+        "--resume", metavar="auto|PATH", help="go on with a stopped run: an experiment's folder or a checkpoint in it; auto is "
+        "the last experiment of this model in --results-dir, or a new one if there is none",
+    )  # fmt: skip
+    add("--allow-changes", action="store_true", help="let --resume go on with other settings")
+    add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of the averages of weights; sampling takes the first")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
 

@@ -1,6 +1,9 @@
 """Running the commands in tests: in this process, where it is fast, or under torchrun."""
 
+import logging
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +15,21 @@ from PIL import Image
 import sample
 import sample_ddp
 import train
-from parallel import ALONE
+from parallel import ALONE, launch
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
 FEW_STEPS = ["--num-sampling-steps", "4", "--device", "cpu"]
+
+
+def write_photos(folder):
+    """Forty coloured images in three classes, which may be mirrored."""
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        path = folder / str(i % 3) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(path)
+    return str(folder)
 
 
 def fit(folder, *flags):
@@ -61,3 +74,29 @@ class Colours(torch.nn.Module):
 
     def probabilities(self, pool):
         return (5 * pool).softmax(1)
+
+
+def fork(*flags, processes=1, spoil=None):
+    """Trains in forks of this process, which saves their start-up; each first calls spoil(rank). Returns their statuses, -9
+    for one that was killed."""
+    environment = {}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+
+    def run(rank):
+        torch.set_num_threads(1)
+        os.environ |= environment | ({"RANK": str(rank)} if environment else {})
+        train.log_to(logging.StreamHandler())
+        if spoil:
+            spoil(rank)
+        launch(train.main, train.parse_args([*QUICK, *map(str, flags)]))
+
+    children = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]

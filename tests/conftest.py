@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from commands import write_photos
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 HERE = Path(__file__).parent
 
@@ -38,6 +40,11 @@ def randomize():
         return model
 
     return fill
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos")
 
 
 @pytest.fixture(autouse=True)

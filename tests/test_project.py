@@ -11,7 +11,7 @@ PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_te
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
     "pde_ssm_triton", "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "checkpoint", "download", "data",
-    "images", "parallel", "features", "evaluate", "train", "sample", "sample_ddp", "overlay",
+    "images", "parallel", "features", "evaluate", "update", "resume", "train", "sample", "sample_ddp", "overlay",
 ]  # fmt: skip
 
 

@@ -1,0 +1,173 @@
+"""Going on with a run that was stopped: from which checkpoint, whether with the same settings, and which ones are kept.
+
+Nothing but a checkpoint is needed to go on to the bit: what is random belongs to images and steps, and so does their order.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from checkpoint import read_checkpoint, save_checkpoint
+from update import average_names, tensors
+
+# Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
+FREE = {
+    "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
+    "keep_every", "val_path", "device",
+}  # fmt: skip
+logger = logging.getLogger("train")
+
+
+def checkpoints(experiment):
+    """(step, path) of an experiment's checkpoints, the newest first."""
+    found = [path for path in Path(experiment, "checkpoints").glob("*.pt") if path.stem.isdigit()]
+    return sorted(((int(path.stem), path) for path in found), reverse=True)
+
+
+def find_checkpoint(resume, args):
+    """The checkpoint that --resume means: a file, or the newest whole one of an experiment's folder; with "auto" of the last
+    experiment in --results-dir that has any, where None says that there is none.
+
+    ValueError or OSError if what was named cannot be gone on from, or all checkpoints are damaged.
+    """
+    if resume == "auto":
+        name = re.compile(rf"\d{{3,}}-{re.escape(args.model.replace('/', '-'))}")
+        root = Path(args.results_dir)
+        experiments = [entry for entry in root.iterdir() if name.fullmatch(entry.name)] if root.is_dir() else []
+        experiments = [entry for entry in experiments if checkpoints(entry)]
+        if not experiments:
+            return None
+        resume = max(experiments, key=lambda entry: int(entry.name.partition("-")[0]))
+    resume = Path(resume)
+    if resume.suffix == ".pt":
+        check_whole(resume)
+        if resume.parent.name != "checkpoints" or not resume.stem.isdigit():
+            raise ValueError(f"--resume {resume}: a run goes on from a file <step>.pt in its folder's checkpoints")
+        newer = [path.name for step, path in checkpoints(resume.parent.parent) if step > int(resume.stem)]
+        if newer:
+            raise ValueError(f"--resume {resume}: there are newer ones, {', '.join(newer)}; to go on from here, move them away")
+        return resume
+    if not checkpoints(resume):
+        raise FileNotFoundError(f"--resume {resume}: no checkpoints/<step>.pt in it")
+    for _, path in checkpoints(resume):
+        try:
+            check_whole(path)
+            return path
+        except ValueError as error:
+            logger.warning(f"{error}; going on from the one before")
+    raise ValueError(f"--resume {resume}: no checkpoint in it is whole")
+
+
+def check_whole(path):
+    """ValueError for a checkpoint of which a byte is missing or has changed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged ({damaged})")
+
+
+def find_run(args, processes):
+    """What the checkpoint that --resume means holds, its path and step among it; None where a new run is to begin.
+
+    ValueError that names every setting that is not what it was and decides about the weights, unless --allow-changes.
+    """
+    path = processes.share(find_checkpoint(args.resume, args) if args.resume and processes.rank == 0 else None)
+    if path is None:
+        return None
+    contents = read_checkpoint(path)
+    if missing := {"model", "ema", "opt", "args", "step", "scaler"} - contents.keys():
+        raise ValueError(f"--resume {path}: no run can go on from it, it lacks {', '.join(sorted(missing))}")
+    changes = changed_settings(contents["args"], vars(args))
+    if changes and not args.allow_changes:
+        raise ValueError(f"{path} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
+    return contents | dict(path=path, changes=changes)
+
+
+def changed_settings(before, now):
+    names = [name for name in now if name in before and name not in FREE and before[name] != now[name]]
+    return [f"--{name.replace('_', '-')} was {before[name]} and is {now[name]}" for name in names]
+
+
+def restore(learner, run):
+    """Makes the learner what it was. ValueError if the checkpoint's tensors are not the learner's."""
+    names = [name for name, _ in learner.model.named_parameters()]
+    moments = {names[number]: state for number, state in run["opt"]["state"].items()}
+    fill(tensors(learner), run | dict(opt=moments), run["path"])
+    learner.scaler.load_state_dict(run["scaler"])
+
+
+def fill(values, stored, path):
+    """Copies tensors into those of the same name, in dicts of dicts."""
+    for name, value in values.items():
+        if name not in stored:
+            raise ValueError(f"{path} does not fit: {name} is missing")
+        if isinstance(value, dict):
+            fill(value, stored[name], path)
+        elif value.shape != stored[name].shape:
+            raise ValueError(f"{path} does not fit: {name} is {tuple(stored[name].shape)}, not {tuple(value.shape)}")
+        else:
+            value.copy_(stored[name])
+
+
+def save_run(experiment, step, learner, args):
+    """Writes a checkpoint, deletes those that are not to be kept, and returns its path."""
+    path = Path(experiment, "checkpoints", f"{step:07d}.pt")
+    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner).items()}
+    state = dict(opt=learner.opt.state_dict(), args=vars(args), step=step, scaler=learner.scaler.state_dict())
+    save_checkpoint(path, model=learner.model.state_dict(), **averages, **state)
+    keep(experiment, args.keep_last, args.keep_every)
+    return path
+
+
+def keep(experiment, last, every):
+    """Deletes all checkpoints but the newest `last` and those of every `every`-th step; with last None, none."""
+    for step, path in checkpoints(experiment)[last:] if last else []:
+        if not every or step % every:
+            path.unlink()
+
+
+def forget_what_came_after(run):
+    """Takes out of an experiment's folder what the checkpoint does not know: later lines of log.jsonl, which will come again,
+    and files that a kill left half written."""
+    for partial in run["path"].parent.glob("*.partial"):
+        partial.unlink()
+    log = run["path"].parent.parent / "log.jsonl"
+    kept = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):  # a line that was cut short
+            kept += [line + "\n"] if json.loads(line)["step"] <= run["step"] else []
+    partial = Path(f"{log}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, log)
+
+
+@contextmanager
+def stop_signals():
+    """A list that fills with the names of the signals by which clusters announce an end, instead of ending by them."""
+    received = []
+
+    def note(number, frame):
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def shelter(worker):
+    """For processes that read images: signals to a whole group of processes are for the one they read for, which ends them."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,313 @@
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+from functools import cache, partial
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import resume
+import train
+from checkpoint import read_checkpoint
+from commands import ALONE, QUICK, fork, write_photos
+from models import DiT_models
+
+TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
+STEPS = 14
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_update(number, act=die):
+    """Does something right before an update."""
+
+    def spoil(update=train.update):
+        def wrapped(learner, loss, step, *rest):
+            if step == number:
+                act()
+            return update(learner, loss, step, *rest)
+
+        train.update = wrapped
+
+    return spoil
+
+
+def half_written(number):
+    """Dies when a part of that checkpoint is on the disk."""
+
+    def spoil(write=torch.save):
+        def wrapped(contents, file):
+            if contents["step"] != number:
+                return write(contents, file)
+            write(contents, file)
+            file.truncate(file.tell() // 2)
+            die()
+
+        checkpoint.torch.save = wrapped
+
+    return spoil
+
+
+def before_renaming(number):
+    def spoil(replace=os.replace):
+        os.replace = lambda a, b: die() if str(b).endswith(f"{number:07d}.pt") else replace(a, b)
+
+    return spoil
+
+
+def before_deleting(number):
+    def spoil(keep=resume.keep):
+        resume.keep = lambda experiment, *a: die() if resume.checkpoints(experiment)[0][0] == number else keep(experiment, *a)
+
+    return spoil
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def assert_same(one, other):
+    """Equal to the last bit, in dicts of whatever."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same(one[name], other[name])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*/checkpoints/*"))
+
+
+def learnt(folder, step=STEPS):
+    """All of a checkpoint but its settings."""
+    (path,) = folder.glob(f"*/checkpoints/{step:07d}.pt")
+    contents = read_checkpoint(path)
+    return {name: contents[name] for name in contents if name != "args"}
+
+
+def rows(folder):
+    return [json.loads(line) for line in max(folder.iterdir()).joinpath("log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in rows(folder)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shallow():
+    """Two layers are enough to stop and go on, and a kill takes no disk along."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setitem(train.MODELS, "DiT-N/8", partial(DiT_models["DiT-N/8"], depth=2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, images):
+    """calm(processes): the folder of a run that nothing disturbed, three epochs of five steps, without the last."""
+
+    @cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp("calm")
+        flags = [*TINY, "--data-path", images, "--max-steps", STEPS, "--num-workers", 0, "--results-dir", folder]
+        assert fork(*flags, processes=processes) == [0] * processes
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def flags(tmp_path, images):
+    """Of a run that may be disturbed."""
+    return [*TINY, "--data-path", images, "--max-steps", STEPS, "--results-dir", tmp_path / "r", "--num-workers", 0]
+
+
+@pytest.fixture
+def begun(calm, tmp_path):
+    """A copy of the folder with a run's checkpoints of steps 4, 8, 12 and 14."""
+    return shutil.copytree(calm(1), tmp_path / "r")
+
+
+def again(flags, *more):
+    train.main(train.parse_args([*map(str, [*QUICK, *flags, *more])]), ALONE)
+
+
+KILLS = [at_update(3), at_update(7), half_written(8), before_renaming(8), before_deleting(12), at_update(14)]
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 0)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, flags, tmp_path, processes, workers):
+    """Weights, averages and AdamW's moments, to the last bit. Here one process lets another one read its images."""
+    flags = [*flags, "--num-workers", workers, "--resume", "auto", "--keep-last", 2]
+    for number, kill in enumerate(KILLS):
+        victim = number % processes if kill.__qualname__.startswith("at_update") else 0  # only rank 0 writes
+        statuses = fork(*flags, processes=processes, spoil=lambda rank: kill() if rank == victim else None)  # noqa: B023
+        assert statuses[victim] == -signal.SIGKILL, number
+    assert fork(*flags, processes=processes) == [0] * processes
+    assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
+    assert losses(calm(processes)).items() == losses(tmp_path / "r").items()
+    assert names(tmp_path / "r") == ["0000012.pt", "0000014.pt"]
+
+
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, number):
+    """The signal goes to all of a process's group, its reader among them, but to one process only."""
+
+    def spoil(rank):
+        os.setpgid(0, 0)
+        if rank == processes - 1:
+            at_update(6, lambda: os.killpg(0, number))()
+
+    assert fork(*flags, "--num-workers", 1, processes=processes, spoil=spoil) == [os.EX_TEMPFAIL] * processes
+    assert names(tmp_path / "r") == ["0000004.pt", "0000006.pt"]
+    by = number.name if processes == 1 else "a signal to another process"
+    assert f"Stopped after step 6 by {by}" in capfd.readouterr().err
+    assert fork(*flags, "--resume", tmp_path / "r" / "000-DiT-N-8", processes=processes) == [0] * processes
+    assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
+
+
+def test_images_that_were_seen_are_not_read_again(flags, begun, monkeypatch):
+    read = []
+    get = data.TrainingImages.__getitem__
+    monkeypatch.setattr(data.TrainingImages, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    again(flags, "--resume", begun / "000-DiT-N-8", "--max-steps", 16)
+    assert len(read) == 2 * 8
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, emptied], ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(calm, flags, begun, caplog, damage):
+    newest = begun / "000-DiT-N-8" / "checkpoints" / "0000014.pt"
+    damage(newest)
+    with pytest.raises(ValueError, match=r"0000014\.pt is damaged"):
+        again(flags, "--resume", newest)
+    again(flags, "--resume", "auto")
+    assert "0000014.pt is damaged" in caplog.text
+    assert "Going on after step 12" in caplog.text
+    assert_same(learnt(calm(1)), learnt(begun))
+    for path in newest.parent.iterdir():
+        damage(path)
+    with pytest.raises(ValueError, match="no checkpoint in it is whole"):
+        again(flags, "--resume", begun / "000-DiT-N-8")
+
+
+def test_other_settings_are_named_and_stop(calm, flags, begun):
+    folder = begun / "000-DiT-N-8"
+    changed = ["--resume", folder, "--lr", 0.5, "--mixer", "pdessm", "--max-steps", 15, "--log-every", 1]
+    message = "--mixer was attention and is pdessm; --lr was 0.001 and is 0.5; --allow-changes goes on all the same"
+    before = rows(begun)
+    with pytest.raises(ValueError, match=message):
+        again(flags, *changed)
+    with pytest.raises(ValueError, match=r"0000014\.pt does not fit: blocks\.0\.attn\.\S+ is missing"):
+        again(flags, *changed, "--allow-changes")
+    assert rows(begun) == before
+    again(flags, *changed, "--mixer", "attention", "--allow-changes")
+    assert learnt(begun, 15)["opt"]["param_groups"][0]["lr"] == 0.5
+    moved = learnt(begun, 15)["model"]["pos_embed"], learnt(begun, 15)["model"]["x_embedder.proj.bias"]
+    was = learnt(calm(1))["model"]["pos_embed"], learnt(calm(1))["model"]["x_embedder.proj.bias"]
+    assert torch.equal(moved[0], was[0])
+    assert (moved[1] - was[1]).abs().max() > 0.05
+
+
+def test_a_finished_run_has_nothing_to_do(flags, begun, caplog):
+    before = names(begun)
+    again(flags, "--resume", "auto", "--max-steps", 10)
+    assert names(begun) == before
+    assert "Done!" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("r/001-DiT-N-8", "001-DiT-N-8: no checkpoints/<step>.pt in it"),
+        ("r/000-DiT-N-8/checkpoints/0000013.pt", r"no checkpoint at .*0000013\.pt"),
+        ("r/000-DiT-N-8/checkpoints/0000008.pt", r"newer ones, 0000014\.pt, 0000012\.pt; to go on from here, move them away"),
+        ("r/000-DiT-N-8/log.txt", "log.txt: no checkpoints/<step>.pt in it"),
+        ("elsewhere.pt", "a run goes on from a file <step>.pt in its folder's checkpoints"),
+        ("r/public/checkpoints/0000001.pt", "no run can go on from it, it lacks scaler, step"),
+    ],
+)
+def test_what_no_run_can_go_on_from(flags, begun, tmp_path, resume, message):
+    shutil.copy(begun / "000-DiT-N-8" / "checkpoints" / "0000014.pt", tmp_path / "elsewhere.pt")
+    public = begun / "public" / "checkpoints" / "0000001.pt"
+    public.parent.mkdir(parents=True)
+    torch.save(dict(model={}, ema={}, opt={}, args={}), public)
+    with pytest.raises((ValueError, OSError), match=message):
+        again(flags, "--resume", tmp_path / resume)
+
+
+def test_the_last_and_every_so_many_steps_checkpoints_are_kept(flags, tmp_path):
+    again(flags, "--ckpt-every", 1, "--keep-last", 2, "--keep-every", 5)
+    assert names(tmp_path / "r") == [f"{step:07d}.pt" for step in (5, 10, 13, 14)]
+
+
+def test_the_log_is_that_of_the_weights(flags, begun):
+    log = begun / "000-DiT-N-8" / "log.jsonl"
+    whole = rows(begun)
+    for path in sorted(log.parent.glob("checkpoints/*"))[2:]:
+        path.unlink()
+    (log.parent / "checkpoints" / "0000012.pt.123.partial").write_bytes(b"cut")
+    with open(log, "a") as file:
+        file.write('{"step": 15, "los')
+    again(flags, "--resume", "auto")
+    assert [(row["step"], row["loss"]) for row in rows(begun)] == [(row["step"], row["loss"]) for row in whole]
+    assert names(begun) == ["0000004.pt", "0000008.pt", "0000012.pt", "0000014.pt"]
+
+
+def test_what_was_learnt_is_saved_when_another_process_meets_a_bad_image(flags, tmp_path, capfd):
+    """Batch 6 is read by the process that does not write checkpoints."""
+
+    def spoil(rank, get=data.TrainingImages.__getitem__):
+        reads = []
+
+        def read(self, index):
+            reads.append(index)
+            if rank == 1 and len(reads) > 5 * 4:
+                raise OSError("cannot read the image x.png")
+            return get(self, index)
+
+        data.TrainingImages.__getitem__ = read
+
+    assert fork(*flags, processes=2, spoil=spoil) == [1, 1]
+    assert names(tmp_path / "r") == ["0000004.pt", "0000005.pt"]
+    errors = re.findall(r"error: (.*)", capfd.readouterr().err)
+    assert sorted(errors) == ["cannot read the image x.png", "stopped, because another process could not read an image"]
+
+
+def test_a_full_disk_is_named_and_takes_no_checkpoint_along(flags, begun, capfd):
+    room = 2 * (begun / "000-DiT-N-8" / "checkpoints" / "0000004.pt").stat().st_size // 3
+    before = {path: path.read_bytes() for path in begun.glob("*/checkpoints/*")}
+
+    def spoil(rank):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    assert fork(*flags, "--resume", "auto", "--max-steps", 15, spoil=spoil) == [1]
+    assert {path: path.read_bytes() for path in begun.glob("*/checkpoints/*")} == before
+    assert re.search(r"error: could not write the checkpoint .*/0000015\.pt: .*File too large", capfd.readouterr().err)

@@ -1,0 +1,90 @@
+"""One update of the weights, and all that it changes."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Learner(NamedTuple):
+    """The model; by decay, averages of its weights; the optimiser; and what keeps float16's gradients in range."""
+
+    model: nn.Module
+    averages: dict
+    opt: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def create_learner(model, args, device):
+    """A learner that has learnt nothing yet, on that device."""
+    model.to(device).train()
+    averages = {decay: deepcopy(model).eval().requires_grad_(False) for decay in args.ema_decay}
+    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        # As the optimiser would at its first step; a checkpoint is read into it.
+        opt.state[parameter] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter))
+        opt.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+    return Learner(model, averages, opt, scaler)
+
+
+def average_names(learner):
+    """The first average is a checkpoint's `ema`, as DiT has it, the others are `ema_<decay>`."""
+    return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(learner.averages)}
+
+
+def tensors(learner):
+    """All tensors that updates change, by name, as they lie in memory: who writes into them changes the learner."""
+    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner).items()}
+    moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
+    return dict(model=learner.model.state_dict(), **averages, opt=moments)
+
+
+def in_precision(network, precision, device):
+    """The network with its matrix products in that precision; parameters, inputs and outputs stay float32."""
+    if precision == "fp32":
+        return network
+
+    def run(x, t, **kwargs):
+        with torch.autocast(device.type, PRECISIONS[precision]):
+            return network(x, t, **kwargs).float()
+
+    return run
+
+
+def without_exchange(replica):
+    """A context in which backward() only adds to this process's own gradients; the next one outside it exchanges the sum."""
+    return replica.no_sync() if hasattr(replica, "no_sync") else nullcontext()
+
+
+def update(learner, loss, step, max_norm=None):
+    """One step of the optimiser and of the averages with the gradients that are there, scaled down to max_norm.
+
+    Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite.
+    """
+    model, averages, opt, scaler = learner
+    scaler.unscale_(opt)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    finite = bool((norm + loss).isfinite())
+    if finite:
+        if max_norm:
+            clip_grads_with_norm_(parameters, max_norm, norm)
+        scaler.step(opt)
+        for decay, average in averages.items():
+            update_ema(average, model, step, decay)
+    scaler.update()
+    opt.zero_grad()
+    return finite
+
+
+def update_ema(ema, model, step, decay):
+    """One step of the average, with a decay that rises to `decay`, lest short runs average their initial weights."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
