@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import Mlp, PatchEmbed
 from torch import nn
 from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint
 
 from backbones import Backbone, drop_labels
 from backbones.unet import UNet
@@ -177,7 +178,7 @@ class DiT(Backbone):
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
         x = self.x_embedder(x) + self.pos_embed                            # (B, N, D), N = h w
         for block in self.blocks:
-            x = block(x, c)                                                # (B, N, D)
+            x = checkpoint(block, x, c, use_reentrant=False) if self.recompute and self.training else block(x, c)
         x = self.final_layer(x, c)                                         # (B, N, p p C)
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (h, w))                # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)        # (B, C, H, W)

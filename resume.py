@@ -18,7 +18,7 @@ from update import average_names, tensors
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
-    "keep_every", "val_path", "device",
+    "keep_every", "val_path", "device", "compile", "grad_checkpointing", "grad_accum", "max_skipped",
 }  # fmt: skip
 logger = logging.getLogger("train")
 

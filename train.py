@@ -28,7 +28,7 @@ from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch, positive
 from resume import find_run, forget_what_came_after, restore, save_run, shelter, stop_signals
-from update import PRECISIONS, create_learner, in_precision, update
+from update import PRECISIONS, create_learner, exchange_gradients, in_precision, update
 from vae import open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
@@ -36,8 +36,8 @@ logger = logging.getLogger("train")
 
 
 def main(args, processes):
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    torch.manual_seed(args.global_seed)         # the same initial weights on every process
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.manual_seed(args.global_seed)  # the same initial weights on every process
     device = processes.device
     space = open_space(args.vae)
     if args.dataset and processes.rank > 0:
@@ -88,17 +88,27 @@ def main(args, processes):
             logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args)}")
 
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
-    losses, start = [], perf_counter()
+    losses, skipped, start = [], 0, perf_counter()
     with stop_signals() as signals:
         reader = islice(batches(loader, first, processes, signals, save), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=processes.rank > 0)
         for step, (images, labels) in enumerate(progress, start=first + 1):
-            batch = draw_batch(images.to(device), labels.to(device), step, args, processes, dataset.flip, space, objective)
-            loss = objective.training_losses(network, **batch)["loss"].mean()
-            learner.scaler.scale(loss).backward()
-            loss = processes.mean(loss.detach())
-            update(learner, loss, step)
-            losses.append(loss)
+            loss = torch.zeros((), device=device)
+            for part in range(args.grad_accum):
+                x, y = images.chunk(args.grad_accum)[part].to(device), labels.chunk(args.grad_accum)[part].to(device)
+                batch = draw_batch(x, y, step, args, processes, dataset.flip, space, objective, part)
+                with exchange_gradients(replica, part == args.grad_accum - 1):
+                    terms = objective.training_losses(network, **batch)
+                    part_loss = terms["loss"].mean() / args.grad_accum
+                    learner.scaler.scale(part_loss).backward()
+                loss += part_loss.detach()
+            loss = processes.mean(loss)
+            if update(learner, loss, step, args.max_grad_norm):
+                losses.append(loss)
+                skipped = 0
+            else:
+                skipped += 1
+                log_skipped(step, skipped, batch_indices(step, loader, args), args, processes, folder)
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
             if step % args.log_every == 0 or step == total:
@@ -118,8 +128,9 @@ def check(args, processes, dataset, held_out, space):
     if args.image_size % least:
         parts = f"{stride(args.model)} of {args.model}" + (f" x {space.factor} of the VAE" if space.factor > 1 else "")
         raise ValueError(f"--image-size {args.image_size} is not divisible by {least} ({parts})")
-    if args.global_batch_size % processes.size:
-        raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {processes.size} processes")
+    if args.global_batch_size % (processes.size * args.grad_accum):
+        parts = f"{processes.size} processes" + (f" x {args.grad_accum} of --grad-accum" if args.grad_accum > 1 else "")
+        raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {parts}")
     if len(dataset) < args.global_batch_size:
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
@@ -194,12 +205,20 @@ def batches(loader, first, processes, signals, save):
         yield batch
 
 
-def draw_batch(images, labels, step, args, processes, flip, space, objective):
-    """The arguments of training_losses, with everything random drawn from a generator per image.
+def batch_indices(step, loader, args):
+    """Which images of the data set all processes together see at a step."""
+    epoch, position = divmod(step - 1, len(loader))
+    order = DistributedSampler(loader.dataset, 1, 0, seed=args.global_seed)
+    order.set_epoch(epoch)
+    return list(order)[position * args.global_batch_size :][: args.global_batch_size]
+
+
+def draw_batch(images, labels, step, args, processes, flip, space, objective, part=0):
+    """The arguments of training_losses for a part of a step's images, with everything random drawn from a generator per image.
 
     The n-th image that a run sees gets the n-th generator, whichever process it lands on.
     """
-    first = (step - 1) * args.global_batch_size + processes.rank
+    first = (step - 1) * args.global_batch_size + part * len(images) * processes.size + processes.rank
     numbers = range(first, first + len(images) * processes.size, processes.size)
     noise = PerImageNoise(image_seeds(args.global_seed, numbers, "training"), images.device)
     mirrored, dropped, time = noise.rand(3).unbind(1)
@@ -265,10 +284,23 @@ def log_to(handler):
 
 def log_interval(step, losses, seconds, args, processes, folder):
     """The mean loss and the speed since the last line, as text and as a line of JSON."""
-    if processes.rank == 0:
+    if processes.rank == 0 and losses:
         row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
         logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
         append_row(folder, row)
+
+
+def log_skipped(step, in_a_row, indices, args, processes, folder):
+    """Says of which images a step made nothing finite. ValueError after too many such steps."""
+    if processes.rank == 0:
+        logger.info(f"(step={step:07d}) Skipped, {in_a_row} in a row: the loss or a gradient is not finite")
+        append_row(folder, dict(step=step, skipped=in_a_row, images=indices))
+    if in_a_row == args.max_skipped:
+        some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+        raise ValueError(
+            f"steps {step - in_a_row + 1} to {step} had no finite loss and gradient, the last one with images {some} of the "
+            "data set; log.jsonl has all of them; a lower --lr, --max-grad-norm or --precision fp32 may help"
+        )
 
 
 def log_held_out(step, losses, processes, folder):
@@ -317,6 +349,12 @@ def parse_args(argv=None):
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
     add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of the averages of weights; sampling takes the first")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster float32 products, with rounding of 1e-3")
+    add("--compile", action="store_true", help="by torch.compile")
+    add("--grad-checkpointing", action="store_true", help="compute blocks twice instead of keeping their values: less memory")
+    add("--grad-accum", type=positive, default=1, metavar="PARTS", help="of a process's batch, one at a time: less memory")
+    add("--max-grad-norm", type=float, help="scale larger gradients down to this norm")
+    add("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
 

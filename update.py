@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -24,6 +25,8 @@ class Learner(NamedTuple):
 def create_learner(model, args, device):
     """A learner that has learnt nothing yet, on that device."""
     model.to(device).train()
+    if args.grad_checkpointing:
+        model.checkpoint_gradients()
     averages = {decay: deepcopy(model).eval().requires_grad_(False) for decay in args.ema_decay}
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -31,6 +34,8 @@ def create_learner(model, args, device):
         # As the optimiser would at its first step; a checkpoint is read into it.
         opt.state[parameter] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter))
         opt.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+    if args.compile:
+        model.compile()
     return Learner(model, averages, opt, scaler)
 
 
@@ -58,9 +63,9 @@ def in_precision(network, precision, device):
     return run
 
 
-def without_exchange(replica):
-    """A context in which backward() only adds to this process's own gradients; the next one outside it exchanges the sum."""
-    return replica.no_sync() if hasattr(replica, "no_sync") else nullcontext()
+def exchange_gradients(replica, now):
+    """A context for forward and backward passes, in which processes add up their gradients now, or keep them for later."""
+    return replica.no_sync() if isinstance(replica, DistributedDataParallel) and not now else nullcontext()
 
 
 def update(learner, loss, step, max_norm=None):

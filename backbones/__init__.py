@@ -12,6 +12,12 @@ class Backbone(nn.Module):
     null class, or leaves it to chance in training.
     """
 
+    recompute = False
+
+    def checkpoint_gradients(self):
+        """From now on training keeps what enters a block only, and computes the rest again when it needs gradients."""
+        self.recompute = True
+
     def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
         """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
 

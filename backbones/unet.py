@@ -37,6 +37,9 @@ class UNet(Backbone):
         self.input_size = self.check_size(input_size)
         return self
 
+    def checkpoint_gradients(self):
+        self.net.enable_gradient_checkpointing()
+
     def forward(self, x, t, y, drop=None):                                 # (B, C, H, W), (B,), (B,), (B,) bool or None
         y = drop_labels(y, drop, self.num_classes, self.class_dropout_prob * self.training)
         return self.net(x, t, y).sample                                    # (B, out_channels, H, W)
