@@ -12,6 +12,7 @@ from diffusion import PATHS
 from mixers import MIXERS
 from models import MODELS, DiT_models, UNets
 from pde_ssm import options_from_weights
+from sharded import read_settings, read_whole
 from vae import open_space
 
 # What settings_from_weights reads of a DiT and of a U-Net.
@@ -38,10 +39,12 @@ def save_checkpoint(path, **contents):
 
 
 def read_checkpoint(path):
-    """The dict in a file; an empty one for a file of something else.
+    """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, ema and args.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
+    if os.path.isdir(path):
+        return dict(ema=read_whole(path, "ema"), args=read_settings(path)["args"])
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:

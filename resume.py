@@ -7,25 +7,31 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from torch.distributed.tensor import DTensor, distribute_tensor
+
 from checkpoint import read_checkpoint, save_checkpoint
-from update import average_names, tensors
+from sharded import check_pieces, load_sharded, read_settings, save_sharded
+from update import tensors
 
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "grad_checkpointing", "grad_accum", "max_skipped",
+    "parallel",
 }  # fmt: skip
+KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
 logger = logging.getLogger("train")
 
 
 def checkpoints(experiment):
     """(step, path) of an experiment's checkpoints, the newest first."""
-    found = [path for path in Path(experiment, "checkpoints").glob("*.pt") if path.stem.isdigit()]
+    found = [path for path in Path(experiment, "checkpoints").glob("*.*") if path.suffix in KINDS and path.stem.isdigit()]
     return sorted(((int(path.stem), path) for path in found), reverse=True)
 
 
@@ -44,7 +50,7 @@ def find_checkpoint(resume, args):
             return None
         resume = max(experiments, key=lambda entry: int(entry.name.partition("-")[0]))
     resume = Path(resume)
-    if resume.suffix == ".pt":
+    if resume.suffix in KINDS:
         check_whole(resume)
         if resume.parent.name != "checkpoints" or not resume.stem.isdigit():
             raise ValueError(f"--resume {resume}: a run goes on from a file <step>.pt in its folder's checkpoints")
@@ -65,6 +71,8 @@ def find_checkpoint(resume, args):
 
 def check_whole(path):
     """ValueError for a checkpoint of which a byte is missing or has changed."""
+    if path.is_dir():
+        return check_pieces(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -84,8 +92,10 @@ def find_run(args, processes):
     path = processes.share(find_checkpoint(args.resume, args) if args.resume and processes.rank == 0 else None)
     if path is None:
         return None
-    contents = read_checkpoint(path)
-    if missing := {"model", "ema", "opt", "args", "step", "scaler"} - contents.keys():
+    sharded = path.suffix == ".dcp"  # its tensors are read later, every process's part into its place
+    contents = read_settings(path) if sharded else read_checkpoint(path)
+    needed = {"args", "step", "scaler"} if sharded else {"args", "step", "scaler", "model", "ema", "opt"}
+    if missing := needed - contents.keys():
         raise ValueError(f"--resume {path}: no run can go on from it, it lacks {', '.join(sorted(missing))}")
     changes = changed_settings(contents["args"], vars(args))
     if changes and not args.allow_changes:
@@ -100,9 +110,12 @@ def changed_settings(before, now):
 
 def restore(learner, run):
     """Makes the learner what it was. ValueError if the checkpoint's tensors are not the learner's."""
-    names = [name for name, _ in learner.model.named_parameters()]
-    moments = {names[number]: state for number, state in run["opt"]["state"].items()}
-    fill(tensors(learner), run | dict(opt=moments), run["path"])
+    if run["path"].suffix == ".dcp":
+        load_sharded(run["path"], tensors(learner))
+    else:
+        names = [name for name, _ in learner.model.named_parameters()]
+        moments = {names[number]: state for number, state in run["opt"]["state"].items()}
+        fill(tensors(learner), run | dict(opt=moments), run["path"])
     learner.scaler.load_state_dict(run["scaler"])
 
 
@@ -115,17 +128,22 @@ def fill(values, stored, path):
             fill(value, stored[name], path)
         elif value.shape != stored[name].shape:
             raise ValueError(f"{path} does not fit: {name} is {tuple(stored[name].shape)}, not {tuple(value.shape)}")
+        elif isinstance(value, DTensor):
+            value.copy_(distribute_tensor(stored[name], value.device_mesh, value.placements))
         else:
             value.copy_(stored[name])
 
 
-def save_run(experiment, step, learner, args):
-    """Writes a checkpoint, deletes those that are not to be kept, and returns its path."""
-    path = Path(experiment, "checkpoints", f"{step:07d}.pt")
-    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner).items()}
-    state = dict(opt=learner.opt.state_dict(), args=vars(args), step=step, scaler=learner.scaler.state_dict())
-    save_checkpoint(path, model=learner.model.state_dict(), **averages, **state)
-    keep(experiment, args.keep_last, args.keep_every)
+def save_run(experiment, step, learner, args, processes):
+    """Writes a checkpoint, deletes those that are not to be kept, and returns its path. Every process calls it."""
+    contents = dict(args=vars(args), step=step, scaler=learner.scaler.state_dict())
+    path = Path(experiment, "checkpoints", f"{step:07d}.{'dcp' if args.parallel == 'fsdp' else 'pt'}")
+    if args.parallel == "fsdp":
+        save_sharded(path, tensors(learner), **contents)
+    elif processes.rank == 0:
+        save_checkpoint(path, **tensors(learner) | dict(opt=learner.opt.state_dict()), **contents)
+    if processes.rank == 0:
+        keep(experiment, args.keep_last, args.keep_every)
     return path
 
 
@@ -133,14 +151,18 @@ def keep(experiment, last, every):
     """Deletes all checkpoints but the newest `last` and those of every `every`-th step; with last None, none."""
     for step, path in checkpoints(experiment)[last:] if last else []:
         if not every or step % every:
-            path.unlink()
+            delete(path)
+
+
+def delete(path):
+    return shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def forget_what_came_after(run):
     """Takes out of an experiment's folder what the checkpoint does not know: later lines of log.jsonl, which will come again,
     and files that a kill left half written."""
     for partial in run["path"].parent.glob("*.partial"):
-        partial.unlink()
+        delete(partial)
     log = run["path"].parent.parent / "log.jsonl"
     kept = []
     for line in log.read_text().splitlines() if log.exists() else []:

@@ -16,7 +16,6 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,7 +27,7 @@ from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch, positive
 from resume import find_run, forget_what_came_after, restore, save_run, shelter, stop_signals
-from update import PRECISIONS, create_learner, exchange_gradients, in_precision, update
+from update import PRECISIONS, create_learner, exchange_gradients, in_precision, replicate, update
 from vae import open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
@@ -66,26 +65,26 @@ def main(args, processes):
         log_to(logging.FileHandler(folder / "log.txt"))
         logger.setLevel(logging.INFO)
         logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
+    folder = processes.share(folder)
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
     space.load(device)
 
-    learner = create_learner(model, args, device)
+    learner = create_learner(model, args, processes)
     if run:
         restore(learner, run)
         if processes.rank == 0:
             forget_what_came_after(run)
         logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
-    replica = DistributedDataParallel(model) if processes.size > 1 else model
+    replica = replicate(model, args, processes)
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
     loader = make_loader(dataset, args, processes)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
 
     def save(step):
-        if processes.rank == 0:
-            logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args)}")
+        logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes)}")
 
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, skipped, start = [], 0, perf_counter()
@@ -131,6 +130,8 @@ def check(args, processes, dataset, held_out, space):
     if args.global_batch_size % (processes.size * args.grad_accum):
         parts = f"{processes.size} processes" + (f" x {args.grad_accum} of --grad-accum" if args.grad_accum > 1 else "")
         raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {parts}")
+    if args.parallel == "fsdp" and processes.size == 1:
+        raise ValueError("--parallel fsdp has nothing to shard on one process; start several with torchrun, or leave it out")
     if len(dataset) < args.global_batch_size:
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
@@ -239,11 +240,12 @@ def held_out_loss(model, dataset, args, processes, space):
     two steps of one differ by nothing else.
     """
     objective = create_objective(args.objective, path=args.path or "linear")
+    model.eval()  # lest layers of a sharded model, whose weights come and go, keep what they made of older ones
     n = min(len(dataset), HELD_OUT)
     sums = {}
     mine = range(processes.rank, n, processes.size)
-    for start in range(0, len(mine), 64):
-        numbers = mine[start : start + 64]
+    parts = -(-n // (64 * processes.size))  # for every process the same number, as a sharded model needs
+    for numbers in (mine[part::parts] for part in range(parts)):
         images, labels = zip(*(dataset[number * len(dataset) // n] for number in numbers))
         noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
         images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
@@ -349,6 +351,7 @@ def parse_args(argv=None):
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
     add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of the averages of weights; sampling takes the first")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="every process holds the model, or a part (FSDP2)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster float32 products, with rounding of 1e-3")
     add("--compile", action="store_true", help="by torch.compile")
     add("--grad-checkpointing", action="store_true", help="compute blocks twice instead of keeping their values: less memory")

@@ -1,11 +1,15 @@
 """One update of the weights, and all that it changes."""
 
+import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -22,12 +26,16 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def create_learner(model, args, device):
-    """A learner that has learnt nothing yet, on that device."""
+def create_learner(model, args, processes):
+    """A learner that has learnt nothing yet, on this process's device; with --parallel fsdp, this process's part of one."""
+    device = processes.device
     model.to(device).train()
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     averages = {decay: deepcopy(model).eval().requires_grad_(False) for decay in args.ema_decay}
+    if args.parallel == "fsdp":
+        for network in (model, *averages.values()):
+            shard(network, processes)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
@@ -35,8 +43,23 @@ def create_learner(model, args, device):
         opt.state[parameter] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter))
         opt.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
     if args.compile:
-        model.compile()
+        for layer in getattr(model, "blocks", [model]):  # equal blocks are compiled once
+            layer.forward = torch.compile(layer.forward)
     return Learner(model, averages, opt, scaler)
+
+
+def shard(model, processes):
+    """Leaves each process its part of every parameter, which they put together block by block as they compute (FSDP2)."""
+    # What a network returns is a view; nobody writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(processes.device.type, (processes.size,))
+    for layer in (*getattr(model, "blocks", ()), model):
+        fully_shard(layer, mesh=mesh)
+
+
+def replicate(model, args, processes):
+    """What to call instead of the model, so that processes add up their gradients."""
+    return DistributedDataParallel(model) if processes.size > 1 and args.parallel == "ddp" else model
 
 
 def average_names(learner):
@@ -65,6 +88,8 @@ def in_precision(network, precision, device):
 
 def exchange_gradients(replica, now):
     """A context for forward and backward passes, in which processes add up their gradients now, or keep them for later."""
+    if isinstance(replica, FSDPModule):
+        replica.set_requires_gradient_sync(now)
     return replica.no_sync() if isinstance(replica, DistributedDataParallel) and not now else nullcontext()
 
 
@@ -77,7 +102,8 @@ def update(learner, loss, step, max_norm=None):
     scaler.unscale_(opt)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
-    finite = bool((norm + loss).isfinite())
+    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    finite = bool((whole_norm + loss).isfinite())
     if finite:
         if max_norm:
             clip_grads_with_norm_(parameters, max_norm, norm)

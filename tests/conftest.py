@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from commands import write_photos
+from models import MODELS
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 HERE = Path(__file__).parent
@@ -45,6 +47,15 @@ def randomize():
 @pytest.fixture
 def photos(tmp_path):
     return write_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """Two layers of the smallest model are enough to stop and go on, and a kill takes no disk along."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setitem(MODELS, "DiT-N/8", partial(MODELS["DiT-N/8"], depth=2))
+        yield
 
 
 @pytest.fixture(autouse=True)

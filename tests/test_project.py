@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "pde_ssm_triton", "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "checkpoint", "download", "data",
-    "images", "parallel", "features", "evaluate", "update", "resume", "train", "sample", "sample_ddp", "overlay",
+    "pde_ssm_triton", "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "sharded", "checkpoint", "download",
+    "data", "images", "parallel", "features", "evaluate", "update", "resume", "train", "sample", "sample_ddp", "overlay",
 ]  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_imports_flow_one_way(name):
 def test_the_readmes_tree_is_the_tree():
     named = set(re.findall(r"^    (\w[\w./-]*)(?:  |$)", (ROOT / "README.md").read_text(), re.MULTILINE))
     kept = {path.name for path in ROOT.glob("*.py")}
-    kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE"}
+    kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE", "train.slurm"}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
     folders |= {f"{path.parent.name}/{path.name}" for name in ("benchmarks", "reproduce") for path in (ROOT / name).glob("*.*")}
     assert kept | folders == named

@@ -4,7 +4,9 @@ import re
 import resource
 import shutil
 import signal
-from functools import cache, partial
+import subprocess
+import sys
+from functools import cache
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ import data
 import resume
 import train
 from checkpoint import read_checkpoint
-from commands import ALONE, QUICK, fork, write_photos
-from models import DiT_models
+from commands import ALONE, QUICK, ROOT, fork, write_photos
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
 STEPS = 14
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 def die():
@@ -113,15 +115,6 @@ def rows(folder):
 
 def losses(folder):
     return {row["step"]: row["loss"] for row in rows(folder)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shallow():
-    """Two layers are enough to stop and go on, and a kill takes no disk along."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        patch.setitem(train.MODELS, "DiT-N/8", partial(DiT_models["DiT-N/8"], depth=2))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +304,66 @@ def test_a_full_disk_is_named_and_takes_no_checkpoint_along(flags, begun, capfd)
     assert fork(*flags, "--resume", "auto", "--max-steps", 15, spoil=spoil) == [1]
     assert {path: path.read_bytes() for path in begun.glob("*/checkpoints/*")} == before
     assert re.search(r"error: could not write the checkpoint .*/0000015\.pt: .*File too large", capfd.readouterr().err)
+
+
+def test_torchrun_brings_back_a_run_whose_worker_was_killed(calm, images, tmp_path):
+    """One of two workers is killed after step 4's checkpoint: all start again, and none of the steps before it."""
+    folder, flags = tmp_path / "r", [*TINY, "--data-path", images, "--max-steps", STEPS, "--num-workers", 0, "--resume", "auto"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    run = subprocess.Popen(
+        [*command, str(script), *map(str, [*QUICK, *flags, "--results-dir", folder])],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    errors = run.communicate(timeout=300)[1]
+    assert run.returncode == 0, errors
+    assert "Going on after step 4" in errors
+    assert [row["step"] for row in rows(folder)] == list(range(2, STEPS + 1, 2))
+    assert_same(learnt(calm(2)), learnt(folder))
+
+
+KILLED_ONCE = """
+import logging, os
+from functools import partial
+import test_resume, train
+from models import DiT_models
+from parallel import launch
+train.MODELS["DiT-N/8"] = partial(DiT_models["DiT-N/8"], depth=2)
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    test_resume.at_update(7)()
+train.log_to(logging.StreamHandler())
+launch(train.main, train.parse_args())
+"""
+
+
+FAKE_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for SLURM_PROCID in 0 1; do SLURM_LOCALID=$SLURM_PROCID SLURM_PROCID=$SLURM_PROCID SLURM_NTASKS=2 "$@" & done
+worst=0
+for job in $(jobs -p); do wait $job; status=$?; ((status > worst)) && worst=$status; done
+exit $worst
+"""
+FAKE_SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$FAKE_QUEUE"; fi
+"""
+
+
+FAKE_PYTHON = """#!/bin/bash
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$FAKE_CALLS"
+exit $((RANK == 1 ? FAKE_STATUS : 0))
+"""
+
+
+@pytest.mark.parametrize("status", [os.EX_TEMPFAIL, 0, 1])
+def test_the_slurm_script_starts_all_processes_and_queues_again_after_a_signal(tmp_path, status):
+    """With stand-ins for Slurm's commands and for Python."""
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", FAKE_PYTHON)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77", SLURM_JOB_NODELIST="here")
+    environment |= dict(FAKE_CALLS=str(tmp_path / "calls"), FAKE_QUEUE=str(tmp_path / "queue"), FAKE_STATUS=str(status))
+    assert subprocess.run(["bash", "train.slurm", "--lr", "1"], cwd=ROOT, env=os.environ | environment).returncode == status
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    assert calls == [f"{rank} {rank} 2 localhost 20077 train.py --resume auto --lr 1" for rank in (0, 1)]
+    assert (tmp_path / "queue").exists() == (status == os.EX_TEMPFAIL)

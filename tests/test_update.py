@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_half_precision_learns_alike(tmp_path, mixer, precision):
     checkpoint = read_checkpoint(half / "checkpoints" / "0000012.pt")
     assert {value.dtype for value in checkpoint["model"].values()} == {torch.float32}
     assert bool(checkpoint["scaler"]) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+def test_all_that_saves_time_and_memory_works_together(tmp_path, monkeypatch, mixer):
+    """Without a compiler's last stage, which would take most of a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    flags = ["--max-steps", 3, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, "--mixer", mixer]
+    plain = rows(fit(tmp_path, *flags))
+    spared = rows(fit(tmp_path, *flags, "--precision", "bf16", "--compile", "--grad-checkpointing", "--grad-accum", 2))
+    torch.compiler.reset()
+    assert [row["loss"] for row in spared] == pytest.approx([row["loss"] for row in plain], rel=0.01)
 
 
 def spoil_steps(monkeypatch, *steps):

@@ -1,0 +1,119 @@
+import os
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint, load_model, read_checkpoint
+from commands import draw, fork, write_photos
+from sharded import Index, read_whole
+from test_resume import TINY, assert_same, at_update, flipped, names, rows
+
+FLAGS = [*TINY, "--max-steps", 10, "--num-workers", 0, "--mixer", "pdessm", "--max-grad-norm", 0.5]
+pytestmark = pytest.mark.usefixtures("shallow")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of equal runs by two processes, with the whole model on each and with half of it; held-out loss every 4 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*FLAGS, "--data-path", write_photos(folder / "photos"), "--val-path", folder / "photos"]
+    for name, more in (("ddp", []), ("fsdp", ["--parallel", "fsdp", "--grad-accum", 2])):
+        assert fork(*flags, *more, "--results-dir", folder / name, processes=2) == [0, 0]
+    return folder
+
+
+def weights(path):
+    if path.is_dir():
+        return {part: read_whole(path, part) for part in ("model", "ema")}
+    return {part: read_checkpoint(path)[part] for part in ("model", "ema")}
+
+
+def final(folder):
+    return next(folder.glob("*/checkpoints/0000010.*"))
+
+
+def assert_close(one, other):
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(other[part][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_sharded_model_learns_as_a_whole_one(runs):
+    assert names(runs / "fsdp") == ["0000004.dcp", "0000008.dcp", "0000010.dcp"]
+    assert_close(weights(final(runs / "ddp")), weights(final(runs / "fsdp")))
+    for one, other in zip(rows(runs / "ddp"), rows(runs / "fsdp"), strict=True):
+        assert {**one, "steps_per_sec": 0} == pytest.approx({**other, "steps_per_sec": 0}, rel=1e-4)
+
+
+@pytest.mark.parametrize(("processes", "flags"), [(1, []), (2, []), (3, ["--parallel", "fsdp"])])
+def test_any_number_of_processes_goes_on_from_a_sharded_checkpoint(runs, tmp_path, processes, flags):
+    """From step 8 of the run on two; three take batches of 9 images, which they can share."""
+    folder = shutil.copytree(runs / "fsdp", tmp_path / "r")
+    shutil.rmtree(final(folder))
+    flags = [*FLAGS, *flags, "--data-path", runs / "photos", "--val-path", runs / "photos", "--resume", "auto"]
+    batch = ["--global-batch-size", 9, "--allow-changes"] if processes == 3 else []
+    assert fork(*flags, *batch, "--results-dir", folder, processes=processes) == [0] * processes
+    if processes != 3:
+        assert_close(weights(final(runs / "ddp")), weights(final(folder)))
+
+
+def test_a_sharded_run_goes_on_from_a_file(runs, tmp_path):
+    folder = shutil.copytree(runs / "ddp", tmp_path / "r")
+    final(folder).unlink()
+    flags = [*FLAGS, "--data-path", runs / "photos", "--val-path", runs / "photos", "--resume", "auto", "--parallel", "fsdp"]
+    assert fork(*flags, "--results-dir", folder, processes=2) == [0, 0]
+    assert final(folder).suffix == ".dcp"
+    assert_close(weights(final(runs / "ddp")), weights(final(folder)))
+
+
+def test_a_killed_sharded_run_ends_as_if_it_had_not_been(runs, tmp_path, capfd):
+    """Its newest checkpoint is damaged, too, so that it goes on from the one before."""
+    folder = tmp_path / "r"
+    flags = [*FLAGS, "--data-path", runs / "photos", "--val-path", runs / "photos", "--resume", "auto", "--results-dir", folder]
+    flags += ["--parallel", "fsdp", "--grad-accum", 2]
+    spoil = at_update(9)
+    assert fork(*flags, processes=2, spoil=lambda rank: spoil() if rank == 1 else None)[1] == -9
+    flipped(next(folder.glob("*/checkpoints/0000008.dcp/__0_0.distcp")))
+    assert fork(*flags, processes=2) == [0, 0]
+    assert "0000008.dcp is damaged (__0_0.distcp); going on from the one before" in capfd.readouterr().err
+    assert_same(weights(final(runs / "fsdp")), weights(final(folder)))
+
+
+def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
+    nothing = SimpleNamespace(**dict.fromkeys(("model", "mixer", "num_classes", "image_size", "vae")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("checkpoint.DiT_models", {"DiT-N/8": train.MODELS["DiT-N/8"]})
+        model, settings = load_model(final(runs / "fsdp"), nothing, "ema")
+        assert draw(final(runs / "fsdp"), tmp_path / "a.png", "--class-labels", 3).shape == (64, 64, 3)
+    assert settings["mixer"] == "pdessm"
+    stored, args = load_checkpoint(final(runs / "fsdp"))
+    assert args["parallel"] == "fsdp"
+    assert_same(dict(model.state_dict()), stored)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_hostile_index_does_not_run(runs, tmp_path):
+    folder = shutil.copytree(final(runs / "fsdp"), tmp_path / "0000010.dcp")
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(str(tmp_path / "owned"))))
+    with pytest.raises(ValueError, match="mkdir"):
+        load_checkpoint(folder)
+    (folder / "settings.pt").write_bytes(pickle.dumps(Hostile(str(tmp_path / "owned"))))
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        load_checkpoint(folder)
+    assert not (tmp_path / "owned").exists()
+    assert not any("Bytes" in name for known in Index.known.values() for name in known)  # PyTorch would unpickle those
+
+
+def test_one_process_has_nothing_to_shard(tmp_path):
+    assert fork(*FLAGS, "--parallel", "fsdp", "--results-dir", tmp_path) == [1]
