@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 class Processes(NamedTuple):
@@ -57,7 +58,10 @@ def launch(command, args):
         if "RANK" not in os.environ:
             command(args, Processes(0, 1, device))
             return
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun's store still holds the addresses of workers that it has started again since.
+        store, rank, size = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         command(args, Processes(dist.get_rank(), dist.get_world_size(), device))
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:

@@ -132,6 +132,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {parts}")
     if args.parallel == "fsdp" and processes.size == 1:
         raise ValueError("--parallel fsdp has nothing to shard on one process; start several with torchrun, or leave it out")
+    if args.parallel == "fsdp" and processes.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(f"--parallel fsdp on CPUs needs a newer PyTorch than {torch.__version__}")
     if len(dataset) < args.global_batch_size:
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
