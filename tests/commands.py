@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,16 @@ def fork(*flags, processes=1, spoil=None):
         train.log_to(logging.StreamHandler())
         if spoil:
             spoil(rank)
-        launch(train.main, train.parse_args([*QUICK, *map(str, flags)]))
+        status = 1
+        try:
+            launch(train.main, train.parse_args([*QUICK, *map(str, flags)]))
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(status)  # PyTorch 2.6 waits for ever, when it takes down its groups, for processes that were killed
 
     children = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
     for child in children:
