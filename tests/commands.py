@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -93,16 +92,14 @@ def fork(*flags, processes=1, spoil=None):
         train.log_to(logging.StreamHandler())
         if spoil:
             spoil(rank)
-        status = 1
         try:
             launch(train.main, train.parse_args([*QUICK, *map(str, flags)]))
-            status = 0
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
-        except BaseException:
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(status)  # PyTorch 2.6 waits for ever, when it takes down its groups, for processes that were killed
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            sys.stderr.flush()
+            # Here, for PyTorch 2.6 waits for ever for processes that were killed, when it frees what the error holds.
+            os._exit(1 if isinstance(end.code, str) else end.code)
 
     children = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
     for child in children:
