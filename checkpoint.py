@@ -3,7 +3,7 @@ so that torch.load reads it without trusting the file. Files with an argparse.Na
 
 import argparse
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,20 +19,26 @@ READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos
 READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
 
 
-def save_checkpoint(path, **contents):
-    """Writes to a temporary name and renames: `path` is whole or not there."""
+@contextmanager
+def whole_file(path, what):
+    """A file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(contents, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"could not write the checkpoint {path}: {error}") from error
+        raise OSError(f"could not write the {what} {path}: {error}") from error
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def save_checkpoint(path, **contents):
+    with whole_file(path, "checkpoint") as file:
+        torch.save(contents, file)
 
 
 def load_checkpoint(path):

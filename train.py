@@ -24,14 +24,15 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint import save_checkpoint
-from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
+from data import DATASETS, center_crop_arr, load_dataset, positive  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
+from latents import CachedLatents
 from mixers import MIXERS
 from models import MODELS, stride
 from parallel import launch
 from pde_ssm import COUPLINGS, TERMS
-from vae import open_space
+from vae import draw_latents, open_space
 
 EMA_DECAY = 0.9999
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
@@ -69,7 +70,8 @@ def main(args, processes):
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
-    space.load(device)
+    if not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
+        space.load(device)
 
     model.to(device).train()
     ema = deepcopy(model).eval().requires_grad_(False)
@@ -122,10 +124,12 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
+        latents.check_vae(args.vae)
     if args.objective != "flow" and (args.path or args.times):
         raise ValueError("--path and --times mean nothing without --objective flow")
     if held_out:
-        names = [getattr(images.source, "classes", None) for images in (held_out, dataset)]
+        names = [images.classes for images in (held_out, dataset)]
         if dataset.num_classes and names[0] != names[1]:
             raise ValueError(f"--val-path has other classes ({names[0]}) than --data-path ({names[1]})")
         if len(held_out) < processes.size:
@@ -181,13 +185,21 @@ def draw_batch(images, labels, step, args, processes, flip, space, objective):
     numbers = range(first, first + len(images) * processes.size, processes.size)
     noise = PerImageNoise(image_seeds(args.global_seed, numbers, "training"), images.device)
     mirrored, dropped, time = noise.rand(3).unbind(1)
-    if flip:
-        images = torch.where(mirrored[:, None, None, None] < 0.5, images.flip(3), images)
-    side = args.image_size // space.factor
-    x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
+    x = to_space(images, (mirrored < 0.5) & flip, noise, space)
     t = objective.draw_times(time)
     model_kwargs = dict(y=labels, drop=dropped < 0.1)
     return dict(x_start=x, t=t, model_kwargs=model_kwargs, noise=noise(x))
+
+
+def to_space(images, mirrored, noise, space):
+    """What the model sees of images (B, 3, H, W), those of mirrored (B,) bool turned around, or of their cached moments
+    (B, flips, 2, C, h, w)."""
+    if images.dim() == 6:
+        moments = torch.where(mirrored[:, None, None, None, None], images[:, -1], images[:, 0])
+        return draw_latents(moments, noise.randn(*moments.shape[2:]))
+    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    side = images.shape[2] // space.factor
+    return space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
 
 
 @torch.no_grad()
@@ -206,8 +218,7 @@ def held_out_loss(model, dataset, args, processes, space):
         images, labels = zip(*(dataset[number * len(dataset) // n] for number in numbers))
         noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
         images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
-        side = args.image_size // space.factor
-        x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
+        x = to_space(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), noise, space)
         # A prime that divides no n: a permutation, so that timesteps have nothing to do with an image's place in the set.
         shuffled = torch.tensor([number * 1_000_003 % n for number in numbers], device=processes.device)
         t = objective.draw_times((shuffled + noise.rand()) / n)
@@ -306,12 +317,6 @@ def parse_args(argv=None):
     add("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
-
-
-def positive(text):
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 if __name__ == "__main__":

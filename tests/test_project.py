@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "checkpoint", "download", "data", "parallel", "train",
-    "sample", "sample_ddp", "evaluate",
+    "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "checkpoint", "download", "parallel", "latents", "data",
+    "train", "sample", "sample_ddp", "evaluate",
 ]  # fmt: skip
 
 
