@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import save_checkpoint
+from checkpoint import initialize, save_checkpoint
 from data import DATASETS, center_crop_arr, load_dataset, positive  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
+from download import find_checkpoint
 from latents import CachedLatents
 from mixers import MIXERS
 from models import MODELS, stride
@@ -63,11 +64,14 @@ def main(args, processes):
         mixer=args.mixer,
         **mixer_options(args),
     )
+    begun_from = start_from(args.init_from, model, processes) if args.init_from else []
     folder = None
     if processes.rank == 0:
         folder = create_experiment(args)
         logger.info(f"Experiment directory created at {folder}")
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
+    for line in begun_from:
+        logger.info(line)
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
     if not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
@@ -143,6 +147,14 @@ def mixer_options(args):
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{flags} means nothing to --mixer attention")
     return {name.removeprefix("pde_"): value for name, value in given.items()}
+
+
+def start_from(checkpoint, model, processes):
+    """Initial weights for fine-tuning; returns what to say about it."""
+    if processes.rank == 0:
+        find_checkpoint(checkpoint)  # if it must be fetched, then once
+    processes.barrier()
+    return initialize(model, find_checkpoint(checkpoint))
 
 
 def make_loader(dataset, args, processes):
@@ -300,6 +312,7 @@ def parse_args(argv=None):
     add("--pde-activation", action="store_true", help="silu before the PDE (not in the paper)")
     add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
     add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
+    add("--init-from", metavar="CKPT", help="begin with what fits of a checkpoint, with other classes, mixer or size")
     add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
     add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")
     add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")

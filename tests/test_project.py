@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "checkpoint", "download", "parallel", "latents", "data",
+    "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "parallel", "checkpoint", "download", "latents", "data",
     "train", "sample", "sample_ddp", "evaluate",
 ]  # fmt: skip
 
