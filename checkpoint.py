@@ -223,14 +223,12 @@ def load_weights(model, weights, path):
 def initialize(model, path):
     """Gives the model what fits it of a checkpoint's weights, by name and shape; returns lines that say what does not.
 
-    Mixers of another kind keep their initial values whole, and so does the table of another number of classes, but for
-    the null class. ValueError if no matrix fits.
+    Mixers of another kind keep their initial values, since they share no name, and so does the table of another number of
+    classes, but for the null class. ValueError if no matrix fits.
     """
     given = {name: w for name, w in load_checkpoint(path)[0].items() if isinstance(w, torch.Tensor)}
     own = model.state_dict()
     known = {name: w for name, w in given.items() if name in own}
-    if _has_attention(given) != _has_attention(own):
-        known = {name: w for name, w in known.items() if not re.match(r"blocks\.\d+\.attn\.", name)}
     fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
     if not any(w.dim() > 1 for w in fitting.values()):
         raise ValueError(f"{path} is of another network or size: none of its matrices fits the model")
@@ -246,10 +244,6 @@ def initialize(model, path):
     if unknown := [name for name in given if name not in known]:
         report.append(f"... there, and not taken: {_by_kind(unknown)}")
     return report
-
-
-def _has_attention(weights):
-    return "blocks.0.attn.qkv.weight" in weights
 
 
 def _by_kind(names):

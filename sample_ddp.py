@@ -17,12 +17,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
-from data import read_image
+from data import positive, read_image
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from parallel import launch
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
-from train import positive
 from vae import digest, open_space
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from copy import deepcopy
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import sample
 from checkpoint import initialize, save_checkpoint
 from data import DATASETS, center_crop_arr, load_dataset, positive  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
@@ -33,10 +35,12 @@ from mixers import MIXERS
 from models import MODELS, stride
 from parallel import launch
 from pde_ssm import COUPLINGS, TERMS
+from tracker import TRACKERS
 from vae import draw_latents, open_space
 
 EMA_DECAY = 0.9999
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
+SAMPLING_STEPS = 50  # of the samples that training shows
 logger = logging.getLogger("train")
 
 
@@ -65,16 +69,18 @@ def main(args, processes):
         **mixer_options(args),
     )
     begun_from = start_from(args.init_from, model, processes) if args.init_from else []
-    folder = None
+    folder = track = None
     if processes.rank == 0:
         folder = create_experiment(args)
+        track = TRACKERS[args.tracker](folder, vars(args)) if args.tracker else None
         logger.info(f"Experiment directory created at {folder}")
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     for line in begun_from:
         logger.info(line)
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
-    if not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
+    write_row = partial(append_row, folder, track)
+    if args.sample_every or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
 
     model.to(device).train()
@@ -107,12 +113,14 @@ def main(args, processes):
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if step % args.log_every == 0 or step == total:
-            log_interval(step, losses, perf_counter() - start, args, processes, folder)
+            log_interval(step, losses, perf_counter() - start, args, processes, write_row)
             losses, start = [], perf_counter()
         if step % args.ckpt_every == 0 or step == total:
             save(step)
             if held_out:
-                log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, folder)
+                log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, write_row)
+        if args.sample_every and step % args.sample_every == 0:
+            draw_samples(step, ema, args, processes, space, folder, track)
     logger.info("Done!")
 
 
@@ -272,7 +280,7 @@ def log_to(handler):
     logger.addHandler(handler)
 
 
-def log_interval(step, losses, seconds, args, processes, folder):
+def log_interval(step, losses, seconds, args, processes, write_row):
     """The mean loss over all processes and the speed since the last line, as text and as a line of JSON."""
     loss = torch.stack(losses).mean()
     if processes.size > 1:
@@ -280,18 +288,39 @@ def log_interval(step, losses, seconds, args, processes, folder):
     if processes.rank == 0:
         row = dict(step=step, loss=loss.item() / processes.size, steps_per_sec=len(losses) / seconds)
         logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
-        append_row(folder, row)
+        write_row(row)
 
 
-def log_held_out(step, losses, processes, folder):
+def log_held_out(step, losses, processes, write_row):
     if processes.rank == 0:
         logger.info(f"(step={step:07d}) Held-out Loss: {losses['loss']:.4f}")
-        append_row(folder, dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
+        write_row(dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
 
 
-def append_row(folder, row):
+def append_row(folder, track, row):
     with open(folder / "log.jsonl", "a") as file:
         print(json.dumps(row), file=file)
+    if track:
+        track(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+
+def draw_samples(step, ema, args, processes, space, folder, track):
+    """A grid of samples from the averaged weights, the same noise at every step: what sample.py draws of a checkpoint.
+
+    It leaves the random numbers of training as they are. All processes draw, as they would have to wait anyway.
+    """
+    settings = sample.parse_args(["--num-sampling-steps", str(SAMPLING_STEPS)])
+    objective, sampler = sample.create_sampler(settings, dict(objective=args.objective, path=args.path or "linear"))
+    classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings)
+    labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
+    images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
+    if processes.rank == 0:
+        path = folder / "samples" / f"{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sample.save_grid(images, path, columns=4)
+        logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}")
+        if track:
+            track(step, {}, path)
 
 
 def parse_args(argv=None):
@@ -328,6 +357,8 @@ def parse_args(argv=None):
     add("--num-workers", type=int, default=4, help="processes that read images, per training process; at most one per core")
     add("--log-every", type=positive, default=100, help="steps")
     add("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
+    add("--sample-every", type=positive, metavar="STEPS", help="draw a grid of samples; none unless given")
+    add("--tracker", choices=TRACKERS, help="show numbers and samples there too; wandb is offline unless logged in")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
 

@@ -288,13 +288,13 @@ def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
     model = DiT_models["DiT-S/8"](input_size=16, num_classes=5).state_dict()
     average = {name: value + 1 for name, value in model.items()}
     average["final_layer.linear.bias"] = average["t_embedder.mlp.0.bias"][:512]  # shares its memory
-    args = argparse.Namespace(model="DiT-S/8", image_size=128, num_classes=5, vae="ema", path=os.path)
-    args.path = ("data", 3)
+    args = argparse.Namespace(model="DiT-S/8", image_size=128, num_classes=5, vae="ema")
+    args.path, args.odd = ("data", 3), {(1, 2): 3}
     torch.save(dict(model=model, ema=average, opt={}, args=args), tmp_path / "a.pt")
     export(tmp_path / "a.pt", "--format", "safetensors", "--out", tmp_path / "b.safetensors")
     weights, settings = load_checkpoint(tmp_path / "b.safetensors")
     assert all(torch.equal(weights[name], average[name]) for name in average)
-    assert settings == dict(model="DiT-S/8", image_size=128, num_classes=5, vae="ema", path=["data", 3])
+    assert settings == dict(model="DiT-S/8", image_size=128, num_classes=5, vae="ema", path=["data", 3], odd={})
     assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
 
 

@@ -11,7 +11,7 @@ PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_te
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
     "pde_ssm", "mixers", "backbones", "models", "vae", "diffusion", "parallel", "checkpoint", "download", "latents", "data",
-    "train", "sample", "sample_ddp", "evaluate",
+    "sample", "tracker", "train", "sample_ddp", "evaluate",
 ]  # fmt: skip
 
 
