@@ -39,8 +39,10 @@ def whole_file(path, what):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"could not write the {what} {path}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full, PyTorch's writer speaks of positions, after the OSError that says so.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"could not write the {what} {path}: {reason}") from error
     finally:
         with suppress(OSError):
             partial.unlink()

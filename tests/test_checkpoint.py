@@ -1,6 +1,7 @@
 import argparse
 import os
 import pickle
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -285,16 +286,16 @@ def test_safetensors_there_and_back(tmp_path, mixer, options):
 
 
 def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
-    model = DiT_models["DiT-S/8"](input_size=16, num_classes=5).state_dict()
+    model = DiT_models["DiT-N/4"](**PIXELS).state_dict()
     average = {name: value + 1 for name, value in model.items()}
-    average["final_layer.linear.bias"] = average["t_embedder.mlp.0.bias"][:512]  # shares its memory
-    args = argparse.Namespace(model="DiT-S/8", image_size=128, num_classes=5, vae="ema")
+    average["final_layer.linear.bias"] = average["t_embedder.mlp.0.weight"][0, :96]  # shares its memory
+    args = argparse.Namespace(model="DiT-N/4", image_size=16, num_classes=10, vae="none")
     args.path, args.odd = ("data", 3), {(1, 2): 3}
     torch.save(dict(model=model, ema=average, opt={}, args=args), tmp_path / "a.pt")
     export(tmp_path / "a.pt", "--format", "safetensors", "--out", tmp_path / "b.safetensors")
     weights, settings = load_checkpoint(tmp_path / "b.safetensors")
     assert all(torch.equal(weights[name], average[name]) for name in average)
-    assert settings == dict(model="DiT-S/8", image_size=128, num_classes=5, vae="ema", path=["data", 3], odd={})
+    assert settings == dict(model="DiT-N/4", image_size=16, num_classes=10, vae="none", path=["data", 3], odd={})
     assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
 
 
@@ -479,3 +480,16 @@ def test_a_beginning_that_is_none_leaves_no_folder(tmp_path):
         with pytest.raises((ValueError, OSError), match=rf"{name}"):
             fit(tmp_path / "r", "--init-from", tmp_path / name)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_full_disk_leaves_no_half_export(tmp_path, form):
+    write(tmp_path / "a.pt")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=rf"could not write the checkpoint .*b\.{form}: .*File too large"):
+            export(tmp_path / "a.pt", "--format", form, "--out", tmp_path / f"b.{form}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert os.listdir(tmp_path) == ["a.pt"]
