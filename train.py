@@ -301,7 +301,7 @@ def append_row(folder, track, row):
     with open(folder / "log.jsonl", "a") as file:
         print(json.dumps(row), file=file)
     if track:
-        track(row["step"], {name: value for name, value in row.items() if name != "step"})
+        track(row["step"], {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))})
 
 
 def draw_samples(step, ema, args, processes, space, folder, track):

@@ -4,10 +4,12 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,10 +57,7 @@ def encoded(tmp_path_factory, vae, photos):
 @pytest.fixture
 def copy(tmp_path, encoded):
     """Of the latents, to be spoilt."""
-    for path in os.listdir(encoded):
-        (tmp_path / "copy").mkdir(exist_ok=True)
-        (tmp_path / "copy" / path).write_bytes(read(encoded, path))
-    return tmp_path / "copy"
+    return Path(shutil.copytree(encoded, tmp_path / "copy"))
 
 
 def read(folder, name):
@@ -191,6 +190,21 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path, vae, photos, encod
     assert contents(encode(tmp_path / "a", vae, "--data-path", photos)) == contents(encoded)
 
 
+def test_an_image_that_cannot_be_read_leaves_the_whole_shards(tmp_path, vae, photos, encoded):
+    bad = tmp_path / "photos"
+    shutil.copytree(photos, bad)
+    path = sorted(bad.glob("*/*.png"))[15]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300])
+    with pytest.raises(OSError, match=rf"cannot read the image .*{path.name}"):
+        encode(tmp_path / "a", vae, "--data-path", bad)
+    assert sorted(os.listdir(tmp_path / "a")) == ["00000.safetensors", "latents.json"]
+    path.write_bytes(whole)
+    encode(tmp_path / "a", vae, "--data-path", bad)
+    images = contents(tmp_path / "a"), contents(encoded)
+    assert [images[0][name] == images[1][name] for name in sorted(images[0])] == [True, True, True, False]  # another source
+
+
 def missing(path):
     path.unlink()
 
@@ -209,11 +223,6 @@ def hostile(path):
 
 def of_another_set(path):
     path.write_bytes((path.parent / "00002.safetensors").read_bytes())
-
-
-def a_folder(path):
-    path.unlink()
-    path.mkdir()
 
 
 @pytest.mark.parametrize("spoil", [missing, truncated, empty, hostile, of_another_set], ids=lambda f: f.__name__)
