@@ -1,16 +1,25 @@
 """Checkpoints: a dict of model, ema, opt and args, as DiT's train.py writes them, except that args is a plain dict,
-so that torch.load reads it without trusting the file. Files with an argparse.Namespace, or bare weights, load too."""
+so that torch.load reads it without trusting the file. Files with an argparse.Namespace, or bare weights, load too, and
+so do safetensors, with the weights and, as JSON in their metadata, the args. As a command it makes one of the other:
+
+    python checkpoint.py results/000-DiT-S-4/checkpoints/0050000.pt --format safetensors
+"""
 
 import argparse
+import json
 import os
-from contextlib import suppress
+import re
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from diffusion import PATHS
 from mixers import MIXERS
 from models import MODELS, DiT_models, UNets
+from parallel import launch
 from pde_ssm import options_from_weights
 from sharded import read_settings, read_whole
 from vae import open_space
@@ -18,24 +27,31 @@ from vae import open_space
 # What settings_from_weights reads of a DiT and of a U-Net.
 READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
 READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
+CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")
 
 
-def save_checkpoint(path, **contents):
-    """Writes to a temporary name and renames: `path` is whole or not there."""
+@contextmanager
+def whole_file(path, what):
+    """A file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(contents, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         # Where the disk is full, PyTorch's writer speaks of positions, after the OSError that says so.
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"could not write the checkpoint {path}: {reason}") from error
+        raise OSError(f"could not write the {what} {path}: {reason}") from error
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def save_checkpoint(path, **contents):
+    with whole_file(path, "checkpoint") as file:
+        torch.save(contents, file)
 
 
 def read_checkpoint(path):
@@ -48,11 +64,19 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if Path(path).suffix == ".safetensors":
+            return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise ValueError(f"{path} is not a whole checkpoint of tensors: it is damaged, cut short or something else") from error
     return contents if isinstance(contents, dict) else {}
+
+
+def _read_safetensors(path):
+    with safe_open(path, "pt") as file:
+        args = (file.metadata() or {}).get("args", "{}")
+        return dict(ema={name: file.get_tensor(name) for name in file.keys()}, args=json.loads(args))  # noqa: SIM118
 
 
 def load_checkpoint(path):
@@ -199,3 +223,67 @@ def load_weights(model, weights, path):
         ]
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(differences[:3])}{more}") from error
+
+
+def initialize(model, path):
+    """Gives the model what fits it of a checkpoint's weights, by name and shape; returns lines that say what does not.
+
+    Mixers of another kind keep their initial values, since they share no name, and so does the table of another number of
+    classes, but for the null class. ValueError if no matrix fits.
+    """
+    given = {name: w for name, w in load_checkpoint(path)[0].items() if isinstance(w, torch.Tensor)}
+    own = model.state_dict()
+    known = {name: w for name, w in given.items() if name in own}
+    fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
+    if not any(w.dim() > 1 for w in fitting.values()):
+        raise ValueError(f"{path} is of another network or size: none of its matrices fits the model")
+    model.load_state_dict(fitting, strict=False)
+    report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
+    for name in (name for name in known if name not in fitting):
+        report.append(f"... not {name}, which is {tuple(known[name].shape)} there and {tuple(own[name].shape)} here")
+        if name in CLASS_TABLES and own[name].shape[1:] == known[name].shape[1:]:
+            own[name][-1].copy_(known[name][-1])
+            report[-1] += "; the null class is kept"
+    if missing := [name for name in own if name not in known]:
+        report.append(f"... not there, and initial: {_by_kind(missing)}")
+    if unknown := [name for name in given if name not in known]:
+        report.append(f"... there, and not taken: {_by_kind(unknown)}")
+    return report
+
+
+def _by_kind(names):
+    """Names that differ in a number alone, such as a block's, once, with how many there are."""
+    kinds = [re.sub(r"\b\d+\b", "*", name) for name in names]
+    return ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
+
+
+def export(args, processes):
+    """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
+    weights, settings = load_checkpoint(args.ckpt)
+    out = Path(args.out or Path(args.ckpt).with_suffix(f".{args.format}"))
+    if out.exists():
+        raise ValueError(f"{out} is there already; give another --out")
+    if (out.suffix == ".safetensors") != (args.format == "safetensors"):
+        raise ValueError(f"--out {out} should end in .{args.format}")
+    if args.format == "pt":
+        save_checkpoint(out, ema=weights, args=settings)
+    else:
+        whole = {name: w.clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
+        metadata = dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True))
+        with whole_file(out, "checkpoint") as file:
+            file.write(save(whole, metadata))
+    print(f"{len(weights)} tensors are in {out}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Write the weights of a checkpoint in another format.")
+    parser.set_defaults(device="cpu")
+    add = parser.add_argument
+    add("ckpt", help="checkpoint of train.py or of this command")
+    add("--format", choices=["safetensors", "pt"], required=True, help="pt is what DiT's own code loads")
+    add("--out", help="by default the checkpoint's name with the format's ending")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    launch(export, parse_args())

@@ -1,19 +1,31 @@
 """Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
-[-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
+[-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process.
 
+As a command it encodes images, once, to train on their latents; run again after a stop, it goes on where it was:
+
+    torchrun --nproc_per_node=8 data.py encode --data-path imagenet/train --vae ema --out latents
+    torchrun --nproc_per_node=8 train.py --data-path latents
+"""
+
+import argparse
 import io
 import os
 import pickle
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.datasets import CIFAR10, Flowers102, ImageFolder
 from tqdm import tqdm
+
+import latents
+from parallel import launch, positive
+from vae import open_space
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
@@ -39,6 +51,7 @@ class TrainingImages(Dataset):
 
     def __init__(self, source, image_size, num_classes, flip):
         self.source, self.image_size, self.num_classes, self.flip = source, image_size, num_classes, flip
+        self.classes = getattr(source, "classes", None)
 
     def __len__(self):
         return len(self.source)
@@ -52,6 +65,8 @@ class TrainingImages(Dataset):
 def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     """The training images at `path`, cropped to image_size; with held_out, those of a set's own test split.
 
+    A folder that `encode` made gives a latents.CachedLatents; ValueError if it was made for other arguments than these.
+
     name:   one of DATASETS, whose files are expected at `path`, all of them; without it, the folder is taken as it is.
     path:   None or "digits" for the 1,797 handwritten digits that scikit-learn carries; a folder that holds CIFAR-10
             as torchvision unpacks it; or a folder with one folder of images per class.
@@ -60,6 +75,8 @@ def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     OSError that names the folder or file if there are no images to be had, or not as many as the named set has;
     ValueError for held-out images of a set that has none.
     """
+    if path is not None and latents.holds_latents(path):
+        return _cached(path, image_size, uncond, held_out, name)
     if name is not None:
         source, num_classes, flip = _read_named(name, path, held_out, uncond), DATASETS[name].num_classes, True
     elif path is None or (path == "digits" and not Path(path).exists()):
@@ -76,6 +93,16 @@ def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     else:
         raise FileNotFoundError(f"{path}: no such folder")
     return TrainingImages(source, image_size, 0 if uncond else num_classes, flip)
+
+
+def _cached(folder, image_size, uncond, held_out, name):
+    cached = latents.CachedLatents(folder, uncond)
+    if cached.image_size != image_size:
+        raise ValueError(f"the latents in {folder} are for --image-size {cached.image_size}, not {image_size}")
+    made_of = (cached.index.get("dataset"), cached.index.get("held_out"))
+    if name is not None and made_of != (name, held_out):
+        raise ValueError(f"the latents in {folder} are of {made_of}, not of (dataset, held out) {(name, held_out)}")
+    return cached
 
 
 def read_image(path):
@@ -314,3 +341,101 @@ def _read_named(name, folder, held_out, uncond):
     except (OSError, RuntimeError) as error:
         raise OSError(f"{name} in {folder} is not whole ({error}); it takes {named.where}") from error
     return source
+
+
+def encode(args, processes):
+    """Writes the latents of every image, and of its mirror image, to --out: a process makes whole shards, of its own."""
+    torch.set_float32_matmul_precision("high")  # as in training
+    space = open_space(args.vae)
+    if args.vae == "none":
+        raise ValueError("--vae none is to work on pixels, which need no encoding")
+    if args.image_size % space.factor:
+        raise ValueError(f"--image-size {args.image_size} is not divisible by {space.factor}, the factor of the VAE")
+    if processes.rank > 0:
+        processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
+    images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
+    if isinstance(images, latents.CachedLatents):
+        raise ValueError(f"--data-path {args.data_path} holds latents already")
+    space.load(processes.device)
+    folder, index = Path(args.out), describe(images, space, args)
+    if processes.rank == 0:
+        latents.claim(folder, index)
+        processes.barrier()
+    shards = latents.unfinished_shards(folder, index)
+    processes.barrier()  # every process has looked before any writes
+    if processes.rank == 0:
+        total = f"{latents.shard_count(index):,} shards of {len(images):,} images"
+        print(f"Encoding {len(shards):,} of {total} into {folder}")
+    mine = shards[processes.rank :: processes.size]
+    for number, moments, classes in encode_shards(mine, images, index, space, args, processes):
+        path = latents.shard_path(folder, number)
+        latents.write_shard(path, moments, classes, torch.float16 if args.half else torch.float32)
+    processes.barrier()
+    if processes.rank == 0:
+        flags = f"--data-path {folder} --vae {args.vae} --image-size {args.image_size}"
+        print(f"The latents are whole: train.py {flags}")
+
+
+def describe(images, space, args):
+    """The index of the latents to be made."""
+    side = args.image_size // space.factor
+    return dict(
+        vae=str(Path(args.vae).resolve()) if not space.on_hub else args.vae,
+        vae_digest=space.digest(),
+        source=str(Path(args.data_path).resolve()) if args.data_path else "digits",
+        dataset=args.dataset,
+        held_out=args.held_out,
+        image_size=args.image_size,
+        images=len(images),
+        num_classes=images.num_classes,
+        classes=images.classes if images.num_classes else None,
+        flip=images.flip,
+        shape=[space.channels, side, side],
+        dtype="float16" if args.half else "float32",
+        shard_size=args.shard_size,
+    )
+
+
+def encode_shards(numbers, images, index, space, args, processes):
+    """Yields (number, moments (n, flips, 2, C, h, w), classes (n,)) of each of these shards, on the CPU."""
+    batches = [torch.tensor(latents.shard_images(index, number)).split(args.batch_size) for number in numbers]
+    in_order = [batch.tolist() for shard in batches for batch in shard]
+    workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
+    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers)
+    progress = tqdm(total=sum(len(batch) for batch in in_order), unit="image", disable=processes.rank > 0)
+    read = iter(loader)
+    for number, shard in zip(numbers, batches):
+        moments, classes = [], []
+        for pixels, labels in islice(read, len(shard)):
+            pixels = pixels.to(processes.device)
+            views = [pixels, pixels.flip(3)] if images.flip else [pixels]
+            moments.append(torch.stack([space.moments(view) for view in views], dim=1).cpu())
+            classes.append(labels)
+            progress.update(len(labels))
+        yield number, torch.cat(moments), torch.cat(classes)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Prepare training images.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "keep the latents of a data set, for train.py's --data-path"
+    add = commands.add_parser(
+        "encode", help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    ).add_argument
+    add("--data-path", help="what train.py would be given: a folder of images; without it, the digits of scikit-learn")
+    add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
+    add("--held-out", action="store_true", help="the set's own test images, for train.py's --val-path")
+    add("--uncond", action="store_true", help="images without classes")
+    add("--vae", default="ema", help="autoencoder: ema, mse or a local folder")
+    add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
+    add("--out", required=True, help="folder for the latents, new or of a run that was stopped; one run at a time")
+    add("--half", action="store_true", help="keep float16, which takes half the space and rounds by 5e-4")
+    add("--shard-size", type=positive, default=1024, help="images in a file")
+    add("--batch-size", type=positive, default=64, help="images encoded at once, per process")
+    add("--num-workers", type=int, default=4, help="processes that read images, per encoding process; at most one per core")
+    add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    launch(encode, parse_args())

@@ -40,12 +40,8 @@ def main(args, processes):
         raise OSError(f"--out {out}: not a file in a folder that can be written")
     space = open_space(settings["vae"]).load(processes.device)
 
-    model.to(processes.device)
-    labels, images = torch.tensor(labels, device=processes.device), []
-    for numbers in torch.arange(len(labels)).split(AT_ONCE):
-        noise = PerImageNoise(image_seeds(args.seed, numbers.tolist(), "sampling"), processes.device)
-        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance))
-    save_grid(torch.cat(images), out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
+    images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
+    save_grid(images, out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
     print(f"{len(labels)} samples are in {out}")
 
 
@@ -72,6 +68,16 @@ def read_guidance(args):
     if not 0 <= low < high <= 1:
         raise ValueError(f"--cfg-interval {low} {high}: it is from 0, noise, to 1, image")
     return Guidance(args.cfg_scale, None if args.cfg_channels == "all" else 3, (low, high))
+
+
+def draw(model, space, objective, sampler, labels, seed, guidance, progress=True):
+    """One sample per label of a list, each from a seed of its own: uint8 (n, H, W, 3) on the CPU."""
+    device, images = next(model.parameters()).device, []
+    labels = torch.tensor(labels, device=device)
+    for numbers in torch.arange(len(labels)).split(AT_ONCE):
+        noise = PerImageNoise(image_seeds(seed, numbers.tolist(), "sampling"), device)
+        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance, progress))
+    return torch.cat(images)
 
 
 def generate(model, space, objective, sampler, labels, noise, guidance, progress=True):

@@ -7,7 +7,6 @@ after a stop, it goes on where it was. With --evaluate REF it then prints what e
 """
 
 import argparse
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -25,7 +24,7 @@ from features import open_network
 from images import npz_shape, write_npz
 from parallel import launch, positive
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
-from vae import open_space
+from vae import digest, open_space
 
 
 def main(args, processes):
@@ -85,11 +84,7 @@ def claim_folder(folder, model, vae, sampler, args):
     The name does not tell apart two runs' checkpoints of one step, two samplers, or folders of one name with other
     autoencoders. ValueError names what differs, and refuses to replace an .npz by a smaller one.
     """
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    settings = dict(weights=digest.hexdigest()[:16], sampler=sampler, num_sampling_steps=args.num_sampling_steps)
+    settings = dict(weights=digest(model.state_dict()), sampler=sampler, num_sampling_steps=args.num_sampling_steps)
     settings |= dict(cfg_channels=args.cfg_channels, cfg_interval=list(args.cfg_interval))
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
@@ -20,17 +21,23 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import sample
+from checkpoint import initialize
 from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
+from download import find_checkpoint
+from latents import CachedLatents
 from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch, positive
 from resume import find_run, forget_what_came_after, restore, save_run, shelter, stop_signals
+from tracker import TRACKERS
 from update import PRECISIONS, create_learner, exchange_gradients, in_precision, replicate, update
-from vae import open_space
+from vae import draw_latents, open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
+SAMPLING_STEPS = 50  # of the samples that training shows
 logger = logging.getLogger("train")
 
 
@@ -59,19 +66,26 @@ def main(args, processes):
         **mixer_options(args),
     )
     run = find_run(args, processes)
-    folder, first = None, run["step"] if run else 0
+    begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
+    folder, track, first = None, None, run["step"] if run else 0
     if processes.rank == 0:
         folder = run["path"].parent.parent if run else create_experiment(args)
+        track = TRACKERS[args.tracker](folder, vars(args)) if args.tracker else None
         log_to(logging.FileHandler(folder / "log.txt"))
         logger.setLevel(logging.INFO)
         logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
     folder = processes.share(folder)
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
+    for line in begun_from:
+        logger.info(line)
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
-    space.load(device)
+    write_row = partial(append_row, folder, track)
+    if args.sample_every or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
+        space.load(device)
 
     learner = create_learner(model, args, processes)
+    ema = next(iter(learner.averages.values()))
     if run:
         restore(learner, run)
         if processes.rank == 0:
@@ -107,17 +121,18 @@ def main(args, processes):
                 skipped = 0
             else:
                 skipped += 1
-                log_skipped(step, skipped, batch_indices(step, loader, args), args, processes, folder)
+                log_skipped(step, skipped, batch_indices(step, loader, args), args, processes, write_row)
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
             if step % args.log_every == 0 or step == total:
-                log_interval(step, losses, perf_counter() - start, args, processes, folder)
+                log_interval(step, losses, perf_counter() - start, args, processes, write_row)
                 losses, start = [], perf_counter()
             if step % args.ckpt_every == 0 or step == total:
                 if held_out:
-                    ema = next(iter(learner.averages.values()))
-                    log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, folder)
+                    log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, write_row)
                 save(step)
+            if args.sample_every and step % args.sample_every == 0:
+                draw_samples(step, ema, args, processes, space, folder, track)
     logger.info("Done!")
 
 
@@ -138,14 +153,24 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
+        latents.check_vae(args.vae)
     if args.objective != "flow" and (args.path or args.times):
         raise ValueError("--path and --times mean nothing without --objective flow")
     if held_out:
-        names = [getattr(images.source, "classes", None) for images in (held_out, dataset)]
+        names = [images.classes for images in (held_out, dataset)]
         if dataset.num_classes and names[0] != names[1]:
             raise ValueError(f"--val-path has other classes ({names[0]}) than --data-path ({names[1]})")
         if len(held_out) < processes.size:
             raise ValueError(f"the {len(held_out)} images of --val-path are fewer than the {processes.size} processes")
+
+
+def start_from(checkpoint, model, processes):
+    """Initial weights for fine-tuning; returns what to say about it."""
+    if processes.rank == 0:
+        find_checkpoint(checkpoint)  # if it must be fetched, then once
+    processes.barrier()
+    return initialize(model, find_checkpoint(checkpoint))
 
 
 def make_loader(dataset, args, processes):
@@ -225,13 +250,21 @@ def draw_batch(images, labels, step, args, processes, flip, space, objective, pa
     numbers = range(first, first + len(images) * processes.size, processes.size)
     noise = PerImageNoise(image_seeds(args.global_seed, numbers, "training"), images.device)
     mirrored, dropped, time = noise.rand(3).unbind(1)
-    if flip:
-        images = torch.where(mirrored[:, None, None, None] < 0.5, images.flip(3), images)
-    side = args.image_size // space.factor
-    x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
+    x = to_space(images, (mirrored < 0.5) & flip, noise, space)
     t = objective.draw_times(time)
     model_kwargs = dict(y=labels, drop=dropped < 0.1)
     return dict(x_start=x, t=t, model_kwargs=model_kwargs, noise=noise(x))
+
+
+def to_space(images, mirrored, noise, space):
+    """What the model sees of images (B, 3, H, W), those of mirrored (B,) bool turned around, or of their cached moments
+    (B, flips, 2, C, h, w)."""
+    if images.dim() == 6:
+        moments = torch.where(mirrored[:, None, None, None, None], images[:, -1], images[:, 0])
+        return draw_latents(moments, noise.randn(*moments.shape[2:]))
+    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    side = images.shape[2] // space.factor
+    return space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
 
 
 @torch.no_grad()
@@ -251,8 +284,7 @@ def held_out_loss(model, dataset, args, processes, space):
         images, labels = zip(*(dataset[number * len(dataset) // n] for number in numbers))
         noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
         images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
-        side = args.image_size // space.factor
-        x = space.encode(images, noise.randn(space.channels, side, side) if space.factor > 1 else None)
+        x = to_space(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), noise, space)
         # A prime that divides no n: a permutation, so that timesteps have nothing to do with an image's place in the set.
         shuffled = torch.tensor([number * 1_000_003 % n for number in numbers], device=processes.device)
         t = objective.draw_times((shuffled + noise.rand()) / n)
@@ -286,19 +318,19 @@ def log_to(handler):
     logger.addHandler(handler)
 
 
-def log_interval(step, losses, seconds, args, processes, folder):
+def log_interval(step, losses, seconds, args, processes, write_row):
     """The mean loss and the speed since the last line, as text and as a line of JSON."""
     if processes.rank == 0 and losses:
         row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
         logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
-        append_row(folder, row)
+        write_row(row)
 
 
-def log_skipped(step, in_a_row, indices, args, processes, folder):
+def log_skipped(step, in_a_row, indices, args, processes, write_row):
     """Says of which images a step made nothing finite. ValueError after too many such steps."""
     if processes.rank == 0:
         logger.info(f"(step={step:07d}) Skipped, {in_a_row} in a row: the loss or a gradient is not finite")
-        append_row(folder, dict(step=step, skipped=in_a_row, images=indices))
+        write_row(dict(step=step, skipped=in_a_row, images=indices))
     if in_a_row == args.max_skipped:
         some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise ValueError(
@@ -307,15 +339,36 @@ def log_skipped(step, in_a_row, indices, args, processes, folder):
         )
 
 
-def log_held_out(step, losses, processes, folder):
+def log_held_out(step, losses, processes, write_row):
     if processes.rank == 0:
         logger.info(f"(step={step:07d}) Held-out Loss: {losses['loss']:.4f}")
-        append_row(folder, dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
+        write_row(dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
 
 
-def append_row(folder, row):
+def append_row(folder, track, row):
     with open(folder / "log.jsonl", "a") as file:
         print(json.dumps(row), file=file)
+    if track:
+        track(row["step"], {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))})
+
+
+def draw_samples(step, ema, args, processes, space, folder, track):
+    """A grid of samples from the averaged weights, the same noise at every step: what sample.py draws of a checkpoint.
+
+    It leaves the random numbers of training as they are. All processes draw, as they would have to wait anyway.
+    """
+    settings = sample.parse_args(["--num-sampling-steps", str(SAMPLING_STEPS)])
+    objective, sampler = sample.create_sampler(settings, dict(objective=args.objective, path=args.path or "linear"))
+    classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings)
+    labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
+    images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
+    if processes.rank == 0:
+        path = folder / "samples" / f"{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sample.save_grid(images, path, columns=4)
+        logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}")
+        if track:
+            track(step, {}, path)
 
 
 def parse_args(argv=None):
@@ -329,6 +382,7 @@ def parse_args(argv=None):
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens")
     add_pde_flags(add)
     add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
+    add("--init-from", metavar="CKPT", help="begin with what fits of a checkpoint, with other classes, mixer or size")
     add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
     add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")
     add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")
@@ -360,6 +414,8 @@ def parse_args(argv=None):
     add("--grad-accum", type=positive, default=1, metavar="PARTS", help="of a process's batch, one at a time: less memory")
     add("--max-grad-norm", type=float, help="scale larger gradients down to this norm")
     add("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
+    add("--sample-every", type=positive, metavar="STEPS", help="draw a grid of samples; none unless given")
+    add("--tracker", choices=TRACKERS, help="show numbers and samples there too; wandb is offline unless logged in")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
 

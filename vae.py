@@ -3,6 +3,7 @@
 A space has channels, and a factor by which it is smaller than the image. encode(images, noise) -> x and
 decode(x) -> images, both (B, C, H, W), images in [-1, 1]; noise is standard normal, like x."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -54,13 +55,36 @@ class LatentSpace:
         return self
 
     @torch.no_grad()
-    def encode(self, images, noise):
+    def moments(self, images):
+        """Mean and standard deviation of the images' latents: (B, 2, C, h, w)."""
         latents = self.vae.encode(images).latent_dist
-        return (latents.mean + latents.std * noise) * self.vae.config.scaling_factor
+        return torch.stack([latents.mean, latents.std], dim=1) * self.vae.config.scaling_factor
+
+    def encode(self, images, noise):
+        return draw_latents(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, x):
         return self.vae.decode(x / self.vae.config.scaling_factor).sample
+
+    def digest(self):
+        """Of all that the moments depend on: the same for autoencoders that differ in their decoders alone."""
+        weights = {name: w for name, w in self.vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        return digest(weights | {"scaling_factor": torch.tensor(self.vae.config.scaling_factor)})
+
+
+def draw_latents(moments, noise):                                          # (B, 2, C, h, w), (B, C, h, w)
+    mean, std = moments.unbind(1)
+    return mean + std * noise                                              # (B, C, h, w)
+
+
+def digest(weights):
+    """Sixteen hexadecimal digits that tell one state dict from another."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def open_space(vae):

@@ -1,11 +1,15 @@
 import argparse
 import os
+import pickle
+import resource
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint, settings_from_weights
+import checkpoint
+from checkpoint import initialize, load_checkpoint, load_model, load_weights, save_checkpoint, settings_from_weights
+from commands import ALONE, draw, fit
 from download import find_model
 from models import DiT, DiT_models, grid_embedding
 from pde_ssm import TERMS
@@ -257,3 +261,235 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path):
 def test_a_size_without_a_name_is_refused():
     with pytest.raises(ValueError, match="hidden size 32, depth 1 and patch size 2"):
         settings_from_weights(DiT(8, hidden_size=32, depth=1, num_heads=1).state_dict())
+
+
+def export(path, *flags):
+    checkpoint.export(checkpoint.parse_args([str(path), *map(str, flags)]), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"), [("attention", {}), ("pdessm-g", {}), ("pdessm", dict(coupling="coupled", groups=4))]
+)
+def test_safetensors_there_and_back(tmp_path, mixer, options):
+    written = write(tmp_path / "a.pt", mixer, options).state_dict()
+    export(tmp_path / "a.pt", "--format", "safetensors")
+    export(tmp_path / "a.safetensors", "--format", "pt", "--out", tmp_path / "b.pt")
+    expected, settings = load_model(tmp_path / "a.pt", flags(), "ema")
+    for name in ("a.safetensors", "b.pt"):
+        model, read = load_model(tmp_path / name, flags(), "ema")
+        assert read == settings
+        assert str(model) == str(expected)
+        assert all(torch.equal(value, written[key]) for key, value in model.state_dict().items())
+        assert find_model(tmp_path / name).keys() == written.keys()
+    assert load_checkpoint(tmp_path / "b.pt")[1] == load_checkpoint(tmp_path / "a.pt")[1]
+    assert torch.load(tmp_path / "b.pt")["ema"].keys() == written.keys()  # where the public code looks for them
+
+
+def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
+    model = DiT_models["DiT-N/4"](**PIXELS).state_dict()
+    average = {name: value + 1 for name, value in model.items()}
+    average["final_layer.linear.bias"] = average["t_embedder.mlp.0.weight"][0, :96]  # shares its memory
+    args = argparse.Namespace(model="DiT-N/4", image_size=16, num_classes=10, vae="none")
+    args.path, args.odd = ("data", 3), {(1, 2): 3}
+    torch.save(dict(model=model, ema=average, opt={}, args=args), tmp_path / "a.pt")
+    export(tmp_path / "a.pt", "--format", "safetensors", "--out", tmp_path / "b.safetensors")
+    weights, settings = load_checkpoint(tmp_path / "b.safetensors")
+    assert all(torch.equal(weights[name], average[name]) for name in average)
+    assert settings == dict(model="DiT-N/4", image_size=16, num_classes=10, vae="none", path=["data", 3], odd={})
+    assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
+
+
+def test_safetensors_of_others_are_bare_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    written = DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm")
+    save_file(written.state_dict(), tmp_path / "a.safetensors")
+    assert load_model(tmp_path / "a.safetensors", flags(), "ema")[1] == SETTINGS
+    for args in ("{", "[3]", "null", "[" * 100_000):
+        save_file(written.state_dict(), tmp_path / "a.safetensors", dict(args=args))
+        if args in ("[3]", "null"):
+            assert load_model(tmp_path / "a.safetensors", flags(), "ema")[1] == SETTINGS
+        else:
+            with pytest.raises(ValueError, match="not a whole checkpoint"):
+                load_model(tmp_path / "a.safetensors", flags(), "ema")
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: os.path.getsize(path) // 2])
+
+
+def no_header(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def huge_header(path):
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def a_pickle(path):
+    path.write_bytes(pickle.dumps(Hostile(str(path.parent / "owned"))))
+
+
+def a_torch_file(path):
+    torch.save(dict(ema={}, args=Hostile(str(path.parent / "owned"))), path)
+
+
+SPOILT_SAFETENSORS = [truncated, half, text, empty, garbage, no_header, huge_header, a_pickle, a_torch_file]
+
+
+@pytest.mark.parametrize("spoil", SPOILT_SAFETENSORS, ids=lambda f: f.__name__)
+def test_spoilt_safetensors_are_named_and_run_nothing(tmp_path, spoil):
+    write(tmp_path / "a.pt")
+    export(tmp_path / "a.pt", "--format", "safetensors")
+    spoil(tmp_path / "a.safetensors")
+    for use in (lambda path: load_model(path, flags(), "ema"), lambda path: export(path, "--format", "pt", "--out", "b.pt")):
+        with pytest.raises(ValueError, match=r"a\.safetensors is not a whole checkpoint"):
+            use(tmp_path / "a.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.safetensors"]
+
+
+def test_a_hostile_autoencoder_does_not_run(tmp_path):
+    from diffusers.models import AutoencoderKL
+
+    AutoencoderKL(block_out_channels=[32]).save_config(tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.bin"
+    for write_to in (lambda value: torch.save(value, weights), lambda value: weights.write_bytes(pickle.dumps(value))):
+        write_to(dict(a=Hostile(str(tmp_path / "owned"))))
+        with pytest.raises(OSError, match=r"the VAE .* could not be loaded"):
+            checkpoint.open_space(str(tmp_path / "vae")).load("cpu")
+    assert os.listdir(tmp_path) == ["vae"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--format", "pt"], r"a\.pt is there already; give another --out"),
+        (["--format", "safetensors", "--out", "b.pt"], r"--out b\.pt should end in \.safetensors"),
+        (["--format", "pt", "--out", "b.safetensors"], r"--out b\.safetensors should end in \.pt"),
+        (["--format", "pt", "--out", "/proc/b.pt"], r"could not write the checkpoint /proc/b\.pt"),
+        (["--format", "safetensors", "--out", "/proc/b.safetensors"], r"could not write the checkpoint /proc/b\.safetensors"),
+    ],
+)
+def test_an_export_that_cannot_be_says_why(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises((ValueError, OSError), match=message):
+        export("a.pt", *given)
+    assert os.listdir() == ["a.pt"]
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def filled(model, start):
+    """Every weight another number."""
+    with torch.no_grad():
+        for number, value in enumerate(model.state_dict().values(), start):
+            value.fill_(number)
+    return model
+
+
+def saved(path, model):
+    torch.save(dict(model={}, ema=model.state_dict()), path)
+    return path
+
+
+def test_fine_tuning_with_other_classes_keeps_all_but_their_table(tmp_path):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS | dict(num_classes=3)), 0)
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    table = "y_embedder.embedding_table.weight"
+    for name, value in new.state_dict().items():
+        if name != table:
+            assert torch.equal(value, old.state_dict()[name]), name
+    assert (new.state_dict()[table][:3] < 1000).all()
+    assert torch.equal(new.state_dict()[table][3], old.state_dict()[table][10])
+    assert report[1:] == [f"... not {table}, which is (11, 96) there and (4, 96) here; the null class is kept"]
+    count = len(old.state_dict())
+    assert report[0].endswith(f"a.pt: {count - 1} of the model's {count} tensors")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [("attention", "pdessm", {}), ("pdessm", "attention", {}), ("attention", "pdessm", dict(gate=True))],
+)
+def test_a_mixer_of_another_kind_is_initial_whole(tmp_path, before, after, options):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS, mixer=before), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS, mixer=after, **options), 0)
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    mixing = {name for name in new.state_dict() if ".attn." in name}
+    for name, value in new.state_dict().items():
+        assert torch.equal(value < 1000, torch.full(value.shape, name in mixing)), name
+    assert len(report) == 3
+    key = {"attention": "blocks.*.attn.qkv.weight (6)", "pdessm": "blocks.*.attn.pde.equation.g0 (6)"}
+    assert report[1].startswith("... not there, and initial: ")
+    assert key[after] in report[1]
+    assert report[2].startswith("... there, and not taken: ")
+    assert key[before] in report[2]
+
+
+def test_an_option_more_of_the_same_mixer_leaves_the_rest_as_it_was(tmp_path):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm"), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm", gate=True), 0)
+    initialize(new, saved(tmp_path / "a.pt", old))
+    kept = {name for name, value in new.state_dict().items() if (value >= 1000).all()}
+    assert kept == new.state_dict().keys() & old.state_dict().keys()
+
+
+@pytest.mark.parametrize("other", ["DiT-Ti/4", "UNet-N"])
+def test_a_network_of_which_nothing_fits_is_no_beginning(tmp_path, other):
+    old = checkpoint.MODELS[other](input_size=16, in_channels=3, num_classes=10)
+    new = DiT_models["DiT-N/4"](**PIXELS)
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    with pytest.raises(ValueError, match="is of another network or size"):
+        initialize(new, saved(tmp_path / "a.pt", old))
+    assert all(torch.equal(value, before[name]) for name, value in new.state_dict().items())
+
+
+def test_a_unet_keeps_its_null_class(tmp_path):
+    old, new = (checkpoint.MODELS["UNet-N"](input_size=16, in_channels=3, num_classes=n) for n in (4, 2))
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    assert torch.equal(new.net.class_embedding.weight[2], old.net.class_embedding.weight[4])
+    assert torch.equal(new.net.conv_in.weight, old.net.conv_in.weight)
+    assert len(report) == 2
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_training_begins_where_another_run_ended(tmp_path, ending):
+    """From attention over ten classes to a PDE over ten: after one step at a tiny rate all else is still there."""
+    quick = ["--global-batch-size", 2, "--max-steps", 1, "--log-every", 1]
+    path = fit(tmp_path / "a", *quick, "--lr", 1e-2) / "checkpoints" / "0000001.pt"
+    if ending == "safetensors":
+        export(path, "--format", "safetensors")
+        path = path.with_suffix(".safetensors")
+    folder = fit(tmp_path / "b", *quick, "--lr", 1e-9, "--mixer", "pdessm", "--init-from", path)
+    old, new = load_checkpoint(path)[0], torch.load(folder / "checkpoints" / "0000001.pt")
+    for name, value in new["model"].items():
+        if ".attn." not in name:
+            torch.testing.assert_close(value, old[name], rtol=0, atol=1e-7)
+            torch.testing.assert_close(new["ema"][name], old[name], rtol=0, atol=1e-7)
+    assert old["final_layer.linear.weight"].abs().max() > 1e-3
+    log = (folder / "log.txt").read_text()
+    assert f"Initial weights from {path}: " in log
+    assert "... not there, and initial: blocks.*.attn.pde." in log
+    draw(folder / "checkpoints" / "0000001.pt", tmp_path / "a.png", "--class-labels", 1)
+
+
+def test_a_beginning_that_is_none_leaves_no_folder(tmp_path):
+    for name in ("nowhere.pt", "a.pt"):
+        (tmp_path / "a.pt").write_text("not weights")
+        with pytest.raises((ValueError, OSError), match=rf"{name}"):
+            fit(tmp_path / "r", "--init-from", tmp_path / name)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_full_disk_leaves_no_half_export(tmp_path, form):
+    write(tmp_path / "a.pt")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=rf"could not write the checkpoint .*b\.{form}: .*File too large"):
+            export(tmp_path / "a.pt", "--format", form, "--out", tmp_path / f"b.{form}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert os.listdir(tmp_path) == ["a.pt"]

@@ -1,0 +1,154 @@
+"""Cached latents: what an autoencoder makes of a data set, in a folder, so that training needs no autoencoder.
+
+    latents.json        by which autoencoder, of which images, how many to a shard
+    00000.safetensors   mean, std (n, flips, C, h, w) of n images, and of their mirror images, in the model's scale;
+    ...                 label (n,), their classes; crc32 (n,), of each image's mean and std
+
+The index is written first, and a shard is whole or not there, so that what is missing can be told, and made.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.utils.data import Dataset
+
+from checkpoint import whole_file
+from vae import open_space
+
+INDEX = "latents.json"
+KINDS = dict(
+    vae=str, vae_digest=str, source=str, image_size=int, images=int, shard_size=int, num_classes=int, flip=bool, shape=list
+)  # fmt: skip
+AGAIN = "run `data.py encode` again with the same flags, which makes what is missing"
+
+
+class CachedLatents(Dataset):
+    """Yields (moments, class): float (flips, 2, C, h, w), mean and standard deviation of an image's latents, and of its
+    mirror image's. ValueError for an index that is none, OSError for shards that are missing or damaged."""
+
+    def __init__(self, folder, uncond=False):
+        self.folder, self.uncond = Path(folder), uncond
+        self.index = read_index(self.folder)
+        self.image_size, self.flip, self.classes = (self.index[name] for name in ("image_size", "flip", "classes"))
+        self.num_classes = 0 if uncond else self.index["num_classes"]
+        self.shards, faults = [], []
+        for number in range(shard_count(self.index)):
+            try:
+                self.shards.append(open_shard(self.folder, number, self.index))
+            except OSError as error:
+                faults.append(str(error))
+        if faults:
+            raise OSError(f"{len(faults)} of {shard_count(self.index)} shards cannot be used ({faults[0]}); {AGAIN}")
+
+    def __reduce__(self):  # a worker opens the shards for itself
+        return CachedLatents, (self.folder, self.uncond)
+
+    def __len__(self):
+        return self.index["images"]
+
+    def __getitem__(self, index):
+        number, place = divmod(index, self.index["shard_size"])
+        mean, std, label, crc32 = (self.shards[number].get_slice(name)[place] for name in ("mean", "std", "label", "crc32"))
+        if checksum(mean, std) != crc32:
+            path = shard_path(self.folder, number)
+            raise OSError(f"{path} is damaged: the checksum of its image {place} is wrong; delete the file and {AGAIN}")
+        return torch.stack([mean, std], dim=1).float(), 0 if self.uncond else int(label)
+
+    def check_vae(self, vae):
+        """ValueError unless `vae`, as --vae names it, has the encoder that made these latents."""
+        on_hub, made_by = ("ema", "mse"), self.index["vae"]
+        if vae in on_hub and made_by in on_hub:
+            return  # they share an encoder
+        if vae == "none" or vae in on_hub or open_space(vae).load("cpu").digest() != self.index["vae_digest"]:
+            raise ValueError(f"--vae {vae} is not what encoded the latents in {self.folder}: that was --vae {made_by}")
+
+
+def holds_latents(folder):
+    return Path(folder, INDEX).is_file()
+
+
+def read_index(folder):
+    path = Path(folder, INDEX)
+    try:
+        index = json.loads(path.read_text())
+        if wrong := [name for name, kind in KINDS.items() if not isinstance(index[name], kind)]:
+            raise TypeError(f"{wrong[0]} is {index[wrong[0]]!r}")
+        return index
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no index of cached latents ({error!r})") from error
+
+
+def claim(folder, index):
+    """Writes the index of latents to be made, or makes sure that those in the folder are the same. ValueError if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if holds_latents(folder):
+        before = read_index(folder)
+        differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
+        if differences:
+            raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
+    elif any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no cached latents; give another --out")
+    else:
+        with whole_file(folder / INDEX, "index") as file:
+            file.write(json.dumps(index, indent=1).encode())
+    for leftover in folder.glob("*.partial"):  # of a run that was killed
+        leftover.unlink()
+
+
+def shard_count(index):
+    return -(-index["images"] // index["shard_size"])
+
+
+def shard_path(folder, number):
+    return Path(folder, f"{number:05d}.safetensors")
+
+
+def shard_images(index, number):
+    """The numbers of the images of a shard."""
+    start = number * index["shard_size"]
+    return range(start, min(start + index["shard_size"], index["images"]))
+
+
+def open_shard(folder, number, index):
+    """A shard with all tensors in it, none of them read yet. OSError if it is not that."""
+    path, n = shard_path(folder, number), len(shard_images(index, number))
+    flips = [n, 2 if index["flip"] else 1]
+    expected = dict(mean=flips + index["shape"], std=flips + index["shape"], label=[n], crc32=[n])
+    try:
+        shard = safe_open(path, "pt")
+        shapes = {name: shard.get_slice(name).get_shape() for name in expected}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}") from None
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+    if shapes != expected:
+        raise OSError(f"{path} is another's: its tensors are {shapes}, not {expected}")
+    return shard
+
+
+def unfinished_shards(folder, index):
+    numbers = []
+    for number in range(shard_count(index)):
+        try:
+            open_shard(folder, number, index)
+        except OSError:
+            numbers.append(number)
+    return numbers
+
+
+def write_shard(path, moments, labels, dtype):
+    """moments (n, flips, 2, C, h, w), labels (n,)."""
+    mean, std = (part.to(dtype).contiguous() for part in moments.unbind(2))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise ValueError(f"latents for {path} are not finite in {dtype}")
+    crc32 = torch.tensor([checksum(*image) for image in zip(mean, std)])
+    with whole_file(path, "shard") as file:
+        file.write(save(dict(mean=mean, std=std, label=labels, crc32=crc32)))
+
+
+def checksum(mean, std):
+    return zlib.crc32(std.numpy(), zlib.crc32(mean.numpy()))

@@ -1,0 +1,335 @@
+"""Training from latents that were encoded before, and what can go wrong with them."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, DistributedSampler
+
+import data
+import train
+from commands import ALONE, ROOT, fit, torchrun
+from data import load_dataset
+from diffusion import create_diffusion
+from latents import CachedLatents
+from test_vae import save_autoencoder
+from vae import open_space
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_autoencoder(tmp_path_factory.mktemp("vae") / "small", levels=3, channels=4)  # a factor of 4
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """26 images of three classes, nowhere symmetric."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(26):
+        path = folder / f"class{i % 3}" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return str(folder)
+
+
+def encode(out, vae, *flags):
+    flags = ["--out", out, "--vae", vae, "--image-size", 16, "--shard-size", 10, "--device", "cpu", "--num-workers", 0, *flags]
+    data.encode(data.parse_args(["encode", *map(str, flags)]), ALONE)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, vae, photos):
+    return encode(tmp_path_factory.mktemp("latents") / "a", vae, "--data-path", photos)
+
+
+@pytest.fixture
+def copy(tmp_path, encoded):
+    """Of the latents, to be spoilt."""
+    return Path(shutil.copytree(encoded, tmp_path / "copy"))
+
+
+def read(folder, name):
+    with open(os.path.join(folder, name), "rb") as file:
+        return file.read()
+
+
+def contents(folder):
+    return {name: read(folder, name) for name in os.listdir(folder)}
+
+
+def train_on(path, results, vae, *flags):
+    """The final checkpoint and the log's rows, without their speeds."""
+    settings = ["--data-path", path, "--vae", vae, "--image-size", 16, "--num-classes", 3, "--model", "DiT-N/2", "--lr", 1e-3]
+    settings += ["--global-batch-size", 8, "--max-steps", 6, "--log-every", 2, "--num-workers", 0]
+    folder = fit(results, *settings, *flags)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name != "steps_per_sec"} for row in rows]
+    return torch.load(folder / "checkpoints" / "0000006.pt"), rows
+
+
+def test_a_folder_of_latents_is_the_autoencoders_view_of_the_images(encoded, photos, vae):
+    images, cached, space = load_dataset(photos, 16), load_dataset(encoded, 16), open_space(vae).load("cpu")
+    assert sorted(os.listdir(encoded)) == ["00000.safetensors", "00001.safetensors", "00002.safetensors", "latents.json"]
+    assert (len(cached), cached.num_classes, cached.flip, cached.classes) == (26, 3, True, ["class0", "class1", "class2"])
+    for i in (0, 9, 10, 25):
+        (image, label), (moments, cached_label) = images[i], cached[i]
+        assert label == cached_label
+        views = torch.stack([image, image.flip(2)])
+        torch.testing.assert_close(moments, space.moments(views), rtol=1e-5, atol=1e-6)
+        assert (moments[0] - moments[1].flip(3)).abs().max() > 1e-3  # a mirror image's latents are not the mirrored latents
+    assert load_dataset(encoded, 16, uncond=True).num_classes == 0
+    assert [load_dataset(encoded, 16, uncond=True)[i][1] for i in (0, 25)] == [0, 0]
+
+
+def test_training_from_latents_is_training_with_the_autoencoder(tmp_path, encoded, photos, vae):
+    """Noise, times, mirroring and order are the same bits; the encoder rounds differently in batches of another size."""
+    with_vae, rows = train_on(photos, tmp_path / "a", vae, "--val-path", photos)
+    without, cached_rows = train_on(encoded, tmp_path / "b", vae, "--val-path", encoded)
+    for row, cached in zip(rows, cached_rows, strict=True):
+        assert row == pytest.approx(cached, rel=1e-5)
+    for name, weight in with_vae["model"].items():
+        torch.testing.assert_close(without["model"][name], weight, rtol=0, atol=2e-5, msg=name)
+    moved = with_vae["model"]["final_layer.linear.weight"].abs().max()
+    assert moved > 1e-3  # from zero: 50 times the tolerance
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_are_equal_to_rounding_and_their_noise_to_the_bit(encoded, photos, vae, flip):
+    args, space = train.parse_args(["--image-size", "16"]), open_space(vae).load("cpu")
+    batches = []
+    for dataset in (load_dataset(photos, 16), load_dataset(encoded, 16)):
+        images, labels = next(iter(DataLoader(dataset, 26)))
+        batches.append(train.draw_batch(images, labels, 5, args, ALONE, flip, space, create_diffusion("")))
+    for one, other in (batches, batches[::-1]):
+        assert torch.equal(one["noise"], other["noise"])
+        assert torch.equal(one["t"], other["t"])
+        assert torch.equal(one["model_kwargs"]["y"], other["model_kwargs"]["y"])
+        torch.testing.assert_close(one["x_start"], other["x_start"], rtol=1e-5, atol=1e-6)
+
+
+def test_held_out_images_need_not_be_encoded_too(tmp_path, encoded, photos, vae):
+    _, rows = train_on(encoded, tmp_path, vae, "--val-path", photos)
+    _, again = train_on(encoded, tmp_path, vae, "--val-path", encoded)
+    assert rows[-1]["held_out_loss"] == pytest.approx(again[-1]["held_out_loss"], rel=1e-5)
+
+
+def test_training_needs_no_autoencoder(tmp_path, photos):
+    """Of a name on the hub nothing but the name is read, and ema and mse have the same encoder."""
+    folder = encode(tmp_path / "a", save_autoencoder(tmp_path / "vae", levels=4, channels=4), "--data-path", photos)
+    index = json.loads(read(folder, "latents.json"))
+    (tmp_path / "a" / "latents.json").write_text(json.dumps(index | {"vae": "ema"}))
+    train_on(folder, tmp_path / "r", "mse", "--val-path", folder)
+
+
+def test_digits_are_not_mirrored_and_halves_take_half(tmp_path, vae):
+    whole = encode(tmp_path / "a", vae, "--shard-size", 1000)
+    half = encode(tmp_path / "b", vae, "--shard-size", 1000, "--half")
+    (moments, label), (rounded, _) = load_dataset(whole, 16)[1500], load_dataset(half, 16)[1500]
+    assert moments.shape == rounded.shape == (1, 2, 4, 4, 4)
+    assert label == load_dataset(None, 16)[1500][1]
+    assert moments.dtype == rounded.dtype == torch.float32
+    torch.testing.assert_close(moments, rounded, rtol=5e-4, atol=1e-7)
+    assert not torch.equal(moments, rounded)
+    sizes = [os.path.getsize(f"{folder}/00000.safetensors") for folder in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_workers_read_latents(encoded):
+    cached = load_dataset(encoded, 16)
+    alone = [moments for moments, _ in cached]
+    loader = DataLoader(cached, batch_size=None, num_workers=2)
+    assert torch.equal(torch.stack([moments for moments, _ in loader]), torch.stack(alone))
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[25][0], alone[25])
+
+
+def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_path, vae):
+    """Killed while it writes, it leaves whole shards and perhaps a partial file; run again, it makes the rest alone."""
+    out, whole = tmp_path / "killed", encode(tmp_path / "whole", vae, *(digits := ["--image-size", 8, "--shard-size", 30]))
+    flags = ["encode", "--out", out, "--vae", vae, "--device", "cpu", *digits]
+    command = [sys.executable, ROOT / "data.py", *flags]
+    killed = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while len(list(out.glob("*.safetensors"))) < 3 and killed.poll() is None:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    (out / "00059.safetensors.123.partial").write_bytes(b"half a shard")
+    with pytest.raises(OSError, match=r"\d+ of 60 shards cannot be used \(there is no .*safetensors\); run .* again"):
+        load_dataset(str(out), 8)
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 3 <= len(made) < 60
+    torchrun(2, "data.py", *flags)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+    assert read(out, "latents.json") == read(whole, "latents.json")
+    for (moments, label), (expected, expected_label) in zip(load_dataset(str(out), 8), load_dataset(whole, 8), strict=True):
+        torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-6)
+        assert label == expected_label
+
+
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path, vae, photos, encoded):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, unlimited[1]))  # a shard has 10,712 bytes
+    try:
+        with pytest.raises(OSError, match=r"could not write the shard .*00000\.safetensors: .*File too large"):
+            encode(tmp_path / "a", vae, "--data-path", photos)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert os.listdir(tmp_path / "a") == ["latents.json"]
+    assert contents(encode(tmp_path / "a", vae, "--data-path", photos)) == contents(encoded)
+
+
+def test_an_image_that_cannot_be_read_leaves_the_whole_shards(tmp_path, vae, photos, encoded):
+    bad = tmp_path / "photos"
+    shutil.copytree(photos, bad)
+    path = sorted(bad.glob("*/*.png"))[15]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300])
+    with pytest.raises(OSError, match=rf"cannot read the image .*{path.name}"):
+        encode(tmp_path / "a", vae, "--data-path", bad)
+    assert sorted(os.listdir(tmp_path / "a")) == ["00000.safetensors", "latents.json"]
+    path.write_bytes(whole)
+    encode(tmp_path / "a", vae, "--data-path", bad)
+    images = contents(tmp_path / "a"), contents(encoded)
+    assert [images[0][name] == images[1][name] for name in sorted(images[0])] == [True, True, True, False]  # another source
+
+
+def missing(path):
+    path.unlink()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def hostile(path):
+    path.write_bytes(pickle.dumps(print))
+
+
+def of_another_set(path):
+    path.write_bytes((path.parent / "00002.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("spoil", [missing, truncated, empty, hostile, of_another_set], ids=lambda f: f.__name__)
+def test_a_shard_that_cannot_be_used_is_named_and_made_again(copy, encoded, photos, vae, spoil):
+    spoil(copy / "00001.safetensors")
+    with pytest.raises(OSError, match=r"^1 of 3 shards cannot be used \(.*00001\.safetensors.*\); run `data.py encode` again"):
+        load_dataset(str(copy), 16)
+    before = {name: value for name, value in contents(copy).items() if name != "00001.safetensors"}
+    stamp = (copy / "00000.safetensors").stat().st_mtime_ns
+    encode(copy, vae, "--data-path", photos)
+    assert contents(copy) == contents(encoded)
+    assert before.items() < contents(copy).items()
+    assert (copy / "00000.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_wrong_bit_ends_the_run_and_what_was_learnt_is_saved(tmp_path, copy, vae, monkeypatch):
+    shard = bytearray((copy / "00001.safetensors").read_bytes())
+    shard[-1500] ^= 1
+    (copy / "00001.safetensors").write_bytes(shard)
+    good = load_dataset(str(copy), 16)
+    bad = [i for i in range(10, 20) if not readable(good, i)]
+    assert len(bad) == 1
+    late = [i for i in range(26) if i != bad[0]][:24] + bad
+    monkeypatch.setattr(DistributedSampler, "__iter__", lambda sampler: iter(late))
+    with pytest.raises(OSError, match=rf"00001\.safetensors is damaged: the checksum of its image {bad[0] - 10} is wrong"):
+        train_on(str(copy), tmp_path / "r", vae, "--global-batch-size", 5)
+    assert os.listdir(tmp_path / "r" / "000-DiT-N-2" / "checkpoints") == ["0000004.pt"]
+
+
+def readable(dataset, i):
+    try:
+        return dataset[i] is not None
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image-size", 32], "the latents in .* are for --image-size 16, not 32"),
+        (["--vae", "none"], "--vae none is not what encoded the latents in .*: that was --vae .*small"),
+        (["--vae", "ema"], "--vae ema is not what encoded the latents in .*: that was --vae .*small"),
+        (["--num-classes", 2], "the images are of 3 classes, more than --num-classes 2"),
+        (["--dataset", "cifar10"], r"the latents in .* are of \(None, False\), not of .*\('cifar10', False\)"),
+    ],
+)
+def test_flags_that_do_not_go_with_the_latents(tmp_path, encoded, vae, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train_on(encoded, tmp_path, vae, *flags)
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_autoencoder_is_told_by_its_encoder(tmp_path, encoded, vae):
+    from diffusers.models import AutoencoderKL
+
+    changed = AutoencoderKL.from_pretrained(vae)
+    changed.decoder.conv_in.weight.data.zero_()
+    changed.save_pretrained(tmp_path / "decoder")
+    CachedLatents(encoded).check_vae(str(tmp_path / "decoder"))
+    changed.encoder.conv_in.weight.data[0] += 1
+    changed.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="encoder is not what encoded the latents"):
+        CachedLatents(encoded).check_vae(str(tmp_path / "encoder"))
+    scaled = AutoencoderKL.from_pretrained(vae)
+    scaled.register_to_config(scaling_factor=1.0)
+    scaled.save_pretrained(tmp_path / "scale")
+    with pytest.raises(ValueError, match="scale is not what encoded the latents"):
+        CachedLatents(encoded).check_vae(str(tmp_path / "scale"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vae", "none"], "--vae none is to work on pixels"),
+        (["--image-size", 18], "--image-size 18 is not divisible by 4"),
+        (["--half"], "holds latents made with dtype float32 and now float16; give another --out"),
+        (["--shard-size", 5], "made with shard_size 10 and now 5"),
+        (["--uncond"], r"made with num_classes 3 and now 0, classes \['class0'.*\] and now None"),
+        (["--data-path", "digits"], "made with source .* and now .*, images 26 and now 1797"),
+    ],
+)
+def test_encoding_with_other_flags_touches_nothing(copy, photos, vae, flags, message):
+    before = contents(copy)
+    with pytest.raises(ValueError, match=message):
+        encode(copy, vae, "--data-path", photos, *flags)
+    assert contents(copy) == before
+
+
+def test_places_that_will_not_do(tmp_path, encoded, photos, vae):
+    with pytest.raises(ValueError, match=r"holds latents already"):
+        encode(tmp_path / "a", vae, "--data-path", encoded)
+    with pytest.raises(ValueError, match=r"is not empty and holds no cached latents"):
+        encode(photos, vae, "--data-path", photos)
+    with pytest.raises(OSError, match=r"/proc/a"):
+        encode("/proc/a", vae, "--data-path", photos)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"vae": "ema"}', '{"vae": 3}', '"shape"'])
+def test_an_index_that_is_none_is_named(copy, text):
+    (copy / "latents.json").write_text(text)
+    with pytest.raises(ValueError, match=r"latents\.json is no index of cached latents"):
+        load_dataset(str(copy), 16)
+
+
+def test_latents_that_are_not_finite_are_not_kept(tmp_path, photos, vae, monkeypatch):
+    monkeypatch.setattr("vae.LatentSpace.moments", lambda space, images: torch.full((len(images), 2, 4, 4, 4), 1e5))
+    with pytest.raises(ValueError, match=r"00000\.safetensors are not finite in torch\.float16"):
+        encode(tmp_path / "a", vae, "--data-path", photos, "--half")
+    assert os.listdir(tmp_path / "a") == ["latents.json"]

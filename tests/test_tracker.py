@@ -1,0 +1,103 @@
+"""What a run shows while it trains: grids of samples, and its numbers elsewhere."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from commands import draw, fit
+from test_vae import save_autoencoder
+
+SHORT = ["--global-batch-size", 8, "--max-steps", 4, "--log-every", 2, "--ckpt-every", 2]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_samples_of_a_run_are_those_of_its_checkpoint(tmp_path, monkeypatch, objective):
+    monkeypatch.setattr("train.SAMPLING_STEPS", 4)
+    folder = fit(tmp_path / "r", *SHORT, "--objective", objective, "--lr", 1e-2, "--sample-every", 2)
+    grids = sorted((folder / "samples").iterdir())
+    assert [path.name for path in grids] == ["0000002.png", "0000004.png"]
+    for path in grids:
+        checkpoint = folder / "checkpoints" / path.with_suffix(".pt").name
+        assert np.array_equal(pixels(path), draw(checkpoint, tmp_path / "a.png"))
+    assert not np.array_equal(pixels(grids[0]), pixels(grids[1]))
+
+
+def test_looking_at_a_run_does_not_change_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    plain = fit(tmp_path / "a", *SHORT)
+    watched = fit(tmp_path / "b", *SHORT, "--sample-every", 1, "--tracker", "tensorboard")
+    weights = [torch.load(folder / "checkpoints" / "0000004.pt")["model"] for folder in (plain, watched)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not (plain / "samples").exists()
+
+
+def test_latents_are_decoded(tmp_path, monkeypatch):
+    """Also where training itself needs no autoencoder."""
+    import data
+    from commands import ALONE
+
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    vae = save_autoencoder(tmp_path / "vae", levels=3, channels=4)
+    flags = ["--vae", vae, "--image-size", "16"]
+    data.encode(data.parse_args(["encode", "--out", str(tmp_path / "latents"), "--device", "cpu", *flags]), ALONE)
+    flags += ["--data-path", tmp_path / "latents", "--num-workers", 0, "--sample-every", 4]
+    folder = fit(tmp_path / "r", *SHORT, *flags)
+    assert pixels(folder / "samples" / "0000004.png").shape == (2 + 3 * 66, 2 + 4 * 66, 3)
+
+
+def test_tensorboard_has_every_row_of_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    folder = fit(tmp_path, *SHORT, "--sample-every", 2, "--tracker", "tensorboard")
+    events = EventAccumulator(str(folder)).Reload()
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    for name in ("loss", "steps_per_sec"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(row["step"], pytest.approx(row[name])) for row in rows]
+    assert [event.step for event in events.Images("samples")] == [2, 4]
+    assert b'"global_batch_size": 8' in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize(
+    ("logged_in", "variable", "mode"), [(True, "", "online"), (False, "", "offline"), (True, "disabled", "disabled")]
+)
+def test_weights_and_biases_is_offline_unless_logged_in(tmp_path, monkeypatch, logged_in, variable, mode):
+    shown, settings = [], {}
+    stand_in = SimpleNamespace(
+        login=lambda prompt: logged_in,
+        init=lambda **given: settings.update(given) or SimpleNamespace(log=lambda row, step: shown.append((step, row))),
+        Image=lambda path: path,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    folder = fit(tmp_path, *SHORT, "--sample-every", 4, "--tracker", "wandb")
+    assert (settings["mode"], settings["dir"], settings["name"]) == (mode, folder, "000-DiT-N-4")
+    assert settings["config"]["max_steps"] == 4
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert shown[:2] == [(row.pop("step"), row) for row in rows]
+    assert shown[2:] == [(4, {"samples": str(folder / "samples" / "0000004.png")})]
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(OSError, match=f"--tracker {name}: pip install {name}"):
+        fit(tmp_path, *SHORT, "--tracker", name)
+
+
+def test_a_model_without_classes_is_drawn_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    folder = fit(tmp_path, *SHORT, "--uncond", "--sample-every", 4)
+    assert pixels(folder / "samples" / "0000004.png").shape == (2 + 4 * 66, 2 + 4 * 66, 3)

@@ -1,0 +1,46 @@
+"""Where else a run's numbers and pictures are shown, besides its folder: functions of the folder and the run's settings
+that return track(step, numbers, picture=None), numbers by name and the path of a PNG."""
+
+import json
+import os
+
+import numpy as np
+from PIL import Image
+
+
+def tensorboard(folder, settings):
+    """Event files in the folder: `tensorboard --logdir results`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OSError(f"--tracker tensorboard: pip install tensorboard ({error})") from error
+    writer = SummaryWriter(folder)
+    writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
+
+    def track(step, numbers, picture=None):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        if picture:
+            with Image.open(picture) as image:
+                writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        writer.flush()  # a run that is killed has shown what it wrote
+
+    return track
+
+
+def weights_and_biases(folder, settings):
+    """A run of the project pde-ssm-dit. Without an account, or as WANDB_MODE has it, kept in the folder for `wandb sync`."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise OSError(f"--tracker wandb: pip install wandb ({error})") from error
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode)
+
+    def track(step, numbers, picture=None):
+        run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)
+
+    return track
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": weights_and_biases}
