@@ -23,7 +23,7 @@ from update import tensors
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "grad_checkpointing", "grad_accum", "max_skipped",
-    "parallel",
+    "parallel", "sample_every", "tracker", "init_from",
 }  # fmt: skip
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
 logger = logging.getLogger("train")

@@ -305,7 +305,7 @@ def test_a_batch_must_divide_over_the_processes():
     ("flags", "message"),
     [
         (["--mixer", "mamba"], "choose from .*attention.*pdessm"),
-        (["--model", "DiT-M/2"], "choose from .*DiT-XL/2"),
+        (["--model", "DiT-Q/2"], "choose from .*DiT-XL/2"),
         (["--max-steps", "0"], "0 is not positive"),
         (["--pde-terms", "advection"], "choose from .*convection"),
         (["--pde-coupling", "full"], "choose from .*pairwise"),
