@@ -69,7 +69,10 @@ class FolderImages(Dataset):
     """Images of a folder, of any sizes; grey ones become RGB and transparency is dropped. dataset: which of DATASETS it is."""
 
     def __init__(self, path, crop=None, dataset=None):
-        self.path, self.crop, self.source = path, crop, load_dataset(path, crop, uncond=True, name=dataset).source
+        images = load_dataset(path, crop, uncond=True, name=dataset)
+        if not hasattr(images, "source"):
+            raise ValueError(f"{path} holds latents, not images; give the folder that they were made of")
+        self.path, self.crop, self.source = path, crop, images.source
 
     def __len__(self):
         return len(self.source)

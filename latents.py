@@ -53,7 +53,7 @@ class CachedLatents(Dataset):
     def __getitem__(self, index):
         number, place = divmod(index, self.index["shard_size"])
         mean, std, label, crc32 = (self.shards[number].get_slice(name)[place] for name in ("mean", "std", "label", "crc32"))
-        if checksum(mean, std) != crc32:
+        if checksum(mean, std, label) != crc32:
             path = shard_path(self.folder, number)
             raise OSError(f"{path} is damaged: the checksum of its image {place} is wrong; delete the file and {AGAIN}")
         return torch.stack([mean, std], dim=1).float(), 0 if self.uncond else int(label)
@@ -145,10 +145,10 @@ def write_shard(path, moments, labels, dtype):
     mean, std = (part.to(dtype).contiguous() for part in moments.unbind(2))
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise ValueError(f"latents for {path} are not finite in {dtype}")
-    crc32 = torch.tensor([checksum(*image) for image in zip(mean, std)])
+    crc32 = torch.tensor([checksum(*image) for image in zip(mean, std, labels)])
     with whole_file(path, "shard") as file:
         file.write(save(dict(mean=mean, std=std, label=labels, crc32=crc32)))
 
 
-def checksum(mean, std):
-    return zlib.crc32(std.numpy(), zlib.crc32(mean.numpy()))
+def checksum(mean, std, label):
+    return zlib.crc32(int(label).to_bytes(8, "little", signed=True), zlib.crc32(std.numpy(), zlib.crc32(mean.numpy())))

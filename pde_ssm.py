@@ -111,8 +111,11 @@ def convolve(v, symbol):
 
 
 def _traced(*tensors):
-    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation."""
+    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation, or tensors of
+    another class (fake, distributed)."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if any(type(x) is not torch.Tensor for x in tensors):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
@@ -134,23 +137,24 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, symbol):
         ctx.set_materialize_grads(False)
-        v_hat = spectrum(v)
+        v_hat = spectrum(v).data  # views that leave a function with two outputs could not be changed in place; this is none
         ctx.save_for_backward(v_hat, symbol)
         ctx.grid = v.shape[1:3]
-        return field(multiply(symbol, v_hat), *ctx.grid), v_hat
+        return field(multiply(symbol, v_hat), *ctx.grid).data, v_hat
 
     @staticmethod
     def backward(ctx, g, v_hat_grad):
         v_hat, symbol = ctx.saved_tensors
         v_grad = symbol_grad = None
-        if g is not None:
-            v_grad, g_hat = Convolution.apply(g, symbol * symbol.new_tensor([1, -1]).view(2, 1, 1, 1))
-            if ctx.needs_input_grad[1]:
-                symbol_grad = correlate(v_hat, g_hat, column_weights(*ctx.grid, g), per_image=symbol.ndim > 4)
-        if v_hat_grad is not None:                                         # only under create_graph
-            d = column_weights(*ctx.grid, v_hat_grad)
-            transposed = field(v_hat_grad / (d if v_hat_grad.is_complex() else d[:, None]), *ctx.grid)
-            v_grad = transposed if v_grad is None else v_grad + transposed
+        with _full_precision(symbol):                                      # backward() may be called under autocast
+            if g is not None:
+                v_grad, g_hat = Convolution.apply(g, symbol * symbol.new_tensor([1, -1]).view(2, 1, 1, 1))
+                if ctx.needs_input_grad[1]:
+                    symbol_grad = correlate(v_hat, g_hat, column_weights(*ctx.grid, g), per_image=symbol.ndim > 4)
+            if v_hat_grad is not None:                                     # only under create_graph
+                d = column_weights(*ctx.grid, v_hat_grad)
+                transposed = field(v_hat_grad / (d if v_hat_grad.is_complex() else d[:, None]), *ctx.grid)
+                v_grad = transposed if v_grad is None else v_grad + transposed
         return v_grad, symbol_grad
 
 
@@ -162,19 +166,20 @@ def spectrum(v):                                                           # (B,
     B, h, w, C = v.shape
     if max(h, w) > LONGEST_MATRIX:
         return torch.fft.rfft2(v.movedim(-1, 1).contiguous())
+    f = w // 2 + 1
     along_w, along_h = fourier_matrices(h, w, v.dtype)
-    v_hat = torch.bmm(along_w.expand(B * h, -1, -1), v.reshape(B * h, w, C))         # (B h, 2 (w // 2 + 1), C)
-    return torch.bmm(along_h.expand(B, -1, -1), v_hat.view(B, 2 * h, -1)).view(B, 2, h, -1, C)
+    v_hat = torch.bmm(along_w.expand(B * h, -1, -1), v.reshape(B * h, w, C))         # (B h, 2 f, C)
+    return torch.bmm(along_h.expand(B, -1, -1), v_hat.view(B, 2 * h, f * C)).view(B, 2, h, f, C)
 
 
 def field(v_hat, h, w):
     """The inverse of `spectrum`: (B, h, w, C)."""
     if v_hat.is_complex():
         return torch.fft.irfft2(v_hat, s=(h, w)).movedim(1, -1)
-    B, C = len(v_hat), v_hat.shape[-1]
+    B, _, _, f, C = v_hat.shape
     along_w, along_h = fourier_matrices(h, w, v_hat.dtype)
     weights = column_weights(h, w, v_hat).repeat(2)
-    v = torch.bmm(along_h.T.expand(B, -1, -1), v_hat.reshape(B, 2 * h, -1)).view(B * h, -1, C)
+    v = torch.bmm(along_h.T.expand(B, -1, -1), v_hat.reshape(B, 2 * h, f * C)).view(B * h, 2 * f, C)
     return torch.bmm((along_w.T * weights).expand(B * h, -1, -1), v).view(B, h, w, C)
 
 
@@ -204,7 +209,7 @@ def correlate(v_hat, g_hat, weights, per_image):
 
 def column_weights(h, w, like):
     """d of `Convolution`, (w // 2 + 1,), real, of the precision of `like`."""
-    weights = torch.full((w // 2 + 1,), 2 / (h * w), dtype=like.real.dtype)
+    weights = torch.full((w // 2 + 1,), 2 / (h * w), dtype=like.real.dtype, device=like.device)
     weights[0] = 1 / (h * w)
     if w % 2 == 0:
         weights[-1] = 1 / (h * w)
@@ -218,10 +223,11 @@ def fourier_matrices(h, w, dtype):
     The first gives real parts, then imaginary parts. The second takes pairs of them, row by row, and returns all real
     parts before all imaginary ones.
     """
-    along_w = torch.view_as_real(torch.fft.rfft(torch.eye(w, dtype=torch.float64)))  # (w, w // 2 + 1, 2)
-    F = torch.fft.fft(torch.eye(h, dtype=torch.float64))                   # symmetric, (h, h)
-    along_h = torch.stack([torch.stack([F.real, -F.imag], dim=-1), torch.stack([F.imag, F.real], dim=-1)])
-    return along_w.permute(2, 1, 0).reshape(-1, w).to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype)
+    with torch.inference_mode(False), torch.device("cpu"):  # what is kept outlives the mode that the first caller is in
+        along_w = torch.view_as_real(torch.fft.rfft(torch.eye(w, dtype=torch.float64)))  # (w, w // 2 + 1, 2)
+        F = torch.fft.fft(torch.eye(h, dtype=torch.float64))               # symmetric, (h, h)
+        along_h = torch.stack([torch.stack([F.real, -F.imag], dim=-1), torch.stack([F.imag, F.real], dim=-1)])
+        return along_w.permute(2, 1, 0).reshape(-1, w).to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype)
 
 
 def symmetric(A):

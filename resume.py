@@ -23,7 +23,7 @@ from update import tensors
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "grad_checkpointing", "grad_accum", "max_skipped",
-    "parallel", "sample_every", "tracker", "init_from",
+    "parallel", "sample_every", "tracker",
 }  # fmt: skip
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
 logger = logging.getLogger("train")
@@ -104,7 +104,8 @@ def find_run(args, processes):
 
 
 def changed_settings(before, now):
-    names = [name for name in now if name in before and name not in FREE and before[name] != now[name]]
+    free = FREE | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural, another is not
+    names = [name for name in now if name in before and name not in free and before[name] != now[name]]
     return [f"--{name.replace('_', '-')} was {before[name]} and is {now[name]}" for name in names]
 
 
@@ -116,7 +117,8 @@ def restore(learner, run):
         names = [name for name, _ in learner.model.named_parameters()]
         moments = {names[number]: state for number, state in run["opt"]["state"].items()}
         fill(tensors(learner), run | dict(opt=moments), run["path"])
-    learner.scaler.load_state_dict(run["scaler"])
+    if run["scaler"]:  # empty if the run was not in float16
+        learner.scaler.load_state_dict(run["scaler"])
 
 
 def fill(values, stored, path):
@@ -143,13 +145,17 @@ def save_run(experiment, step, learner, args, processes):
     elif processes.rank == 0:
         save_checkpoint(path, **tensors(learner) | dict(opt=learner.opt.state_dict()), **contents)
     if processes.rank == 0:
-        keep(experiment, args.keep_last, args.keep_every)
+        keep(experiment, step, args.keep_last, args.keep_every)
     return path
 
 
-def keep(experiment, last, every):
-    """Deletes all checkpoints but the newest `last` and those of every `every`-th step; with last None, none."""
-    for step, path in checkpoints(experiment)[last:] if last else []:
+def keep(experiment, newest, last, every):
+    """Deletes all checkpoints but the newest `last` and those of every `every`-th step; with last None, none.
+
+    Those after step `newest` are damaged, or the run would have gone on from them: they do not count and stay.
+    """
+    kept = [(step, path) for step, path in checkpoints(experiment) if step <= newest]
+    for step, path in kept[last:] if last else []:
         if not every or step % every:
             delete(path)
 

@@ -22,7 +22,11 @@ def save_sharded(path, tensors, **contents):
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    dcp.save(tensors, checkpoint_id=partial)
+    try:
+        dcp.save(tensors, checkpoint_id=partial)
+    except dcp.api.CheckpointException as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"could not write the checkpoint {path}: {reason}") from error
     sums = [None] * dist.get_world_size()
     mine = [*partial.glob(f"__{dist.get_rank()}_*"), *([partial / ".metadata"] if first else [])]
     dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})

@@ -1,5 +1,5 @@
-"""Where else a run's numbers and pictures are shown, besides its folder: functions of the folder and the run's settings
-that return track(step, numbers, picture=None), numbers by name and the path of a PNG."""
+"""Where else a run's numbers and pictures are shown, besides its folder: functions of the folder, the run's settings
+and the step after which it goes on that return track(step, numbers, picture=None), numbers by name, the path of a PNG."""
 
 import json
 import os
@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 
-def tensorboard(folder, settings):
+def tensorboard(folder, settings, first=0):
     """Event files in the folder: `tensorboard --logdir results`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise OSError(f"--tracker tensorboard: pip install tensorboard ({error})") from error
-    writer = SummaryWriter(folder)
+    writer = SummaryWriter(folder, purge_step=first + 1 if first else None)
     writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
     def track(step, numbers, picture=None):
@@ -28,8 +28,9 @@ def tensorboard(folder, settings):
     return track
 
 
-def weights_and_biases(folder, settings):
-    """A run of the project pde-ssm-dit. Without an account, or as WANDB_MODE has it, kept in the folder for `wandb sync`."""
+def weights_and_biases(folder, settings, first=0):
+    """A run of the project pde-ssm-dit; going on begins another of the same name. Without an account, or as WANDB_MODE
+    has it, kept in the folder for `wandb sync`."""
     try:
         import wandb
     except ImportError as error:

@@ -43,6 +43,7 @@ logger = logging.getLogger("train")
 
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     torch.manual_seed(args.global_seed)  # the same initial weights on every process
     device = processes.device
     space = open_space(args.vae)
@@ -70,7 +71,7 @@ def main(args, processes):
     folder, track, first = None, None, run["step"] if run else 0
     if processes.rank == 0:
         folder = run["path"].parent.parent if run else create_experiment(args)
-        track = TRACKERS[args.tracker](folder, vars(args)) if args.tracker else None
+        track = TRACKERS[args.tracker](folder, vars(args), first) if args.tracker else None
         log_to(logging.FileHandler(folder / "log.txt"))
         logger.setLevel(logging.INFO)
         logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
@@ -91,14 +92,19 @@ def main(args, processes):
         if processes.rank == 0:
             forget_what_came_after(run)
         logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
+        run = None  # it holds as much as the learner
     replica = replicate(model, args, processes)
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
     loader = make_loader(dataset, args, processes)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
 
+    saved = {first}
+
     def save(step):
-        logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes)}")
+        if step not in saved:  # a signal may come right after a checkpoint
+            logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes)}")
+            saved.add(step)
 
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, skipped, start = [], 0, perf_counter()
@@ -127,12 +133,14 @@ def main(args, processes):
             if step % args.log_every == 0 or step == total:
                 log_interval(step, losses, perf_counter() - start, args, processes, write_row)
                 losses, start = [], perf_counter()
+            paused = perf_counter()
             if step % args.ckpt_every == 0 or step == total:
+                save(step)
                 if held_out:
                     log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, write_row)
-                save(step)
             if args.sample_every and step % args.sample_every == 0:
                 draw_samples(step, ema, args, processes, space, folder, track)
+            start += perf_counter() - paused
     logger.info("Done!")
 
 
@@ -357,6 +365,7 @@ def draw_samples(step, ema, args, processes, space, folder, track):
 
     It leaves the random numbers of training as they are. All processes draw, as they would have to wait anyway.
     """
+    ema.eval()  # which drops kept symbols: sharded parameters change without telling
     settings = sample.parse_args(["--num-sampling-steps", str(SAMPLING_STEPS)])
     objective, sampler = sample.create_sampler(settings, dict(objective=args.objective, path=args.path or "linear"))
     classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings)

@@ -54,7 +54,7 @@ def shard(model, processes):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(processes.device.type, (processes.size,))
     for layer in (*getattr(model, "blocks", ()), model):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)          # the root too: averages run without a backward
 
 
 def replicate(model, args, processes):

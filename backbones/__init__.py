@@ -24,7 +24,7 @@ class Backbone(nn.Module):
         Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through.
         """
         n = len(x) // 2
-        out = self.forward(x[:n].repeat(2, 1, 1, 1), t, y)                 # (2n, out_channels, H, W)
+        out = self(x[:n].repeat(2, 1, 1, 1), t, y)                         # (2n, out_channels, H, W)
         guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)
         return torch.cat([guided.repeat(2, 1, 1, 1), out[:, channels:]], dim=1)
 

@@ -1,5 +1,6 @@
 # What the scripts of the paper's tables share. A script names its data set and recipe, then every system, which is trained,
-# sampled, evaluated and added as a row to reproduce/results/<table>.jsonl. Started again, it goes on where it was stopped.
+# sampled, evaluated and added as a row to reproduce/results/<table>.jsonl. Started again, it goes on where it was stopped,
+# in the middle of training too.
 #
 #     [SCALE=small] bash reproduce/table1_cifar10.sh DATA
 #
@@ -10,6 +11,9 @@
 #   OBJECTIVE   flow, the paper's, or diffusion
 #   FEATURES    of evaluate.py: inception, or if small efficientnet-lite0, whose weights come with its package
 #   PROCESSES   of torchrun: the number of GPUs, or 1
+#   REFERENCE   what samples are compared with: by default an .npz of the training images, which is made. ImageNet's is
+#               large; ADM's VIRTUAL_imagenet256_labeled.npz is what Table 10's precision and recall are usually taken from
+#   IMAGES_OF   the images, if DATA holds their cached latents
 #   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
 set -euo pipefail
 if [ $# -ne 1 ]; then
@@ -20,58 +24,60 @@ table=$(basename "$0" .sh) data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PYTHON=${PYTHON:-python}
 WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE} ROWS=${ROWS:-reproduce/results/$table.jsonl}
-PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 case $SCALE-$OBJECTIVE in
     full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps
     full-diffusion) sampler=ddpm SAMPLING_STEPS=${SAMPLING_STEPS:-250} ;;
-    small-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-20} ;;
-    small-diffusion) sampler=ddim SAMPLING_STEPS=${SAMPLING_STEPS:-40} ;;
+    small-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-10} ;;
+    small-diffusion) sampler=ddim SAMPLING_STEPS=${SAMPLING_STEPS:-20} ;;
     *)
         echo "SCALE is full or small and OBJECTIVE flow or diffusion, not $SCALE and $OBJECTIVE" >&2
         exit 2
         ;;
 esac
+PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
 # recipe DATASET IMAGE_SIZE STEPS IMAGES FLAGS...: the paper's data, and flags of train.py for all systems
 recipe() {
     if [ "$SCALE" = full ]; then
         SEEDS=${SEEDS:-0 1 2} FEATURES=${FEATURES:-inception} STEPS=${STEPS:-$3} IMAGES=${IMAGES:-$4}
-        real=$data reference=(--dataset "$1" --image-size "$2")
+        real=${IMAGES_OF:-$data} reference=(--dataset "$1" --image-size "$2")
         train=(--dataset "$1" --data-path "$data" --image-size "$2" --epochs 100000 "${@:5}")
     else
-        SEEDS=${SEEDS:-0} FEATURES=${FEATURES:-efficientnet-lite0} STEPS=${STEPS:-200} IMAGES=${IMAGES:-512}
+        SEEDS=${SEEDS:-0} FEATURES=${FEATURES:-efficientnet-lite0} STEPS=${STEPS:-200} IMAGES=${IMAGES:-256}
         real=$data
         local held_out=()
         if [ -d "$data/train" ]; then real=$data/train; fi
         if [ -d "$data/test" ]; then held_out=(--val-path "$data/test"); fi
-        reference=(--image-size 32 --num "${IMAGES}")
+        reference=(--image-size 32 --num-images "$IMAGES")
         train=(--vae none --uncond --image-size 32 --global-batch-size 64 --lr 1e-3 --num-workers 0 --epochs 100000)
-        train+=(--data-path "$real" "${held_out[@]}")
+        train+=(--data-path "$real" ${held_out[@]+"${held_out[@]}"})
     fi
     metrics=()
+    REFERENCE=${REFERENCE:-$WORK/reference-$FEATURES.npz}
 }
 
 # system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own
 system() {
-    local name=$1 model=$2 seed
+    local name=$1 model=$2 seed run samples
     if [ "$SCALE" = small ]; then model=$3; fi
     for seed in $SEEDS; do
-        folder=$WORK/$name-$seed
-        if [ -f "$folder/recorded" ]; then continue; fi
+        folder=$WORK/$name-$seed run=$STEPS-$SAMPLING_STEPS-$IMAGES-$FEATURES
+        samples=$folder/samples-$STEPS-$SAMPLING_STEPS-$IMAGES
+        if [ -f "$folder/recorded-$run" ]; then continue; fi
         mkdir -p "$folder"
+        if [ ! -f "$REFERENCE" ]; then # first, so that what evaluation lacks shows before the work
+            run evaluate.py --make-ref "$real" "$REFERENCE" "${reference[@]}" --features "$FEATURES"
+        fi
         if [ -z "$(checkpoint)" ]; then
             run train.py --model "$model" "${train[@]}" --objective "$OBJECTIVE" --max-steps "$STEPS" --global-seed "$seed" \
-                --results-dir "$folder" "${@:4}"
+                --results-dir "$folder" --resume auto "${@:4}"
         fi
         run sample_ddp.py --ckpt "$(checkpoint)" --sampler $sampler --num-sampling-steps "$SAMPLING_STEPS" \
-            --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$folder/samples"
-        if [ ! -f "$WORK/reference.npz" ]; then
-            run evaluate.py --make-ref "$real" "$WORK/reference.npz" "${reference[@]}" --features "$FEATURES"
-        fi
-        run evaluate.py "$WORK/reference.npz" "$(echo "$folder"/samples/*.npz)" --features "$FEATURES" "${metrics[@]}" \
+            --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$samples"
+        run evaluate.py "$REFERENCE" "$(echo "$samples"/*.npz)" --features "$FEATURES" ${metrics[@]+"${metrics[@]}"} \
             --json "$folder/metrics.json"
         "$PYTHON" reproduce/tables.py --record "$ROWS" "$table" "$SCALE" "$name" "$folder" "$(checkpoint)"
-        touch "$folder/recorded"
+        touch "$folder/recorded-$run"
     done
 }
 
@@ -87,11 +93,12 @@ checkpoint() {
     compgen -G "$folder/*/checkpoints/$(printf %07d "$STEPS").pt" || true
 }
 
-# run COMMAND...: on all processes; the seconds it took and what it was go to the run's commands.txt
+# run COMMAND...: on all processes; the seconds it took, to its end or failure, and what it was go to the run's commands.txt
 run() {
-    local start=$SECONDS command=$*
+    local start=$SECONDS command=$* status=0
     if [ "$PROCESSES" -gt 1 ]; then set -- -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" "$@"; fi
     echo "$PYTHON $*" >&2
-    "$PYTHON" "$@"
-    echo "$((SECONDS - start)) ${command//"$data"/DATA}" >> "$folder/commands.txt"
+    "$PYTHON" "$@" || status=$?
+    echo "$((SECONDS - start)) $PROCESSES ${command//"$data"/DATA}" >> "$folder/commands.txt"
+    return $status
 }

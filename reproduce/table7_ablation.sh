@@ -3,7 +3,7 @@
 # Other settings as table3_flowers.sh. DATA: where torchvision's flowers-102 lies.
 source "$(dirname "$0")/common.sh"
 recipe flowers102 64 60000 256 --vae none --global-batch-size 32 --lr 5e-4
-if [ "$FEATURES" = inception ]; then metrics=(--feature-dim 64 --num 256); fi
+if [ "$FEATURES" = inception ]; then metrics=(--feature-dim 64 --num-images 256); fi
 system Baseline DiT-M/4 DiT-N/4 --mixer pdessm
 system Diffusion+Reaction DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms diffusion reaction
 system Diffusion+Convection DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms diffusion convection

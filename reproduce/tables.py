@@ -62,7 +62,7 @@ def record(rows, table, scale, system, folder, checkpoint):
     contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
     args = contents["args"]
     log = [json.loads(line) for line in (Path(checkpoint).parent.parent / "log.jsonl").read_text().splitlines()]
-    commands = [line.split(" ", 1) for line in Path(folder, "commands.txt").read_text().splitlines()]
+    commands = [line.split(" ", 2) for line in Path(folder, "commands.txt").read_text().splitlines()]
     processor = f"{_processor()}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     row = dict(
@@ -71,7 +71,7 @@ def record(rows, table, scale, system, folder, checkpoint):
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
         **{name: value for entry in log for name, value in entry.items() if name.startswith("held_out")},
         metrics=json.loads(Path(folder, "metrics.json").read_text()),
-        commands=[dict(command=command, seconds=int(seconds)) for seconds, command in commands],
+        commands=[dict(command=command, processes=int(n), seconds=int(seconds)) for seconds, n, command in commands],
         machine=machine, torch=torch.__version__, date=str(date.today()),
     )  # fmt: skip
     rows = Path(rows)

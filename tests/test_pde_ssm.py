@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
@@ -562,3 +563,37 @@ def test_a_frozen_side_gets_no_gradient(frozen):
     pde_ssm.convolve(v, symbol).square().sum().backward()
     assert (v.grad is None) == (frozen == "input")
     assert (symbol.grad is None) == (frozen == "symbol")
+
+
+@pytest.mark.parametrize("side", [8, 40])
+def test_results_can_be_changed_in_place(side):
+    pde, u = PDESSM(4), torch.randn(2, 4, side, side)
+    out = pde(u)
+    out += u
+    out.square().sum().backward()
+    (expected,) = torch.autograd.grad((pde(u) + u).square().sum(), [pde.R.weight])
+    torch.testing.assert_close(pde.R.weight.grad, expected)
+
+
+@pytest.mark.parametrize("side", [8, 40])
+def test_no_images_are_no_mistake(side):
+    assert PDESSM(4)(torch.randn(0, 4, side, side)).shape == (0, 4, side, side)
+
+
+def test_gradients_are_as_precise_under_autocast():
+    v, symbol = (x.detach().float().requires_grad_() for x in convolution_arguments(8, 8, per_image=False))
+    loss = pde_ssm.convolve(v, symbol).square().sum()
+    expected = torch.autograd.grad(loss, (v, symbol), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, (v, symbol))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_what_is_kept_of_a_grid_serves_after_any_mode(mode):
+    pde_ssm.fourier_matrices.cache_clear()
+    with mode():
+        PDESSM(3)(torch.randn(1, 3, 4, 6, device="cpu"))
+    v, symbol = convolution_arguments(4, 6, per_image=False)
+    torch.testing.assert_close(pde_ssm.convolve(v, symbol), convolve_plainly(v, symbol))
+    PDESSM(3)(torch.randn(1, 3, 4, 6)).sum().backward()

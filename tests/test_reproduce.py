@@ -26,15 +26,15 @@ with open(os.environ["SEEN"], "a") as file:
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 if sys.argv[1] == "-c":
     print(1)
-elif sys.argv[1] == "train.py":
+elif "train.py" in sys.argv:
     path = pathlib.Path(flags["--results-dir"], "000", "checkpoints", "%07d.pt" % int(flags["--max-steps"]))
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-elif sys.argv[1] == "sample_ddp.py":
+elif "sample_ddp.py" in sys.argv:
     pathlib.Path(flags["--sample-dir"]).mkdir(exist_ok=True)
     pathlib.Path(flags["--sample-dir"], "samples.npz").touch()
 elif "--make-ref" in flags:
-    pathlib.Path(sys.argv[4]).touch()
+    pathlib.Path(sys.argv[sys.argv.index("--make-ref") + 2]).touch()
 """
 
 
@@ -76,9 +76,23 @@ def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
     assert all(other == settings[0] for other in settings)  # systems differ in the network alone
 
 
+def test_other_settings_are_another_run(tmp_path):
+    for flags in ({"STEPS": "10"}, {"STEPS": "20"}, {"STEPS": "20", "IMAGES": "30"}):
+        commands = commands_of("table1_cifar10.sh", tmp_path, SCALE="small", **flags)
+        assert [c[0] for c in commands].count("sample_ddp.py") == 3, flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_torchrun_takes_no_flag_for_its_own(tmp_path, script):
+    commands = commands_of(script, tmp_path, PROCESSES="2", SEEDS="0", FEATURES="inception")
+    flags = [flag for command in commands for flag in command if flag.startswith("--")]
+    assert "--nproc_per_node=2" in flags
+    assert "--num" not in flags  # which torchrun takes for --numa-binding
+
+
 def test_what_is_finished_is_not_done_again(tmp_path):
     first = commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
-    (tmp_path / "runs" / "U-Net-0" / "recorded").unlink()
+    next((tmp_path / "runs" / "U-Net-0").glob("recorded*")).unlink()
     again = commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
     assert [c[0] for c in again] == ["-c", "sample_ddp.py", "evaluate.py", "reproduce/tables.py", "reproduce/tables.py"]
     assert again[1:] == [c for c in first if "U-Net-0" in str(c)][1:] + [first[-1]]
@@ -86,7 +100,7 @@ def test_what_is_finished_is_not_done_again(tmp_path):
 
 @pytest.mark.parametrize(("name", "message"), [("SCALE", "not tiny and flow"), ("OBJECTIVE", "not full and tiny")])
 def test_mistakes_are_named(tmp_path, name, message):
-    done = run_script("table1_cifar10.sh", tmp_path, tmp_path, **{name: "tiny"})
+    done = run_script("table1_cifar10.sh", tmp_path, tmp_path, **{"PYTHON": sys.executable, name: "tiny"})
     assert done.returncode == 2
     assert message in done.stderr
 
