@@ -42,6 +42,7 @@ recipe() {
         SEEDS=${SEEDS:-0 1 2} FEATURES=${FEATURES:-inception} STEPS=${STEPS:-$3} IMAGES=${IMAGES:-$4}
         real=${IMAGES_OF:-$data} reference=(--dataset "$1" --image-size "$2")
         train=(--dataset "$1" --data-path "$data" --image-size "$2" --epochs 100000 "${@:5}")
+        REFERENCE=${REFERENCE:-$WORK/reference-$FEATURES.npz}
     else
         SEEDS=${SEEDS:-0} FEATURES=${FEATURES:-efficientnet-lite0} STEPS=${STEPS:-200} IMAGES=${IMAGES:-256}
         real=$data
@@ -51,9 +52,9 @@ recipe() {
         reference=(--image-size 32 --num-images "$IMAGES")
         train=(--vae none --uncond --image-size 32 --global-batch-size 64 --lr 1e-3 --num-workers 0 --epochs 100000)
         train+=(--data-path "$real" ${held_out[@]+"${held_out[@]}"})
+        REFERENCE=${REFERENCE:-$WORK/reference-$FEATURES-$IMAGES.npz}
     fi
     metrics=()
-    REFERENCE=${REFERENCE:-$WORK/reference-$FEATURES.npz}
 }
 
 # system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own

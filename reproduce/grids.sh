@@ -50,7 +50,7 @@ for y, row in enumerate(rows):
     for x, (title, grid) in enumerate(row):
         ImageDraw.Draw(sheet).text((x * width + 4, y * (height + bar) + 3), title, fill="black", font_size=11)
         sheet.paste(grid, (x * width, y * (height + bar) + bar))
-sheet.save(f"reproduce/results/grids-{name}.png", optimize=True)
+sheet.quantize(256).save(f"reproduce/results/grids-{name}.png", optimize=True)
 PYTHON
     cp "results/grids/$set.txt" "reproduce/results/grids-$set.txt"
 done
