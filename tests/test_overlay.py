@@ -354,8 +354,9 @@ def copy(tmp_path, monkeypatch):
     """A checkout that is this repository with one model, and a function (file, old, new) that changes it."""
     monkeypatch.setattr(overlay, "SIDE", 16)
     folder = ready(tmp_path / "copy", train="from data import center_crop_arr")
-    for name in ("models.py", "data.py"):
-        shutil.copy(ROOT / name, folder)
+    for path in ROOT.glob("*.py"):
+        if path.name not in ("train.py", "pde_ssm.py", "pde_ssm_triton.py"):
+            shutil.copy(path, folder)
     for name in ("backbones", "mixers", "diffusion"):
         shutil.copytree(ROOT / name, folder / name)
 
