@@ -18,10 +18,14 @@ draw() { # draw SET SYSTEM OBJECTIVE SAMPLER FLAGS...
         digits) steps=${STEPS:-1600} && set -- --image-size 8 --global-batch-size 32 --lr 3e-3 "$@" ;;
         cifar10) steps=${STEPS:-800} && set -- --image-size 32 --global-batch-size 64 --lr 1e-3 --data-path "$data" --num-workers 0 "$@" ;;
     esac
-    echo "train.py $* --max-steps $steps" | sed "s#$data#DATA#" | tee -a results/grids/$set.txt
-    "$PYTHON" train.py --vae none --num-classes 10 --max-steps "$steps" --results-dir "$folder" "$@"
-    "$PYTHON" sample.py --ckpt "$folder"/*/checkpoints/*"$steps".pt --sampler "$sampler" --num-sampling-steps 50 \
+    run train.py --vae none --num-classes 10 "$@" --max-steps "$steps" --results-dir "$folder"
+    run sample.py --ckpt "$(echo "$folder"/*/checkpoints/*"$steps".pt)" --sampler "$sampler" --num-sampling-steps 50 \
         --cfg-scale 2 --samples-per-class 4 --out "$folder/samples.png"
+}
+
+run() {
+    "$PYTHON" "$@"
+    echo "${*//"$data"/DATA}" >> "results/grids/$set.txt"
 }
 
 mkdir -p results/grids

@@ -13,7 +13,6 @@ A row has all that its numbers rest on: commands, seed, steps, sampler, images, 
 import argparse
 import json
 import os
-import platform
 import re
 import sys
 from datetime import date
@@ -59,20 +58,25 @@ def record(rows, table, scale, system, folder, checkpoint):
     """Appends the row of a finished run to the file `rows`; a row is written whole or not at all."""
     import torch
 
+    sys.path.insert(0, str(HERE.parent))
+    from benchmarks.timing import count_threads, machine
+
     contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
     args = contents["args"]
     log = [json.loads(line) for line in (Path(checkpoint).parent.parent / "log.jsonl").read_text().splitlines()]
     commands = [line.split(" ", 2) for line in Path(folder, "commands.txt").read_text().splitlines()]
-    processor = f"{_processor()}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    metrics = json.loads(Path(folder, "metrics.json").read_text())
+    sampling = json.loads(Path(metrics["samples"]["source"].removesuffix(".npz"), "settings.json").read_text())
+    about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     row = dict(
         table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"], model=args["model"],
         parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
         **{name: value for entry in log for name, value in entry.items() if name.startswith("held_out")},
-        metrics=json.loads(Path(folder, "metrics.json").read_text()),
+        sampler=sampling["sampler"], sampling_steps=sampling["num_sampling_steps"], metrics=metrics,
         commands=[dict(command=command, processes=int(n), seconds=int(seconds)) for seconds, n, command in commands],
-        machine=machine, torch=torch.__version__, date=str(date.today()),
+        machine=about.get("gpu") or f"{about['processor']}, {count_threads(about)}",
+        torch=torch.__version__, date=str(date.today()),
     )  # fmt: skip
     rows = Path(rows)
     partial = rows.with_suffix(f".{os.getpid()}.partial")
@@ -80,34 +84,28 @@ def record(rows, table, scale, system, folder, checkpoint):
     os.replace(partial, rows)
 
 
-def _processor():
-    """The model of the processor; Linux says more than Python."""
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def tabulate(table, rows):
     """Markdown of one table: the paper's figures, then ours for each setting that was run."""
     metrics = list(next(iter(PAPER[table].values())))
     settings = {}
     for row in rows:  # a later run of the same seed replaces an earlier one
-        key = row["scale"], row["objective"], row["steps"], row["metrics"]["features"], row["metrics"]["samples"]["images"]
+        sampler = f"{row['sampling_steps']} steps of {row['sampler']}"
+        metrics_of = row["metrics"]
+        key = row["scale"], row["objective"], row["steps"], sampler, metrics_of["features"], metrics_of["samples"]["images"]
         settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
     lines = {system: [system, *(_plain(figures[name]) for name in metrics)] for system, figures in PAPER[table].items()}
     notes = []
     for number, (key, systems) in enumerate(settings.items(), 1):
-        header += [f"{_ours(name, key[3])} [{number}]" for name in metrics]
+        header += [f"{_ours(name, key[4])} [{number}]" for name in metrics]
         for system, line in lines.items():
             runs = list(systems.get(system, {}).values())
             line += [_summary([_figure(row, name) for row in runs]) for name in metrics]
-        scale, objective, steps, features, images = key
+        scale, objective, steps, sampler, features, images = key
         seeds = sorted({seed for runs in systems.values() for seed in runs})
         row = next(iter(next(iter(systems.values())).values()))
         notes.append(
-            f"[{number}] {scale} scale, {objective}, {steps:,} steps, {features}, {images:,} samples against "
+            f"[{number}] {scale} scale, {objective}, {steps:,} steps, {features}, {images:,} samples by {sampler} against "
             f"{row['metrics']['reference']['images_in_statistics']:,} images, seed{'s' * (len(seeds) > 1)} "
             f"{', '.join(map(str, seeds))}; {row['machine']}, PyTorch {row['torch']}, {row['date']}"
         )
