@@ -27,7 +27,8 @@ R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_
 CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
 KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
 GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps
-LONGEST_MATRIX = 32  # sides up to which a product with the Fourier matrix beats an FFT on CPU
+LONGEST_MATRIX = 32  # sides up to which products with Fourier matrices beat an FFT on CPU
+MOST_AT_ONCE = 64    # tokens up to which one matrix for both sides beats two
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
 _ATTENTION_ARGUMENTS = {
@@ -47,32 +48,62 @@ def wave_numbers(n, half=False, dtype=torch.float32, device=None):
     return 2 * math.pi * m, 2 * math.pi * m * (2 * m.abs() != n)
 
 
-def wave_vectors(h, w, dtype=torch.float32, device=None):
-    """kx, ky, kx_odd, ky_odd of an h x w grid as rfft2 orders them; kx* are (w // 2 + 1,) and ky* (h, 1)."""
-    ky, ky_odd = wave_numbers(h, dtype=dtype, device=device)
-    kx, kx_odd = wave_numbers(w, half=True, dtype=dtype, device=device)
-    return kx, ky[:, None], kx_odd, ky_odd[:, None]
+def wave_monomials(h, w, dtype=torch.float32, device=None):
+    """What Lambda(k) is linear in, at the f = h (w // 2 + 1) wave vectors of an h x w grid in the order of rfft2.
 
-
-def growth_and_phase(K, b, r, kx, ky, kx_odd, ky_odd):
-    """Real and imaginary part of Lambda(k) = -(Kxx kx^2 + 2 Kxy kx ky + Kyy ky^2) + r + i (bx kx + by ky)      (8)
-
-    K (..., 2, 2), b (..., 2), r (...): their leading axes broadcast against those of the wave vectors.
+    Returns (1, -kx^2, -2 kx ky, -ky^2), even in k, as (f, 4), and (kx, ky), odd in k, as (f, 2).
     """
-    growth = r - K[..., 0, 0] * kx**2 - 2 * K[..., 0, 1] * kx_odd * ky_odd - K[..., 1, 1] * ky**2
-    return growth, b[..., 0] * kx_odd + b[..., 1] * ky_odd
+    ky, ky_odd = (k[:, None] for k in wave_numbers(h, dtype=dtype, device=device))
+    kx, kx_odd = wave_numbers(w, half=True, dtype=dtype, device=device)
+    even = torch.broadcast_tensors(torch.ones_like(kx), -(kx**2), -2 * kx_odd * ky_odd, -(ky**2))
+    odd = torch.broadcast_tensors(kx_odd, ky_odd)
+    return torch.stack(even, dim=-1).flatten(0, 1), torch.stack(odd, dim=-1).flatten(0, 1)
+
+
+def monomials_of(h, w, like):
+    """`wave_monomials` of the precision of a tensor and on its device, kept between calls."""
+    return (wave_monomials if _traced(like) else _kept_monomials)(h, w, like.dtype, like.device)
+
+
+@lru_cache(maxsize=16)
+def _kept_monomials(*arguments):
+    with torch.inference_mode(False):  # what is kept outlives the mode that the first caller is in
+        return wave_monomials(*arguments)
+
+
+def polynomial(monomials, coefficients):
+    """sum_j monomials_j coefficients_j: (f, n), (..., n, C) -> (..., f, C)"""
+    if monomials.is_cuda:  # where float32 products of matrices may be rounded to TF32
+        return (monomials[:, :, None] * coefficients[..., None, :, :]).sum(-2)
+    return monomials @ coefficients
+
+
+def polynomial_by_channel(monomials, coefficients):
+    """The same, stored channel after channel."""
+    return polynomial(monomials, coefficients) if monomials.is_cuda else (coefficients.mT @ monomials.mT).mT
+
+
+def adjoint(monomials, gradient):
+    """The transpose of `polynomial`: (f, n), (..., f, C) -> (..., n, C)"""
+    if monomials.is_cuda:
+        return (monomials[:, :, None] * gradient[..., :, None, :]).sum(-3)
+    return monomials.mT @ gradient
 
 
 def green_symbol(K, b, r, tau, h, w):
-    """The Green's function in the Fourier domain: G(k) = exp(tau Lambda(k))                                    (10)
+    """The Green's function in the Fourier domain: G(k) = exp(tau Lambda(k)) with                               (10)
+
+    Lambda(k) = -(Kxx kx^2 + 2 Kxy kx ky + Kyy ky^2) + r + i (bx kx + by ky)                                     (8)
 
     K (..., 2, 2), b (..., 2), r (...) and tau (...) broadcast over their leading axes and are in units of the torus
     (side 1, whatever h and w). Returns (..., h, w // 2 + 1), complex64, or complex128 for float64 coefficients.
     """
-    k = wave_vectors(h, w, K.dtype, K.device)
-    growth, phase = growth_and_phase(K[..., None, None, :, :], b[..., None, None, :], r[..., None, None], *k)
+    even, odd = monomials_of(h, w, K)
+    r, Kxx, Kxy, Kyy, bx, by = torch.broadcast_tensors(r, K[..., 0, 0], K[..., 0, 1], K[..., 1, 1], *b.unbind(-1))
+    growth = polynomial(even, torch.stack([r, Kxx, Kxy, Kyy], dim=-1)[..., None])           # (..., f, 1)
+    phase = polynomial(odd, torch.stack([bx, by], dim=-1)[..., None])
     tau = tau[..., None, None]
-    return torch.polar(*torch.broadcast_tensors(torch.exp(tau * growth), tau * phase))
+    return torch.polar(torch.exp(tau * growth), tau * phase).unflatten(-2, (h, w // 2 + 1)).squeeze(-1)
 
 
 def embedding_symbol(g0, gx, gy, h, w):
@@ -80,9 +111,10 @@ def embedding_symbol(g0, gx, gy, h, w):
 
     g0, gx, gy (...) -> (..., h, w // 2 + 1), complex.
     """
-    _, _, kx, ky = wave_vectors(h, w, g0.dtype, g0.device)
-    g0, gx, gy = (g[..., None, None] for g in (g0, gx, gy))
-    return torch.complex(*torch.broadcast_tensors(g0, gx * kx + gy * ky))
+    _, odd = monomials_of(h, w, g0)
+    g0, gx, gy = torch.broadcast_tensors(g0, gx, gy)
+    imag = polynomial(odd, torch.stack([gx, gy], dim=-1)[..., None])                        # (..., f, 1)
+    return torch.complex(g0[..., None, None].expand_as(imag), imag).unflatten(-2, (h, w // 2 + 1)).squeeze(-1)
 
 
 def initial_widths(token, n):
@@ -96,16 +128,26 @@ def initial_shifts(token, shape):
     return torch.stack([length * angle.cos(), length * angle.sin()], dim=-1)
 
 
+def by_channel(h, w):
+    """Whether tokens and symbols of a grid lie in memory channel after channel, as FFTs want them, not token after token."""
+    return max(h, w) > LONGEST_MATRIX
+
+
 def convolve(v, symbol):
     """irfft2(symbol * rfft2(v)) along h and w, computed in float32 or wider, in the type of v.
 
-    v (B, h, w, C), real; symbol (2, h, w // 2 + 1, C), its real and imaginary part, or (B, 2, ...) for one per image.
+    v (B, h, w, C), real. symbol, or one per image with B in front: (2, h, w // 2 + 1, C), its real and imaginary part,
+    or complex (C, h, w // 2 + 1), if `by_channel`.
     On CPU the transforms of short sides are matrix products and the gradient is written by hand: see `Convolution`.
     """
-    if symbol.ndim == 4 and (kernels := _kernels(v)):
+    if not _per_image(symbol) and (kernels := _kernels(v)):
         return kernels.evolve(v, symbol)
     if v.device.type == "cpu" and not _traced(v, symbol):
-        return Convolution.apply(_widen(v), symbol)[0].to(v.dtype)
+        if torch.is_grad_enabled():
+            return Convolution.apply(_widen(v), symbol)[0].to(v.dtype)
+        v_hat = spectrum(_widen(v))
+        v_hat = v_hat.mul_(symbol) if v_hat.is_complex() else multiply(symbol, v_hat)
+        return field(v_hat, *v.shape[1:3]).to(v.dtype)
     v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                      # (B, C, h, w // 2 + 1)
     return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1).to(v.dtype)
 
@@ -115,14 +157,14 @@ def _traced(*tensors):
     another class (fake, distributed)."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    if any(type(x) is not torch.Tensor for x in tensors):
+    if any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _as_complex(symbol):
     """(..., 2, h, w // 2 + 1, C) -> complex (..., C, h, w // 2 + 1)"""
-    return torch.complex(*symbol.movedim(-1, -3).contiguous().unbind(-4))
+    return symbol if symbol.is_complex() else torch.complex(*symbol.movedim(-1, -3).contiguous().unbind(-4))
 
 
 class Convolution(torch.autograd.Function):
@@ -137,10 +179,10 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, symbol):
         ctx.set_materialize_grads(False)
-        v_hat = spectrum(v).data  # views that leave a function with two outputs could not be changed in place; this is none
+        result, v_hat = convolve_and_keep(v, symbol)
         ctx.save_for_backward(v_hat, symbol)
         ctx.grid = v.shape[1:3]
-        return field(multiply(symbol, v_hat), *ctx.grid).data, v_hat
+        return result, v_hat
 
     @staticmethod
     def backward(ctx, g, v_hat_grad):
@@ -148,26 +190,38 @@ class Convolution(torch.autograd.Function):
         v_grad = symbol_grad = None
         with _full_precision(symbol):                                      # backward() may be called under autocast
             if g is not None:
-                v_grad, g_hat = Convolution.apply(g, symbol * symbol.new_tensor([1, -1]).view(2, 1, 1, 1))
+                again = Convolution.apply if torch.is_grad_enabled() else convolve_and_keep
+                v_grad, g_hat = again(g, conjugate(symbol))
                 if ctx.needs_input_grad[1]:
-                    symbol_grad = correlate(v_hat, g_hat, column_weights(*ctx.grid, g), per_image=symbol.ndim > 4)
+                    products = correlate_each(v_hat, g_hat) if _per_image(symbol) else correlate(v_hat, g_hat)
+                    symbol_grad = column_weights(*ctx.grid, g) * products
             if v_hat_grad is not None:                                     # only under create_graph
-                d = column_weights(*ctx.grid, v_hat_grad)
-                transposed = field(v_hat_grad / (d if v_hat_grad.is_complex() else d[:, None]), *ctx.grid)
+                transposed = field(v_hat_grad / column_weights(*ctx.grid, v_hat_grad), *ctx.grid)
                 v_grad = transposed if v_grad is None else v_grad + transposed
         return v_grad, symbol_grad
 
 
-# The four steps of a convolution. Spectra of grids with sides up to LONGEST_MATRIX are real (B, 2, h, w // 2 + 1, C), as
-# tokens are, and come from two products with small matrices; those of larger ones are complex (B, C, h, w // 2 + 1).
+def convolve_and_keep(v, symbol):
+    """The two results of `Convolution`, as tensors that are no views: views that leave a function with two outputs could not
+    be changed in place."""
+    v_hat = spectrum(v).data
+    return field(multiply(symbol, v_hat), *v.shape[1:3]).data, v_hat
+
+
+# The steps of a convolution. Spectra of grids with sides up to LONGEST_MATRIX are real (B, 2, h, w // 2 + 1, C), as
+# tokens are, and come from one product with a matrix, or two with smaller ones; those of larger grids are complex
+# (B, C, h, w // 2 + 1).
 
 
 def spectrum(v):                                                           # (B, h, w, C)
     B, h, w, C = v.shape
-    if max(h, w) > LONGEST_MATRIX:
+    if by_channel(h, w):
         return torch.fft.rfft2(v.movedim(-1, 1).contiguous())
     f = w // 2 + 1
-    along_w, along_h = fourier_matrices(h, w, v.dtype)
+    if h * w <= MOST_AT_ONCE:
+        whole, _ = fourier_matrix(h, w, v.dtype)
+        return torch.bmm(whole.expand(B, -1, -1), v.reshape(B, h * w, C)).view(B, 2, h, f, C)
+    along_w, along_h, _ = fourier_matrices(h, w, v.dtype)
     v_hat = torch.bmm(along_w.expand(B * h, -1, -1), v.reshape(B * h, w, C))         # (B h, 2 f, C)
     return torch.bmm(along_h.expand(B, -1, -1), v_hat.view(B, 2 * h, f * C)).view(B, 2, h, f, C)
 
@@ -177,48 +231,80 @@ def field(v_hat, h, w):
     if v_hat.is_complex():
         return torch.fft.irfft2(v_hat, s=(h, w)).movedim(1, -1)
     B, _, _, f, C = v_hat.shape
-    along_w, along_h = fourier_matrices(h, w, v_hat.dtype)
-    weights = column_weights(h, w, v_hat).repeat(2)
+    if h * w <= MOST_AT_ONCE:
+        _, back = fourier_matrix(h, w, v_hat.dtype)
+        return torch.bmm(back.expand(B, -1, -1), v_hat.reshape(B, 2 * h * f, C)).view(B, h, w, C)
+    _, along_h, back_along_w = fourier_matrices(h, w, v_hat.dtype)
     v = torch.bmm(along_h.T.expand(B, -1, -1), v_hat.reshape(B, 2 * h, f * C)).view(B * h, 2 * f, C)
-    return torch.bmm((along_w.T * weights).expand(B * h, -1, -1), v).view(B, h, w, C)
+    return torch.bmm(back_along_w.expand(B * h, -1, -1), v).view(B, h, w, C)
 
 
-def multiply(symbol, v_hat):
-    """The complex product."""
-    if v_hat.is_complex():
-        return _as_complex(symbol) * v_hat
-    real, imag = symbol.unbind(-4)
-    product = real.unsqueeze(-4) * v_hat
-    product.select(1, 0).addcmul_(v_hat.select(1, 1), imag, value=-1)
-    product.select(1, 1).addcmul_(v_hat.select(1, 0), imag)
+# Complex numbers are complex tensors, or real ones (..., 2, h, w // 2 + 1, C).
+
+
+def multiply(a, b):
+    if a.is_complex():
+        return a * b
+    product = a.select(-4, 0).unsqueeze(-4) * b
+    product.select(-4, 0).addcmul_(b.select(-4, 1), a.select(-4, 1), value=-1)
+    product.select(-4, 1).addcmul_(b.select(-4, 0), a.select(-4, 1))
     return product
 
 
-def correlate(v_hat, g_hat, weights, per_image):
-    """weights conj(v_hat) g_hat as a symbol: summed over the images, or one per image."""
-    if v_hat.is_complex():
-        product = v_hat.conj() * g_hat
-        product = weights * (product if per_image else product.sum(0))
-        return torch.stack([product.real, product.imag], dim=-4).movedim(-3, -1)
-    real = (v_hat * g_hat).sum(1)
-    imag = v_hat[:, 0] * g_hat[:, 1] - v_hat[:, 1] * g_hat[:, 0]
-    if not per_image:
-        real, imag = real.sum(0), imag.sum(0)
-    return weights[:, None] * torch.stack([real, imag], dim=-4)
+def conjugate(a):
+    return a.conj() if a.is_complex() else torch.stack([a.select(-4, 0), -a.select(-4, 1)], dim=-4)
+
+
+def correlate(a, b):
+    """The sum of conj(a) b over the images."""
+    if a.is_complex():
+        return (a.conj() * b).sum(0)
+    imag = torch.addcmul(a[:, 0] * b[:, 1], a[:, 1], b[:, 0], value=-1)
+    return torch.stack([(a * b).sum((0, 1)), imag.sum(0)])
+
+
+def correlate_each(a, b):
+    """conj(a) b"""
+    if a.is_complex():
+        return a.conj() * b
+    return torch.stack([(a * b).sum(1), a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]], dim=1)
+
+
+def _per_image(symbol):
+    return symbol.ndim > (3 if symbol.is_complex() else 4)
 
 
 def column_weights(h, w, like):
-    """d of `Convolution`, (w // 2 + 1,), real, of the precision of `like`."""
-    weights = torch.full((w // 2 + 1,), 2 / (h * w), dtype=like.real.dtype, device=like.device)
-    weights[0] = 1 / (h * w)
-    if w % 2 == 0:
-        weights[-1] = 1 / (h * w)
-    return weights
+    """d of `Convolution`, (w // 2 + 1) for complex numbers by channel, (w // 2 + 1, 1) for those by token."""
+    d = _kept_weights(h, w, like.real.dtype, like.device)
+    return d if by_channel(h, w) else d[:, None]
+
+
+@lru_cache(maxsize=16)
+def _kept_weights(h, w, dtype, device):
+    with torch.inference_mode(False):  # what is kept outlives the mode that the first caller is in
+        weights = torch.full((w // 2 + 1,), 2 / (h * w), dtype=dtype, device=device)
+        weights[0] = 1 / (h * w)
+        if w % 2 == 0:
+            weights[-1] = 1 / (h * w)
+        return weights
+
+
+@lru_cache(maxsize=16)
+def fourier_matrix(h, w, dtype):
+    """The whole transform, (2 h (w // 2 + 1), h w), all real parts before all imaginary ones, and its inverse."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        units = torch.eye(h * w, dtype=torch.float64).view(h * w, h, w)
+        whole = torch.view_as_real(torch.fft.rfft2(units)).permute(3, 1, 2, 0)             # (2, h, w // 2 + 1, h w)
+        weights = _kept_weights(h, w, torch.float64, torch.device("cpu"))[:, None]
+        back = (whole * weights).flatten(0, 2).T
+        return whole.reshape(-1, h * w).to(dtype), back.to(dtype, memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=16)
 def fourier_matrices(h, w, dtype):
-    """The real transform along w, (2 (w // 2 + 1), w), and the complex one along h as a real matrix, (2 h, 2 h).
+    """The real transform along w, (2 (w // 2 + 1), w), the complex one along h as a real matrix, (2 h, 2 h), and the inverse
+    along w, (w, 2 (w // 2 + 1)), which makes up for the scale of both; along h the inverse is the transpose.
 
     The first gives real parts, then imaginary parts. The second takes pairs of them, row by row, and returns all real
     parts before all imaginary ones.
@@ -227,7 +313,54 @@ def fourier_matrices(h, w, dtype):
         along_w = torch.view_as_real(torch.fft.rfft(torch.eye(w, dtype=torch.float64)))  # (w, w // 2 + 1, 2)
         F = torch.fft.fft(torch.eye(h, dtype=torch.float64))               # symmetric, (h, h)
         along_h = torch.stack([torch.stack([F.real, -F.imag], dim=-1), torch.stack([F.imag, F.real], dim=-1)])
-        return along_w.permute(2, 1, 0).reshape(-1, w).to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype)
+        weights = _kept_weights(h, w, torch.float64, torch.device("cpu"))[:, None]
+        back_along_w = (along_w * weights).transpose(1, 2).reshape(w, -1)
+        along_w = along_w.permute(2, 1, 0).reshape(-1, w)
+        return along_w.to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype), back_along_w.to(dtype)
+
+
+def embedded_green(h, w, tau, r, Kxx, Kxy, Kyy, bx, by, g0, gx, gy):
+    """G(k) B(k), then G(k) alone, each as its real and its imaginary part, (..., h (w // 2 + 1), C); all arguments (..., C)."""
+    even, odd = monomials_of(h, w, g0)
+    at_wave_vectors = polynomial_by_channel if by_channel(h, w) else polynomial
+    exponent = tau[..., None, :] * torch.stack([r, Kxx, Kxy, Kyy, bx, by], dim=-2)
+    growth, phase = at_wave_vectors(even, exponent[..., :4, :]), at_wave_vectors(odd, exponent[..., 4:, :])
+    B, B_imag = g0[..., None, :], at_wave_vectors(odd, torch.stack([gx, gy], dim=-2))
+    size = growth.exp()
+    G, G_imag = size * phase.cos(), size * phase.sin()
+    return torch.addcmul(G * B, G_imag, B_imag, value=-1), torch.addcmul(G * B_imag, G_imag, B), G, G_imag
+
+
+class EmbeddedGreen(torch.autograd.Function):
+    """G(k) B(k) of `embedded_green`, with the gradient by hand: a few operations instead of a chain of thirty."""
+
+    @staticmethod
+    def forward(ctx, h, w, *coefficients):
+        *symbol, G, G_imag = embedded_green(h, w, *coefficients)
+        ctx.save_for_backward(*coefficients, *symbol, G, G_imag)
+        ctx.grid = h, w
+        return tuple(symbol)
+
+    @staticmethod
+    def backward(ctx, S_grad, S_imag_grad):
+        *coefficients, S, S_imag, G, G_imag = ctx.saved_tensors
+        if torch.is_grad_enabled():                                        # create_graph: the gradient of the plain way
+            needed = [x for x, is_needed in zip(coefficients, ctx.needs_input_grad[2:]) if is_needed]
+            symbol = embedded_green(*ctx.grid, *coefficients)[:2]
+            found = iter(torch.autograd.grad(symbol, needed, (S_grad, S_imag_grad), create_graph=True, allow_unused=True))
+            return None, None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[2:])
+        tau, *scalars = coefficients[:7]
+        even, odd = monomials_of(*ctx.grid, tau)
+        # The gradient with respect to the exponent is conj(G B) times that of G B; with respect to B it is conj(G) times it.
+        growth_grad = torch.addcmul(S * S_grad, S_imag, S_imag_grad)
+        phase_grad = torch.addcmul(S * S_imag_grad, S_imag, S_grad, value=-1)
+        B_imag_grad = torch.addcmul(G * S_imag_grad, G_imag, S_grad, value=-1)
+        g0_grad = torch.addcmul(G * S_grad, G_imag, S_imag_grad).sum(-2)
+        exponent_grad = torch.cat([adjoint(even, growth_grad), adjoint(odd, phase_grad)], dim=-2)       # (..., 6, C)
+        tau_grad = (exponent_grad * torch.stack(scalars, dim=-2)).sum(-2)
+        scalar_grads = (tau[..., None, :] * exponent_grad).unbind(-2)
+        gradients = tau_grad, *scalar_grads, g0_grad, *adjoint(odd, B_imag_grad).unbind(-2)
+        return None, None, *(g if g.shape == x.shape else g.sum_to_size(x.shape) for g, x in zip(gradients, coefficients))
 
 
 def symmetric(A):
@@ -290,18 +423,26 @@ class Diagonal(nn.Module):
 
         Their leading axes are (dim,) or (components, dim); where channels are coupled, (groups, c, c) with tau (groups,).
         """
+        r, Kxx, Kxy, Kyy, bx, by, tau = self.scalars()
+        return torch.stack([Kxx, Kxy, Kxy, Kyy], dim=-1).unflatten(-1, (2, 2)), torch.stack([bx, by], dim=-1), r, tau
+
+    def scalars(self):
+        """r, Kxx, Kxy, Kyy, bx, by and tau."""
         tau = _widen(self.log_tau).exp()
-        shape = self.g0.shape
-        K, b, r = tau.new_zeros(*shape, 2, 2), tau.new_zeros(*shape, 2), tau.new_zeros(shape)
+        r = Kxx = Kxy = Kyy = bx = by = self.zero()
         if "diffusion" in self.terms:
             lx, ly, shear = _widen(self.log_lx).exp(), _widen(self.log_ly).exp(), _widen(self.shear)
-            Kxy = lx * shear * ly
-            K = torch.stack([lx**2, Kxy, Kxy, (1 + shear**2) * ly**2], dim=-1).unflatten(-1, (2, 2))
+            lyx = shear * ly
+            Kxx, Kxy, Kyy = lx.square(), lx * lyx, torch.addcmul(ly.square(), lyx, lyx)
         if "convection" in self.terms:
-            b = _widen(self.b)
+            bx, by = _widen(self.b).unbind(-1)
         if "reaction" in self.terms:
             r = R_MAX - nn.functional.softplus(_widen(self.r_slack))
-        return K, b, r, tau
+        return r, Kxx, Kxy, Kyy, bx, by, tau
+
+    def zero(self):
+        """A coefficient of an absent term."""
+        return None if len(self.terms) == len(TERMS) else _widen(self.g0).new_zeros(()).expand(self.g0.shape)
 
     def symbol(self, h, w):
         """What `evolve` multiplies by on an h x w grid: see `compute_symbol`.
@@ -334,21 +475,18 @@ class Diagonal(nn.Module):
             return None
 
     def compute_symbol(self, h, w, time_scale=None):
-        """G(k) B(k) as its real and imaginary part, (..., 2, h, w // 2 + 1, dim)."""
-        g0, gx, gy = (_widen(g)[..., None, None, :] for g in (self.g0, self.gx, self.gy))
-        K, b, r, tau = self.coefficients()
+        """G(k) B(k) as `convolve` takes it; one per image with time_scale (B, dim)."""
+        *scalars, tau = self.scalars()
         if time_scale is not None:
-            tau = tau * time_scale.view(-1, *[1] * (tau.ndim - 1), self.dim)   # (B, dim) or (B, components, dim)
-        K, b, r = tau[..., None, None] * K, tau[..., None] * b, tau * r    # few numbers yet, in front of many
-        kx, ky, kx_odd, ky_odd = (k.unsqueeze(-1) for k in wave_vectors(h, w, K.dtype, K.device))
-        growth, phase = growth_and_phase(K[..., None, None, :, :, :], b[..., None, None, :, :], r[..., None, None, :],
-                                         kx, ky, kx_odd, ky_odd)           # (..., h, w // 2 + 1, dim), maybe 1 for h, w
-        B_imag = gx * kx_odd + gy * ky_odd
-        size = growth.exp()
-        real, imag = size * phase.cos(), size * phase.sin()
-        real, imag = real * g0 - imag * B_imag, real * B_imag + imag * g0
-        symbol = torch.stack([real, imag], dim=-4)
-        return symbol.sum(-5) if self.components > 1 else symbol
+            tau = tau * (time_scale if self.components == 1 else time_scale[:, None])
+        coefficients = (tau, *scalars, *map(_widen, (self.g0, self.gx, self.gy)))
+        symbol = embedded_green if _traced(*coefficients) else EmbeddedGreen.apply
+        real, imag, *_ = symbol(h, w, *coefficients)                       # (..., f, dim)
+        if self.components > 1:
+            real, imag = real.sum(-3), imag.sum(-3)
+        if by_channel(h, w):
+            return torch.complex(real, imag).mT.unflatten(-1, (h, w // 2 + 1))
+        return torch.stack([real, imag], dim=-3).unflatten(-2, (h, w // 2 + 1))
 
     def evolve(self, v, time_scale=None):                                  # (B, h, w, dim), (B, dim) or None
         """From R u to the state at time tau; time_scale multiplies tau."""
@@ -391,51 +529,54 @@ class Pairwise(Diagonal):
         log_l = initial_widths(token, math.prod(shape)).log().view(shape)
         self.create_scalar_pdes(token, log_l, r=math.log(c) * (own - 1))
 
-    def green(self, K, b, r, tau, *k):
-        """The symbol as matrices, (f, groups, c, c), at f wave vectors."""
-        k = (component[:, None, None, None] for component in k)
-        return self.exponential(*growth_and_phase(K, b, r, *k), tau[:, None, None])
+    def symbol_at(self, even, odd, growth, phase, tau):
+        """G(k) as matrices, (f, groups, c, c), at f wave vectors of which these are the monomials."""
+        shape = (-1, *self.g0.shape)
+        return self.exponential(polynomial(even, growth).view(shape), polynomial(odd, phase).view(shape), tau[:, None, None])
 
     def exponential(self, growth, phase, tau):                             # (f, groups, c, c), same, (groups, 1, 1)
         return torch.polar(torch.exp(tau * growth), tau * phase)
 
+    def polynomials(self):
+        """The coefficients of growth (4, groups c c) and phase (2, groups c c), and tau."""
+        *even, bx, by, tau = self.scalars()
+        return torch.stack(even).flatten(1), torch.stack([bx, by]).flatten(1), tau
+
     def compute_symbol(self, h, w):
         """G(k) at all wave vectors, (h (w // 2 + 1), groups, c, c)."""
-        return self.green(*self.coefficients(), *self.flat_wave_vectors(h, w))
-
-    def flat_wave_vectors(self, h, w):
-        dtype = torch.promote_types(self.g0.dtype, torch.float32)
-        return [k.expand(h, w // 2 + 1).flatten() for k in wave_vectors(h, w, dtype, self.g0.device)]
+        polynomials = self.polynomials()
+        return self.symbol_at(*monomials_of(h, w, polynomials[0]), *polynomials)
 
     def evolve(self, v):                                                   # (B, h, w, dim)
         h, w = v.shape[1:3]
         v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                  # (B, dim, h, w // 2 + 1)
-        embedded = self.embed(v_hat, h, w)                                 # (f, groups, c, B)
+        even, odd = monomials_of(h, w, _widen(self.g0))
+        embedded = self.embed(v_hat, odd)                                  # (f, groups, c, B)
         if not torch.is_grad_enabled() and len(embedded) * self.g0.numel() <= KEPT:
             states = self.symbol(h, w) @ embedded                          # (f, groups, c, B)
         else:
-            at_once, coefficients = max(1, CHUNK // self.g0.numel()), self.coefficients()
-            pieces = list(zip(*(k.split(at_once) for k in (embedded, *self.flat_wave_vectors(h, w)))))
+            at_once, polynomials = max(1, CHUNK // self.g0.numel()), self.polynomials()
+            pieces = list(zip(*(x.split(at_once) for x in (embedded, even, odd))))
             run = self.evolve_some if len(pieces) == 1 else self.evolve_and_forget
-            states = torch.cat([run(*piece, *coefficients) for piece in pieces])
+            states = torch.cat([run(*piece, *polynomials) for piece in pieces])
         h_hat = states.permute(3, 1, 2, 0).reshape(v_hat.shape)
         return torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
 
-    def evolve_some(self, v, kx, ky, kx_odd, ky_odd, *coefficients):
+    def evolve_some(self, v, *monomials_and_polynomials):
         """A few wave vectors alone."""
-        return self.green(*coefficients, kx, ky, kx_odd, ky_odd) @ v
+        return self.symbol_at(*monomials_and_polynomials) @ v
 
     def evolve_and_forget(self, *arguments):
         """The same, but training keeps nothing of the symbol: it is computed again for the gradients."""
         return checkpoint(self.evolve_some, *arguments, use_reentrant=False, preserve_rng_state=False)
 
-    def embed(self, v_hat, h, w):
+    def embed(self, v_hat, odd):
         """B(k) v_hat with B(k) = g0 + i (gx kx + gy ky), as one real product: (f, groups, c, B)."""
         g = torch.cat([_widen(self.g0), _widen(self.gx), _widen(self.gy)], dim=1)     # (groups, 3 c, c)
         parts = torch.view_as_real(v_hat.flatten(2)).unflatten(1, (self.groups, -1))  # (B, groups, c, f, 2)
         parts = torch.einsum("gij,bgjfz->fgibz", g, parts).contiguous()               # (f, groups, 3 c, B, 2)
         v, v_x, v_y = torch.view_as_complex(parts).chunk(3, dim=2)
-        _, _, kx, ky = (k[:, None, None, None] for k in self.flat_wave_vectors(h, w))
+        kx, ky = odd[:, :, None, None, None].unbind(1)
         return v + 1j * (kx * v_x + ky * v_y)
 
     def kernel(self, h, w):
@@ -472,20 +613,18 @@ class Coupled(Pairwise):
         if "reaction" in self.terms:
             self.r_root = nn.Parameter(math.sqrt(R_MAX) * own)
 
-    def coefficients(self):
+    def scalars(self):
         tau = _widen(self.log_tau).exp()
-        shape = self.g0.shape
-        K, b, r = tau.new_zeros(*shape, 2, 2), tau.new_zeros(*shape, 2), tau.new_zeros(shape)
+        r = Kxx = Kxy = Kyy = bx = by = self.zero()
         if "diffusion" in self.terms:
             lx, ly, shear = _widen(self.lx), _widen(self.ly), _widen(self.shear)
-            Kxy = symmetric(lx @ shear.mT)
-            K = torch.stack([lx @ lx.mT, Kxy, Kxy, shear @ shear.mT + ly @ ly.mT], dim=-1).unflatten(-1, (2, 2))
+            Kxx, Kxy, Kyy = lx @ lx.mT, symmetric(lx @ shear.mT), shear @ shear.mT + ly @ ly.mT
         if "convection" in self.terms:
-            b = torch.stack([symmetric(_widen(self.bx)), symmetric(_widen(self.by))], dim=-1)
+            bx, by = symmetric(_widen(self.bx)), symmetric(_widen(self.by))
         if "reaction" in self.terms:
             root = _widen(self.r_root)
-            r = R_MAX * torch.eye(shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
-        return K, b, r, tau
+            r = R_MAX * torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
+        return r, Kxx, Kxy, Kyy, bx, by, tau
 
     def exponential(self, growth, phase, tau):
         return torch.linalg.matrix_exp(tau * torch.complex(*torch.broadcast_tensors(growth, phase)))
@@ -493,6 +632,16 @@ class Coupled(Pairwise):
 
 EQUATIONS = {"diagonal": Diagonal, "pairwise": Pairwise, "coupled": Coupled}
 COUPLINGS = tuple(EQUATIONS)
+
+
+class Projection(nn.Linear):
+    """A linear layer on the channels of a grid, whose result lies in memory as the convolution after it wants it."""
+
+    def forward(self, u):                                                  # (B, h, w, D) -> (B, h, w, C)
+        if not by_channel(*u.shape[1:3]):
+            return super().forward(u)
+        v = (self.weight @ u.flatten(1, 2).mT).unflatten(2, u.shape[1:3])  # (B, C, h, w)
+        return (v if self.bias is None else v + self.bias[:, None, None]).movedim(1, -1)
 
 
 class PDESSM(nn.Module):
@@ -535,10 +684,10 @@ class PDESSM(nn.Module):
             raise ValueError(f"{C} channels cannot be split into {groups} equal groups")
         self.dim, self.coupling, self.conditioned = dim, coupling, conditioned
         self.activation = activation
-        self.R = nn.Linear(dim, C, bias=activation)
+        self.R = Projection(dim, C, bias=activation)
         terms = tuple(term for term in TERMS if term in terms)
         self.equation = EQUATIONS[coupling](C, groups, components, grid_size, terms)
-        self.gate = nn.Linear(dim, C, bias=False) if gate else None
+        self.gate = Projection(dim, C, bias=False) if gate else None
         self.out = nn.Linear(C, dim, bias=False) if gate or dim != C else None
         for layer in filter(None, (self.R, self.gate, self.out)):
             nn.init.xavier_uniform_(layer.weight)

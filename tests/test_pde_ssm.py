@@ -516,13 +516,15 @@ def test_unknown_options_are_refused():
 
 
 def convolve_plainly(v, symbol):
-    symbol = torch.complex(*symbol.unbind(-4)).movedim(-1, -3)
+    symbol = symbol if symbol.is_complex() else torch.complex(*symbol.unbind(-4)).movedim(-1, -3)
     return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1)), s=v.shape[1:3]).movedim(1, -1)
 
 
-def convolution_arguments(h, w, per_image, dtype=torch.float64):
-    shape = (3, 2, h, w // 2 + 1, 2) if per_image else (2, h, w // 2 + 1, 2)
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in [(3, h, w, 2), shape]]
+def convolution_arguments(h, w, per_image):
+    """Tokens and a symbol, which is complex for grids that have an FFT."""
+    shape, dtype = ((2, h, w // 2 + 1), torch.complex128) if pde_ssm.by_channel(h, w) else ((2, h, w // 2 + 1, 2), f64)
+    symbol = torch.randn((3, *shape) if per_image else shape, dtype=dtype, requires_grad=True)
+    return torch.randn(3, h, w, 2, dtype=f64, requires_grad=True), symbol
 
 
 @pytest.mark.parametrize("per_image", [False, True])
@@ -537,7 +539,7 @@ def test_convolution_by_hand_is_autograds(monkeypatch, grid, longest, per_image)
     gradients = [torch.autograd.grad(out, (v, symbol), g, create_graph=True) for out in (ours, plain)]
     torch.testing.assert_close(*gradients)
     directions = [torch.randn_like(x) for x in (v, symbol)]
-    slopes = [sum((x * y).sum() for x, y in zip(pair, directions)) for pair in gradients]
+    slopes = [sum((x * y).real.sum() for x, y in zip(pair, directions)) for pair in gradients]
     torch.testing.assert_close(*(torch.autograd.grad(slope, (v, symbol)) for slope in slopes))
 
 
@@ -554,6 +556,27 @@ def test_convolution_serves_functional_transforms(monkeypatch, longest):
     several = torch.stack([symbol, ds])
     mapped = torch.func.vmap(pde_ssm.convolve, in_dims=(None, 0))(v, several)
     torch.testing.assert_close(mapped, torch.stack([convolve_plainly(v, s) for s in several]))
+
+
+@pytest.mark.parametrize("longest", [0, 32])
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (4, 1, 2), (4, 3, 2)], ids=["symbol", "components", "images", "images and components"])
+def test_the_symbols_gradient_by_hand_is_autograds(monkeypatch, shape, longest):
+    monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
+    tau = torch.rand(shape, dtype=f64, requires_grad=True)
+    scales = [1, 1e-3, 1e-3, 1e-3, 0.1, 0.1, 1, 0.1, 0.1]  # of r, K, b and g, so that Lambda(k) is of the order of 1
+    others = [(scale * torch.randn(shape[-1] if len(shape) == 1 else shape[-2:], dtype=f64)) for scale in scales]
+    inputs = (tau, *(x.requires_grad_() for x in others))
+
+    def by_hand(*inputs):
+        return pde_ssm.EmbeddedGreen.apply(4, 3, *inputs)
+
+    def plain(*inputs):
+        return pde_ssm.embedded_green(4, 3, *inputs)[:2]
+
+    torch.testing.assert_close(by_hand(*inputs), plain(*inputs), rtol=0, atol=0)
+    directions = [torch.randn_like(part) for part in plain(*inputs)]
+    torch.testing.assert_close(*(torch.autograd.grad(symbol(*inputs), inputs, directions) for symbol in (by_hand, plain)))
+    assert torch.autograd.gradgradcheck(by_hand, inputs)
 
 
 @pytest.mark.parametrize("frozen", ["input", "symbol"])
