@@ -559,7 +559,7 @@ def test_convolution_serves_functional_transforms(monkeypatch, longest):
 
 
 @pytest.mark.parametrize("longest", [0, 32])
-@pytest.mark.parametrize("shape", [(2,), (3, 2), (4, 1, 2), (4, 3, 2)], ids=["symbol", "components", "images", "images and components"])
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (4, 1, 2), (4, 3, 2)], ids=["one", "components", "images", "both"])
 def test_the_symbols_gradient_by_hand_is_autograds(monkeypatch, shape, longest):
     monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
     tau = torch.rand(shape, dtype=f64, requires_grad=True)
