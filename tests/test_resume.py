@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -20,6 +21,7 @@ from commands import ALONE, QUICK, ROOT, fork, write_photos
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
 STEPS = 14
+SAVED = [4, 8, 12, STEPS]
 pytestmark = pytest.mark.usefixtures("shallow")
 
 
@@ -41,15 +43,15 @@ def at_update(number, act=die):
     return spoil
 
 
-def half_written(number):
-    """Dies when a part of that checkpoint is on the disk."""
+def half_written(number, share):
+    """Dies when that share of a checkpoint is on the disk."""
 
     def spoil(write=torch.save):
         def wrapped(contents, file):
             if contents["step"] != number:
                 return write(contents, file)
             write(contents, file)
-            file.truncate(file.tell() // 2)
+            file.truncate(int(share * file.tell()))
             die()
 
         checkpoint.torch.save = wrapped
@@ -152,21 +154,35 @@ def again(flags, *more):
     train.main(train.parse_args([*map(str, [*QUICK, *flags, *more])]), ALONE)
 
 
-KILLS = [at_update(3), at_update(7), half_written(8), before_renaming(8), before_deleting(12), at_update(14)]
+def draw_kills(seed, processes):
+    """(what, step, kill, rank) of six kills in their order: three at random steps, and one in each part of writing a random
+    checkpoint, which rank 0 does."""
+    draw = random.Random(seed)
+    kills = [("update", step, at_update(step), draw.randrange(processes)) for step in draw.sample(range(1, STEPS + 1), 3)]
+    step, share = draw.choice(SAVED), draw.random()
+    kills.append((f"writing {share:.3f} of", step, half_written(step, share), 0))
+    step = draw.choice(SAVED)
+    kills.append(("renaming", step, before_renaming(step), 0))
+    step = draw.choice(SAVED[:-1])  # after the last, nothing would be left to do
+    kills.append(("deleting after", step, before_deleting(step), 0))
+    return sorted(kills, key=lambda kill: kill[1])
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 0)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, flags, tmp_path, processes, workers):
     """Weights, averages and AdamW's moments, to the last bit. Here one process lets another one read its images."""
+    seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    kills = draw_kills(seed, processes)
+    print(f"KILL_SEED={seed} repeats this:", *(f"{what} {step} on rank {rank};" for what, step, _, rank in kills))
     flags = [*flags, "--num-workers", workers, "--resume", "auto", "--keep-last", 2]
-    for number, kill in enumerate(KILLS):
-        victim = number % processes if kill.__qualname__.startswith("at_update") else 0  # only rank 0 writes
+    for _, step, kill, victim in kills:
         statuses = fork(*flags, processes=processes, spoil=lambda rank: kill() if rank == victim else None)  # noqa: B023
-        assert statuses[victim] == -signal.SIGKILL, number
+        assert statuses[victim] == -signal.SIGKILL, step
     assert fork(*flags, processes=processes) == [0] * processes
     assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
     assert losses(calm(processes)).items() == losses(tmp_path / "r").items()
-    assert names(tmp_path / "r") == ["0000012.pt", "0000014.pt"]
+    last = max((tmp_path / "r").iterdir())  # those before it were killed before their first checkpoint
+    assert sorted(path.name for path in last.glob("checkpoints/*")) == ["0000012.pt", "0000014.pt"]
 
 
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
