@@ -176,6 +176,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, f
     print(f"KILL_SEED={seed} repeats this:", *(f"{what} {step} on rank {rank};" for what, step, _, rank in kills))
     flags = [*flags, "--num-workers", workers, "--resume", "auto", "--keep-last", 2]
     for _, step, kill, victim in kills:
+        if f"{step:07d}.pt" in names(tmp_path / "r"):
+            continue  # rank 0 wrote it while rank 1 died
         statuses = fork(*flags, processes=processes, spoil=lambda rank: kill() if rank == victim else None)  # noqa: B023
         assert statuses[victim] == -signal.SIGKILL, step
     assert fork(*flags, processes=processes) == [0] * processes
