@@ -96,7 +96,7 @@ def fork(*flags, processes=1, spoil=None):
             launch(train.main, train.parse_args([*QUICK, *map(str, flags)]))
         except SystemExit as end:
             if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
+                sys.stderr.write(f"{end.code}\n")  # in one piece: others may be writing theirs
             sys.stderr.flush()
             # Here, for PyTorch 2.6 waits for ever for processes that were killed, when it frees what the error holds.
             os._exit(1 if isinstance(end.code, str) else end.code)
