@@ -49,7 +49,8 @@ def test_a_sharded_model_learns_as_a_whole_one(runs):
     assert names(runs / "fsdp") == ["0000004.dcp", "0000008.dcp", "0000010.dcp"]
     assert_close(weights(final(runs / "ddp")), weights(final(runs / "fsdp")))
     for one, other in zip(rows(runs / "ddp"), rows(runs / "fsdp"), strict=True):
-        assert {**one, "steps_per_sec": 0} == pytest.approx({**other, "steps_per_sec": 0}, rel=1e-4)
+        shown = {name for name in one if name in ("step", "loss") or name.startswith("held_out")}
+        assert {name: one[name] for name in shown} == pytest.approx({name: other[name] for name in shown}, rel=1e-4)
 
 
 @pytest.mark.parametrize(("processes", "flags"), [(1, []), (2, []), (3, ["--parallel", "fsdp"])])

@@ -62,7 +62,7 @@ def test_tensorboard_has_every_row_of_the_log(tmp_path, monkeypatch):
     events = EventAccumulator(str(folder)).Reload()
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
-    for name in ("loss", "steps_per_sec"):
+    for name in ("loss", "steps_per_sec", "gflops_per_sec", "peak_memory_gb"):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert shown == [(row["step"], pytest.approx(row[name])) for row in rows]
     assert [event.step for event in events.Images("samples")] == [2, 4]

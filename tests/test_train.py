@@ -12,6 +12,7 @@ import torch
 import train
 from checkpoint import load_checkpoint, load_model
 from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, torchrun
+from cost import training_flops
 from data import DATASETS, load_dataset
 from diffusion import create_diffusion
 from diffusion.samplers import FLOW_SAMPLERS
@@ -41,10 +42,15 @@ def test_what_a_run_leaves(tmp_path):
     assert checkpoint["args"]["mixer"] == "pdessm"
     log = (folder / "log.txt").read_text()
     assert re.search(r"^\[[-\d: ]+\] DiT Parameters: [\d,]+$", log, re.MULTILINE)
-    logged = re.findall(r"\(step=(\d{7})\) Train Loss: ([\d.]+), Train Steps/Sec: [\d.]+$", log, re.MULTILINE)
+    speed = r"Train Steps/Sec: [\d.]+, GFLOP/s: [\d,.]+, Peak Memory: [\d.]+ GB$"
+    logged = re.findall(rf"\(step=(\d{{7}})\) Train Loss: ([\d.]+), {speed}", log, re.MULTILINE)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
     assert logged == [(f"{row['step']:07d}", f"{row['loss']:.4f}") for row in rows]
+    model = train.MODELS["DiT-N/4"](input_size=8, in_channels=3, num_classes=10, mixer="pdessm")
+    for row in rows:
+        assert row["gflops_per_sec"] == pytest.approx(training_flops(model, 16) * row["steps_per_sec"] / 1e9)
+        assert 0.1 < row["peak_memory_gb"] < 100
     assert fit(tmp_path, *flags).name == "001-DiT-N-4"
 
 
