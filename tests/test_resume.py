@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -7,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -14,10 +17,11 @@ import torch
 
 import checkpoint
 import data
+import probe
 import resume
 import train
 from checkpoint import read_checkpoint
-from commands import ALONE, QUICK, ROOT, fork, write_photos
+from commands import ALONE, QUICK, ROOT, Colours, fork, write_photos
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
 STEPS = 14
@@ -113,6 +117,11 @@ def learnt(folder, step=STEPS):
 
 def rows(folder):
     return [json.loads(line) for line in max(folder.iterdir()).joinpath("log.jsonl").read_text().splitlines()]
+
+
+def lasting(row):
+    """What is not another's on another day."""
+    return {name: row[name] for name in row if name not in ("step", "steps_per_sec", "gflops_per_sec", "peak_memory_gb")}
 
 
 def losses(folder):
@@ -322,6 +331,66 @@ def test_a_full_disk_is_named_and_takes_no_checkpoint_along(flags, begun, capfd)
     assert fork(*flags, "--resume", "auto", "--max-steps", 15, spoil=spoil) == [1]
     assert {path: path.read_bytes() for path in begun.glob("*/checkpoints/*")} == before
     assert re.search(r"error: could not write the checkpoint .*/0000015\.pt: .*File too large", capfd.readouterr().err)
+
+
+def test_a_folder_is_for_one_process_at_a_time(calm, flags, tmp_path, monkeypatch):
+    """The other one is killed, and what it had started to read its images does not hold the lock."""
+    there = tmp_path / "there"
+
+    def wait():
+        there.write_text(str(os.getpid()))
+        time.sleep(100)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(fork, *flags, "--num-workers", 1, spoil=lambda rank: at_update(6, wait)())
+        while not (there.exists() and there.read_text()):
+            assert not other.done()
+            time.sleep(0.01)
+        before = {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()}
+        for resume in ("auto", tmp_path / "r" / "000-DiT-N-8"):
+            with pytest.raises(ValueError, match=r"another process is training in .*000-DiT-N-8; wait for its end, or stop it"):
+                again(flags, "--resume", resume)
+        assert {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()} == before
+        os.kill(int(there.read_text()), signal.SIGKILL)
+        assert other.result() == [-signal.SIGKILL]
+    again(flags, "--resume", "auto")
+    assert_same(learnt(calm(1)), learnt(tmp_path / "r"))
+
+
+def test_a_file_system_without_locks_is_warned_of(flags, begun, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(resume.fcntl, "lockf", refuse)
+    again(flags, "--resume", "auto")
+    assert re.search("Nothing keeps a second process out of .*000-DiT-N-8: it cannot be locked .*No locks", caplog.text)
+    assert "Done!" in caplog.text
+
+
+@pytest.mark.parametrize("killed_in", ["held_out_loss", "draw_samples", "distance"])
+def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch, images, killed_in):
+    """Held-out loss, samples and the probe's distance of the checkpoint that a run goes on from."""
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(probe, "open_network", lambda *_: Colours())
+    monkeypatch.setattr(probe, "PROBED", 4)
+    flags = [*flags, "--val-path", images, "--sample-every", 4, "--probe-every", 4, "--max-steps", 8]
+    again(flags, "--results-dir", tmp_path / "calm")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, killed_in, stop)
+        with pytest.raises(KeyboardInterrupt):
+            again(flags)
+    assert names(tmp_path / "r") == ["0000004.pt"]
+    for _ in range(2):  # the second time there is nothing to do
+        again(flags, "--resume", "auto")
+        shown, expected = ([(row["step"], *lasting(row).items()) for row in rows(tmp_path / name)] for name in ("r", "calm"))
+        assert sorted(map(str, shown)) == sorted(map(str, expected))
+        grids = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*/samples/*"))] for name in ("r", "calm")]
+        assert grids[0] == grids[1]
+        assert len(grids[0]) == 2
 
 
 def test_torchrun_brings_back_a_run_whose_worker_was_killed(calm, images, tmp_path):
