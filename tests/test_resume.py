@@ -347,11 +347,13 @@ def test_a_folder_is_for_one_process_at_a_time(calm, flags, tmp_path, monkeypatc
             assert not other.done()
             time.sleep(0.01)
         before = {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()}
-        for resume in ("auto", tmp_path / "r" / "000-DiT-N-8"):
-            with pytest.raises(ValueError, match=r"another process is training in .*000-DiT-N-8; wait for its end, or stop it"):
-                again(flags, "--resume", resume)
+        try:
+            for named in ("auto", tmp_path / "r" / "000-DiT-N-8"):
+                with pytest.raises(ValueError, match=r"another process is training in .*000-DiT-N-8; wait for its end"):
+                    again(flags, "--resume", named)
+        finally:
+            os.kill(int(there.read_text()), signal.SIGKILL)
         assert {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()} == before
-        os.kill(int(there.read_text()), signal.SIGKILL)
         assert other.result() == [-signal.SIGKILL]
     again(flags, "--resume", "auto")
     assert_same(learnt(calm(1)), learnt(tmp_path / "r"))
@@ -377,15 +379,16 @@ def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch
     again(flags, "--results-dir", tmp_path / "calm")
 
     def stop(*args):
-        raise KeyboardInterrupt
+        raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
         patch.setattr(train, killed_in, stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match="stopped"):
             again(flags)
     assert names(tmp_path / "r") == ["0000004.pt"]
-    for _ in range(2):  # the second time there is nothing to do
+    for _ in range(2):
         again(flags, "--resume", "auto")
+        monkeypatch.setattr(train, killed_in, stop)  # the second time there is nothing to do
         shown, expected = ([(row["step"], *lasting(row).items()) for row in rows(tmp_path / name)] for name in ("r", "calm"))
         assert sorted(map(str, shown)) == sorted(map(str, expected))
         grids = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*/samples/*"))] for name in ("r", "calm")]

@@ -1,6 +1,7 @@
 import os
 import pickle
 import shutil
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +15,18 @@ from commands import draw, fork, write_photos
 from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, flipped, names, rows
 
+EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0, "--max-grad-norm", 0.5]
 FLAGS = [*TINY, "--max-steps", 10, "--num-workers", 0, "--mixer", "pdessm", "--max-grad-norm", 0.5]
-NEW = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="PyTorch 2.6 has FSDP2 for GPUs only")
-pytestmark = [NEW, pytest.mark.usefixtures("shallow")]
+OLD = not hasattr(torch.cpu.Stream, "record_event")
+FSDP = partial(pytest.param, marks=pytest.mark.skipif(OLD, reason="PyTorch 2.6 has FSDP2 for GPUs only"))
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of equal runs by two processes, with the whole model on each and with half of it; held-out loss every 4 steps."""
+    if OLD:
+        pytest.skip("PyTorch 2.6 has FSDP2 for GPUs only")
     folder = tmp_path_factory.mktemp("runs")
     flags = [*FLAGS, "--data-path", write_photos(folder / "photos"), "--val-path", folder / "photos"]
     for name, more in (("ddp", []), ("fsdp", ["--parallel", "fsdp", "--grad-accum", 2])):
@@ -43,6 +48,46 @@ def assert_close(one, other):
     for part in ("model", "ema"):
         for name, value in one[part].items():
             torch.testing.assert_close(other[part][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """reference(mixer): folder of a run by one process with whole batches."""
+    folder = tmp_path_factory.mktemp("reference")
+    photos = write_photos(folder / "photos")
+
+    @cache
+    def run(mixer):
+        flags = [*EQUAL, "--mixer", mixer, "--data-path", photos, "--results-dir", folder / mixer]
+        assert fork(*flags) == [0]
+        return folder / mixer
+
+    return run
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (1, ["--grad-accum", 2]),
+        (2, []),
+        (2, ["--grad-accum", 2]),
+        FSDP(2, ["--parallel", "fsdp"]),
+        FSDP(2, ["--parallel", "fsdp", "--grad-accum", 2]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "ddp" if isinstance(value, list) else None,
+)
+def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, tmp_path, mixer, processes, flags):
+    """Ten steps at a learning rate of 1e-3, each of which moves a weight by about as much."""
+    photos = reference(mixer).parent / "photos"
+    flags = [*EQUAL, *flags, "--mixer", mixer, "--data-path", photos, "--results-dir", tmp_path / "r"]
+    assert fork(*flags, processes=processes) == [0] * processes
+    one, other = weights(final(reference(mixer))), weights(final(tmp_path / "r"))
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(other[part][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    losses = [[row["loss"] for row in rows(folder)] for folder in (reference(mixer), tmp_path / "r")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_sharded_model_learns_as_a_whole_one(runs):
