@@ -357,7 +357,7 @@ def log_interval(step, losses, seconds, cost, processes, write_row):
         row |= dict(utilisation=flops / peak) if peak else {}
         logger.info(
             f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}, "
-            f"GFLOP/s: {row['gflops_per_sec']:,.1f}{f' ({flops / peak:.1%} of the peak)' if peak else ''}, "
+            f"GFLOP/s: {row['gflops_per_sec']:,.2f}{f' ({flops / peak:.1%} of the peak)' if peak else ''}, "
             f"Peak Memory: {row['peak_memory_gb']:.2f} GB"
         )
         write_row(row)

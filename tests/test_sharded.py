@@ -1,6 +1,9 @@
 import os
 import pickle
+import re
+import resource
 import shutil
+import signal
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sharded
 import train
 from checkpoint import load_checkpoint, load_model, read_checkpoint
 from commands import draw, fork, write_photos
@@ -130,6 +134,38 @@ def test_a_killed_sharded_run_ends_as_if_it_had_not_been(runs, tmp_path, capfd):
     assert fork(*flags, processes=2) == [0, 0]
     assert "0000008.dcp is damaged (__0_0.distcp); going on from the one before" in capfd.readouterr().err
     assert_same(weights(final(runs / "fsdp")), weights(final(folder)))
+
+
+def fill_disk(room):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+def fill_disk_late(write=sharded.write_settings):
+    """When the pieces are written and the settings are not."""
+
+    def write_or_not(*args):
+        fill_disk(100)
+        try:
+            write(*args)
+        finally:
+            fill_disk(resource.RLIM_INFINITY)  # the file in which the test reads errors has no end
+
+    sharded.write_settings = write_or_not
+
+
+@pytest.mark.parametrize("spoil", [lambda: fill_disk(200_000), fill_disk_late], ids=["in its pieces", "in its settings"])
+def test_a_full_disk_is_named_and_takes_no_sharded_checkpoint_along(runs, tmp_path, capfd, spoil):
+    folder = shutil.copytree(runs / "fsdp", tmp_path / "r")
+    before = {path: path.read_bytes() for path in folder.glob("*/checkpoints/*/*")}
+    flags = [*FLAGS, "--parallel", "fsdp", "--grad-accum", 2, "--data-path", runs / "photos", "--val-path", runs / "photos"]
+    flags += ["--resume", "auto", "--results-dir", folder, "--max-steps", 11]
+    assert fork(*flags, processes=2, spoil=lambda rank: spoil() if rank == 0 else None) == [1, 1]
+    assert {path: path.read_bytes() for path in folder.glob("*/checkpoints/*/*")} == before
+    errors = capfd.readouterr().err
+    reason = "File too large" if spoil is fill_disk_late else ".+"
+    assert re.search(rf"error: could not write the checkpoint .*/0000011\.dcp; is the disk full\? .*{reason}\n", errors)
+    assert "Traceback" not in errors
 
 
 def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
