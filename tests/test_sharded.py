@@ -20,7 +20,7 @@ from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, flipped, names, rows
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0, "--max-grad-norm", 0.5]
-FLAGS = [*TINY, "--max-steps", 10, "--num-workers", 0, "--mixer", "pdessm", "--max-grad-norm", 0.5]
+FLAGS = [*EQUAL, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
 OLD = not hasattr(torch.cpu.Stream, "record_event")
 FSDP = partial(pytest.param, marks=pytest.mark.skipif(OLD, reason="PyTorch 2.6 has FSDP2 for GPUs only"))
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -178,6 +178,11 @@ def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
     stored, args = load_checkpoint(final(runs / "fsdp"))
     assert args["parallel"] == "fsdp"
     assert_same(dict(model.state_dict()), stored)
+    fast, whole = (load_checkpoint(final(runs / name), 0.5)[0] for name in ("fsdp", "ddp"))
+    assert_close(dict(model=fast, ema=fast), dict(model=whole, ema=whole))
+    assert not torch.equal(fast["final_layer.linear.bias"], stored["final_layer.linear.bias"])
+    with pytest.raises(ValueError, match=r"--ema 0\.3: .*0000010\.dcp has averages of decay 0\.9999, 0\.5"):
+        load_checkpoint(final(runs / "fsdp"), 0.3)
 
 
 class Hostile:
