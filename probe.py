@@ -11,6 +11,7 @@ from diffusion.samplers import PerImageNoise, image_seeds
 from evaluate import Statistics, frechet_distance, full_precision, see, spread
 from features import open_network
 from images import FolderImages
+from latents import holds_latents
 from sample import AT_ONCE, Guidance, generate
 
 PROBED = 256  # samples, and as many images if there are
@@ -29,9 +30,12 @@ class Probe(NamedTuple):
 def open_probe(args, processes):
     """A Probe against the images of --val-path, or else of --data-path, evenly spread. OSError or ValueError says what is
     missing for it."""
+    path = args.val_path or args.data_path or "digits"
+    if path != "digits" and holds_latents(path):
+        raise ValueError(f"--probe-every compares with images, and {path} holds latents; name images with --val-path")
     network = open_network(args.features, args.weights, FEATURES if args.features == "inception" else None)
     network.to(processes.device, memory_format=torch.channels_last)
-    images = FolderImages(args.val_path or args.data_path or "digits", args.image_size, args.dataset, bool(args.val_path))
+    images = FolderImages(path, args.image_size, args.dataset, held_out=bool(args.val_path))
     samples = max(PROBED, processes.size)
     mine = spread(len(images), min(samples, len(images)))[processes.rank :: processes.size]
     batches = [mine[start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]

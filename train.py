@@ -29,7 +29,7 @@ from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
-from evaluate import add_feature_flags
+from features import NETWORKS
 from latents import CachedLatents
 from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
@@ -454,7 +454,7 @@ def parse_args(argv=None):
         "the last experiment of this model in --results-dir, or a new one if there is none",
     )  # fmt: skip
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
-    add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of the averages of weights; sampling takes the first")
+    add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
     add("--ema-device", choices=["cpu"], help="keep the averages in CPU memory; by default they are where the model is")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="every process holds the model, or a part (FSDP2)")
@@ -466,7 +466,8 @@ def parse_args(argv=None):
     add("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
     add("--sample-every", type=positive, metavar="STEPS", help="draw a grid of samples; none unless given")
     add("--probe-every", type=positive, metavar="STEPS", help="Frechet distance of a few samples; none unless given")
-    add_feature_flags(add)
+    add("--features", choices=NETWORKS, default=NETWORKS[0], help="network of --probe-every")
+    add("--weights", metavar="FILE", help="of Inception for --probe-every; by default the file in PyTorch's hub cache")
     add("--tracker", choices=TRACKERS, help="show numbers and samples there too; wandb is offline unless logged in")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)

@@ -38,6 +38,11 @@ def fit(folder, *flags):
     return max(Path(folder).iterdir())
 
 
+def lasting(row):
+    """Of a row of the log what is not otherwise on another day."""
+    return {name: row[name] for name in row if name not in ("steps_per_sec", "gflops_per_sec", "peak_memory_gb")}
+
+
 def draw(path, out, *flags):
     """The pixels of sample.py's grid."""
     sample.main(sample.parse_args(["--ckpt", str(path), "--out", str(out), *FEW_STEPS, *map(str, flags)]), ALONE)

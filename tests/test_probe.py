@@ -6,7 +6,7 @@ import torch
 
 import probe
 import train
-from commands import QUICK, Colours, draw_many, fit, fork
+from commands import ALONE, QUICK, Colours, draw_many, fit, fork
 from data import load_dataset
 from evaluate import frechet_distance
 from parallel import launch
@@ -91,7 +91,6 @@ def test_a_tracker_shows_it(tmp_path, monkeypatch):
     [
         ([], "Inception's weights are not in .*; put pt_inception-2015-12-05-6726825d.pth .*--features efficientnet-lite0"),
         (["--weights", "none.pth"], "none.pth is no file"),
-        (["--features", "vgg"], "--features vgg: the networks are inception, efficientnet-lite0"),
         (["--features", "efficientnet-lite0", "--weights", "a"], "--weights is for --features inception"),
     ],
 )
@@ -106,3 +105,10 @@ def test_what_is_missing_shows_before_anything_is_done(tmp_path, monkeypatch, fl
         launch(train.main, args)
     assert "\n" not in str(end.value)
     assert not (tmp_path / "r").exists()
+
+
+def test_latents_are_no_images(tmp_path):
+    (tmp_path / "latents.json").write_text("{}")
+    args = train.parse_args(["--data-path", str(tmp_path)])
+    with pytest.raises(ValueError, match=f"--probe-every compares with images, and {tmp_path} holds latents; name images with"):
+        probe.open_probe(args, ALONE)
