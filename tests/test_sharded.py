@@ -19,8 +19,8 @@ from commands import draw, fork, lasting, write_photos
 from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, flipped, names, rows
 
-EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0, "--max-grad-norm", 0.5]
-FLAGS = [*EQUAL, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
+EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
+FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
 OLD = not hasattr(torch.cpu.Stream, "record_event")
 FSDP = partial(pytest.param, marks=pytest.mark.skipif(OLD, reason="PyTorch 2.6 has FSDP2 for GPUs only"))
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -39,9 +39,15 @@ def runs(tmp_path_factory):
 
 
 def weights(path):
+    """Model, average and AdamW's first moments, by name."""
     if path.is_dir():
-        return {part: read_whole(path, part) for part in ("model", "ema")}
-    return {part: read_checkpoint(path)[part] for part in ("model", "ema")}
+        parts = {part: read_whole(path, part) for part in ("model", "ema", "opt")}
+        moments = {name.removesuffix(".exp_avg"): x for name, x in parts.pop("opt").items() if name.endswith(".exp_avg")}
+    else:
+        contents = read_checkpoint(path)
+        parts, names = {part: contents[part] for part in ("model", "ema")}, list(contents["model"])
+        moments = {names[number]: state["exp_avg"] for number, state in contents["opt"]["state"].items()}
+    return parts | dict(moments=moments)
 
 
 def final(folder):
@@ -82,14 +88,17 @@ def reference(tmp_path_factory):
     ids=lambda value: "-".join(map(str, value)) or "ddp" if isinstance(value, list) else None,
 )
 def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, tmp_path, mixer, processes, flags):
-    """Ten steps at a learning rate of 1e-3, each of which moves a weight by about as much."""
+    """Ten steps at a learning rate of 1e-3, each of which moves a weight by about as much, whatever the size of gradients,
+    which the moments have."""
     photos = reference(mixer).parent / "photos"
     flags = [*EQUAL, *flags, "--mixer", mixer, "--data-path", photos, "--results-dir", tmp_path / "r"]
     assert fork(*flags, processes=processes) == [0] * processes
     one, other = weights(final(reference(mixer))), weights(final(tmp_path / "r"))
-    for part in ("model", "ema"):
-        for name, value in one[part].items():
-            torch.testing.assert_close(other[part][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert one["moments"].keys() == other["moments"].keys()
+    for part, rounding in (("model", 1e-5), ("ema", 1e-5), ("moments", 3e-8)):
+        for name, x in one[part].items():
+            torch.testing.assert_close(other[part][name], x, rtol=0, atol=rounding, msg=lambda m, name=name: f"{name}: {m}")
+    assert max(moment.abs().max() for moment in one["moments"].values()) > 3e-3
     losses = [[row["loss"] for row in rows(folder)] for folder in (reference(mixer), tmp_path / "r")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
