@@ -217,6 +217,13 @@ def test_one_process_has_nothing_to_shard(tmp_path):
     assert fork(*FLAGS, "--parallel", "fsdp", "--results-dir", tmp_path) == [1]
 
 
+def test_averages_in_parts_stay_where_they_are(tmp_path, capfd):
+    flags = [*FLAGS, "--parallel", "fsdp", "--ema-device", "cpu", "--results-dir", tmp_path / "r"]
+    assert fork(*flags, processes=2) == [1, 1]
+    assert "--ema-device is not for --parallel fsdp, which leaves every process its part" in capfd.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("classes", [[], ["--uncond"]])
 def test_a_sharded_model_draws_what_a_whole_one_does(runs, tmp_path, classes):
     """With classes guidance calls the model, without them the sampler does. Averages change between the grids."""

@@ -55,7 +55,7 @@ def test_what_a_run_leaves(tmp_path):
 
 
 def test_the_share_of_what_the_device_is_made_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "peak_flops", lambda device, precision, tf32: 1e10 if (precision, tf32) == ("bf16", True) else None)
+    monkeypatch.setattr(train, "peak_flops", lambda device, precision, tf32: 1e10 if precision == "bf16" and tf32 else None)
     flags = ["--max-steps", 2, "--global-batch-size", 8, "--log-every", 2]
     for more, known in ((["--precision", "bf16"], True), ([], False)):
         folder = fit(tmp_path, *flags, *more)
