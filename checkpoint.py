@@ -54,13 +54,34 @@ def save_checkpoint(path, **contents):
         torch.save(contents, file)
 
 
-def read_checkpoint(path):
-    """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, ema and args.
+def average_names(decays):
+    """The first average of weights is a checkpoint's `ema`, as DiT has it, the others are `ema_<decay>`."""
+    return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(decays)}
+
+
+def averages_of(args):
+    """The same, from a checkpoint's settings, which may be of another code base."""
+    decays = args.get("ema_decay") if isinstance(args, dict) else None
+    return average_names(decays) if isinstance(decays, list) else {}
+
+
+def choose_average(args, decay, path):
+    """The name of the average of that decay, or of the first for None. ValueError names those that there are."""
+    names = {None: "ema"} | averages_of(args)
+    if decay not in names:
+        raise ValueError(f"--ema {decay}: {path} has averages of decay {', '.join(map(str, averages_of(args))) or 'unknown'}")
+    return names[decay]
+
+
+def read_checkpoint(path, decay=None):
+    """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its averages,
+    and args.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
     if os.path.isdir(path):
-        return dict(ema=read_whole(path, "ema"), args=read_settings(path)["args"])
+        args = read_settings(path)["args"]
+        return dict(ema=read_whole(path, choose_average(args, decay, path)), args=args)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -79,11 +100,12 @@ def _read_safetensors(path):
         return dict(ema={name: file.get_tensor(name) for name in file.keys()}, args=json.loads(args))  # noqa: SIM118
 
 
-def load_checkpoint(path):
-    """(weights, args) of a checkpoint: its EMA's state dict if it has one, and its settings as a dict. ValueError for
-    anything else."""
-    contents = read_checkpoint(path)
-    weights = contents.get("ema", contents.get("model", contents))
+def load_checkpoint(path, decay=None):
+    """(weights, args) of a checkpoint: its EMA's state dict if it has one, that of `decay` if it has several, and its
+    settings as a dict. ValueError for anything else."""
+    contents = read_checkpoint(path, decay)
+    name = "ema" if os.path.isdir(path) else choose_average(contents.get("args"), decay, path)
+    weights = contents.get(name, contents.get("model", contents))
     weights = weights if isinstance(weights, dict) else {}
     needed = READ_FROM_UNET if READ_FROM_UNET[0] in weights else READ_FROM
     if missing := [name for name in needed if not isinstance(weights.get(name), torch.Tensor)]:
@@ -156,14 +178,15 @@ def _trustworthy(stored, settings):
     return kept
 
 
-def load_model(path, args, default_vae):
+def load_model(path, args, default_vae, decay=None):
     """The model of a checkpoint, in eval mode: (model, settings).
 
     The settings, those of `settings_from_weights`, are the checkpoint's; those that `args` gives too, not None, must
     agree. Two are free: which decoder to use in latent space, and image_size, a side or (height, width), to which the
-    model is resized. ValueError names both values, or what does not fit.
+    model is resized. decay: of which average the weights are, if there are several. ValueError names both values, or what
+    does not fit.
     """
-    weights, stored = load_checkpoint(path)
+    weights, stored = load_checkpoint(path, decay)
     settings = settings_from_weights(weights)
     if stored.get("model") in MODELS:  # a file of another code base may have names of its own
         settings |= _trustworthy(stored, settings)
@@ -259,7 +282,9 @@ def _by_kind(names):
 
 def export(args, processes):
     """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
-    weights, settings = load_checkpoint(args.ckpt)
+    weights, settings = load_checkpoint(args.ckpt, args.ema)
+    if averages := averages_of(settings):
+        settings = settings | dict(ema_decay=[args.ema or next(iter(averages))])
     out = Path(args.out or Path(args.ckpt).with_suffix(f".{args.format}"))
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out")
@@ -281,6 +306,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("ckpt", help="checkpoint of train.py or of this command")
     add("--format", choices=["safetensors", "pt"], required=True, help="pt is what DiT's own code loads")
+    add("--ema", type=float, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
     add("--out", help="by default the checkpoint's name with the format's ending")
     return parser.parse_args(argv)
 

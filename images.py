@@ -68,8 +68,8 @@ class NpzImages:
 class FolderImages(Dataset):
     """Images of a folder, of any sizes; grey ones become RGB and transparency is dropped. dataset: which of DATASETS it is."""
 
-    def __init__(self, path, crop=None, dataset=None):
-        images = load_dataset(path, crop, uncond=True, name=dataset)
+    def __init__(self, path, crop=None, dataset=None, held_out=False):
+        images = load_dataset(path, crop, uncond=True, held_out=held_out, name=dataset)
         if not hasattr(images, "source"):
             raise ValueError(f"{path} holds latents, not images; give the folder that they were made of")
         self.path, self.crop, self.source = path, crop, images.source

@@ -25,7 +25,6 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib.machinery import PathFinder
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,8 +32,8 @@ from PIL import Image
 from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
 
+from cost import forward_flops
 from mixers import MIXERS, add_pde_flags, build_mixer, mixer_options
 from pde_ssm import options_from_weights
 
@@ -351,7 +350,7 @@ def diff(folder, args):
             dict(name=name, before=describe_layer(old), after=describe_layer(new)) for name, (old, new) in replaced.items()
         ],
         "parameters": [sum(p.numel() for p in model.parameters()) for model in models],
-        "forward_flops": [forward_flops(model) for model in models],
+        "forward_flops": [image_flops(model) for model in models],
         "keys": {
             "shared": shared,
             "only_before": [key for key in states[0] if key not in states[1]],
@@ -384,30 +383,11 @@ def describe_layer(layer):
 
 
 @torch.no_grad()
-def forward_flops(model):
-    """Of one image, once the symbols are there: PyTorch's count of matrix products, attention and convolutions, four times
-    for complex matrices, and 2.5 n log2 n for each real Fourier transform of n points, half the usual of a complex one (on
-    CPUs short ones are matrix products, which take more operations and less time)."""
-
-    def product(a, b, *_, **__):
-        return (8 if a.is_complex() else 2) * a.numel() * b.shape[-1]
-
-    def fourier(shape, dims):
-        return round(2.5 * math.prod(shape) * math.log2(math.prod(shape[dim] for dim in dims)))
-
-    product._get_raw = True  # tensors, not their shapes
-    aten = torch.ops.aten
-    counts = {
-        aten.mm: product,
-        aten.bmm: product,
-        aten._fft_r2c: lambda shape, dims, *_, **__: fourier(shape, dims),
-        aten._fft_c2r: lambda shape, dims, *_, out_shape, **__: fourier(out_shape, dims),
-    }
+def image_flops(model):
+    """Of a forward pass on one image, once the symbols are there."""
     inputs = torch.randn(1, model.in_channels, SIDE, SIDE), torch.ones(1), torch.zeros(1, dtype=torch.long)
     model.eval()(*inputs)
-    with patch("pde_ssm.LONGEST_MATRIX", 0), FlopCounterMode(display=False, custom_mapping=counts) as counter:
-        model(*inputs)
-    return counter.get_total_flops()
+    return forward_flops(model, *inputs)
 
 
 def diff_table(found):

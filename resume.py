@@ -3,6 +3,7 @@
 Nothing but a checkpoint is needed to go on to the bit: what is random belongs to images and steps, and so does their order.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from update import tensors
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "grad_checkpointing", "grad_accum", "max_skipped",
-    "parallel", "sample_every", "tracker",
+    "parallel", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
 }  # fmt: skip
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
 logger = logging.getLogger("train")
@@ -164,19 +165,34 @@ def delete(path):
     return shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def lock(log, experiment):
+    """Keeps other processes out of an experiment as long as this one has its log open. ValueError if another one has.
+
+    A lock in the manner of POSIX: kill -9 ends it, and processes that were forked to read images do not hold it.
+    """
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"another process is training in {experiment}; wait for its end, or stop it") from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning(f"Nothing keeps a second process out of {experiment}: it cannot be locked ({error})")
+
+
 def forget_what_came_after(run):
     """Takes out of an experiment's folder what the checkpoint does not know: later lines of log.jsonl, which will come again,
-    and files that a kill left half written."""
+    and files that a kill left half written. Returns the names of what is there of the checkpoint's own step."""
     for partial in run["path"].parent.glob("*.partial"):
         delete(partial)
     log = run["path"].parent.parent / "log.jsonl"
-    kept = []
+    rows = []
     for line in log.read_text().splitlines() if log.exists() else []:
         with suppress(ValueError):  # a line that was cut short
-            kept += [line + "\n"] if json.loads(line)["step"] <= run["step"] else []
+            rows += [row] if (row := json.loads(line))["step"] <= run["step"] else []
     partial = Path(f"{log}.partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, log)
+    grid = log.parent / "samples" / f"{run['step']:07d}.png"
+    return {name for row in rows if row["step"] == run["step"] for name in row} | ({"samples"} if grid.exists() else set())
 
 
 @contextmanager

@@ -31,7 +31,7 @@ IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 
 def main(args, processes):
     torch.set_float32_matmul_precision("high")
-    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="mse")
+    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, "mse", args.ema)
     labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
     objective, sampler = create_sampler(args, settings)
     guidance = read_guidance(args)
@@ -152,6 +152,7 @@ def save_png(pixels, path):
 def add_model_flags(add, vae):
     """The flags that sample.py and sample_ddp.py share. What a checkpoint decides has no default here."""
     add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
+    add("--ema", type=float, metavar="DECAY", help="which of several averages of weights, by its decay; the first unless given")
     add("--model", choices=MODELS, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")

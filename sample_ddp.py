@@ -34,7 +34,7 @@ def main(args, processes):
     if processes.rank == 0:
         find_checkpoint(checkpoint_name(args))  # if it must be fetched, then once
     processes.barrier()
-    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, default_vae="ema")
+    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, "ema", args.ema)
     objective, sampler = create_sampler(args, settings)
     if args.evaluate:  # what is missing for it shows before the work
         network = open_network(args.features, args.weights)

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import warnings
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -24,19 +25,28 @@ def save_sharded(path, tensors, **contents):
     dist.barrier()
     try:
         dcp.save(tensors, checkpoint_id=partial)
-    except dcp.api.CheckpointException as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"could not write the checkpoint {path}: {reason}") from error
-    sums = [None] * dist.get_world_size()
-    mine = [*partial.glob(f"__{dist.get_rank()}_*"), *([partial / ".metadata"] if first else [])]
-    dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})
-    if first:
-        with open(partial / SETTINGS, "wb") as file:
-            torch.save(contents | dict(files={name: value for part in sums for name, value in part.items()}), file)
-            os.fsync(file.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
+        sums = [None] * dist.get_world_size()
+        mine = [*partial.glob(f"__{dist.get_rank()}_*"), *([partial / ".metadata"] if first else [])]
+        dist.all_gather_object(sums, {file.name: checksum(file) for file in mine})
+        if first:
+            write_settings(partial, contents | dict(files={name: value for part in sums for name, value in part.items()}))
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(partial, path)
+    except (dcp.api.CheckpointException, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]  # of a full disk PyTorch says that a position is unexpected
+        raise OSError(f"could not write the checkpoint {path}; is the disk full? {reason}") from error
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
+
+
+def write_settings(path, contents):
+    serialized = BytesIO()
+    torch.save(contents, serialized)
+    with open(path / SETTINGS, "wb") as file:
+        file.write(serialized.getvalue())
+        os.fsync(file.fileno())
 
 
 def checksum(path):

@@ -3,9 +3,12 @@ and the step after which it goes on that return track(step, numbers, picture=Non
 
 import json
 import os
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
+
+from checkpoint import whole_file
 
 
 def tensorboard(folder, settings, first=0):
@@ -29,14 +32,19 @@ def tensorboard(folder, settings, first=0):
 
 
 def weights_and_biases(folder, settings, first=0):
-    """A run of the project pde-ssm-dit; going on begins another of the same name. Without an account, or as WANDB_MODE
-    has it, kept in the folder for `wandb sync`."""
+    """A run of the project pde-ssm-dit, which goes on when training does. Without an account, or as WANDB_MODE has it, kept
+    in the folder for `wandb sync`."""
     try:
         import wandb
     except ImportError as error:
         raise OSError(f"--tracker wandb: pip install wandb ({error})") from error
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode)
+    identity = folder / "wandb-id.txt"
+    if not identity.exists():
+        with whole_file(identity, "id of the run") as file:
+            file.write(uuid4().hex[:8].encode())
+    known = dict(id=identity.read_text(), resume="allow")
+    run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode, **known)
 
     def track(step, numbers, picture=None):
         run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)

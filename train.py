@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -23,17 +24,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sample
 from checkpoint import initialize
+from cost import peak_flops, peak_memory, training_flops
 from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
+from features import NETWORKS
 from latents import CachedLatents
 from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch, positive
-from resume import find_run, forget_what_came_after, restore, save_run, shelter, stop_signals
+from probe import distance, open_probe
+from resume import find_run, forget_what_came_after, lock, restore, save_run, shelter, stop_signals
 from tracker import TRACKERS
-from update import PRECISIONS, create_learner, exchange_gradients, in_precision, replicate, update
+from update import PRECISIONS, create_learner, exchange_gradients, in_precision, lent, replicate, update
 from vae import draw_latents, open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
@@ -44,7 +48,6 @@ logger = logging.getLogger("train")
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.manual_seed(args.global_seed)  # the same initial weights on every process
     device = processes.device
     space = open_space(args.vae)
     if args.dataset and processes.rank > 0:
@@ -57,7 +60,9 @@ def main(args, processes):
     if args.dataset or not dataset.num_classes:
         args.num_classes = dataset.num_classes
     check(args, processes, dataset, held_out, space)
+    probe = open_probe(args, processes) if args.probe_every else None
 
+    torch.manual_seed(args.global_seed)  # the same initial weights on every process
     model = MODELS[args.model](
         input_size=args.image_size // space.factor,
         in_channels=space.channels,
@@ -71,8 +76,10 @@ def main(args, processes):
     folder, track, first = None, None, run["step"] if run else 0
     if processes.rank == 0:
         folder = run["path"].parent.parent if run else create_experiment(args)
+        log = logging.FileHandler(folder / "log.txt")
+        lock(log.stream, folder)
         track = TRACKERS[args.tracker](folder, vars(args), first) if args.tracker else None
-        log_to(logging.FileHandler(folder / "log.txt"))
+        log_to(log)
         logger.setLevel(logging.INFO)
         logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
     folder = processes.share(folder)
@@ -82,15 +89,15 @@ def main(args, processes):
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
     write_row = partial(append_row, folder, track)
-    if args.sample_every or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
+    if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
 
+    cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     learner = create_learner(model, args, processes)
     ema = next(iter(learner.averages.values()))
     if run:
         restore(learner, run)
-        if processes.rank == 0:
-            forget_what_came_after(run)
+        seen = processes.share(forget_what_came_after(run) if processes.rank == 0 else None)
         logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
         run = None  # it holds as much as the learner
     replica = replicate(model, args, processes)
@@ -106,6 +113,21 @@ def main(args, processes):
             logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes)}")
             saved.add(step)
 
+    def watch(step, seen=()):
+        """What is due after a step, and has not been seen: held-out loss, samples and their distance to images."""
+        judged = held_out and step in saved and "held_out_loss" not in seen
+        drawn = args.sample_every and step % args.sample_every == 0 and "samples" not in seen
+        probed = probe and step % args.probe_every == 0 and probe.name not in seen
+        with lent(ema, device) if judged or drawn or probed else nullcontext():
+            if judged:
+                log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, write_row)
+            if drawn:
+                draw_samples(step, ema, args, processes, space, folder, track)
+            if probed:
+                log_probe(step, probe, distance(probe, ema, space, *quick_sampler(args), processes), processes, write_row)
+
+    if first:  # what a kill may have come before
+        watch(first, seen)
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, skipped, start = [], 0, perf_counter()
     with stop_signals() as signals:
@@ -131,15 +153,12 @@ def main(args, processes):
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
             if step % args.log_every == 0 or step == total:
-                log_interval(step, losses, perf_counter() - start, args, processes, write_row)
+                log_interval(step, losses, perf_counter() - start, cost, processes, write_row)
                 losses, start = [], perf_counter()
             paused = perf_counter()
             if step % args.ckpt_every == 0 or step == total:
                 save(step)
-                if held_out:
-                    log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, write_row)
-            if args.sample_every and step % args.sample_every == 0:
-                draw_samples(step, ema, args, processes, space, folder, track)
+            watch(step)
             start += perf_counter() - paused
     logger.info("Done!")
 
@@ -155,6 +174,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {parts}")
     if args.parallel == "fsdp" and processes.size == 1:
         raise ValueError("--parallel fsdp has nothing to shard on one process; start several with torchrun, or leave it out")
+    if args.parallel == "fsdp" and args.ema_device:
+        raise ValueError("--ema-device is not for --parallel fsdp, which leaves every process its part of the averages")
     if args.parallel == "fsdp" and processes.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise ValueError(f"--parallel fsdp on CPUs needs a newer PyTorch than {torch.__version__}")
     if len(dataset) < args.global_batch_size:
@@ -326,11 +347,19 @@ def log_to(handler):
     logger.addHandler(handler)
 
 
-def log_interval(step, losses, seconds, args, processes, write_row):
-    """The mean loss and the speed since the last line, as text and as a line of JSON."""
+def log_interval(step, losses, seconds, cost, processes, write_row):
+    """The mean loss since the last line, the speed, by steps and by operations per process, and this process's memory at its
+    peak, as text and as a line of JSON. cost: flops of a step, and per second those that the device is made for, or None."""
     if processes.rank == 0 and losses:
         row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
-        logger.info(f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}")
+        flops, peak = row["steps_per_sec"] * cost[0] / processes.size, cost[1]
+        row |= dict(gflops_per_sec=flops / 1e9, peak_memory_gb=peak_memory(processes.device) / 1e9)
+        row |= dict(utilisation=flops / peak) if peak else {}
+        logger.info(
+            f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}, "
+            f"GFLOP/s: {row['gflops_per_sec']:,.2f}{f' ({flops / peak:.1%} of the peak)' if peak else ''}, "
+            f"Peak Memory: {row['peak_memory_gb']:.2f} GB"
+        )
         write_row(row)
 
 
@@ -353,11 +382,23 @@ def log_held_out(step, losses, processes, write_row):
         write_row(dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
 
 
+def log_probe(step, probe, distance, processes, write_row):
+    if processes.rank == 0:
+        logger.info(f"(step={step:07d}) Frechet Distance: {distance:.4g} ({probe.name})")
+        write_row({"step": step, probe.name: distance})
+
+
 def append_row(folder, track, row):
     with open(folder / "log.jsonl", "a") as file:
         print(json.dumps(row), file=file)
     if track:
         track(row["step"], {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))})
+
+
+def quick_sampler(args):
+    """The objective in few steps, and the sampler that sample.py takes for it."""
+    settings = sample.parse_args(["--num-sampling-steps", str(SAMPLING_STEPS)])
+    return sample.create_sampler(settings, dict(objective=args.objective, path=args.path or "linear"))
 
 
 def draw_samples(step, ema, args, processes, space, folder, track):
@@ -366,8 +407,7 @@ def draw_samples(step, ema, args, processes, space, folder, track):
     It leaves the random numbers of training as they are. All processes draw, as they would have to wait anyway.
     """
     ema.eval()  # which drops kept symbols: sharded parameters change without telling
-    settings = sample.parse_args(["--num-sampling-steps", str(SAMPLING_STEPS)])
-    objective, sampler = sample.create_sampler(settings, dict(objective=args.objective, path=args.path or "linear"))
+    settings, (objective, sampler) = sample.parse_args([]), quick_sampler(args)
     classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings)
     labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
     images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
@@ -414,7 +454,8 @@ def parse_args(argv=None):
         "the last experiment of this model in --results-dir, or a new one if there is none",
     )  # fmt: skip
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
-    add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of the averages of weights; sampling takes the first")
+    add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
+    add("--ema-device", choices=["cpu"], help="keep the averages in CPU memory; by default they are where the model is")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="every process holds the model, or a part (FSDP2)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster float32 products, with rounding of 1e-3")
@@ -424,6 +465,9 @@ def parse_args(argv=None):
     add("--max-grad-norm", type=float, help="scale larger gradients down to this norm")
     add("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
     add("--sample-every", type=positive, metavar="STEPS", help="draw a grid of samples; none unless given")
+    add("--probe-every", type=positive, metavar="STEPS", help="Frechet distance of a few samples; none unless given")
+    add("--features", choices=NETWORKS, default=NETWORKS[0], help="network of --probe-every")
+    add("--weights", metavar="FILE", help="of Inception for --probe-every; by default the file in PyTorch's hub cache")
     add("--tracker", choices=TRACKERS, help="show numbers and samples there too; wandb is offline unless logged in")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """One update of the weights, and all that it changes."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from checkpoint import average_names
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,10 +31,11 @@ class Learner(NamedTuple):
 def create_learner(model, args, processes):
     """A learner that has learnt nothing yet, on this process's device; with --parallel fsdp, this process's part of one."""
     device = processes.device
-    model.to(device).train()
     if args.grad_checkpointing:
         model.checkpoint_gradients()
-    averages = {decay: deepcopy(model).eval().requires_grad_(False) for decay in args.ema_decay}
+    home = args.ema_device or device
+    averages = {decay: deepcopy(model).to(home).eval().requires_grad_(False) for decay in args.ema_decay}
+    model.to(device).train()
     if args.parallel == "fsdp":
         for network in (model, *averages.values()):
             shard(network, processes)
@@ -62,14 +65,9 @@ def replicate(model, args, processes):
     return DistributedDataParallel(model) if processes.size > 1 and args.parallel == "ddp" else model
 
 
-def average_names(learner):
-    """The first average is a checkpoint's `ema`, as DiT has it, the others are `ema_<decay>`."""
-    return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(learner.averages)}
-
-
 def tensors(learner):
     """All tensors that updates change, by name, as they lie in memory: who writes into them changes the learner."""
-    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner).items()}
+    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner.averages).items()}
     moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
     return dict(model=learner.model.state_dict(), **averages, opt=moments)
 
@@ -118,4 +116,20 @@ def update(learner, loss, step, max_norm=None):
 def update_ema(ema, model, step, decay):
     """One step of the average, with a decay that rises to `decay`, lest short runs average their initial weights."""
     decay = min(decay, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), step)
+    averaged = list(ema.parameters())
+    weights = [weight.detach().to(average.device) for weight, average in zip(model.parameters(), averaged)]
+    get_ema_multi_avg_fn(decay)(averaged, weights, step)
+
+
+@contextmanager
+def lent(model, device):
+    """The model is on that device for a while, if it is not at home there: averages, with --ema-device."""
+    home = next(model.parameters()).device
+    if home == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)

@@ -38,6 +38,11 @@ def fit(folder, *flags):
     return max(Path(folder).iterdir())
 
 
+def lasting(row):
+    """Of a row of the log what is not otherwise on another day."""
+    return {name: row[name] for name in row if name not in ("steps_per_sec", "gflops_per_sec", "peak_memory_gb")}
+
+
 def draw(path, out, *flags):
     """The pixels of sample.py's grid."""
     sample.main(sample.parse_args(["--ckpt", str(path), "--out", str(out), *FEW_STEPS, *map(str, flags)]), ALONE)
@@ -96,7 +101,7 @@ def fork(*flags, processes=1, spoil=None):
             launch(train.main, train.parse_args([*QUICK, *map(str, flags)]))
         except SystemExit as end:
             if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
+                sys.stderr.write(f"{end.code}\n")  # in one piece: others may be writing theirs
             sys.stderr.flush()
             # Here, for PyTorch 2.6 waits for ever for processes that were killed, when it frees what the error holds.
             os._exit(1 if isinstance(end.code, str) else end.code)

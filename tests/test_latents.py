@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import data
 import train
-from commands import ALONE, ROOT, fit, torchrun
+from commands import ALONE, ROOT, fit, lasting, torchrun
 from data import load_dataset
 from diffusion import create_diffusion
 from latents import CachedLatents
@@ -74,8 +74,7 @@ def train_on(path, results, vae, *flags):
     settings = ["--data-path", path, "--vae", vae, "--image-size", 16, "--num-classes", 3, "--model", "DiT-N/2", "--lr", 1e-3]
     settings += ["--global-batch-size", 8, "--max-steps", 6, "--log-every", 2, "--num-workers", 0]
     folder = fit(results, *settings, *flags)
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    rows = [{name: value for name, value in row.items() if name != "steps_per_sec"} for row in rows]
+    rows = [lasting(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
     return torch.load(folder / "checkpoints" / "0000006.pt"), rows
 
 

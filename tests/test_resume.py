@@ -1,11 +1,15 @@
+import errno
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -13,13 +17,15 @@ import torch
 
 import checkpoint
 import data
+import probe
 import resume
 import train
 from checkpoint import read_checkpoint
-from commands import ALONE, QUICK, ROOT, fork, write_photos
+from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
 STEPS = 14
+SAVED = [4, 8, 12, STEPS]
 pytestmark = pytest.mark.usefixtures("shallow")
 
 
@@ -41,15 +47,15 @@ def at_update(number, act=die):
     return spoil
 
 
-def half_written(number):
-    """Dies when a part of that checkpoint is on the disk."""
+def half_written(number, share):
+    """Dies when that share of a checkpoint is on the disk."""
 
     def spoil(write=torch.save):
         def wrapped(contents, file):
             if contents["step"] != number:
                 return write(contents, file)
             write(contents, file)
-            file.truncate(file.tell() // 2)
+            file.truncate(int(share * file.tell()))
             die()
 
         checkpoint.torch.save = wrapped
@@ -152,21 +158,37 @@ def again(flags, *more):
     train.main(train.parse_args([*map(str, [*QUICK, *flags, *more])]), ALONE)
 
 
-KILLS = [at_update(3), at_update(7), half_written(8), before_renaming(8), before_deleting(12), at_update(14)]
+def draw_kills(seed, processes):
+    """(what, step, kill, rank) of six kills in their order: three at random steps, and one in each part of writing a random
+    checkpoint, which rank 0 does."""
+    draw = random.Random(seed)
+    kills = [("update", step, at_update(step), draw.randrange(processes)) for step in draw.sample(range(1, STEPS + 1), 3)]
+    step, share = draw.choice(SAVED), draw.random()
+    kills.append((f"writing {share:.3f} of", step, half_written(step, share), 0))
+    step = draw.choice(SAVED)
+    kills.append(("renaming", step, before_renaming(step), 0))
+    step = draw.choice(SAVED[:-1])  # after the last, nothing would be left to do
+    kills.append(("deleting after", step, before_deleting(step), 0))
+    return sorted(kills, key=lambda kill: kill[1])
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 0)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, flags, tmp_path, processes, workers):
     """Weights, averages and AdamW's moments, to the last bit. Here one process lets another one read its images."""
+    seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
+    kills = draw_kills(seed, processes)
+    print(f"KILL_SEED={seed} repeats this:", *(f"{what} {step} on rank {rank};" for what, step, _, rank in kills))
     flags = [*flags, "--num-workers", workers, "--resume", "auto", "--keep-last", 2]
-    for number, kill in enumerate(KILLS):
-        victim = number % processes if kill.__qualname__.startswith("at_update") else 0  # only rank 0 writes
+    for _, step, kill, victim in kills:
+        if f"{step:07d}.pt" in names(tmp_path / "r"):
+            continue  # rank 0 wrote it while rank 1 died
         statuses = fork(*flags, processes=processes, spoil=lambda rank: kill() if rank == victim else None)  # noqa: B023
-        assert statuses[victim] == -signal.SIGKILL, number
+        assert statuses[victim] == -signal.SIGKILL, step
     assert fork(*flags, processes=processes) == [0] * processes
     assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
     assert losses(calm(processes)).items() == losses(tmp_path / "r").items()
-    assert names(tmp_path / "r") == ["0000012.pt", "0000014.pt"]
+    last = max((tmp_path / "r").iterdir())  # those before it were killed before their first checkpoint
+    assert sorted(path.name for path in last.glob("checkpoints/*")) == ["0000012.pt", "0000014.pt"]
 
 
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
@@ -304,6 +326,69 @@ def test_a_full_disk_is_named_and_takes_no_checkpoint_along(flags, begun, capfd)
     assert fork(*flags, "--resume", "auto", "--max-steps", 15, spoil=spoil) == [1]
     assert {path: path.read_bytes() for path in begun.glob("*/checkpoints/*")} == before
     assert re.search(r"error: could not write the checkpoint .*/0000015\.pt: .*File too large", capfd.readouterr().err)
+
+
+def test_a_folder_is_for_one_process_at_a_time(calm, flags, tmp_path, monkeypatch):
+    """The other one is killed, and what it had started to read its images does not hold the lock."""
+    there = tmp_path / "there"
+
+    def wait():
+        there.write_text(str(os.getpid()))
+        time.sleep(100)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(fork, *flags, "--num-workers", 1, spoil=lambda rank: at_update(6, wait)())
+        while not (there.exists() and there.read_text()):
+            assert not other.done()
+            time.sleep(0.01)
+        before = {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()}
+        try:
+            for named in ("auto", tmp_path / "r" / "000-DiT-N-8"):
+                with pytest.raises(ValueError, match=r"another process is training in .*000-DiT-N-8; wait for its end"):
+                    again(flags, "--resume", named)
+        finally:
+            os.kill(int(there.read_text()), signal.SIGKILL)
+        assert {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()} == before
+        assert other.result() == [-signal.SIGKILL]
+    again(flags, "--resume", "auto")
+    assert_same(learnt(calm(1)), learnt(tmp_path / "r"))
+
+
+def test_a_file_system_without_locks_is_warned_of(flags, begun, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(resume.fcntl, "lockf", refuse)
+    again(flags, "--resume", "auto")
+    assert re.search("Nothing keeps a second process out of .*000-DiT-N-8: it cannot be locked .*No locks", caplog.text)
+    assert "Done!" in caplog.text
+
+
+@pytest.mark.parametrize("killed_in", ["held_out_loss", "draw_samples", "distance"])
+def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch, images, killed_in):
+    """Held-out loss, samples and the probe's distance of the checkpoint that a run goes on from."""
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(probe, "open_network", lambda *_: Colours())
+    monkeypatch.setattr(probe, "PROBED", 4)
+    flags = [*flags, "--val-path", images, "--sample-every", 4, "--probe-every", 4, "--max-steps", 8]
+    again(flags, "--results-dir", tmp_path / "calm")
+
+    def stop(*args):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, killed_in, stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            again(flags)
+    assert names(tmp_path / "r") == ["0000004.pt"]
+    for _ in range(2):
+        again(flags, "--resume", "auto")
+        monkeypatch.setattr(train, killed_in, stop)  # the second time there is nothing to do
+        shown, expected = ([lasting(row) for row in rows(tmp_path / name)] for name in ("r", "calm"))
+        assert sorted(map(str, shown)) == sorted(map(str, expected))
+        grids = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*/samples/*"))] for name in ("r", "calm")]
+        assert grids[0] == grids[1]
+        assert len(grids[0]) == 2
 
 
 def test_torchrun_brings_back_a_run_whose_worker_was_killed(calm, images, tmp_path):

@@ -1,6 +1,10 @@
 import os
 import pickle
+import re
+import resource
 import shutil
+import signal
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,20 +12,25 @@ import pytest
 import torch
 from PIL import Image
 
+import sharded
 import train
 from checkpoint import load_checkpoint, load_model, read_checkpoint
-from commands import draw, fork, write_photos
+from commands import draw, fork, lasting, write_photos
 from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, flipped, names, rows
 
-FLAGS = [*TINY, "--max-steps", 10, "--num-workers", 0, "--mixer", "pdessm", "--max-grad-norm", 0.5]
-NEW = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="PyTorch 2.6 has FSDP2 for GPUs only")
-pytestmark = [NEW, pytest.mark.usefixtures("shallow")]
+EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
+FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
+OLD = not hasattr(torch.cpu.Stream, "record_event")
+FSDP = partial(pytest.param, marks=pytest.mark.skipif(OLD, reason="PyTorch 2.6 has FSDP2 for GPUs only"))
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of equal runs by two processes, with the whole model on each and with half of it; held-out loss every 4 steps."""
+    if OLD:
+        pytest.skip("PyTorch 2.6 has FSDP2 for GPUs only")
     folder = tmp_path_factory.mktemp("runs")
     flags = [*FLAGS, "--data-path", write_photos(folder / "photos"), "--val-path", folder / "photos"]
     for name, more in (("ddp", []), ("fsdp", ["--parallel", "fsdp", "--grad-accum", 2])):
@@ -30,9 +39,15 @@ def runs(tmp_path_factory):
 
 
 def weights(path):
+    """Model, average and AdamW's first moments, by name."""
     if path.is_dir():
-        return {part: read_whole(path, part) for part in ("model", "ema")}
-    return {part: read_checkpoint(path)[part] for part in ("model", "ema")}
+        parts = {part: read_whole(path, part) for part in ("model", "ema", "opt")}
+        moments = {name.removesuffix(".exp_avg"): x for name, x in parts.pop("opt").items() if name.endswith(".exp_avg")}
+    else:
+        contents = read_checkpoint(path)
+        parts, names = {part: contents[part] for part in ("model", "ema")}, list(contents["model"])
+        moments = {names[number]: state["exp_avg"] for number, state in contents["opt"]["state"].items()}
+    return parts | dict(moments=moments)
 
 
 def final(folder):
@@ -45,11 +60,54 @@ def assert_close(one, other):
             torch.testing.assert_close(other[part][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """reference(mixer): folder of a run by one process with whole batches."""
+    folder = tmp_path_factory.mktemp("reference")
+    photos = write_photos(folder / "photos")
+
+    @cache
+    def run(mixer):
+        flags = [*EQUAL, "--mixer", mixer, "--data-path", photos, "--results-dir", folder / mixer]
+        assert fork(*flags) == [0]
+        return folder / mixer
+
+    return run
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (1, ["--grad-accum", 2]),
+        (2, []),
+        (2, ["--grad-accum", 2]),
+        FSDP(2, ["--parallel", "fsdp"]),
+        FSDP(2, ["--parallel", "fsdp", "--grad-accum", 2]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "ddp" if isinstance(value, list) else None,
+)
+def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, tmp_path, mixer, processes, flags):
+    """Ten steps at a learning rate of 1e-3, each of which moves a weight by about as much, whatever the size of gradients,
+    which the moments have."""
+    photos = reference(mixer).parent / "photos"
+    flags = [*EQUAL, *flags, "--mixer", mixer, "--data-path", photos, "--results-dir", tmp_path / "r"]
+    assert fork(*flags, processes=processes) == [0] * processes
+    one, other = weights(final(reference(mixer))), weights(final(tmp_path / "r"))
+    assert one["moments"].keys() == other["moments"].keys()
+    for part, rounding in (("model", 1e-5), ("ema", 1e-5), ("moments", 3e-8)):
+        for name, x in one[part].items():
+            torch.testing.assert_close(other[part][name], x, rtol=0, atol=rounding, msg=lambda m, name=name: f"{name}: {m}")
+    assert max(moment.abs().max() for moment in one["moments"].values()) > 3e-3
+    losses = [[row["loss"] for row in rows(folder)] for folder in (reference(mixer), tmp_path / "r")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_sharded_model_learns_as_a_whole_one(runs):
     assert names(runs / "fsdp") == ["0000004.dcp", "0000008.dcp", "0000010.dcp"]
     assert_close(weights(final(runs / "ddp")), weights(final(runs / "fsdp")))
     for one, other in zip(rows(runs / "ddp"), rows(runs / "fsdp"), strict=True):
-        assert {**one, "steps_per_sec": 0} == pytest.approx({**other, "steps_per_sec": 0}, rel=1e-4)
+        assert lasting(one) == pytest.approx(lasting(other), rel=1e-4)
 
 
 @pytest.mark.parametrize(("processes", "flags"), [(1, []), (2, []), (3, ["--parallel", "fsdp"])])
@@ -86,6 +144,38 @@ def test_a_killed_sharded_run_ends_as_if_it_had_not_been(runs, tmp_path, capfd):
     assert_same(weights(final(runs / "fsdp")), weights(final(folder)))
 
 
+def fill_disk(room):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+def fill_disk_late(write=sharded.write_settings):
+    """When the pieces are written and the settings are not."""
+
+    def write_or_not(*args):
+        fill_disk(100)
+        try:
+            write(*args)
+        finally:
+            fill_disk(resource.RLIM_INFINITY)  # the file in which the test reads errors has no end
+
+    sharded.write_settings = write_or_not
+
+
+@pytest.mark.parametrize("spoil", [lambda: fill_disk(200_000), fill_disk_late], ids=["in its pieces", "in its settings"])
+def test_a_full_disk_is_named_and_takes_no_sharded_checkpoint_along(runs, tmp_path, capfd, spoil):
+    folder = shutil.copytree(runs / "fsdp", tmp_path / "r")
+    before = {path: path.read_bytes() for path in folder.glob("*/checkpoints/*/*")}
+    flags = [*FLAGS, "--parallel", "fsdp", "--grad-accum", 2, "--data-path", runs / "photos", "--val-path", runs / "photos"]
+    flags += ["--resume", "auto", "--results-dir", folder, "--max-steps", 11]
+    assert fork(*flags, processes=2, spoil=lambda rank: spoil() if rank == 0 else None) == [1, 1]
+    assert {path: path.read_bytes() for path in folder.glob("*/checkpoints/*/*")} == before
+    errors = capfd.readouterr().err
+    reason = "File too large" if spoil is fill_disk_late else ".+"
+    assert re.search(rf"error: could not write the checkpoint .*/0000011\.dcp; is the disk full\? .*{reason}\n", errors)
+    assert "Traceback" not in errors
+
+
 def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
     nothing = SimpleNamespace(**dict.fromkeys(("model", "mixer", "num_classes", "image_size", "vae")))
     with pytest.MonkeyPatch.context() as patch:
@@ -96,6 +186,11 @@ def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
     stored, args = load_checkpoint(final(runs / "fsdp"))
     assert args["parallel"] == "fsdp"
     assert_same(dict(model.state_dict()), stored)
+    fast, whole = (load_checkpoint(final(runs / name), 0.5)[0] for name in ("fsdp", "ddp"))
+    assert_close(dict(model=fast, ema=fast), dict(model=whole, ema=whole))
+    assert not torch.equal(fast["final_layer.linear.bias"], stored["final_layer.linear.bias"])
+    with pytest.raises(ValueError, match=r"--ema 0\.3: .*0000010\.dcp has averages of decay 0\.9999, 0\.5"):
+        load_checkpoint(final(runs / "fsdp"), 0.3)
 
 
 class Hostile:
@@ -120,6 +215,13 @@ def test_a_hostile_index_does_not_run(runs, tmp_path):
 
 def test_one_process_has_nothing_to_shard(tmp_path):
     assert fork(*FLAGS, "--parallel", "fsdp", "--results-dir", tmp_path) == [1]
+
+
+def test_averages_in_parts_stay_where_they_are(tmp_path, capfd):
+    flags = [*FLAGS, "--parallel", "fsdp", "--ema-device", "cpu", "--results-dir", tmp_path / "r"]
+    assert fork(*flags, processes=2) == [1, 1]
+    assert "--ema-device is not for --parallel fsdp, which leaves every process its part" in capfd.readouterr().err
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("classes", [[], ["--uncond"]])

@@ -1,6 +1,7 @@
 """What a run shows while it trains: grids of samples, and its numbers elsewhere."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ def test_tensorboard_has_every_row_of_the_log(tmp_path, monkeypatch):
     events = EventAccumulator(str(folder)).Reload()
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
-    for name in ("loss", "steps_per_sec"):
+    for name in ("loss", "steps_per_sec", "gflops_per_sec", "peak_memory_gb"):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert shown == [(row["step"], pytest.approx(row[name])) for row in rows]
     assert [event.step for event in events.Images("samples")] == [2, 4]
@@ -88,6 +89,23 @@ def test_weights_and_biases_is_offline_unless_logged_in(tmp_path, monkeypatch, l
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert shown[:2] == [(row.pop("step"), row) for row in rows]
     assert shown[2:] == [(4, {"samples": str(folder / "samples" / "0000004.png")})]
+
+
+def test_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatch):
+    starts = []
+    stand_in = SimpleNamespace(
+        login=lambda prompt: False,
+        init=lambda **given: starts.append(given) or SimpleNamespace(log=lambda row, step: None),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    folder = fit(tmp_path, *SHORT, "--tracker", "wandb")
+    fit(tmp_path, *SHORT, "--tracker", "wandb", "--max-steps", 6, "--resume", folder)
+    fit(tmp_path, *SHORT, "--tracker", "wandb")
+    first, resumed, other = starts
+    assert first["resume"] == "allow"
+    assert re.fullmatch(r"[0-9a-f]{8}", first["id"])
+    assert first["id"] == resumed["id"] != other["id"]
+    assert first["dir"] == resumed["dir"] != other["dir"]
 
 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])

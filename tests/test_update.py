@@ -1,15 +1,20 @@
 import json
 import math
+import os
+import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import data
 import train
-from checkpoint import load_checkpoint, read_checkpoint
-from commands import fit
+from checkpoint import export, load_checkpoint, read_checkpoint
+from checkpoint import parse_args as export_args
+from commands import ALONE, QUICK, draw, draw_many, fit
 from models import MODELS
+from parallel import Processes
 from update import update_ema
 
 
@@ -78,13 +83,29 @@ def test_half_precision_learns_alike(tmp_path, mixer, precision):
 
 @pytest.mark.parametrize("mixer", ["attention", "pdessm"])
 def test_all_that_saves_time_and_memory_works_together(tmp_path, monkeypatch, mixer):
-    """Without a compiler's last stage, which would take most of a minute."""
+    """Without a compiler's last stage, which takes most of a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     flags = ["--max-steps", 3, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, "--mixer", mixer]
     plain = rows(fit(tmp_path, *flags))
     spared = rows(fit(tmp_path, *flags, "--precision", "bf16", "--compile", "--grad-checkpointing", "--grad-accum", 2))
     torch.compiler.reset()
     assert [row["loss"] for row in spared] == pytest.approx([row["loss"] for row in plain], rel=0.01)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on CPUs")
+def test_what_is_compiled_to_the_end_learns_alike(tmp_path, monkeypatch):
+    """By the C++ compiler, and not from a cache; with one mixer, for it takes half a minute."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = ["--max-steps", 5, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, "--mixer", "pdessm"]
+    full = rows(fit(tmp_path / "r", *flags))
+    flags += ["--precision", "bf16"]
+    plain = rows(fit(tmp_path / "r", *flags))
+    compiled = rows(fit(tmp_path / "r", *flags, "--compile", "--grad-checkpointing"))
+    torch.compiler.reset()
+    losses = [[row["loss"] for row in found] for found in (full, plain, compiled)]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-2)
+    assert list((tmp_path / "cache").rglob("*.so"))
 
 
 def spoil_steps(monkeypatch, *steps):
@@ -138,3 +159,51 @@ def test_averages_of_several_decays(tmp_path):
     assert 0 < fast < slow
     assert load_checkpoint(folder / "checkpoints" / "0000012.pt")[0].keys() == checkpoint["ema"].keys()
     assert torch.equal(load_checkpoint(folder / "checkpoints" / "0000012.pt")[0][name], checkpoint["ema"][name])
+
+
+def test_any_of_several_averages_is_drawn_and_exported(tmp_path):
+    flags = ["--max-steps", 6, "--global-batch-size", 8, "--lr", 1e-2, "--ema-decay", 0.3, 0.9999]
+    path = fit(tmp_path / "r", *flags) / "checkpoints" / "0000006.pt"
+    contents = read_checkpoint(path)
+    swapped = tmp_path / "0000006.pt"
+    torch.save(contents | dict(ema=contents["ema_0.9999"]), swapped)
+    grids = [draw(path, tmp_path / "a.png", *more) for more in ([], ["--ema", 0.3], ["--ema", 0.9999])]
+    assert np.array_equal(grids[0], grids[1])
+    assert not np.array_equal(grids[0], grids[2])
+    assert np.array_equal(grids[2], draw(swapped, tmp_path / "a.png"))
+    four = ["--num-fid-samples", 4]
+    many = draw_many(path, tmp_path / "many", *four, "--ema", 0.9999), draw_many(swapped, tmp_path / "swapped", *four)
+    assert np.array_equal(*many)
+
+    exported = tmp_path / "slow.safetensors"
+    flags = [str(path), "--format", "safetensors", "--ema", "0.9999", "--out", str(exported)]
+    export(export_args(flags), ALONE)
+    assert np.array_equal(grids[2], draw(exported, tmp_path / "a.png", "--ema", 0.9999))
+    for file, decays in ((path, "0.3, 0.9999"), (exported, "0.9999")):
+        with pytest.raises(ValueError, match=f"--ema 0.5: {file} has averages of decay {decays}$"):
+            draw(file, tmp_path / "a.png", "--ema", 0.5)
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=CUDA)])
+def test_averages_in_cpu_memory_are_the_same(tmp_path, monkeypatch, photos, device):
+    """Also after a stop, in samples, in held-out losses and of two decays; on a GPU up to its rounding."""
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
+    flags = [*QUICK, "--data-path", photos, "--val-path", photos, "--global-batch-size", "8", "--max-steps", "6"]
+    flags += ["--num-workers", "0", "--ckpt-every", "2", "--sample-every", "2", "--ema-decay", "0.3", "0.9999"]
+    flags += ["--device", device]
+    one = Processes(0, 1, torch.device(device))
+    train.main(train.parse_args([*flags, "--results-dir", str(tmp_path / "a")]), one)
+    for more in (["--max-steps", "4"], ["--resume", "auto"]):
+        train.main(train.parse_args([*flags, "--results-dir", str(tmp_path / "b"), "--ema-device", "cpu", *more]), one)
+    folders = [tmp_path / name / "000-DiT-N-4" for name in "ab"]
+    plain, kept = (read_checkpoint(folder / "checkpoints" / "0000006.pt") for folder in folders)
+    exact = dict(rtol=0, atol=0) if device == "cpu" else dict(rtol=1e-4, atol=1e-5)
+    for part in ("model", "ema", "ema_0.9999"):
+        torch.testing.assert_close(kept[part], plain[part], **exact)
+    losses = [[row["held_out_loss"] for row in rows(folder) if "held_out_loss" in row] for folder in folders]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=exact["rtol"])
+    assert len(list(folders[1].glob("samples/*"))) == 3
