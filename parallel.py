@@ -1,9 +1,11 @@
 """One process or many: what torchrun started, what a command is given, and how it ends."""
 
 import argparse
+import ctypes
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -55,6 +57,8 @@ def launch(command, args):
     """
     try:
         device = choose_device(args.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         if "RANK" not in os.environ:
             command(args, Processes(0, 1, device))
             return
@@ -92,6 +96,18 @@ def choose_device(name):
         raise ValueError(f"--device {name}: CUDA device {index} is wanted and PyTorch finds {there}; use --device cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def keep_freed_memory():
+    """Lets this process keep the memory of tensors that are gone, as PyTorch's allocator does on GPUs.
+
+    On CPUs PyTorch leaves it to the C library. glibc hands large pieces back to the system, which has to clear every page
+    that it gives out again: that can take as long as the computation.
+    """
+    with suppress(AttributeError, OSError):                                # another C library, which knows no mallopt
+        mallopt, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_threshold, 2**30)
 
 
 def _one_line(error):

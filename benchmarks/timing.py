@@ -23,7 +23,7 @@ from time import perf_counter
 
 import torch
 
-from parallel import choose_device
+from parallel import choose_device, keep_freed_memory
 from pde_ssm import set_backend
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +58,7 @@ def parse_args(description, argv=None, **flags):
     if args.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
     else:
+        keep_freed_memory()  # as every command does
         limit_memory()
     return args
 
