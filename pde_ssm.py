@@ -145,9 +145,7 @@ def convolve(v, symbol):
     if v.device.type == "cpu" and not _traced(v, symbol):
         if torch.is_grad_enabled():
             return Convolution.apply(_widen(v), symbol)[0].to(v.dtype)
-        v_hat = spectrum(_widen(v))
-        v_hat = v_hat.mul_(symbol) if v_hat.is_complex() else multiply(symbol, v_hat)
-        return field(v_hat, *v.shape[1:3]).to(v.dtype)
+        return field(multiply_over(symbol, spectrum(_widen(v))), *v.shape[1:3]).to(v.dtype)
     v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                      # (B, C, h, w // 2 + 1)
     return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1).to(v.dtype)
 
@@ -179,10 +177,10 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, symbol):
         ctx.set_materialize_grads(False)
-        result, v_hat = convolve_and_keep(v, symbol)
+        v_hat = spectrum(v).data  # views that leave a function with two outputs could not be changed in place; this is none
         ctx.save_for_backward(v_hat, symbol)
         ctx.grid = v.shape[1:3]
-        return result, v_hat
+        return field(multiply(symbol, v_hat), *ctx.grid).data, v_hat
 
     @staticmethod
     def backward(ctx, g, v_hat_grad):
@@ -190,22 +188,19 @@ class Convolution(torch.autograd.Function):
         v_grad = symbol_grad = None
         with _full_precision(symbol):                                      # backward() may be called under autocast
             if g is not None:
-                again = Convolution.apply if torch.is_grad_enabled() else convolve_and_keep
-                v_grad, g_hat = again(g, conjugate(symbol))
+                if torch.is_grad_enabled():                                # create_graph
+                    v_grad, g_hat = Convolution.apply(g, conjugate(symbol))
+                else:
+                    g_hat = spectrum(g)
                 if ctx.needs_input_grad[1]:
                     products = correlate_each(v_hat, g_hat) if _per_image(symbol) else correlate(v_hat, g_hat)
                     symbol_grad = column_weights(*ctx.grid, g) * products
+                if v_grad is None:
+                    v_grad = field(multiply_over(conjugate(symbol), g_hat), *ctx.grid)
             if v_hat_grad is not None:                                     # only under create_graph
                 transposed = field(v_hat_grad / column_weights(*ctx.grid, v_hat_grad), *ctx.grid)
                 v_grad = transposed if v_grad is None else v_grad + transposed
         return v_grad, symbol_grad
-
-
-def convolve_and_keep(v, symbol):
-    """The two results of `Convolution`, as tensors that are no views: views that leave a function with two outputs could not
-    be changed in place."""
-    v_hat = spectrum(v).data
-    return field(multiply(symbol, v_hat), *v.shape[1:3]).data, v_hat
 
 
 # The steps of a convolution. Spectra of grids with sides up to LONGEST_MATRIX are real (B, 2, h, w // 2 + 1, C), as
@@ -251,6 +246,11 @@ def multiply(a, b):
     return product
 
 
+def multiply_over(a, b):
+    """The same, if nobody needs b afterwards."""
+    return b.mul_(a) if b.is_complex() else multiply(a, b)
+
+
 def conjugate(a):
     return a.conj() if a.is_complex() else torch.stack([a.select(-4, 0), -a.select(-4, 1)], dim=-4)
 
@@ -258,7 +258,10 @@ def conjugate(a):
 def correlate(a, b):
     """The sum of conj(a) b over the images."""
     if a.is_complex():
-        return (a.conj() * b).sum(0)
+        total = b.new_zeros(b.shape[1:])
+        for a_image, b_image in zip(a, b):                                 # all at once would take as much memory as b
+            total = torch.addcmul(total, a_image.conj(), b_image)
+        return total
     imag = torch.addcmul(a[:, 0] * b[:, 1], a[:, 1], b[:, 0], value=-1)
     return torch.stack([(a * b).sum((0, 1)), imag.sum(0)])
 
