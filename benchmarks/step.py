@@ -39,8 +39,12 @@ def main(args):
         names = [name for name in SIDES if not (args.quick and name == "timm" and tokens > 1024)]
         times = time_in_turns({name: partial(training_step, args, batch, **options, **SIDES[name]) for name in names}, args)
         report.add(input=side, tokens=tokens, batch=batch, sides=times)
-    lines = lines_of(report.contents["rows"], SIDES)
-    report.finish({f"training step, DiT-{SIZE}/2": lines})
+    lines = lines_of(report.contents["rows"], SIDES, value=milliseconds_per_image)
+    report.finish({f"training step of DiT-{SIZE}/2, an image's share": lines})
+
+
+def milliseconds_per_image(name):
+    return lambda row: None if (time := milliseconds(name)(row)) is None else time / row["batch"]
 
 
 if __name__ == "__main__":

@@ -318,8 +318,9 @@ def lines_of_paper(rows, against=tokens):
 
 
 def slope(places):
-    """Exponent p of value ~ tokens^p, by least squares over the larger half of the sizes; None for fewer than two sizes."""
-    places = [(math.log(n), math.log(value)) for n, value in places[(len(places) - 1) // 2 :]]
+    """Exponent p of value ~ tokens^p, by least squares over the sizes from a sixteenth of the largest on; None for fewer than
+    two sizes."""
+    places = [(math.log(n), math.log(value)) for n, value in places if 16 * n >= places[-1][0]]
     return linear_regression(*zip(*places)).slope if len(places) > 1 else None
 
 
@@ -351,7 +352,7 @@ def draw(panels, name, unit, path, contents):
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel=unit, title=title)
         ticks = []
         for n in sorted({n for places in lines.values() for n, _ in places}):
-            if not ticks or n >= 1.9 * ticks[-1]:
+            if not ticks or n >= 2.5 * ticks[-1]:
                 ticks.append(n)
         axis.set_xticks(ticks)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))

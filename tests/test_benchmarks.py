@@ -92,6 +92,7 @@ def test_slopes_are_exponents_of_the_larger_sizes(power):
     places = [(4, 70), (16, 80), *((n, 3 * n**power) for n in (64, 256, 1024))]
     assert timing.slope(places) == pytest.approx(power)                    # of 64, 256 and 1,024
     assert timing.slope(places[:4]) != pytest.approx(power)
+    assert timing.slope([(16, 3 * 16**power), (240, 3 * 240**power), (256, 3 * 256**power)]) == pytest.approx(power)
     assert timing.slope([(16, 1)]) is None
 
 
