@@ -27,7 +27,8 @@ from features import NETWORKS, open_network
 from images import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
 from parallel import ALONE, launch, positive
 
-BLOCK = 2**26  # distances at a time
+BLOCK = 2**26   # distances at a time
+STORED = 10_000  # images of a reference, as many as ADM's hold; statistics are of all
 
 
 class Statistics:
@@ -410,7 +411,8 @@ def read_features(path, names_):
 
 
 def make_reference(source, path, network, processes, num, batch_size):
-    """Writes images and statistics of a Source into an .npz that evaluation and ADM's evaluator take as reference."""
+    """Writes statistics of a Source, and STORED of its images at most, evenly spread, into an .npz that evaluation and ADM's
+    evaluator take as reference."""
     side = measure(source, network, processes, num, batch_size=batch_size)
     if processes.rank > 0:
         return
@@ -418,11 +420,13 @@ def make_reference(source, path, network, processes, num, batch_size):
         raise ValueError(f"{source.name} has images of {len(side.sizes)} sizes, {_sizes(side)}; --image-size crops to one")
     arrays = dict(zip(("mu", "sigma"), side.statistics["pool"]))
     arrays |= dict(zip(("mu_s", "sigma_s"), side.statistics.get("spatial", ())))
-    numbers = [[number] for number in spread(len(source.images), num)]
+    counted = spread(len(source.images), num)
+    numbers = [[counted[place]] for place in spread(len(counted), min(STORED, len(counted)))]
     images = (batch[0] for batch in source.images.read(numbers))
     progress = tqdm(images, f"Writing {path}", len(numbers), unit="image")
     write_npz(path, progress, len(numbers), **arrays, features=network.name, count=side.counted)
-    print(f"Saved {side.counted:,} images of {_sizes(side)} and their statistics ({network.name}) to {path}")
+    stored = f"{len(numbers):,} of them" if len(numbers) < side.counted else "the images"
+    print(f"Saved statistics of {side.counted:,} images ({network.name}) and {stored}, {_sizes(side)}, to {path}")
 
 
 def main(args, processes):

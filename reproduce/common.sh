@@ -11,8 +11,8 @@
 #   OBJECTIVE   flow, the paper's, or diffusion
 #   FEATURES    of evaluate.py: inception, or if small efficientnet-lite0, whose weights come with its package
 #   PROCESSES   of torchrun: the number of GPUs, or 1
-#   REFERENCE   what samples are compared with: by default an .npz of the training images, which is made. ImageNet's is
-#               large; ADM's VIRTUAL_imagenet256_labeled.npz is what Table 10's precision and recall are usually taken from
+#   REFERENCE   what samples are compared with: by default an .npz of the training images, which is made: statistics of all
+#               and 10,000 images. ADM's VIRTUAL_imagenet256_labeled.npz is what Table 10's figures are usually taken from
 #   IMAGES_OF   the images, if DATA holds their cached latents
 #   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
 set -euo pipefail

@@ -258,6 +258,23 @@ def test_a_reference_of_one_s_own(tmp_path, images, run):
     assert run(tmp_path / "moved.npz", tmp_path / "sample.npz", "--num", 25)["FID"] < 1  # of the chosen images themselves
 
 
+def test_a_reference_stores_some_of_its_images_and_statistics_of_all(tmp_path, images, run, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    shown = images(30)
+    for number, image in enumerate(shown):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{number:02}.png")
+    np.savez(tmp_path / "sample.npz", arr_0=images(25, 0.8))
+    monkeypatch.setattr(evaluate, "STORED", 10)
+    of_all = run(tmp_path / "photos", tmp_path / "sample.npz")
+    evaluate.main(evaluate.parse_args(["--make-ref", str(tmp_path / "photos"), str(tmp_path / "ref.npz")]), ALONE)
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert int(arrays["count"]) == 30
+        np.testing.assert_array_equal(arrays["arr_0"], shown[::3])
+    some = run(tmp_path / "ref.npz", tmp_path / "sample.npz")
+    assert (some["FID"], some["sFID"]) == (of_all["FID"], of_all["sFID"])
+    assert (some["reference"]["images"], some["reference"]["images_in_statistics"]) == (10, 30)
+
+
 class OtherColours(Colours):
     name = label = "other"
 
