@@ -73,21 +73,26 @@ def _kept_monomials(*arguments):
 
 def polynomial(monomials, coefficients):
     """sum_j monomials_j coefficients_j: (f, n), (..., n, C) -> (..., f, C)"""
-    if monomials.is_cuda:  # where float32 products of matrices may be rounded to TF32
-        return (monomials[:, :, None] * coefficients[..., None, :, :]).sum(-2)
-    return monomials @ coefficients
+    if _by_products(coefficients):
+        return monomials @ coefficients
+    return (monomials[:, :, None] * coefficients[..., None, :, :]).sum(-2)
+
+
+def _by_products(x):
+    """Whether sums over monomials are products of matrices. GPUs may round those to TF32, and compilers fuse sums."""
+    return x.device.type == "cpu" and not _traced(x)
 
 
 def polynomial_by_channel(monomials, coefficients):
     """The same, stored channel after channel."""
-    return polynomial(monomials, coefficients) if monomials.is_cuda else (coefficients.mT @ monomials.mT).mT
+    return (coefficients.mT @ monomials.mT).mT if _by_products(coefficients) else polynomial(monomials, coefficients)
 
 
 def adjoint(monomials, gradient):
     """The transpose of `polynomial`: (f, n), (..., f, C) -> (..., n, C)"""
-    if monomials.is_cuda:
-        return (monomials[:, :, None] * gradient[..., :, None, :]).sum(-3)
-    return monomials.mT @ gradient
+    if _by_products(gradient):
+        return monomials.mT @ gradient
+    return (monomials[:, :, None] * gradient[..., :, None, :]).sum(-3)
 
 
 def green_symbol(K, b, r, tau, h, w):
@@ -151,9 +156,9 @@ def convolve(v, symbol):
 
 
 def _traced(*tensors):
-    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation, or tensors of
-    another class (fake, distributed)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation, a mode that
+    sees them (as counters of operations do), or tensors of another class (fake, distributed)."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return True
     if any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
         return True
