@@ -27,7 +27,7 @@ R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_
 CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
 KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
 GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps
-LONGEST_MATRIX = 32  # sides up to which products with Fourier matrices beat an FFT on CPU
+LONGEST_MATRIX = 32  # sides up to which products with Fourier matrices are no slower than an FFT on CPU
 MOST_AT_ONCE = 64    # tokens up to which one matrix for both sides beats two
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
@@ -354,8 +354,10 @@ class EmbeddedGreen(torch.autograd.Function):
         *coefficients, S, S_imag, G, G_imag = ctx.saved_tensors
         if torch.is_grad_enabled():                                        # create_graph: the gradient of the plain way
             needed = [x for x, is_needed in zip(coefficients, ctx.needs_input_grad[2:]) if is_needed]
-            symbol = embedded_green(*ctx.grid, *coefficients)[:2]
-            found = iter(torch.autograd.grad(symbol, needed, (S_grad, S_imag_grad), create_graph=True, allow_unused=True))
+            with _full_precision(S):                                       # backward() may be called under autocast
+                symbol = embedded_green(*ctx.grid, *coefficients)[:2]
+                grads = torch.autograd.grad(symbol, needed, (S_grad, S_imag_grad), create_graph=True, allow_unused=True)
+            found = iter(grads)
             return None, None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[2:])
         tau, *scalars = coefficients[:7]
         even, odd = monomials_of(*ctx.grid, tau)
@@ -364,10 +366,12 @@ class EmbeddedGreen(torch.autograd.Function):
         phase_grad = torch.addcmul(S * S_imag_grad, S_imag, S_grad, value=-1)
         B_imag_grad = torch.addcmul(G * S_imag_grad, G_imag, S_grad, value=-1)
         g0_grad = torch.addcmul(G * S_grad, G_imag, S_imag_grad).sum(-2)
-        exponent_grad = torch.cat([adjoint(even, growth_grad), adjoint(odd, phase_grad)], dim=-2)       # (..., 6, C)
+        with _full_precision(S):
+            exponent_grad = torch.cat([adjoint(even, growth_grad), adjoint(odd, phase_grad)], dim=-2)   # (..., 6, C)
+            gx_and_gy_grad = adjoint(odd, B_imag_grad)                     # (..., 2, C)
         tau_grad = (exponent_grad * torch.stack(scalars, dim=-2)).sum(-2)
         scalar_grads = (tau[..., None, :] * exponent_grad).unbind(-2)
-        gradients = tau_grad, *scalar_grads, g0_grad, *adjoint(odd, B_imag_grad).unbind(-2)
+        gradients = tau_grad, *scalar_grads, g0_grad, *gx_and_gy_grad.unbind(-2)
         return None, None, *(g if g.shape == x.shape else g.sum_to_size(x.shape) for g, x in zip(gradients, coefficients))
 
 
@@ -649,7 +653,7 @@ class Projection(nn.Linear):
         if not by_channel(*u.shape[1:3]):
             return super().forward(u)
         v = (self.weight @ u.flatten(1, 2).mT).unflatten(2, u.shape[1:3])  # (B, C, h, w)
-        return (v if self.bias is None else v + self.bias[:, None, None]).movedim(1, -1)
+        return (v if self.bias is None else v + self.bias[:, None, None].to(v.dtype)).movedim(1, -1)
 
 
 class PDESSM(nn.Module):

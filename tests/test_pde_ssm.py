@@ -606,13 +606,23 @@ def test_no_images_are_no_mistake(side):
     assert PDESSM(4)(torch.randn(0, 4, side, side)).shape == (0, 4, side, side)
 
 
-def test_gradients_are_as_precise_under_autocast():
-    v, symbol = (x.detach().float().requires_grad_() for x in convolution_arguments(8, 8, per_image=False))
-    loss = pde_ssm.convolve(v, symbol).square().sum()
-    expected = torch.autograd.grad(loss, (v, symbol), retain_graph=True)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("side", [4, 12, 40])  # one matrix, two, an FFT
+def test_gradients_are_as_precise_under_autocast(side, create_graph):
+    equation, v = PDESSM(4, components=2).equation, torch.randn(2, side, side, 4, requires_grad=True)
+    loss, inputs = equation.evolve(v).square().sum(), (v, *equation.parameters())
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(loss, (v, symbol))
-    torch.testing.assert_close(found, expected)
+        found = torch.autograd.grad(loss, inputs, create_graph=create_graph)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [8, 40])
+def test_projections_have_the_type_of_linear_layers(side):
+    layer, u = pde_ssm.Projection(4, 6, bias=True), torch.randn(2, side, side, 4)
+    torch.testing.assert_close(layer(u), torch.nn.functional.linear(u, layer.weight, layer.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(u).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
