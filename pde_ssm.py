@@ -239,6 +239,20 @@ def field(v_hat, h, w):
     return torch.bmm(back_along_w.expand(B * h, -1, -1), v).view(B, h, w, C)
 
 
+def real_spectrum(v):
+    """rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
+    if _by_products(v) and not by_channel(*v.shape[1:3]):
+        return spectrum(v)
+    return torch.view_as_real(torch.fft.rfft2(v, dim=(1, 2))).movedim(-1, 1)
+
+
+def from_real_spectrum(v_hat, h, w):
+    """The inverse of `real_spectrum`."""
+    if _by_products(v_hat) and not by_channel(h, w):
+        return field(v_hat, h, w)
+    return torch.fft.irfft2(torch.complex(*v_hat.unbind(1)), s=(h, w), dim=(1, 2))
+
+
 # Complex numbers are complex tensors, or real ones (..., 2, h, w // 2 + 1, C).
 
 
@@ -522,6 +536,40 @@ class Diagonal(nn.Module):
         return {**super().__getstate__(), "_symbols": {}}
 
 
+# Complex matrices and their products are real ones, with real parts before imaginary ones along an axis: real products
+# run on tensor cores, and PyTorch's complex exponential takes five times as long on CPUs.
+
+
+def multiply_by_matrices(G, v):
+    """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, c, B)."""
+    parts = (G @ v.mT).unflatten(3, (2, -1)).unflatten(2, (2, -1))         # (groups, f, 2, c, 2, B)
+    real = parts[:, :, 0, :, 0] - parts[:, :, 1, :, 1]
+    imag = parts[:, :, 0, :, 1] + parts[:, :, 1, :, 0]
+    return torch.stack([real, imag], dim=2)
+
+
+def complex_exponential(growth, phase):
+    """exp(growth + i phase), real part, then imaginary part: (..., n), (..., n) -> (..., 2, n)."""
+    size = growth.exp()
+    return torch.stack([size * phase.cos(), size * phase.sin()], dim=-2)
+
+
+class ComplexExponential(torch.autograd.Function):
+    """`complex_exponential`, which keeps nothing but its result for the gradient."""
+
+    @staticmethod
+    def forward(ctx, growth, phase):
+        result = complex_exponential(growth, phase)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (real, imag), (g_real, g_imag) = (x.unbind(-2) for x in (*ctx.saved_tensors, gradient))
+        growth_grad = torch.addcmul(real * g_real, imag, g_imag)
+        return growth_grad, torch.addcmul(real * g_imag, imag, g_real, value=-1)
+
+
 class Pairwise(Diagonal):
     """Every pair of channels of a group has a PDE, whose Green's function takes the one to the other: Algorithm 1.
 
@@ -541,59 +589,59 @@ class Pairwise(Diagonal):
         log_l = initial_widths(token, math.prod(shape)).log().view(shape)
         self.create_scalar_pdes(token, log_l, r=math.log(c) * (own - 1))
 
-    def symbol_at(self, even, odd, growth, phase, tau):
-        """G(k) as matrices, (f, groups, c, c), at f wave vectors of which these are the monomials."""
-        shape = (-1, *self.g0.shape)
-        return self.exponential(polynomial(even, growth).view(shape), polynomial(odd, phase).view(shape), tau[:, None, None])
+    def symbol_at(self, even, odd, growth, phase):
+        """G(k), real parts above imaginary ones, (groups, f, 2 c, c), at f wave vectors of which these are the monomials."""
+        return self.exponential(polynomial(even, growth), polynomial(odd, phase)).unflatten(-1, self.g0.shape[1:]).flatten(2, 3)
 
-    def exponential(self, growth, phase, tau):                             # (f, groups, c, c), same, (groups, 1, 1)
-        return torch.polar(torch.exp(tau * growth), tau * phase)
+    def exponential(self, growth, phase):                                  # (groups, f, c c), same -> (groups, f, 2, c c)
+        return (complex_exponential if _traced(growth) else ComplexExponential.apply)(growth, phase)
 
-    def polynomials(self):
-        """The coefficients of growth (4, groups c c) and phase (2, groups c c), and tau."""
-        *even, bx, by, tau = self.scalars()
-        return torch.stack(even).flatten(1), torch.stack([bx, by]).flatten(1), tau
+    def exponents(self):
+        """tau times the coefficients of growth, (groups, 4, c c), and of phase, (groups, 2, c c)."""
+        *scalars, tau = self.scalars()
+        return (tau[:, None, None] * torch.stack(scalars, dim=1).flatten(2)).split([4, 2], dim=1)
 
     def compute_symbol(self, h, w):
-        """G(k) at all wave vectors, (h (w // 2 + 1), groups, c, c)."""
-        polynomials = self.polynomials()
-        return self.symbol_at(*monomials_of(h, w, polynomials[0]), *polynomials)
+        """G(k) at all wave vectors; see `symbol_at`."""
+        exponents = self.exponents()
+        return self.symbol_at(*monomials_of(h, w, exponents[0]), *exponents)
 
     def evolve(self, v):                                                   # (B, h, w, dim)
         h, w = v.shape[1:3]
-        v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                  # (B, dim, h, w // 2 + 1)
         even, odd = monomials_of(h, w, _widen(self.g0))
-        embedded = self.embed(v_hat, odd)                                  # (f, groups, c, B)
-        if not torch.is_grad_enabled() and len(embedded) * self.g0.numel() <= KEPT:
-            states = self.symbol(h, w) @ embedded                          # (f, groups, c, B)
+        embedded = self.embed(real_spectrum(_widen(v)), odd)               # (groups, f, 2 B, c)
+        if not torch.is_grad_enabled() and len(even) * self.g0.numel() <= KEPT:
+            states = multiply_by_matrices(self.symbol(h, w), embedded)     # (groups, f, 2, c, B)
         else:
-            at_once, polynomials = max(1, CHUNK // self.g0.numel()), self.polynomials()
-            pieces = list(zip(*(x.split(at_once) for x in (embedded, even, odd))))
+            at_once, exponents = max(1, CHUNK // self.g0.numel()), self.exponents()
+            pieces = list(zip(embedded.split(at_once, dim=1), even.split(at_once), odd.split(at_once)))
             run = self.evolve_some if len(pieces) == 1 else self.evolve_and_forget
-            states = torch.cat([run(*piece, *polynomials) for piece in pieces])
-        h_hat = states.permute(3, 1, 2, 0).reshape(v_hat.shape)
-        return torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
+            states = torch.cat([run(*piece, *exponents) for piece in pieces], dim=1)
+        h_hat = states.permute(4, 2, 1, 0, 3).flatten(3).unflatten(2, (h, -1))   # (B, 2, h, w // 2 + 1, dim)
+        return from_real_spectrum(h_hat, h, w).to(v.dtype)
 
-    def evolve_some(self, v, *monomials_and_polynomials):
+    def evolve_some(self, embedded, *monomials_and_exponents):
         """A few wave vectors alone."""
-        return self.symbol_at(*monomials_and_polynomials) @ v
+        return multiply_by_matrices(self.symbol_at(*monomials_and_exponents), embedded)
 
     def evolve_and_forget(self, *arguments):
         """The same, but training keeps nothing of the symbol: it is computed again for the gradients."""
         return checkpoint(self.evolve_some, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def embed(self, v_hat, odd):
-        """B(k) v_hat with B(k) = g0 + i (gx kx + gy ky), as one real product: (f, groups, c, B)."""
+        """B(k) v_hat with B(k) = g0 + i (gx kx + gy ky): (B, 2, h, w // 2 + 1, dim) -> (groups, f, 2 B, c)."""
         g = torch.cat([_widen(self.g0), _widen(self.gx), _widen(self.gy)], dim=1)     # (groups, 3 c, c)
-        parts = torch.view_as_real(v_hat.flatten(2)).unflatten(1, (self.groups, -1))  # (B, groups, c, f, 2)
-        parts = torch.einsum("gij,bgjfz->fgibz", g, parts).contiguous()               # (f, groups, 3 c, B, 2)
-        v, v_x, v_y = torch.view_as_complex(parts).chunk(3, dim=2)
+        v_hat = v_hat.flatten(2, 3).unflatten(-1, (self.groups, -1)).permute(3, 2, 1, 0, 4)
+        parts = v_hat.flatten(1, 3) @ g.mT                                 # (groups, f 2 B, 3 c)
+        v, v_x, v_y = parts.view(*v_hat.shape[:-1], -1).chunk(3, dim=-1)   # (groups, f, 2, B, c)
         kx, ky = odd[:, :, None, None, None].unbind(1)
-        return v + 1j * (kx * v_x + ky * v_y)
+        real, imag = (kx * v_x + ky * v_y).unbind(2)
+        return torch.cat([v[:, :, 0] - imag, v[:, :, 1] + real], dim=2)
 
     def kernel(self, h, w):
-        G = self.compute_symbol(h, w).flatten(1, 2).movedim(0, -1).unflatten(-1, (h, w // 2 + 1))
-        return torch.fft.irfft2(G, s=(h, w))
+        real, imag = self.compute_symbol(h, w).chunk(2, dim=2)             # (groups, f, c, c)
+        G = torch.complex(real, imag).permute(0, 2, 3, 1).flatten(0, 1)
+        return torch.fft.irfft2(G.unflatten(-1, (h, w // 2 + 1)), s=(h, w))
 
 
 class Coupled(Pairwise):
@@ -638,8 +686,11 @@ class Coupled(Pairwise):
             r = R_MAX * torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
         return r, Kxx, Kxy, Kyy, bx, by, tau
 
-    def exponential(self, growth, phase, tau):
-        return torch.linalg.matrix_exp(tau * torch.complex(*torch.broadcast_tensors(growth, phase)))
+    def exponential(self, growth, phase):
+        shape = self.g0.shape[1:]
+        growth, phase = torch.broadcast_tensors(growth, phase)
+        G = torch.linalg.matrix_exp(torch.complex(growth, phase).unflatten(-1, shape)).flatten(-2)
+        return torch.stack([G.real, G.imag], dim=2)
 
 
 EQUATIONS = {"diagonal": Diagonal, "pairwise": Pairwise, "coupled": Coupled}
