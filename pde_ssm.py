@@ -952,7 +952,7 @@ _backend = "torch"
 
 def set_backend(name):
     """What runs the diagonal coupling, if not conditioned: "torch"; "triton", the kernels of pde_ssm_triton.py, or an error
-    where they cannot; or "auto", the kernels where they can: on GPUs, up to 32 x 32 tokens. Results agree up to rounding."""
+    where they cannot; or "auto", the kernels where they can: on GPUs, up to 128 x 128 tokens. Results agree up to rounding."""
     global _backend
     if name not in ("torch", "triton", "auto"):
         raise ValueError(f"unknown backend {name!r}; known: torch, triton, auto")

@@ -1,9 +1,12 @@
-"""Triton kernels of the diagonal coupling: irfft2(symbol rfft2(v)) in one pass over the tokens, and its gradients in another.
+"""Triton kernels of the diagonal coupling: irfft2(symbol rfft2(v)) and its gradients.
 
-Never needed for a result, only for speed on GPUs; `reference` is what they compute. For grids of up to 32 x 32 tokens each
-program holds a few channels of one image on chip: load, transform, multiply, transform back, store. The transforms are
-matrix products with small Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are
-padded with zeros to powers of two of at least 16, which tensor cores want.
+Never needed for a result, only for speed on GPUs; `reference` is what they compute. The transforms are matrix products with
+Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are padded with zeros to powers of
+two of at least 16, which tensor cores want.
+
+Up to 32 x 32 tokens one pass does all: each program holds a few channels of one image on chip, loads them, transforms,
+multiplies, transforms back and stores them. Larger grids take three, of which each program holds a few channels of one row
+or column: along x; along y, times the symbol and back along y, in place; and back along x.
 """
 
 import os
@@ -13,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_SIDE = 32
+MAX_SIDE = 128
+LONGEST_AT_ONCE = 32  # sides up to which one pass does all
 LEAST = 16  # of a matrix product on tensor cores
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on CPUs, for tests; Triton reads it now, too
 
@@ -27,14 +31,25 @@ def reference(v, symbol):
 
 
 def evolve(v, symbol):
-    """The same as `reference`, on a GPU. float32, bfloat16 or float16, with h and w up to MAX_SIDE; see `serves`."""
-    return evolve_op(v.contiguous(), symbol.float().contiguous())
+    """The same as `reference`, on a GPU. float32, bfloat16 or float16, with h and w up to MAX_SIDE; see `serves`.
+
+    On grids that take three passes v may lie in memory channel after channel, and the symbol may be complex (C, h, w // 2 + 1).
+    """
+    if symbol.is_complex():
+        symbol = torch.view_as_real(symbol).permute(3, 1, 2, 0)
+    if at_once(*v.shape[1:3]) or not v.movedim(-1, 1).is_contiguous():
+        v = v.contiguous()
+    return evolve_op(v, symbol.float().contiguous())
 
 
 def serves(v):
     """Whether the kernels can take these tokens (B, h, w, C)."""
     types = (torch.float32, torch.bfloat16, torch.float16)
     return (v.is_cuda or INTERPRETED) and v.dtype in types and max(v.shape[1:3]) <= MAX_SIDE and v.numel() > 0
+
+
+def at_once(h, w):
+    return max(h, w) <= LONGEST_AT_ONCE
 
 
 @triton.jit
@@ -132,6 +147,112 @@ def backward_kernel(
     tl.store(symbol_gradient + h * f * C + places, sum_i, mask=there)
 
 
+@triton.jit
+def along_x_kernel(
+    v, matrices, v_hat, image_stride, y_stride, x_stride, c_stride, h, w, f, C,
+    W: tl.constexpr, F: tl.constexpr, XB: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The transform of one row: v (B, h, w, C) of any strides to v_hat (B, 2, h, f, C)."""
+    image, y = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
+    c = tl.program_id(1) * CB + tl.arange(0, CB)[None]
+    v += image * image_stride + y * y_stride + c * c_stride
+    v_hat += (image * 2 * h + y) * f * C + c
+    for first in range(0, f, FB):
+        k = first + tl.arange(0, FB)[:, None]
+        real, imaginary = tl.full((FB, CB), 0, tl.float32), tl.full((FB, CB), 0, tl.float32)
+        for start in range(0, w, XB):
+            x = start + tl.arange(0, XB)
+            row = tl.load(v + x[:, None] * x_stride, mask=(x[:, None] < w) & (c < C), other=0.0).to(tl.float32)
+            real = tl.dot(tl.load(matrices + k * W + x[None]), row, real, input_precision=P)
+            imaginary = tl.dot(tl.load(matrices + F * W + k * W + x[None]), row, imaginary, input_precision=P)
+        tl.store(v_hat + k * C, real, mask=(k < f) & (c < C))
+        tl.store(v_hat + h * f * C + k * C, imaginary, mask=(k < f) & (c < C))
+
+
+@triton.jit
+def some_of_column(v_hat, c, matrices, ky, kx, h, f, C, H: tl.constexpr, YB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr):
+    """The transform along y of a column of v_hat (2, h, f, C), at some ky (KB, 1) and channels c (1, CB): (KB, CB) both."""
+    real, imaginary = tl.full((ky.shape[0], CB), 0, tl.float32), tl.full((ky.shape[0], CB), 0, tl.float32)
+    for start in range(0, h, YB):
+        y = start + tl.arange(0, YB)
+        yr, yi = tl.load(matrices + ky * H + y[None]), tl.load(matrices + H * H + ky * H + y[None])
+        places, inside = (y[:, None] * f + kx) * C + c, (y[:, None] < h) & (c < C)
+        vr = tl.load(v_hat + places, mask=inside, other=0.0)
+        vi = tl.load(v_hat + h * f * C + places, mask=inside, other=0.0)
+        real = tl.dot(yr, vr, tl.dot(-yi, vi, real, input_precision=P), input_precision=P)
+        imaginary = tl.dot(yr, vi, tl.dot(yi, vr, imaginary, input_precision=P), input_precision=P)
+    return real, imaginary
+
+
+@triton.jit
+def along_y_kernel(
+    v_hat, symbol, matrices, h, f, C,
+    H: tl.constexpr, YB: tl.constexpr, CB: tl.constexpr, SIGN: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """One column of v_hat (B, 2, h, f, C), transformed, times the symbol, or with SIGN = -1 its conjugate, and transformed
+    back, in place."""
+    image, kx = (tl.program_id(0) // f).to(tl.int64), tl.program_id(0) % f
+    y, c = tl.arange(0, H), tl.program_id(1) * CB + tl.arange(0, CB)[None]
+    v_hat += image * 2 * h * f * C
+    out_r, out_i = tl.full((H, CB), 0, tl.float32), tl.full((H, CB), 0, tl.float32)
+    for first in range(0, h, YB):
+        ky = first + tl.arange(0, YB)
+        vr, vi = some_of_column(v_hat, c, matrices, ky[:, None], kx, h, f, C, H, YB, CB, P)
+        entries, there = (ky[:, None] * f + kx) * C + c, (ky[:, None] < h) & (c < C)
+        sr = tl.load(symbol + entries, mask=there, other=0.0)
+        si = SIGN * tl.load(symbol + h * f * C + entries, mask=there, other=0.0)
+        zr, zi = sr * vr - si * vi, sr * vi + si * vr
+        # The matrix is symmetric, so that its rows are its columns.
+        yr, yi = tl.load(matrices + y[:, None] * H + ky[None]), tl.load(matrices + H * H + y[:, None] * H + ky[None])
+        out_r = tl.dot(yr, zr, tl.dot(yi, zi, out_r, input_precision=P), input_precision=P)
+        out_i = tl.dot(yr, zi, tl.dot(-yi, zr, out_i, input_precision=P), input_precision=P)
+    places, inside = (y[:, None] * f + kx) * C + c, (y[:, None] < h) & (c < C)
+    tl.store(v_hat + places, out_r, mask=inside)
+    tl.store(v_hat + h * f * C + places, out_i, mask=inside)
+
+
+@triton.jit
+def back_along_x_kernel(
+    v_hat, matrices, out, image_stride, y_stride, x_stride, c_stride, h, w, f, C,
+    W: tl.constexpr, F: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `along_x_kernel`, with the factor 1 / (h w) of irfft2."""
+    image, y = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
+    x, c = tl.arange(0, W)[:, None], tl.program_id(1) * CB + tl.arange(0, CB)[None]
+    v_hat += (image * 2 * h + y) * f * C + c
+    row = tl.full((W, CB), 0, tl.float32)
+    for first in range(0, f, FB):
+        k = first + tl.arange(0, FB)
+        there = (k[:, None] < f) & (c < C)
+        zr = tl.load(v_hat + k[:, None] * C, mask=there, other=0.0)
+        zi = tl.load(v_hat + h * f * C + k[:, None] * C, mask=there, other=0.0)
+        row = tl.dot(tl.load(matrices + x * F + k[None]), zr, row, input_precision=P)
+        row = tl.dot(tl.load(matrices + W * F + x * F + k[None]), zi, row, input_precision=P)
+    out += image * image_stride + y * y_stride
+    tl.store(out + x * x_stride + c * c_stride, row.to(out.dtype.element_ty), mask=(x < w) & (c < C))
+
+
+@triton.jit
+def correlate_along_y_kernel(
+    v_hat, g_hat, matrices, symbol_gradient, images, h, f, C,
+    H: tl.constexpr, YB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The symbol's gradient, as in `backward_kernel`, at some wave numbers ky of one column, summed over all images."""
+    ky, kx = tl.program_id(0) // f * YB + tl.arange(0, YB)[:, None], tl.program_id(0) % f
+    c = tl.program_id(1) * CB + tl.arange(0, CB)[None]
+    sum_r, sum_i = tl.full((YB, CB), 0, tl.float32), tl.full((YB, CB), 0, tl.float32)
+    for _ in range(images):
+        vr, vi = some_of_column(v_hat, c, matrices, ky, kx, h, f, C, H, YB, CB, P)
+        gr, gi = some_of_column(g_hat, c, matrices, ky, kx, h, f, C, H, YB, CB, P)
+        sum_r += gr * vr + gi * vi
+        sum_i += gi * vr - gr * vi
+        v_hat += 2 * h * f * C
+        g_hat += 2 * h * f * C
+    entries, there = (ky * f + kx) * C + c, (ky < h) & (c < C)
+    tl.store(symbol_gradient + entries, sum_r, mask=there)
+    tl.store(symbol_gradient + h * f * C + entries, sum_i, mask=there)
+
+
 def padded(n):
     return max(LEAST, triton.next_power_of_2(n))
 
@@ -150,6 +271,12 @@ def fourier_matrices(h, w, device):
     back = (x * half_weights(w, F)[:, None] / (h * w)).T                   # real part of conj(back) z = Re z_r, Im z_i
     parts = [part.flatten() for matrix in (x, y, back) for part in (matrix.real, matrix.imag)]
     return torch.cat(parts).float().to(device)
+
+
+def matrices_along(h, w, device):
+    """Those along x, along y and back along x."""
+    H, W, F = padded(h), padded(w), padded(w // 2 + 1)
+    return fourier_matrices(h, w, device).split([2 * F * W, 2 * H * H, 2 * W * F])
 
 
 def fourier_matrix(n):
@@ -191,37 +318,101 @@ def precision(v):
     return "tf32x3" if v.dtype == torch.float32 else "tf32"
 
 
+# Channels of a program in the passes over large grids, and how many points and wave numbers it takes at once: so few, and
+# without loads ahead along y, that 16-bit types leave no register's value in memory (compiled for Hopper) and 100 KB do.
+BLOCK = 32
+
+
+def along_x(v, matrices):
+    """The first pass: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C), real and imaginary part."""
+    B, h, w, C = v.shape
+    f = w // 2 + 1
+    v_hat = v.new_empty(B, 2, h, f, C, dtype=torch.float32)
+    along_x_kernel[B * h, triton.cdiv(C, BLOCK)](
+        v, matrices, v_hat, *v.stride(), h, w, f, C,
+        W=padded(w), F=padded(f), XB=min(BLOCK, padded(w)), FB=min(BLOCK, padded(f)), CB=BLOCK, P=precision(v),
+        num_warps=WARPS, num_stages=2,
+    )  # fmt: skip
+    return v_hat
+
+
+def multiply_along_y(v_hat, symbol, matrices, sign, products):
+    """The second, in place."""
+    B, _, h, f, C = v_hat.shape
+    along_y_kernel[B * f, triton.cdiv(C, BLOCK)](
+        v_hat, symbol, matrices, h, f, C,
+        H=padded(h), YB=min(BLOCK, padded(h)), CB=BLOCK, SIGN=sign, P=products, num_warps=WARPS, num_stages=1,
+    )  # fmt: skip
+
+
+def back_along_x(v_hat, matrices, out):
+    """The third."""
+    B, h, w, C = out.shape
+    f = w // 2 + 1
+    back_along_x_kernel[B * h, triton.cdiv(C, BLOCK)](
+        v_hat, matrices, out, *out.stride(), h, w, f, C,
+        W=padded(w), F=padded(f), FB=min(BLOCK, padded(f)), CB=BLOCK, P=precision(out),
+        num_warps=WARPS, num_stages=2,
+    )  # fmt: skip
+
+
+def correlate_along_y(v_hat, g_hat, matrices, products):
+    """The symbol's gradient but for `irfft2_weights`, (2, h, w // 2 + 1, C), of what `along_x` gave."""
+    B, _, h, f, C = v_hat.shape
+    symbol_gradient, YB = v_hat.new_empty(v_hat.shape[1:]), min(BLOCK, padded(h))
+    correlate_along_y_kernel[triton.cdiv(h, YB) * f, triton.cdiv(C, BLOCK)](
+        v_hat, g_hat, matrices, symbol_gradient, B, h, f, C,
+        H=padded(h), YB=YB, CB=BLOCK, P=products, num_warps=WARPS, num_stages=1,
+    )  # fmt: skip
+    return symbol_gradient
+
+
 @torch.library.custom_op("pde_ssm::evolve", mutates_args=())
 def evolve_op(v: torch.Tensor, symbol: torch.Tensor) -> torch.Tensor:
-    """v (B, h, w, C), symbol (2, h, w // 2 + 1, C), real and imaginary part, in float32; both contiguous."""
+    """v (B, h, w, C), symbol (2, h, w // 2 + 1, C), real and imaginary part, in float32; laid out as `evolve` does."""
     B, h, w, C = v.shape
-    sizes = constants(v, FORWARD_BYTES)
-    out = torch.empty_like(v)
-    forward_kernel[B, triton.cdiv(C, sizes["CB"])](
-        v, symbol, fourier_matrices(h, w, v.device), out, h, w, w // 2 + 1, C,
-        **sizes, num_warps=WARPS,
-    )  # fmt: skip
+    out = v.new_empty(v.shape)
+    if at_once(h, w):
+        sizes = constants(v, FORWARD_BYTES)
+        forward_kernel[B, triton.cdiv(C, sizes["CB"])](
+            v, symbol, fourier_matrices(h, w, v.device), out, h, w, w // 2 + 1, C,
+            **sizes, num_warps=WARPS,
+        )  # fmt: skip
+    else:
+        x, y, back = matrices_along(h, w, v.device)
+        v_hat = along_x(v, x)
+        multiply_along_y(v_hat, symbol, y, 1, precision(v))
+        back_along_x(v_hat, back, out)
     return out
 
 
 @evolve_op.register_fake
 def _(v, symbol):
-    return torch.empty_like(v)
+    return v.new_empty(v.shape)
 
 
 @torch.library.custom_op("pde_ssm::evolve_backward", mutates_args=())
 def evolve_backward(gradient: torch.Tensor, v: torch.Tensor, symbol: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of v and symbol, of their shapes and types."""
     B, h, w, C = v.shape
-    sizes = constants(v, BACKWARD_BYTES)
-    blocks = triton.cdiv(C, sizes["CB"])
-    programs = min(B, triton.cdiv(programs_that_fill(v.device), blocks))
-    v_gradient, sums = torch.empty_like(v), symbol.new_empty(programs, *symbol.shape)
-    backward_kernel[programs, blocks](
-        gradient, v, symbol, fourier_matrices(h, w, v.device), v_gradient, sums, B, h, w, w // 2 + 1, C,
-        **sizes, num_warps=WARPS,
-    )  # fmt: skip
-    return v_gradient, sums.sum(0) * irfft2_weights(h, w, v.device)
+    v_gradient = torch.empty_like(v)                                       # of the same strides
+    if at_once(h, w):
+        sizes = constants(v, BACKWARD_BYTES)
+        blocks = triton.cdiv(C, sizes["CB"])
+        programs = min(B, triton.cdiv(programs_that_fill(v.device), blocks))
+        sums = symbol.new_empty(programs, *symbol.shape)
+        backward_kernel[programs, blocks](
+            gradient, v, symbol, fourier_matrices(h, w, v.device), v_gradient, sums, B, h, w, w // 2 + 1, C,
+            **sizes, num_warps=WARPS,
+        )  # fmt: skip
+        symbol_gradient = sums.sum(0)
+    else:
+        x, y, back = matrices_along(h, w, v.device)
+        g_hat = along_x(gradient, x)
+        symbol_gradient = correlate_along_y(along_x(v, x), g_hat, y, precision(v))
+        multiply_along_y(g_hat, symbol, y, -1, precision(v))
+        back_along_x(g_hat, back, v_gradient)
+    return v_gradient, symbol_gradient * irfft2_weights(h, w, v.device)
 
 
 @evolve_backward.register_fake

@@ -47,15 +47,37 @@ def random_problem(grid, dtype, B=3, C=5):
     return v, symbol
 
 
-@types
-@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (1, 6), (7, 1), (5, 8), (9, 7), (16, 16), (18, 20), (3, 32)], ids=str)
-def test_values_and_gradients_are_those_of_the_plain_path(grid, dtype):
-    v, symbol = random_problem(grid, dtype)
-    gradient = torch.randn_like(v)
+def assert_like_the_plain_path(v, symbol):
+    gradient, dtype = torch.randn_like(v), v.dtype
     expected, mine = (f(v, symbol) for f in (pde_ssm_triton.reference, pde_ssm_triton.evolve))
     assert_close(mine, expected, dtype)
     for theirs, ours in zip(*(torch.autograd.grad(out, (v, symbol), gradient) for out in (expected, mine))):
         assert_close(ours, theirs, dtype)
+
+
+@types
+@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (1, 6), (7, 1), (5, 8), (9, 7), (16, 16), (18, 20), (3, 32)], ids=str)
+def test_values_and_gradients_are_those_of_the_plain_path(grid, dtype):
+    assert_like_the_plain_path(*random_problem(grid, dtype))
+
+
+@types
+@pytest.mark.parametrize("grid", [(33, 2), (3, 65)], ids=str)
+def test_grids_that_take_three_passes(grid, dtype):
+    assert_like_the_plain_path(*random_problem(grid, dtype, B=2))
+
+
+def by_channel(v):
+    """The same values, which lie in memory channel after channel."""
+    return v.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
+
+
+@pytest.mark.parametrize("grid", [(2, 34), (18, 3)], ids=str)
+def test_three_passes_in_several_steps_each(grid, monkeypatch):
+    monkeypatch.setattr(pde_ssm_triton, "LONGEST_AT_ONCE", 0)
+    monkeypatch.setattr(pde_ssm_triton, "BLOCK", 16)
+    v, symbol = random_problem(grid, torch.float32, B=2, C=17)
+    assert_like_the_plain_path(by_channel(v), symbol)
 
 
 def test_channels_in_several_programs_the_last_not_full(monkeypatch):
@@ -63,23 +85,18 @@ def test_channels_in_several_programs_the_last_not_full(monkeypatch):
     monkeypatch.setattr(pde_ssm_triton, "BACKWARD_BYTES", 16 * 16 * 4 * 4)
     v, symbol = random_problem((5, 6), torch.float32, B=5, C=7)
     assert pde_ssm_triton.constants(v, pde_ssm_triton.FORWARD_BYTES)["CB"] == 2
-    gradient = torch.randn_like(v)
-    results = []
-    for f in (pde_ssm_triton.reference, pde_ssm_triton.evolve):
-        out = f(v, symbol)
-        results.append((out, *torch.autograd.grad(out, (v, symbol), gradient)))
-    for theirs, mine in zip(*results):
-        assert_close(mine, theirs, torch.float32)
+    assert_like_the_plain_path(v, symbol)
 
 
 @types
+@pytest.mark.parametrize("grid", [(5, 8), (2, 33)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"components": 2, "gate": True, "activation": True}], ids=["plain", "gated"])
-def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, dtype, triton_backend):
-    pde = PDESSM(6, grid_size=(5, 8), **options).to(dtype)
+def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, grid, dtype, triton_backend):
+    pde = PDESSM(6, grid_size=grid, **options).to(dtype)
     with torch.no_grad():
         for p in pde.parameters():
             p.add_(torch.randn_like(p) / 10)
-    u, gradient = torch.randn(2, 6, 5, 8).to(dtype).requires_grad_(), torch.randn(2, 6, 5, 8).to(dtype)
+    u, gradient = torch.randn(2, 6, *grid).to(dtype).requires_grad_(), torch.randn(2, 6, *grid).to(dtype)
     results = []
     for backend in ("torch", "triton"):
         pde_ssm.set_backend(backend)
@@ -94,6 +111,11 @@ def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
     v, symbol = random_problem((3, 4), torch.float32, B=2, C=2)
     torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils=("test_schema", "test_autograd_registration"))
     torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils="test_faketensor")
+    v, symbol = random_problem((1, 33), torch.float32, B=2, C=2)
+    v = by_channel(v)
+    torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils="test_faketensor")
+    gradient = torch.randn(2, 1, 33, 2)
+    torch.library.opcheck(pde_ssm_triton.evolve_backward, (gradient, v, symbol), test_utils="test_faketensor")
 
 
 def test_a_compiled_layer_has_no_graph_break(triton_backend):
@@ -103,7 +125,7 @@ def test_a_compiled_layer_has_no_graph_break(triton_backend):
 
 
 def test_auto_takes_the_plain_path_where_the_kernels_cannot(triton_backend):
-    for u in (torch.randn(1, 2, 33, 2), torch.randn(1, 2, 3, 3, dtype=torch.float64)):
+    for u in (torch.randn(1, 2, 129, 2), torch.randn(1, 2, 3, 3, dtype=torch.float64)):
         pde = PDESSM(2).to(u.dtype)
         pde_ssm.set_backend("torch")
         expected = pde(u)
