@@ -31,7 +31,7 @@ def one_layer(monkeypatch):
     """Is enough, and compiles fast."""
     for models in (MODELS, DiT_models):
         monkeypatch.setitem(models, "DiT-N/4", partial(models["DiT-N/4"], depth=1))
-    monkeypatch.setitem(MODELS, "UNet-N", partial(MODELS["UNet-N"], channels=(32, 32), layers=1, attention_levels=(1,)))
+    monkeypatch.setitem(MODELS, "UNet-N", partial(MODELS["UNet-N"], channels=(32,), layers=1, attention_levels=(0,)))
 
 
 class Pixels:
@@ -66,8 +66,7 @@ def samples(model, sampler, *guidance, n=2, steps=4):
     ("sampler", "guidance", "model", "times"),
     [
         ("ddim", [2.0], dict(), 1),
-        ("ddpm", [2.0, None, INTERVAL], dict(mixer="pdessm"), 2),
-        ("dpm-solver", [1.0], dict(mixer="pdessm", coupling="coupled"), 1),
+        ("dpm-solver", [1.0], dict(mixer="pdessm"), 1),
         ("heun", [2.0, None, INTERVAL], dict(mixer="pdessm", conditioned=True), 2),
         ("ddim", [2.0], dict(name="UNet-N"), 1),
     ],
@@ -125,15 +124,21 @@ def test_no_sampler_reads_what_a_cuda_graph_has_overwritten(monkeypatch, sampler
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on CPUs")
-def test_what_is_compiled_to_the_end_draws_the_same(tmp_path, monkeypatch, checkpoint):
-    """By the C++ compiler, and not from a cache."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    path, flags = checkpoint(), ["--class-labels", 1, 2]
-    plain = draw(path, tmp_path / "a.png", *flags)
-    compiled = draw(path, tmp_path / "b.png", *flags, "--compile")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@torch.no_grad()
+def test_a_pde_compiled_to_the_end_is_the_same():
+    """Alone, for a whole network takes half a minute."""
+
+    class Mixer(pde_ssm.PDESSM):
+        def forward(self, x, t, y):
+            return super().forward(x).sin()
+
+    model, x = Mixer(8).eval(), torch.randn(2, 8, 4, 6)
+    plain = model(x, None, None)
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    compiled = model(x, None, None)
     torch.compiler.reset()
-    assert np.abs(compiled.astype(int) - plain).max() <= 1
-    assert list((tmp_path / "cache").rglob("*.so"))
+    torch.testing.assert_close(compiled, plain)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.02), ("fp16", 0.003)])
