@@ -55,9 +55,10 @@ def build(randomize, name="DiT-N/4", learn_sigma=True, **options):
 def samples(model, sampler, *guidance, n=2, steps=4):
     """What a sampler makes of the model, as float32."""
     objective = create_objective("flow" if sampler in FLOW_SAMPLERS else "diffusion", steps)
-    space, labels = Pixels(), torch.arange(n) % 10
+    device = next(model.parameters()).device
+    space, labels = Pixels(), torch.arange(n, device=device) % 10
     function = (SAMPLERS | FLOW_SAMPLERS)[sampler]
-    noise = PerImageNoise(range(n), CPU)
+    noise = PerImageNoise(range(n), device)
     sample.generate(model, space, objective, function, labels, noise, sample.Guidance(*guidance), progress=False)
     return space.kept
 
@@ -121,6 +122,17 @@ def test_no_sampler_reads_what_a_cuda_graph_has_overwritten(monkeypatch, sampler
     plain = run(network)
     monkeypatch.setattr(torch, "compile", graph)
     assert torch.equal(run(compile_whole(network, torch.device("cuda"))), plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", ["dpm-solver", "heun", "rk45"])
+def test_cuda_graphs_draw_the_same(randomize, sampler):
+    device = torch.device("cuda", 0)
+    model = build(randomize, learn_sigma=sampler in SAMPLERS, mixer="pdessm").to(device)
+    plain = samples(model, sampler, 2.0, None, INTERVAL)
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), device)
+    torch.testing.assert_close(samples(model, sampler, 2.0, None, INTERVAL), plain, rtol=1e-3, atol=1e-3)
+    torch.compiler.reset()
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on CPUs")
