@@ -198,7 +198,7 @@ def test_what_a_machine_cannot_do_ends_in_one_line(tmp_path, monkeypatch, checkp
     monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
     monkeypatch.setattr(pde_ssm, "_backend", "torch")
-    inputs = [*QUICK, "--mixer", "pdessm"] if command is train else ["--ckpt", checkpoint(), *FEW_STEPS]
+    inputs = [*QUICK, "--mixer", "pdessm", "--max-steps", "1"] if command is train else ["--ckpt", checkpoint(), *FEW_STEPS]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as end:
         launch(command.main, command.parse_args([*inputs, *flags]))
