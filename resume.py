@@ -23,7 +23,7 @@ from update import tensors
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
-    "keep_every", "val_path", "device", "compile", "grad_checkpointing", "grad_accum", "max_skipped",
+    "keep_every", "val_path", "device", "compile", "backend", "grad_checkpointing", "grad_accum", "max_skipped",
     "parallel", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
 }  # fmt: skip
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder

@@ -22,6 +22,7 @@ from download import find_checkpoint
 from mixers import MIXERS
 from models import MODELS
 from parallel import launch, positive
+from speed import add_speed_flags, prepare_to_sample
 from vae import open_space
 
 AT_ONCE = 64     # samples in one batch
@@ -38,6 +39,7 @@ def main(args, processes):
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out}: not a file in a folder that can be written")
+    prepare_to_sample(model, args, processes.device)
     space = open_space(settings["vae"]).load(processes.device)
 
     images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
@@ -163,6 +165,7 @@ def add_model_flags(add, vae):
     add("--cfg-channels", choices=["3", "all"], default="3", help="channels that guidance guides: 3 as in DiT, or all")
     interval = dict(type=float, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
     add("--cfg-interval", **interval, help="where guidance acts on the way from noise, 0, to image, 1")
+    add_speed_flags(add)
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
 
 

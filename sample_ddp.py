@@ -24,6 +24,7 @@ from features import open_network
 from images import npz_shape, write_npz
 from parallel import launch, positive
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
+from speed import prepare_to_sample
 from vae import digest, open_space
 
 
@@ -40,6 +41,7 @@ def main(args, processes):
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)
     guidance = read_guidance(args)
+    prepare_to_sample(model, args, processes.device)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
         claim_folder(folder, model, settings["vae"], sampler.__name__, args)
@@ -85,7 +87,7 @@ def claim_folder(folder, model, vae, sampler, args):
     autoencoders. ValueError names what differs, and refuses to replace an .npz by a smaller one.
     """
     settings = dict(weights=digest(model.state_dict()), sampler=sampler, num_sampling_steps=args.num_sampling_steps)
-    settings |= dict(cfg_channels=args.cfg_channels, cfg_interval=list(args.cfg_interval))
+    settings |= dict(cfg_channels=args.cfg_channels, cfg_interval=list(args.cfg_interval), precision=args.precision)
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "settings.json"
@@ -95,7 +97,7 @@ def claim_folder(folder, model, vae, sampler, args):
         partial = record.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(settings))
         os.replace(partial, record)
-    before = json.loads(record.read_text())
+    before = dict(precision="fp32") | json.loads(record.read_text())  # which older folders do not mention
     settings = {k: v for k, v in settings.items() if before.get(k, v) != v}  # older folders know fewer settings
     if differences := [f"{k} {before[k]} and now {v}" for k, v in settings.items()]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")

@@ -36,8 +36,9 @@ from models import MODELS, stride
 from parallel import launch, positive
 from probe import distance, open_probe
 from resume import find_run, forget_what_came_after, lock, restore, save_run, shelter, stop_signals
+from speed import add_speed_flags, check_compiler, choose_backend, in_precision
 from tracker import TRACKERS
-from update import PRECISIONS, create_learner, exchange_gradients, in_precision, lent, replicate, update
+from update import create_learner, exchange_gradients, lent, replicate, update
 from vae import draw_latents, open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
@@ -71,6 +72,8 @@ def main(args, processes):
         mixer=args.mixer,
         **mixer_options(args),
     )
+    cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
+    choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
     run = find_run(args, processes)
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
     folder, track, first = None, None, run["step"] if run else 0
@@ -92,7 +95,6 @@ def main(args, processes):
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
 
-    cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     learner = create_learner(model, args, processes)
     ema = next(iter(learner.averages.values()))
     if run:
@@ -184,6 +186,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
         latents.check_vae(args.vae)
+    if args.compile:
+        check_compiler(processes.device)
     if args.objective != "flow" and (args.path or args.times):
         raise ValueError("--path and --times mean nothing without --objective flow")
     if held_out:
@@ -456,10 +460,9 @@ def parse_args(argv=None):
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
     add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
     add("--ema-device", choices=["cpu"], help="keep the averages in CPU memory; by default they are where the model is")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
+    add_speed_flags(add)
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="every process holds the model, or a part (FSDP2)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster float32 products, with rounding of 1e-3")
-    add("--compile", action="store_true", help="by torch.compile")
     add("--grad-checkpointing", action="store_true", help="compute blocks twice instead of keeping their values: less memory")
     add("--grad-accum", type=positive, default=1, metavar="PARTS", help="of a process's batch, one at a time: less memory")
     add("--max-grad-norm", type=float, help="scale larger gradients down to this norm")

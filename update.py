@@ -16,8 +16,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import average_names
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Learner(NamedTuple):
     """The model; by decay, averages of its weights; the optimiser; and what keeps float16's gradients in range."""
@@ -70,18 +68,6 @@ def tensors(learner):
     averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner.averages).items()}
     moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
     return dict(model=learner.model.state_dict(), **averages, opt=moments)
-
-
-def in_precision(network, precision, device):
-    """The network with its matrix products in that precision; parameters, inputs and outputs stay float32."""
-    if precision == "fp32":
-        return network
-
-    def run(x, t, **kwargs):
-        with torch.autocast(device.type, PRECISIONS[precision]):
-            return network(x, t, **kwargs).float()
-
-    return run
 
 
 def exchange_gradients(replica, now):

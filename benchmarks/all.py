@@ -6,7 +6,7 @@
 import subprocess
 import sys
 
-NAMES = ("mixer", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling")
+NAMES = ("mixer", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling", "faster_sampling")
 
 if __name__ == "__main__":
     failed = []

@@ -1,19 +1,21 @@
 """Images per second of a whole sampling run: 50 steps of DDPM with classifier-free guidance, both halves in one batch:
 
     python -m benchmarks.sampling --quick                           DiT-S/2, on 2 CPU cores within 5 minutes
-    python -m benchmarks.sampling --compile reduce-overhead         DiT-XL/2, as CUDA graphs
+    python -m benchmarks.sampling --compile                         DiT-XL/2, compiled as sample.py does it, to a CUDA graph
 """
 
+from argparse import Namespace
 from functools import partial
 
 import torch
 
-from benchmarks.sides import SIDES, build_model, precision
+from benchmarks.sides import SIDES, build_model
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
 from diffusion import create_diffusion
 from diffusion.samplers import ddpm
 from models import SIZES
 from sample import guided
+from speed import prepare_to_sample
 
 STEPS = 50
 NAMES = ("attention", "pdessm", "floor")
@@ -37,28 +39,27 @@ COLUMNS = {
 
 def main(args):
     size, inputs, batch = ("S", (16, 32), args.batch or 1) if args.quick else ("XL", (32, 64), args.batch or 16)
+    how = dict(precision="bf16" if args.device.type == "cuda" else "fp32", compile=bool(args.compile))
     report = Report("sampling", args, COLUMNS, steps=STEPS, sampler="ddpm", guidance=GUIDANCE[0])
     for side in inputs:
         hidden, depth, heads = SIZES[size]
         options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
-        times = time_in_turns({name: partial(sampling_run, args, batch, mixer=SIDES[name], **options) for name in NAMES}, args)
+        sides = {name: partial(sampling_run, args, batch, STEPS, how, mixer=SIDES[name], **options) for name in NAMES}
+        times = time_in_turns(sides, args)
         report.add(model=f"DiT-{size}/2", tokens=(side // 2) ** 2, batch=batch, sides=times)
     lines = lines_of(report.contents["rows"], NAMES, value=rate)
     report.finish({f"{STEPS} steps, DiT-{size}/2, batch {batch}": lines}, unit="images per second")
 
 
-def sampling_run(args, batch, **options):
-    """All steps from noise to images, ready to be timed."""
-    model = build_model(args, **options).eval()
-    diffusion = create_diffusion(str(STEPS))
+def sampling_run(args, batch, steps, how, **options):
+    """All steps from noise to images, ready to be timed; `how` are --precision and --compile, by name."""
+    model = build_model(Namespace(device=args.device, compile=None), **options).eval().requires_grad_(False)
+    prepare_to_sample(model, Namespace(backend=args.backend, **how), args.device)
+    diffusion = create_diffusion(str(steps))
     noise = torch.randn(batch, model.in_channels, *model.input_size, device=args.device)
     labels = torch.randint(model.num_classes, (batch,), device=args.device)
-
-    def run():
-        with precision(args):
-            ddpm(diffusion, guided(model, diffusion, GUIDANCE), noise, clip_denoised=False, model_kwargs=dict(y=labels))
-
-    return run
+    network = guided(model, diffusion, GUIDANCE)
+    return partial(ddpm, diffusion, network, noise, clip_denoised=False, model_kwargs=dict(y=labels))
 
 
 if __name__ == "__main__":

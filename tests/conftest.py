@@ -1,13 +1,16 @@
 import json
 import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from checkpoint import save_checkpoint
 from commands import write_photos
 from models import MODELS
 
@@ -45,6 +48,21 @@ def randomize():
 
 
 @pytest.fixture
+def checkpoint(tmp_path, randomize):
+    """The path of an untrained model whose samples depend on everything."""
+
+    def write(mixer="pdessm", num_classes=10, name="a.pt"):
+        torch.manual_seed(1)
+        network = MODELS["DiT-N/4"](input_size=8, in_channels=3, num_classes=num_classes, mixer=mixer)
+        state = randomize(network).state_dict()
+        args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=num_classes, image_size=8)
+        save_checkpoint(tmp_path / name, model=state, ema=state, opt={}, args=args)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
 def photos(tmp_path):
     return write_photos(tmp_path / "photos")
 
@@ -56,6 +74,17 @@ def shallow():
         patch.setattr(os, "fsync", lambda file: None)
         patch.setitem(MODELS, "DiT-N/8", partial(MODELS["DiT-N/8"], depth=2))
         yield
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """torch.compile without its last stage, which takes most of a minute and a C++ compiler; `frame_count` is how often it
+    compiled something."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setenv("CXX", sys.executable)
+    yield counter
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import forward, sides, table5, table8, table9, timing
+from benchmarks.all import NAMES
 from commands import ROOT
 from mixers import build_mixer
 from models import DiT
@@ -147,15 +148,19 @@ def small(name, monkeypatch):
         "memory": dict(TOKENS=[16], CHANNELS=16, HEADS=2, BATCH=1),
         "every_mixer": dict(MODELS_AND_BATCHES={"DiT-N/16": 2}),
         "sampling": dict(STEPS=2, SIZES={"S": TINY}),
+        "faster_sampling": dict(SIZES={"S": TINY}),
     }.get(name, {})
     for constant, value in sizes.items():
         monkeypatch.setattr(benchmark, constant, value)
     monkeypatch.setattr(table5, "MODEL", table5.MODEL | dict(hidden_size=16, depth=1, num_heads=2))
     monkeypatch.setattr(forward, "SIZES", dict.fromkeys(("XL", "L", "B", "S"), TINY))
+    if name == "faster_sampling":
+        monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+        monkeypatch.setenv("CXX", sys.executable)
     return benchmark
 
 
-@pytest.mark.parametrize("name", ["mixer", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys):
     small(name, monkeypatch).main(args)
     contents = json.loads((args.out / f"{name}-cpu-quick.json").read_text())
@@ -164,7 +169,8 @@ def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys)
     assert contents["settings"]["precision"] == "float32"
     assert contents["rows"]
     for row in contents["rows"]:
-        assert {"attention", "pdessm"} <= row["sides"].keys() or {"attention", "diagonal", "floor"} <= row["sides"].keys()
+        compared = [{"attention", "pdessm"}, {"attention", "diagonal", "floor"}, {"plain", "compiled", "bf16", "both"}]
+        assert any(names <= row["sides"].keys() for names in compared)
         for side in row["sides"].values():
             assert side.get("median_ms", side.get("peak_mb")) > 0
     assert (args.out / f"{name}-cpu-quick.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "pde_ssm_triton", "pde_ssm", "cost", "mixers", "backbones", "models", "vae", "diffusion", "sharded", "parallel",
+    "pde_ssm_triton", "pde_ssm", "cost", "speed", "mixers", "backbones", "models", "vae", "diffusion", "sharded", "parallel",
     "checkpoint", "download", "latents", "data", "images", "features", "evaluate", "sample", "probe", "tracker", "update",
     "resume", "train", "sample_ddp", "overlay",
 ]  # fmt: skip

@@ -10,26 +10,10 @@ from PIL import Image
 import evaluate
 import sample
 import sample_ddp
-from checkpoint import save_checkpoint
 from commands import ALONE, FEW_STEPS, Colours, draw, draw_many, torchrun
 from diffusion import create_diffusion, create_flow
 from models import DiT_models
 from parallel import launch
-
-
-@pytest.fixture
-def checkpoint(tmp_path, randomize):
-    """The path of an untrained model whose samples depend on everything."""
-
-    def write(mixer="pdessm", num_classes=10, name="a.pt"):
-        torch.manual_seed(1)
-        model = DiT_models["DiT-N/4"](input_size=8, in_channels=3, num_classes=num_classes, mixer=mixer)
-        state = randomize(model).state_dict()
-        args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=num_classes, image_size=8)
-        save_checkpoint(tmp_path / name, model=state, ema=state, opt={}, args=args)
-        return str(tmp_path / name)
-
-    return write
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

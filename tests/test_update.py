@@ -2,7 +2,6 @@ import json
 import math
 import os
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -82,13 +81,11 @@ def test_half_precision_learns_alike(tmp_path, mixer, precision):
 
 
 @pytest.mark.parametrize("mixer", ["attention", "pdessm"])
-def test_all_that_saves_time_and_memory_works_together(tmp_path, monkeypatch, mixer):
-    """Without a compiler's last stage, which takes most of a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+def test_all_that_saves_time_and_memory_works_together(tmp_path, compilations, mixer):
     flags = ["--max-steps", 3, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, "--mixer", mixer]
     plain = rows(fit(tmp_path, *flags))
     spared = rows(fit(tmp_path, *flags, "--precision", "bf16", "--compile", "--grad-checkpointing", "--grad-accum", 2))
-    torch.compiler.reset()
+    assert compilations.frame_count
     assert [row["loss"] for row in spared] == pytest.approx([row["loss"] for row in plain], rel=0.01)
 
 

@@ -1,0 +1,65 @@
+"""What --compile and --precision bf16 bring for samples: two steps of DDPM with guidance, by the same model in four ways:
+
+    python -m benchmarks.faster_sampling --quick                    DiT-S/2, on 2 CPU cores within 10 minutes
+    python -m benchmarks.faster_sampling                            DiT-XL/2, as CUDA graphs on a GPU
+
+`first` is what compiling adds to the first run, with nothing taken from a cache.
+"""
+
+from functools import partial
+from time import perf_counter
+
+import torch._inductor.config
+
+from benchmarks.sampling import sampling_run
+from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, rounded, time_in_turns
+from models import SIZES
+
+STEPS = 2
+WAYS = {
+    "plain": dict(precision="fp32", compile=False),
+    "compiled": dict(precision="fp32", compile=True),
+    "bf16": dict(precision="bf16", compile=False),
+    "both": dict(precision="bf16", compile=True),
+}
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "mixer": lambda row: row["mixer"],
+    "tokens": lambda row: row["tokens"],
+    "batch": lambda row: row["batch"],
+    "plain, ms": milliseconds("plain"),
+    **{f"plain/{way}": ratio("plain", way) for way in WAYS if way != "plain"},
+    **{f"first {way}, s": lambda row, way=way: row["first_s"].get(way) for way in ("compiled", "both")},
+}
+
+
+def main(args):
+    size, inputs, batch = ("S", (16, 32), args.batch or 1) if args.quick else ("XL", (32, 64), args.batch or 16)
+    hidden, depth, heads = SIZES[size]
+    report = Report("faster_sampling", args, COLUMNS, steps=STEPS, sampler="ddpm")
+    for mixer in ("attention", "pdessm"):
+        for side in inputs:
+            options = dict(mixer=mixer, input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
+            first = {}
+            sides = {way: partial(first_timed, way, first, args, batch, STEPS, how, **options) for way, how in WAYS.items()}
+            with torch._inductor.config.patch(force_disable_caches=True):
+                times = time_in_turns(sides, args)
+            row = dict(model=f"DiT-{size}/2", mixer=mixer, tokens=(side // 2) ** 2, batch=batch, sides=times)
+            ran = [way for way in WAYS if milliseconds(way)(row)]
+            report.add(**row, first_s={way: rounded(first[way] - milliseconds(way)(row) / 1e3) for way in ran})
+    rows = report.contents["rows"]
+    panels = {mixer: lines_of([row for row in rows if row["mixer"] == mixer], WAYS) for mixer in ("attention", "pdessm")}
+    report.finish({f"{STEPS} steps, DiT-{size}/2, {mixer}, batch {batch}": lines for mixer, lines in panels.items()})
+
+
+def first_timed(way, first, *options, **more):
+    """A sampling run that has run once, for so many seconds: first[way]."""
+    run = sampling_run(*options, **more)
+    start = perf_counter()
+    run()
+    first[way] = perf_counter() - start
+    return run
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__, batch=dict(type=int, help="images at once; by default 16, or 1 with --quick")))

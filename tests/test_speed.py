@@ -1,0 +1,232 @@
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import pde_ssm
+import pde_ssm_triton
+import sample
+import sample_ddp
+import train
+from commands import FEW_STEPS, QUICK, draw, draw_many, fit
+from diffusion import create_objective
+from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise
+from models import MODELS, DiT_models
+from parallel import launch
+from speed import PRECISIONS, compile_whole, prepare_to_sample
+
+CPU = torch.device("cpu")
+PLAIN = dict(precision="fp32", compile=False, backend="torch")
+INTERVAL = (0.3, 0.7)
+
+
+@pytest.fixture(autouse=True)
+def one_layer(monkeypatch):
+    """Is enough, and compiles fast."""
+    for models in (MODELS, DiT_models):
+        monkeypatch.setitem(models, "DiT-N/4", partial(models["DiT-N/4"], depth=1))
+    monkeypatch.setitem(MODELS, "UNet-N", partial(MODELS["UNet-N"], channels=(32,), layers=1, attention_levels=(0,)))
+
+
+class Pixels:
+    """Keeps the samples as they were before they became 8-bit pixels."""
+
+    factor = 1
+
+    def decode(self, x):
+        assert x.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        self.kept = x
+        return x
+
+
+def build(randomize, name="DiT-N/4", learn_sigma=True, **options):
+    torch.manual_seed(1)
+    model = MODELS[name](input_size=8, in_channels=3, num_classes=10, learn_sigma=learn_sigma, **options)
+    return randomize(model).eval().requires_grad_(False)
+
+
+def samples(model, sampler, *guidance, n=2, steps=4):
+    """What a sampler makes of the model, as float32."""
+    objective = create_objective("flow" if sampler in FLOW_SAMPLERS else "diffusion", steps)
+    device = next(model.parameters()).device
+    space, labels = Pixels(), torch.arange(n, device=device) % 10
+    function = (SAMPLERS | FLOW_SAMPLERS)[sampler]
+    noise = PerImageNoise(range(n), device)
+    sample.generate(model, space, objective, function, labels, noise, sample.Guidance(*guidance), progress=False)
+    return space.kept
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidance", "model", "times"),
+    [
+        ("ddim", [2.0], dict(), 1),
+        ("dpm-solver", [1.0], dict(mixer="pdessm"), 1),
+        ("heun", [2.0, None, INTERVAL], dict(mixer="pdessm", conditioned=True), 2),
+        ("ddim", [2.0], dict(name="UNet-N"), 1),
+    ],
+)
+def test_compiled_samples_are_the_plain_ones(randomize, compilations, sampler, guidance, model, times):
+    """Guidance doubles the batch, so guidance on a part of the way takes two sizes of batches; they are compiled once."""
+    model = build(randomize, learn_sigma=sampler in SAMPLERS, **model)
+    plain = samples(model, sampler, *guidance)
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    torch.testing.assert_close(samples(model, sampler, *guidance), plain, rtol=1e-4, atol=1e-5)
+    assert compilations.frame_count == times
+
+
+def test_a_smaller_last_batch_is_compiled_too(tmp_path, checkpoint, compilations):
+    flags = ["--num-fid-samples", 7, "--per-proc-batch-size", 4, "--cfg-interval", *INTERVAL]
+    plain = draw_many(checkpoint(), tmp_path / "plain", *flags)
+    compiled = draw_many(checkpoint(), tmp_path / "compiled", *flags, "--compile")
+    assert np.abs(compiled.astype(int) - plain).max() <= 1
+    assert compilations.frame_count == 4
+
+
+def test_a_compiled_network_computes_symbols_once(randomize, compilations, monkeypatch):
+    model, calls = build(randomize, mixer="pdessm"), []
+    compute = pde_ssm.Diagonal.compute_symbol
+    monkeypatch.setattr(pde_ssm.Diagonal, "compute_symbol", lambda *a: calls.append(a) or compute(*a))
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    for _ in range(2):
+        samples(model, "ddim", 2.0, None, INTERVAL)
+    assert len(calls) == len(model.blocks)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, *FLOW_SAMPLERS])
+def test_no_sampler_reads_what_a_cuda_graph_has_overwritten(monkeypatch, sampler):
+    """Stands for a CUDA graph: every call writes into the same memory as the one before."""
+
+    def graph(network, **options):
+        assert options == dict(fullgraph=True, dynamic=False, mode="reduce-overhead")
+        outputs = {}
+
+        def run(x, t, y):
+            out = network(x, t, y)
+            return outputs.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+
+        return run
+
+    def network(x, t, y):
+        out = x.roll(1, dims=3).sin() * (1 + t[:, None, None, None] / 1000)
+        return torch.cat([out, -out], dim=1) if sampler in SAMPLERS else out
+
+    objective, x = create_objective("flow" if sampler in FLOW_SAMPLERS else "diffusion", 4), torch.randn(2, 3, 8, 8)
+    run = partial((SAMPLERS | FLOW_SAMPLERS)[sampler], objective, x=x, model_kwargs=dict(y=None), randn_like=torch.zeros_like)
+    plain = run(network)
+    monkeypatch.setattr(torch, "compile", graph)
+    assert torch.equal(run(compile_whole(network, torch.device("cuda"))), plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampler", ["dpm-solver", "heun", "rk45"])
+def test_cuda_graphs_draw_the_same(randomize, sampler):
+    device = torch.device("cuda", 0)
+    model = build(randomize, learn_sigma=sampler in SAMPLERS, mixer="pdessm").to(device)
+    plain = samples(model, sampler, 2.0, None, INTERVAL)
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), device)
+    torch.testing.assert_close(samples(model, sampler, 2.0, None, INTERVAL), plain, rtol=1e-3, atol=1e-3)
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@torch.no_grad()
+def test_a_pde_compiled_to_the_end_is_the_same():
+    """Alone, for a whole network takes half a minute."""
+
+    class Mixer(pde_ssm.PDESSM):
+        def forward(self, x, t, y):
+            return super().forward(x).sin()
+
+    model, x = Mixer(8).eval(), torch.randn(2, 8, 4, 6)
+    plain = model(x, None, None)
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    compiled = model(x, None, None)
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.02), ("fp16", 0.003)])
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+@torch.no_grad()
+def test_half_precision_is_near_full(randomize, mixer, precision, bound):
+    """Output and guidance are float32, of half-precision products; so far off are samples after 10 steps, of a range of 2."""
+    model = build(randomize, mixer=mixer)
+    x, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 500), torch.tensor([1, 2, 10, 10])
+    plain, drawn = (model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)), samples(model, "ddim", 2.0, steps=10)
+    prepare_to_sample(model, Namespace(**PLAIN | dict(precision=precision)), CPU)
+    for out, expected in zip((model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)), plain):
+        assert out.dtype == torch.float32
+        assert 0 < (out - expected).abs().max() < bound * expected.abs().max()
+    assert not torch.equal(out, out.to(PRECISIONS[precision]).float())     # guidance is not rounded
+    assert (samples(model, "ddim", 2.0, steps=10) - drawn).abs().mean() < bound
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_folder_keeps_its_precision(tmp_path, checkpoint):
+    path, two = checkpoint(), ["--num-fid-samples", 2]
+    draw_many(path, tmp_path / "half", *two, "--precision", "bf16")
+    with pytest.raises(ValueError, match="precision bf16 and now fp32; give another --sample-dir"):
+        draw_many(path, tmp_path / "half", *two)
+    draw_many(path, tmp_path / "old", *two)
+    record = next((tmp_path / "old").rglob("settings.json"))
+    settings = json.loads(record.read_text())
+    assert settings.pop("precision") == "fp32"
+    record.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="precision fp32 and now fp16"):
+        draw_many(path, tmp_path / "old", *two, "--precision", "fp16")
+    draw_many(path, tmp_path / "old", *two)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compile"], "--compile needs a C\\+\\+ compiler on CPUs and finds no /no/compiler"),
+        (["--pde-backend", "triton"], "--pde-backend triton: .* kernels are not for .* on cpu; --pde-backend auto takes"),
+    ],
+)
+@pytest.mark.parametrize("command", [train, sample, sample_ddp])
+def test_what_a_machine_cannot_do_ends_in_one_line(tmp_path, monkeypatch, checkpoint, command, flags, message):
+    """Before anything is written."""
+    monkeypatch.setenv("CXX", "/no/compiler")
+    monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
+    monkeypatch.setattr(pde_ssm, "_backend", "torch")
+    inputs = [*QUICK, "--mixer", "pdessm", "--max-steps", "1"] if command is train else ["--ckpt", checkpoint(), *FEW_STEPS]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as end:
+        launch(command.main, command.parse_args([*inputs, *flags]))
+    assert "\n" not in str(end.value)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"] * (command is not train)
+
+
+def test_without_triton_there_are_no_kernels(randomize, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pde_ssm_triton", None)
+    monkeypatch.setattr(pde_ssm, "_backend", "torch")
+    settings = Namespace(**PLAIN | dict(backend="triton"))
+    with pytest.raises(ValueError, match=r"--pde-backend triton: .* its kernels are not installed; --pde-backend auto"):
+        prepare_to_sample(build(randomize, mixer="pdessm"), settings, CPU)
+    prepare_to_sample(build(randomize), settings, CPU)  # attention needs none
+
+
+def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatch, checkpoint):
+    """It is no option of the mixer, and a run goes on with another."""
+    monkeypatch.setattr(pde_ssm, "_backend", "torch")
+    monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
+    path = checkpoint()
+    plain = draw(path, tmp_path / "a.png")
+    assert np.array_equal(draw(path, tmp_path / "a.png", "--pde-backend", "auto"), plain)
+    assert pde_ssm._backend == "auto"
+    flags = ["--mixer", "attention", "--global-batch-size", 8, "--resume", "auto", "--max-steps"]
+    fit(tmp_path / "r", *flags, 1)
+    assert pde_ssm._backend == "torch"
+    folder = fit(tmp_path / "r", *flags, 2, "--pde-backend", "auto")
+    assert pde_ssm._backend == "auto"
+    assert (folder / "checkpoints" / "0000002.pt").exists()
+    assert " was " not in (folder / "log.txt").read_text()
