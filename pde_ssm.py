@@ -542,10 +542,9 @@ class Diagonal(nn.Module):
 
 def multiply_by_matrices(G, v):
     """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, c, B)."""
-    parts = (G @ v.mT).unflatten(3, (2, -1)).unflatten(2, (2, -1))         # (groups, f, 2, c, 2, B)
-    real = parts[:, :, 0, :, 0] - parts[:, :, 1, :, 1]
-    imag = parts[:, :, 0, :, 1] + parts[:, :, 1, :, 0]
-    return torch.stack([real, imag], dim=2)
+    products = (G @ v.mT).unflatten(3, (2, -1)).unflatten(2, (2, -1))      # (groups, f, 2, c, 2, B)
+    (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
+    return torch.stack([rr - ii, ri + ir], dim=2)
 
 
 def complex_exponential(growth, phase):
@@ -635,8 +634,8 @@ class Pairwise(Diagonal):
         parts = v_hat.flatten(1, 3) @ g.mT                                 # (groups, f 2 B, 3 c)
         v, v_x, v_y = parts.view(*v_hat.shape[:-1], -1).chunk(3, dim=-1)   # (groups, f, 2, B, c)
         kx, ky = odd[:, :, None, None, None].unbind(1)
-        real, imag = (kx * v_x + ky * v_y).unbind(2)
-        return torch.cat([v[:, :, 0] - imag, v[:, :, 1] + real], dim=2)
+        (real, imag), (dx_real, dx_imag) = v.unbind(2), (kx * v_x + ky * v_y).unbind(2)
+        return torch.cat([real - dx_imag, imag + dx_real], dim=2)
 
     def kernel(self, h, w):
         real, imag = self.compute_symbol(h, w).chunk(2, dim=2)             # (groups, f, c, c)
