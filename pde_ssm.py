@@ -686,9 +686,7 @@ class Coupled(Pairwise):
         return r, Kxx, Kxy, Kyy, bx, by, tau
 
     def exponential(self, growth, phase):
-        shape = self.g0.shape[1:]
-        growth, phase = torch.broadcast_tensors(growth, phase)
-        G = torch.linalg.matrix_exp(torch.complex(growth, phase).unflatten(-1, shape)).flatten(-2)
+        G = torch.linalg.matrix_exp(torch.complex(growth, phase).unflatten(-1, self.g0.shape[1:])).flatten(-2)
         return torch.stack([G.real, G.imag], dim=2)
 
 
