@@ -151,6 +151,8 @@ def convolve(v, symbol):
         if torch.is_grad_enabled():
             return Convolution.apply(_widen(v), symbol)[0].to(v.dtype)
         return field(multiply_over(symbol, spectrum(_widen(v))), *v.shape[1:3]).to(v.dtype)
+    if _compiled_for_cpu(v):
+        return field_op(multiply(symbol, spectrum_op(_widen(v))), *v.shape[1:3]).to(v.dtype)
     v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                      # (B, C, h, w // 2 + 1)
     return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1).to(v.dtype)
 
@@ -163,6 +165,10 @@ def _traced(*tensors):
     if any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _compiled_for_cpu(x):
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def _as_complex(symbol):
@@ -239,17 +245,66 @@ def field(v_hat, h, w):
     return torch.bmm(back_along_w.expand(B * h, -1, -1), v).view(B, h, w, C)
 
 
+# The same as operators that compilers do not look into. PyTorch 2.6 to 2.8 compile FFTs on CPUs as if their results lay in
+# memory otherwise than they do: the first learns from wrong gradients, the others stop. As `Convolution` says, each is the
+# transpose of the other but for d; with `transpose` it is the transpose of the other.
+
+
+@torch.library.custom_op("pde_ssm::spectrum", mutates_args=())
+def spectrum_op(v: torch.Tensor, transpose: bool = False) -> torch.Tensor:
+    v_hat = spectrum(v).contiguous()
+    return v_hat.mul_(column_weights(*v.shape[1:3], v_hat)) if transpose else v_hat
+
+
+@spectrum_op.register_fake
+def _(v, transpose=False):
+    B, h, w, C = v.shape
+    if by_channel(h, w):
+        return v.new_empty(B, C, h, w // 2 + 1, dtype=v.dtype.to_complex())
+    return v.new_empty(B, 2, h, w // 2 + 1, C)
+
+
+@torch.library.custom_op("pde_ssm::field", mutates_args=())
+def field_op(v_hat: torch.Tensor, h: int, w: int, transpose: bool = False) -> torch.Tensor:
+    return field(v_hat / column_weights(h, w, v_hat) if transpose else v_hat, h, w).contiguous()
+
+
+@field_op.register_fake
+def _(v_hat, h, w, transpose=False):
+    return v_hat.new_empty(v_hat.shape[0], h, w, v_hat.shape[1 if by_channel(h, w) else -1], dtype=v_hat.real.dtype)
+
+
+def _keep_for_spectrum(ctx, inputs, output):
+    ctx.grid, ctx.transpose = inputs[0].shape[1:3], inputs[1]
+
+
+def _keep_for_field(ctx, inputs, output):
+    ctx.transpose = inputs[3]
+
+
+spectrum_op.register_autograd(
+    lambda ctx, g: (field_op(g, *ctx.grid, not ctx.transpose), None), setup_context=_keep_for_spectrum
+)
+field_op.register_autograd(
+    lambda ctx, g: (spectrum_op(g, not ctx.transpose), None, None, None), setup_context=_keep_for_field
+)
+
+
 def real_spectrum(v):
     """rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
-    if _by_products(v) and not by_channel(*v.shape[1:3]):
-        return spectrum(v)
+    if not by_channel(*v.shape[1:3]) and (_by_products(v) or _compiled_for_cpu(v)):
+        return (spectrum if _by_products(v) else spectrum_op)(v)
+    if _compiled_for_cpu(v):
+        return torch.view_as_real(spectrum_op(v)).permute(0, 4, 2, 3, 1)
     return torch.view_as_real(torch.fft.rfft2(v, dim=(1, 2))).movedim(-1, 1)
 
 
 def from_real_spectrum(v_hat, h, w):
     """The inverse of `real_spectrum`."""
-    if _by_products(v_hat) and not by_channel(h, w):
-        return field(v_hat, h, w)
+    if not by_channel(h, w) and (_by_products(v_hat) or _compiled_for_cpu(v_hat)):
+        return (field if _by_products(v_hat) else field_op)(v_hat, h, w)
+    if _compiled_for_cpu(v_hat):
+        return field_op(_as_complex(v_hat), h, w)
     return torch.fft.irfft2(torch.complex(*v_hat.unbind(1)), s=(h, w), dim=(1, 2))
 
 

@@ -276,6 +276,29 @@ def test_exports_for_any_batch(options, randomize, tmp_path):
     torch.testing.assert_close(exported(*other), model(*other))
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("grid", [(3, 4), (12, 7), (2, 33)])
+def test_transforms_as_operators_for_compilers(grid, transpose):
+    v = torch.randn(2, *grid, 2, dtype=f64, requires_grad=True)
+    v_hat = pde_ssm.spectrum_op(v.detach()).requires_grad_()
+    for operator, arguments in ((pde_ssm.spectrum_op, (v, transpose)), (pde_ssm.field_op, (v_hat, *grid, transpose))):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    assert torch.autograd.gradcheck(lambda v: pde_ssm.spectrum_op(v, transpose), v)
+    assert torch.autograd.gradcheck(lambda v: pde_ssm.field_op(pde_ssm.spectrum_op(v), *grid, transpose), v)
+
+
+@couplings
+@pytest.mark.parametrize("grid", [(3, 4), (2, 33)])
+def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
+    pde = random_operator(8, coupling=coupling)
+    u = torch.randn(2, 8, *grid, dtype=f64, requires_grad=True)
+    inputs = [u, *pde.parameters()]
+    torch.compiler.reset()
+    expected, mine = (torch.autograd.grad(f(u).square().sum(), inputs) for f in (pde, torch.compile(pde, backend="aot_eager")))
+    for theirs, ours in zip(expected, mine):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
 def test_the_compiled_model_gives_the_same_numbers(randomize):
