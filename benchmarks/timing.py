@@ -361,7 +361,8 @@ def draw(panels, name, unit, path, contents):
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         axis.grid(which="major", color="#dddddd", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if len(lines) > 6 else {}
+        axis.legend(frameon=False, fontsize=8, **beside)
     about, settings = contents["machine"], contents["settings"]
     place = about.get("gpu") or f"{about['processor']}, {count_threads(about)}"
     figure.suptitle(f"{place}, {settings['precision']}, PyTorch {about['versions']['torch']}", fontsize=9, color="#555555")
