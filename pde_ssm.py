@@ -282,29 +282,31 @@ def _keep_for_field(ctx, inputs, output):
     ctx.transpose = inputs[3]
 
 
-spectrum_op.register_autograd(
-    lambda ctx, g: (field_op(g, *ctx.grid, not ctx.transpose), None), setup_context=_keep_for_spectrum
-)
-field_op.register_autograd(
-    lambda ctx, g: (spectrum_op(g, not ctx.transpose), None, None, None), setup_context=_keep_for_field
-)
+def _spectrum_backward(ctx, g):
+    return field_op(g, *ctx.grid, not ctx.transpose), None
+
+
+def _field_backward(ctx, g):
+    return spectrum_op(g, not ctx.transpose), None, None, None
+
+
+spectrum_op.register_autograd(_spectrum_backward, setup_context=_keep_for_spectrum)
+field_op.register_autograd(_field_backward, setup_context=_keep_for_field)
 
 
 def real_spectrum(v):
     """rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
-    if not by_channel(*v.shape[1:3]) and (_by_products(v) or _compiled_for_cpu(v)):
-        return (spectrum if _by_products(v) else spectrum_op)(v)
-    if _compiled_for_cpu(v):
-        return torch.view_as_real(spectrum_op(v)).permute(0, 4, 2, 3, 1)
+    if _compiled_for_cpu(v) or _by_products(v):
+        v_hat = (spectrum_op if _compiled_for_cpu(v) else spectrum)(v)
+        return torch.view_as_real(v_hat).permute(0, 4, 2, 3, 1) if v_hat.is_complex() else v_hat
     return torch.view_as_real(torch.fft.rfft2(v, dim=(1, 2))).movedim(-1, 1)
 
 
 def from_real_spectrum(v_hat, h, w):
     """The inverse of `real_spectrum`."""
-    if not by_channel(h, w) and (_by_products(v_hat) or _compiled_for_cpu(v_hat)):
-        return (field if _by_products(v_hat) else field_op)(v_hat, h, w)
-    if _compiled_for_cpu(v_hat):
-        return field_op(_as_complex(v_hat), h, w)
+    if _compiled_for_cpu(v_hat) or _by_products(v_hat):
+        v_hat = _as_complex(v_hat) if by_channel(h, w) else v_hat
+        return (field_op if _compiled_for_cpu(v_hat) else field)(v_hat, h, w)
     return torch.fft.irfft2(torch.complex(*v_hat.unbind(1)), s=(h, w), dim=(1, 2))
 
 
@@ -592,7 +594,7 @@ class Diagonal(nn.Module):
 
 
 # Complex matrices and their products are real ones, with real parts before imaginary ones along an axis: real products
-# run on tensor cores, and PyTorch's complex exponential takes five times as long on CPUs.
+# run on tensor cores, and PyTorch's complex exponential is slow on CPUs.
 
 
 def multiply_by_matrices(G, v):
