@@ -319,7 +319,7 @@ def precision(v):
 
 
 # Channels of a program in the passes over large grids, and how many points and wave numbers it takes at once: so few, and
-# without loads ahead along y, that 16-bit types leave no register's value in memory (compiled for Hopper) and 100 KB do.
+# without loads ahead along y, that 16-bit types leave no register's value in memory: reproduce/kernel_resources.py.
 BLOCK = 32
 
 

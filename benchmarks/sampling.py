@@ -38,6 +38,8 @@ COLUMNS = {
 
 
 def main(args):
+    if args.compile not in (None, "default"):
+        raise SystemExit(f"--compile {args.compile}: sampling is compiled as sample.py does it, in a mode of its own")
     size, inputs, batch = ("S", (16, 32), args.batch or 1) if args.quick else ("XL", (32, 64), args.batch or 16)
     how = dict(precision="bf16" if args.device.type == "cuda" else "fp32", compile=bool(args.compile))
     report = Report("sampling", args, COLUMNS, steps=STEPS, sampler="ddpm", guidance=GUIDANCE[0])

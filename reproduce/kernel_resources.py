@@ -1,0 +1,64 @@
+"""What pde_ssm_triton's kernels take of a Hopper GPU, which need not be there: registers, bytes of spilled ones, shared memory.
+
+    python reproduce/kernel_resources.py
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import pde_ssm_triton as kernels
+
+HOPPER = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+OF_TOKENS = {"v", "out", "gradient", "v_gradient"}
+FLOAT32 = {"symbol", "matrices", "v_hat", "g_hat", "symbol_gradient"}
+
+
+def resources(kernel, dtype, stages, **constants):
+    """(registers of a thread, bytes of those kept in memory, bytes of shared memory), for channels in multiples of 16."""
+    pointers = dict.fromkeys(OF_TOKENS, "*bf16" if dtype == torch.bfloat16 else "*fp32") | dict.fromkeys(FLOAT32, "*fp32")
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    by_16 = [i for i, name in enumerate(kernel.arg_names) if name in pointers or name == "C"]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in by_16})
+    compiled = triton.compile(source, target=HOPPER, options=dict(num_warps=kernels.WARPS, num_stages=stages))
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return registers, stack, compiled.metadata.shared
+
+
+def cases(side, dtype):
+    """(kernel, stages, constants) of what runs on grids of side x side tokens, as pde_ssm_triton launches it."""
+    v = torch.empty(1, side, side, 384, dtype=dtype, device="meta")
+    if kernels.at_once(side, side):
+        yield kernels.forward_kernel, 3, kernels.constants(v, kernels.FORWARD_BYTES)
+        yield kernels.backward_kernel, 3, kernels.constants(v, kernels.BACKWARD_BYTES)
+        return
+    n = kernels.BLOCK
+    along_x = dict(W=kernels.padded(side), F=kernels.padded(side // 2 + 1), FB=n, CB=n, P=kernels.precision(v))
+    along_y = dict(H=kernels.padded(side), YB=n, CB=n, P=kernels.precision(v))
+    yield kernels.along_x_kernel, 2, along_x | dict(XB=n, x_stride=1)
+    yield kernels.along_y_kernel, 1, along_y | dict(SIGN=1)
+    yield kernels.back_along_x_kernel, 2, along_x | dict(c_stride=1)
+    yield kernels.correlate_along_y_kernel, 1, along_y
+
+
+if __name__ == "__main__":
+    print(f"{'tokens':10}{'type':16}{'kernel':28}{'registers':>10}{'spilled':>10}{'shared':>10}")
+    for side in (16, 32, 64, 128):
+        for dtype in (torch.bfloat16, torch.float32):
+            for kernel, stages, constants in cases(side, dtype):
+                figures = "".join(f"{n:10,}" for n in resources(kernel, dtype, stages, **constants))
+                print(f"{f'{side} x {side}':10}{dtype!s:16}{kernel.__name__:28}{figures}")
