@@ -176,7 +176,8 @@ class DiT(Backbone):
         h, w = self.grid_size
         p = self.patch_size
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
-        x = self.x_embedder(x) + self.pos_embed                            # (B, N, D), N = h w
+        # Contiguous, for a convolution's result may lie channel after channel, and every block would read it across.
+        x = (self.x_embedder(x) + self.pos_embed).contiguous()             # (B, N, D), N = h w
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if self.recompute and self.training else block(x, c)
         x = self.final_layer(x, c)                                         # (B, N, p p C)

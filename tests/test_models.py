@@ -51,6 +51,18 @@ def test_public_weights_give_the_public_outputs(golden, monkeypatch):
     assert guided < 3e-5
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
+@pytest.mark.parametrize("side", [16, 72])  # the PDE transforms grids of more than 32 channel after channel
+def test_blocks_read_and_write_token_after_token(side, mixer, batch):
+    """Layer norms would copy anything else, and everything between them would read it across: 10% of a training step."""
+    model = DiT(**SMALL | dict(input_size=side, depth=1), mixer=mixer)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0], output]))
+    model(torch.randn(batch, 4, side, side), torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
+    assert [x.is_contiguous() for x in seen] == [True, True]
+
+
 def test_the_twelve_models_are_the_public_ones(golden):
     for name, expected in golden("dit_models.json").items():
         model = build_meta(name)
