@@ -15,7 +15,7 @@ This file needs nothing but torch.
 
 import math
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ KEPT = 2**25         # entries of the largest matrix symbol that evaluation keep
 GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps
 LONGEST_MATRIX = 32  # sides up to which products with Fourier matrices are no slower than an FFT on CPU
 MOST_AT_ONCE = 64    # tokens up to which one matrix for both sides beats two
+LEAST_GROWTH = -80   # the exponential of less is nothing in float32, but takes ten times as long where it underflows
 
 # timm's Attention takes these too; none of them has a meaning for a PDE.
 _ATTENTION_ARGUMENTS = {
@@ -60,15 +61,46 @@ def wave_monomials(h, w, dtype=torch.float32, device=None):
     return torch.stack(even, dim=-1).flatten(0, 1), torch.stack(odd, dim=-1).flatten(0, 1)
 
 
-def monomials_of(h, w, like):
-    """`wave_monomials` of the precision of a tensor and on its device, kept between calls."""
-    return (wave_monomials if _traced(like) else _kept_monomials)(h, w, like.dtype, like.device)
+def axis_monomials(h, w, dtype=torch.float32, device=None):
+    """What the symbol of a diagonal coupling is made of, as rows that multiply (r, Kxx, Kxy, Kyy, bx, by, gx, gy).
+
+    Along x, w // 2 + 1 rows each: r - Kxx kx^2, -2 Kxy kx, gx kx and bx kx; along y, h rows each: by ky, -Kyy ky^2 and
+    gy ky. Returns them, (4 (w // 2 + 1) + 3 h, 8), and the ky by which the second are to be multiplied, (h, 1).
+    """
+    r, Kxx, Kxy, Kyy, bx, by, gx, gy = torch.eye(8, dtype=dtype, device=device)
+    ky, ky_odd = (k[:, None] for k in wave_numbers(h, dtype=dtype, device=device))
+    kx, kx_odd = (k[:, None] for k in wave_numbers(w, half=True, dtype=dtype, device=device))
+    along_x = r - kx**2 * Kxx, -2 * kx_odd * Kxy, kx_odd * gx, kx_odd * bx
+    along_y = ky_odd * by, -(ky**2) * Kyy, ky_odd * gy
+    return torch.cat([*along_x, *along_y]), ky_odd
 
 
-@lru_cache(maxsize=16)
-def _kept_monomials(*arguments):
-    with torch.inference_mode(False):  # what is kept outlives the mode that the first caller is in
-        return wave_monomials(*arguments)
+def moments(h, w, dtype=torch.float32, device=None):
+    """What sums over wave vectors are taken with for the gradients of a symbol's coefficients: (2, f, 15).
+
+    Real parts with the four even `wave_monomials` and with kx^2, kx ky and ky^2 as products of odd ones; imaginary parts
+    with kx and with ky times each even one.
+    """
+    even, odd = wave_monomials(h, w, dtype, device)
+    kx, ky = odd.split(1, dim=1)
+    real = torch.cat([even, kx * odd, ky * ky], dim=1)                     # (f, 7)
+    imag = torch.cat([kx * even, ky * even], dim=1)                        # (f, 8)
+    return torch.stack([nn.functional.pad(real, (0, 8)), nn.functional.pad(imag, (7, 0))])
+
+
+def on_grid(function, h, w, like):
+    """One of the three above, in the precision of a tensor and on its device, kept between calls."""
+    return (function if _traced(like) else _keeping(function))(h, w, like.dtype, like.device)
+
+
+@cache
+def _keeping(function):
+    @lru_cache(maxsize=16)
+    def kept(*arguments):
+        with torch.inference_mode(False):  # what is kept outlives the mode that the first caller is in
+            return function(*arguments)
+
+    return kept
 
 
 def polynomial(monomials, coefficients):
@@ -84,15 +116,15 @@ def _by_products(x):
 
 
 def polynomial_by_channel(monomials, coefficients):
-    """The same, stored channel after channel."""
-    return (coefficients.mT @ monomials.mT).mT if _by_products(coefficients) else polynomial(monomials, coefficients)
+    """The same, channel after channel: (..., C, f)"""
+    return coefficients.mT @ monomials.mT if _by_products(coefficients) else polynomial(monomials, coefficients).mT
 
 
 def adjoint(monomials, gradient):
     """The transpose of `polynomial`: (f, n), (..., f, C) -> (..., n, C)"""
     if _by_products(gradient):
         return monomials.mT @ gradient
-    return (monomials[:, :, None] * gradient[..., :, None, :]).sum(-3)
+    return torch.stack([(column[:, None] * gradient).sum(-2) for column in monomials.unbind(1)], dim=-2)
 
 
 def green_symbol(K, b, r, tau, h, w):
@@ -103,7 +135,7 @@ def green_symbol(K, b, r, tau, h, w):
     K (..., 2, 2), b (..., 2), r (...) and tau (...) broadcast over their leading axes and are in units of the torus
     (side 1, whatever h and w). Returns (..., h, w // 2 + 1), complex64, or complex128 for float64 coefficients.
     """
-    even, odd = monomials_of(h, w, K)
+    even, odd = on_grid(wave_monomials, h, w, K)
     r, Kxx, Kxy, Kyy, bx, by = torch.broadcast_tensors(r, K[..., 0, 0], K[..., 0, 1], K[..., 1, 1], *b.unbind(-1))
     growth = polynomial(even, torch.stack([r, Kxx, Kxy, Kyy], dim=-1)[..., None])           # (..., f, 1)
     phase = polynomial(odd, torch.stack([bx, by], dim=-1)[..., None])
@@ -116,7 +148,7 @@ def embedding_symbol(g0, gx, gy, h, w):
 
     g0, gx, gy (...) -> (..., h, w // 2 + 1), complex.
     """
-    _, odd = monomials_of(h, w, g0)
+    _, odd = on_grid(wave_monomials, h, w, g0)
     g0, gx, gy = torch.broadcast_tensors(g0, gx, gy)
     imag = polynomial(odd, torch.stack([gx, gy], dim=-1)[..., None])                        # (..., f, 1)
     return torch.complex(g0[..., None, None].expand_as(imag), imag).unflatten(-2, (h, w // 2 + 1)).squeeze(-1)
@@ -204,10 +236,10 @@ class Convolution(torch.autograd.Function):
                 else:
                     g_hat = spectrum(g)
                 if ctx.needs_input_grad[1]:
-                    products = correlate_each(v_hat, g_hat) if _per_image(symbol) else correlate(v_hat, g_hat)
+                    products = multiply_conjugate(v_hat, g_hat) if _per_image(symbol) else correlate(v_hat, g_hat)
                     symbol_grad = column_weights(*ctx.grid, g) * products
                 if v_grad is None:
-                    v_grad = field(multiply_over(conjugate(symbol), g_hat), *ctx.grid)
+                    v_grad = field(multiply_conjugate_over(symbol, g_hat), *ctx.grid)
             if v_hat_grad is not None:                                     # only under create_graph
                 transposed = field(v_hat_grad / column_weights(*ctx.grid, v_hat_grad), *ctx.grid)
                 v_grad = transposed if v_grad is None else v_grad + transposed
@@ -327,6 +359,21 @@ def multiply_over(a, b):
     return b.mul_(a) if b.is_complex() else multiply(a, b)
 
 
+def multiply_conjugate(a, b):
+    """conj(a) b"""
+    if a.is_complex():
+        return a.conj() * b
+    product = a.select(-4, 0).unsqueeze(-4) * b
+    product.select(-4, 0).addcmul_(b.select(-4, 1), a.select(-4, 1))
+    product.select(-4, 1).addcmul_(b.select(-4, 0), a.select(-4, 1), value=-1)
+    return product
+
+
+def multiply_conjugate_over(a, b):
+    """The same, if nobody needs b afterwards."""
+    return b.mul_(a.conj()) if b.is_complex() else multiply_conjugate(a, b)
+
+
 def conjugate(a):
     return a.conj() if a.is_complex() else torch.stack([a.select(-4, 0), -a.select(-4, 1)], dim=-4)
 
@@ -338,15 +385,7 @@ def correlate(a, b):
         for a_image, b_image in zip(a, b):                                 # all at once would take as much memory as b
             total = torch.addcmul(total, a_image.conj(), b_image)
         return total
-    imag = torch.addcmul(a[:, 0] * b[:, 1], a[:, 1], b[:, 0], value=-1)
-    return torch.stack([(a * b).sum((0, 1)), imag.sum(0)])
-
-
-def correlate_each(a, b):
-    """conj(a) b"""
-    if a.is_complex():
-        return a.conj() * b
-    return torch.stack([(a * b).sum(1), a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]], dim=1)
+    return multiply_conjugate(a, b).sum(0)
 
 
 def _per_image(symbol):
@@ -398,52 +437,105 @@ def fourier_matrices(h, w, dtype):
         return along_w.to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype), back_along_w.to(dtype)
 
 
-def embedded_green(h, w, tau, r, Kxx, Kxy, Kyy, bx, by, g0, gx, gy):
-    """G(k) B(k), then G(k) alone, each as its real and its imaginary part, (..., h (w // 2 + 1), C); all arguments (..., C)."""
-    even, odd = monomials_of(h, w, g0)
-    at_wave_vectors = polynomial_by_channel if by_channel(h, w) else polynomial
-    exponent = tau[..., None, :] * torch.stack([r, Kxx, Kxy, Kyy, bx, by], dim=-2)
-    growth, phase = at_wave_vectors(even, exponent[..., :4, :]), at_wave_vectors(odd, exponent[..., 4:, :])
-    B, B_imag = g0[..., None, :], at_wave_vectors(odd, torch.stack([gx, gy], dim=-2))
-    size = growth.exp()
-    G, G_imag = size * phase.cos(), size * phase.sin()
-    return torch.addcmul(G * B, G_imag, B_imag, value=-1), torch.addcmul(G * B_imag, G_imag, B), G, G_imag
+def embedded_green(h, w, exponents, g0, gx, gy):
+    """G(k) B(k), as `convolve` takes it, and G(k) alone.
+
+    exponents (..., 6, C): tau times r, Kxx, Kxy, Kyy, bx and by; the others (..., C).
+
+    All but the size of G(k) is sums and products of what depends on kx or on ky alone, and so cheap.
+    """
+    f, (rows, ky) = w // 2 + 1, on_grid(axis_monomials, h, w, g0)
+    embedding = torch.stack([gx, gy], dim=-2).expand(*exponents.shape[:-2], 2, -1)
+    coefficients = torch.cat([exponents, embedding], dim=-2)               # (..., 8, C)
+    if by_channel(h, w):
+        parts, axis, g0, number = polynomial_by_channel(rows, coefficients), -1, g0[..., None, None], torch.complex
+    else:
+        parts, axis, g0, number = polynomial(rows, coefficients), -2, g0[..., None, None, :], _real_number
+        ky = ky[:, :, None]
+    growth_x, cross_x, B_x, phases, growth_y, B_y = parts.split([f, f, f, f + h, h, h], dim=axis)
+    (cos_x, cos_y), (sin_x, sin_y) = (wave.split([f, h], dim=axis) for wave in (phases.cos(), phases.sin()))
+    growth_x, cross_x, B_x, cos_x, sin_x = (part.unsqueeze(axis - 1) for part in (growth_x, cross_x, B_x, cos_x, sin_x))
+    growth_y, B_y, cos_y, sin_y = (part.unsqueeze(axis) for part in (growth_y, B_y, cos_y, sin_y))
+
+    size = torch.addcmul(growth_x + growth_y, cross_x, ky).clamp_min(LEAST_GROWTH).exp()
+    G = torch.addcmul(cos_x * cos_y, sin_x, sin_y, value=-1) * size
+    G_imag = torch.addcmul(sin_x * cos_y, cos_x, sin_y) * size
+    B_imag = B_x + B_y
+    symbol = torch.addcmul(G * g0, G_imag, B_imag, value=-1), torch.addcmul(G * B_imag, G_imag, g0)
+    return number(*symbol), number(G, G_imag)
+
+
+def _real_number(real, imag):
+    return torch.stack([real, imag], dim=-4)
 
 
 class EmbeddedGreen(torch.autograd.Function):
-    """G(k) B(k) of `embedded_green`, with the gradient by hand: a few operations instead of a chain of thirty."""
+    """G(k) B(k) of `embedded_green`, with the gradient by hand: two passes and sums instead of a chain of thirty."""
 
     @staticmethod
-    def forward(ctx, h, w, *coefficients):
-        *symbol, G, G_imag = embedded_green(h, w, *coefficients)
-        ctx.save_for_backward(*coefficients, *symbol, G, G_imag)
+    def forward(ctx, h, w, *inputs):
+        symbol, G = embedded_green(h, w, *inputs)
+        ctx.save_for_backward(G, *inputs)
         ctx.grid = h, w
-        return tuple(symbol)
+        return symbol
 
     @staticmethod
-    def backward(ctx, S_grad, S_imag_grad):
-        *coefficients, S, S_imag, G, G_imag = ctx.saved_tensors
+    def backward(ctx, gradient):
+        G, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():                                        # create_graph: the gradient of the plain way
-            needed = [x for x, is_needed in zip(coefficients, ctx.needs_input_grad[2:]) if is_needed]
-            with _full_precision(S):                                       # backward() may be called under autocast
-                symbol = embedded_green(*ctx.grid, *coefficients)[:2]
-                grads = torch.autograd.grad(symbol, needed, (S_grad, S_imag_grad), create_graph=True, allow_unused=True)
+            needed = [x for x, is_needed in zip(inputs, ctx.needs_input_grad[2:]) if is_needed]
+            with _full_precision(G):                                       # backward() may be called under autocast
+                symbol, _ = embedded_green(*ctx.grid, *inputs)
+                grads = torch.autograd.grad(symbol, needed, gradient, create_graph=True, allow_unused=True)
             found = iter(grads)
             return None, None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[2:])
-        tau, *scalars = coefficients[:7]
-        even, odd = monomials_of(*ctx.grid, tau)
-        # The gradient with respect to the exponent is conj(G B) times that of G B; with respect to B it is conj(G) times it.
-        growth_grad = torch.addcmul(S * S_grad, S_imag, S_imag_grad)
-        phase_grad = torch.addcmul(S * S_imag_grad, S_imag, S_grad, value=-1)
-        B_imag_grad = torch.addcmul(G * S_imag_grad, G_imag, S_grad, value=-1)
-        g0_grad = torch.addcmul(G * S_grad, G_imag, S_imag_grad).sum(-2)
-        with _full_precision(S):
-            exponent_grad = torch.cat([adjoint(even, growth_grad), adjoint(odd, phase_grad)], dim=-2)   # (..., 6, C)
-            gx_and_gy_grad = adjoint(odd, B_imag_grad)                     # (..., 2, C)
-        tau_grad = (exponent_grad * torch.stack(scalars, dim=-2)).sum(-2)
-        scalar_grads = (tau[..., None, :] * exponent_grad).unbind(-2)
-        gradients = tau_grad, *scalar_grads, g0_grad, *gx_and_gy_grad.unbind(-2)
-        return None, None, *(g if g.shape == x.shape else g.sum_to_size(x.shape) for g, x in zip(gradients, coefficients))
+        # With P = conj(G) times the gradient, the gradient with respect to B is P, and that with respect to the exponent
+        # conj(B) P, where B = g0 + i (gx kx + gy ky): sums of P's parts times products of wave numbers are enough.
+        P, weights = multiply_conjugate(G, gradient), on_grid(moments, *ctx.grid, inputs[0])
+        if P.is_complex():
+            P, weights = torch.view_as_real(P).flatten(-3).mT, weights.transpose(0, 1)     # (..., 2 f, C)
+        else:
+            P = P.flatten(-4, -2)
+        with _full_precision(P):
+            sums = adjoint(weights.flatten(0, 1), P)                       # (..., 15, C)
+        even, squares, kx_even, ky_even = sums.split([4, 3, 4, 4], dim=-2)
+        odd = sums[..., 7::4, :]                                           # of the imaginary parts with kx and ky
+        g0, gx, gy = (x[..., None, :] for x in inputs[1:])
+        growth_grad = torch.addcmul(torch.addcmul(g0 * even, gx, kx_even), gy, ky_even)
+        phase_grad = g0 * odd - gx * squares[..., :2, :] - gy * squares[..., 1:, :]
+        gradients = torch.cat([growth_grad, phase_grad], dim=-2), even[..., 0, :], *odd.unbind(-2)
+        return None, None, *(g if g.shape == x.shape else g.sum_to_size(x.shape) for g, x in zip(gradients, inputs))
+
+
+class Exponents(torch.autograd.Function):
+    """`exponents` of a `Diagonal`, whose parameters these are, with the gradient by hand: ten operations instead of forty."""
+
+    @staticmethod
+    def forward(ctx, equation, log_tau, log_lx, log_ly, shear, b, r_slack):
+        result = exponents(*equation.scalars())
+        ctx.save_for_backward(log_tau, log_lx, log_ly, shear, b, r_slack, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):                                           # (..., 6, C)
+        log_tau, log_lx, log_ly, shear, b, r_slack, result = ctx.saved_tensors
+        log_lx_grad = log_ly_grad = shear_grad = b_grad = r_slack_grad = None
+        tau, products = _widen(log_tau).exp(), gradient * result
+        if log_lx is not None:                                             # tau K = tau (lx^2, lx shear ly, (1 + shear^2) ly^2)
+            _, xx, xy, yy, _, _ = products.unbind(-2)
+            log_lx_grad, log_ly_grad = torch.add(xy, xx, alpha=2), torch.add(xy, yy, alpha=2)
+            lx, ly, shear = _widen(log_lx).exp(), _widen(log_ly).exp(), _widen(shear)
+            shear_grad = tau * ly * torch.addcmul(lx * gradient[..., 2, :], shear * ly, gradient[..., 3, :], value=2)
+        if b is not None:
+            b_grad = (tau[..., None, :] * gradient[..., 4:, :]).mT
+        if r_slack is not None:
+            r_slack_grad = -tau * gradient[..., 0, :] * torch.sigmoid(_widen(r_slack))
+        return None, products.sum(-2), log_lx_grad, log_ly_grad, shear_grad, b_grad, r_slack_grad
+
+
+def exponents(r, Kxx, Kxy, Kyy, bx, by, tau):
+    """tau times the others, which Lambda(k) is linear in: (..., C) each -> (..., 6, C)."""
+    return tau[..., None, :] * torch.stack([r, Kxx, Kxy, Kyy, bx, by], dim=-2)
 
 
 def symmetric(A):
@@ -559,17 +651,18 @@ class Diagonal(nn.Module):
 
     def compute_symbol(self, h, w, time_scale=None):
         """G(k) B(k) as `convolve` takes it; one per image with time_scale (B, dim)."""
-        *scalars, tau = self.scalars()
+        names = "log_tau", "log_lx", "log_ly", "shear", "b", "r_slack"
+        parameters = [getattr(self, name, None) for name in names]
+        coefficients = [_widen(x) for x in (self.g0, self.gx, self.gy)]
+        by_hand = torch.is_grad_enabled() and not _traced(*filter(lambda x: x is not None, parameters), *coefficients)
+        tau_times = Exponents.apply(self, *parameters) if by_hand else exponents(*self.scalars())
         if time_scale is not None:
-            tau = tau * (time_scale if self.components == 1 else time_scale[:, None])
-        coefficients = (tau, *scalars, *map(_widen, (self.g0, self.gx, self.gy)))
-        symbol = embedded_green if _traced(*coefficients) else EmbeddedGreen.apply
-        real, imag, *_ = symbol(h, w, *coefficients)                       # (..., f, dim)
-        if self.components > 1:
-            real, imag = real.sum(-3), imag.sum(-3)
-        if by_channel(h, w):
-            return torch.complex(real, imag).mT.unflatten(-1, (h, w // 2 + 1))
-        return torch.stack([real, imag], dim=-3).unflatten(-2, (h, w // 2 + 1))
+            tau_times = tau_times * (time_scale if self.components == 1 else time_scale[:, None])[..., None, :]
+        if by_hand:
+            S = EmbeddedGreen.apply(h, w, tau_times, *coefficients)
+        else:
+            S, _ = embedded_green(h, w, tau_times, *coefficients)
+        return S if self.components == 1 else S.sum(-4 if by_channel(h, w) else -5)
 
     def evolve(self, v, time_scale=None):                                  # (B, h, w, dim), (B, dim) or None
         """From R u to the state at time tau; time_scale multiplies tau."""
@@ -606,7 +699,7 @@ def multiply_by_matrices(G, v):
 
 def complex_exponential(growth, phase):
     """exp(growth + i phase), real part, then imaginary part: (..., n), (..., n) -> (..., 2, n)."""
-    size = growth.exp()
+    size = growth.clamp_min(LEAST_GROWTH).exp()
     return torch.stack([size * phase.cos(), size * phase.sin()], dim=-2)
 
 
@@ -660,11 +753,11 @@ class Pairwise(Diagonal):
     def compute_symbol(self, h, w):
         """G(k) at all wave vectors; see `symbol_at`."""
         exponents = self.exponents()
-        return self.symbol_at(*monomials_of(h, w, exponents[0]), *exponents)
+        return self.symbol_at(*on_grid(wave_monomials, h, w, exponents[0]), *exponents)
 
     def evolve(self, v):                                                   # (B, h, w, dim)
         h, w = v.shape[1:3]
-        even, odd = monomials_of(h, w, _widen(self.g0))
+        even, odd = on_grid(wave_monomials, h, w, _widen(self.g0))
         embedded = self.embed(real_spectrum(_widen(v)), odd)               # (groups, f, 2 B, c)
         if not torch.is_grad_enabled() and len(even) * self.g0.numel() <= KEPT:
             states = multiply_by_matrices(self.symbol(h, w), embedded)     # (groups, f, 2, c, B)

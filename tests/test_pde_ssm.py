@@ -585,21 +585,41 @@ def test_convolution_serves_functional_transforms(monkeypatch, longest):
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (4, 1, 2), (4, 3, 2)], ids=["one", "components", "images", "both"])
 def test_the_symbols_gradient_by_hand_is_autograds(monkeypatch, shape, longest):
     monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
-    tau = torch.rand(shape, dtype=f64, requires_grad=True)
-    scales = [1, 1e-3, 1e-3, 1e-3, 0.1, 0.1, 1, 0.1, 0.1]  # of r, K, b and g, so that Lambda(k) is of the order of 1
-    others = [(scale * torch.randn(shape[-1] if len(shape) == 1 else shape[-2:], dtype=f64)) for scale in scales]
-    inputs = (tau, *(x.requires_grad_() for x in others))
+    scales = torch.tensor([1, 1e-3, 1e-3, 1e-3, 0.1, 0.1], dtype=f64)  # of r, K and b, so that Lambda(k) is of the order of 1
+    exponents = scales[:, None] * torch.randn(*shape[:-1], 6, shape[-1], dtype=f64)
+    others = [(scale * torch.randn(shape[-1] if len(shape) == 1 else shape[-2:], dtype=f64)) for scale in (1, 0.1, 0.1)]
+    inputs = [x.requires_grad_() for x in (exponents, *others)]
 
     def by_hand(*inputs):
         return pde_ssm.EmbeddedGreen.apply(4, 3, *inputs)
 
     def plain(*inputs):
-        return pde_ssm.embedded_green(4, 3, *inputs)[:2]
+        return pde_ssm.embedded_green(4, 3, *inputs)[0]
 
     torch.testing.assert_close(by_hand(*inputs), plain(*inputs), rtol=0, atol=0)
-    directions = [torch.randn_like(part) for part in plain(*inputs)]
-    torch.testing.assert_close(*(torch.autograd.grad(symbol(*inputs), inputs, directions) for symbol in (by_hand, plain)))
+    direction = torch.randn_like(plain(*inputs))
+    torch.testing.assert_close(*(torch.autograd.grad(symbol(*inputs), inputs, direction) for symbol in (by_hand, plain)))
     assert torch.autograd.gradgradcheck(by_hand, inputs)
+
+
+@pytest.mark.parametrize("terms", [TERMS, *TERMS])
+@pytest.mark.parametrize("components", [1, 2])
+def test_the_exponents_gradient_by_hand_is_autograds(components, terms):
+    equation = PDESSM(3, components=components, terms=terms).double().equation
+    parameters = {name: p for name, p in equation.named_parameters() if name not in ("g0", "gx", "gy")}
+    for p in parameters.values():
+        torch.nn.init.normal_(p, std=0.3)
+
+    def by_hand(*values):
+        given = dict(zip(parameters, values))
+        names = "log_tau", "log_lx", "log_ly", "shear", "b", "r_slack"
+        return pde_ssm.Exponents.apply(equation, *(given.get(name) for name in names))
+
+    plain, values = pde_ssm.exponents(*equation.scalars()), list(parameters.values())
+    torch.testing.assert_close(by_hand(*values), plain, rtol=0, atol=0)
+    direction = torch.randn_like(plain)
+    torch.testing.assert_close(*(torch.autograd.grad(result, values, direction) for result in (by_hand(*values), plain)))
+    assert torch.autograd.gradgradcheck(by_hand, values)
 
 
 @pytest.mark.parametrize("frozen", ["input", "symbol"])
