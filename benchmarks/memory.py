@@ -4,7 +4,8 @@
     python -m benchmarks.memory
 
 384 channels, 6 heads, batch 4; weights, gradients and AdamW's moments are in it. On GPUs it is what PyTorch's allocator
-handed out at most; on CPUs (Linux) what a fresh process grew by at most, after the same work on 4 tokens.
+handed out at most; on CPUs (Linux, glibc) what a fresh process grew by at most, after the same work on 4 tokens, while
+the C library hands back at once what is freed: what it would keep varies by a quarter from run to run.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ from benchmarks.timing import Report, is_out_of_memory, limit_memory, lines_of, 
 from pde_ssm import set_backend
 
 BATCH, CHANNELS, HEADS = 4, 384, 6
+MMAP_THRESHOLD = -3  # of mallopt: bytes from which an allocation is a mapping of its own
 TOKENS = [16, 64, 256, 1024, 4096, 16384]
 QUICK_TOKENS = 4096
 
@@ -97,7 +99,9 @@ def grow(what, side, args, n):
     limit_memory()
     run(what, side, args, 2)  # what comes once: threads, imports, kernels
     release_memory(args.device)
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallopt(MMAP_THRESHOLD, 2**16)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = proc_value("/proc/self/status", "VmRSS")
     return run(what, side, args, n) or dict(peak_mb=rounded((proc_value("/proc/self/status", "VmHWM") - before) * 1.024e-3))

@@ -615,11 +615,20 @@ def test_the_exponents_gradient_by_hand_is_autograds(components, terms):
         names = "log_tau", "log_lx", "log_ly", "shear", "b", "r_slack"
         return pde_ssm.Exponents.apply(equation, *(given.get(name) for name in names))
 
-    plain, values = pde_ssm.exponents(*equation.scalars()), list(parameters.values())
+    plain, values = pde_ssm.exponents_of(*equation.scalars()), list(parameters.values())
     torch.testing.assert_close(by_hand(*values), plain, rtol=0, atol=0)
     direction = torch.randn_like(plain)
     torch.testing.assert_close(*(torch.autograd.grad(result, values, direction) for result in (by_hand(*values), plain)))
     assert torch.autograd.gradgradcheck(by_hand, values)
+
+
+def test_forward_mode_differentiates_a_conditioned_layer():
+    pde = PDESSM(4, conditioned=True).double()
+    torch.nn.init.normal_(pde.log_time_scale, std=0.3)
+    u, c, dc = torch.randn(2, 4, 6, 5, dtype=f64), *torch.randn(2, 2, 4, dtype=f64)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(pde(u, forward_ad.make_dual(c, dc))).tangent
+    torch.testing.assert_close(slope, (pde(u, c + 1e-6 * dc) - pde(u, c - 1e-6 * dc)) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("frozen", ["input", "symbol"])
