@@ -254,7 +254,10 @@ class Convolution(torch.autograd.Function):
 def spectrum(v):                                                           # (B, h, w, C)
     B, h, w, C = v.shape
     if by_channel(h, w):
-        return torch.fft.rfft2(v.movedim(-1, 1).contiguous())
+        image = v.movedim(-1, 1)
+        if not image.is_contiguous():
+            image = v.transpose(2, 3).contiguous().transpose(1, 2)         # row by row is faster than all at once
+        return torch.fft.rfft2(image)
     f = w // 2 + 1
     if h * w <= MOST_AT_ONCE:
         whole, _ = fourier_matrix(h, w, v.dtype)
@@ -845,12 +848,16 @@ COUPLINGS = tuple(EQUATIONS)
 
 
 class Projection(nn.Linear):
-    """A linear layer on the channels of a grid, whose result lies in memory as the convolution after it wants it."""
+    """A linear layer on the channels of a grid, whose result lies in memory as the convolution after it wants it.
+
+    Not where gradients are to come, for they would lie as it does.
+    """
 
     def forward(self, u):                                                  # (B, h, w, D) -> (B, h, w, C)
-        if not by_channel(*u.shape[1:3]):
+        if not by_channel(*u.shape[1:3]) or torch.is_grad_enabled():
             return super().forward(u)
-        v = (self.weight @ u.flatten(1, 2).mT).unflatten(2, u.shape[1:3])  # (B, C, h, w)
+        weight = self.weight.expand(len(u), -1, -1)                        # lest matmul makes one product of all images
+        v = torch.bmm(weight, u.flatten(1, 2).mT).unflatten(2, u.shape[1:3])         # (B, C, h, w)
         return (v if self.bias is None else v + self.bias[:, None, None].to(v.dtype)).movedim(1, -1)
 
 

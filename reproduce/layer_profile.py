@@ -29,9 +29,10 @@ def operations(run):
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         for _ in range(CALLS):
             run()
-    rows = recorded.key_averages(group_by_input_shape=True)
-    times = [(row.key, list(filter(None, row.input_shapes)), row.count // CALLS, row.self_cpu_time_total / CALLS / 1e3) for row in rows]
-    return sorted(times, key=lambda row: -row[3])
+    rows = []
+    for row in recorded.key_averages(group_by_input_shape=True):
+        rows.append((row.key, list(filter(None, row.input_shapes)), row.count // CALLS, row.self_cpu_time_total / CALLS / 1e3))
+    return sorted(rows, key=lambda row: -row[3])
 
 
 def rate(name, shapes, calls, ms):
