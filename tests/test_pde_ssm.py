@@ -631,6 +631,18 @@ def test_forward_mode_differentiates_a_conditioned_layer():
     torch.testing.assert_close(slope, (pde(u, c + 1e-6 * dc) - pde(u, c - 1e-6 * dc)) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
+@couplings
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("grid", [(8, 8), (6, 20), (36, 40), (33, 7)])  # one matrix, two, an FFT in both
+def test_inference_and_training_give_the_same_numbers(grid, activation, coupling):
+    pde, u = PDESSM(8, coupling=coupling, activation=activation), torch.randn(3, 8, *grid)
+    if activation:
+        torch.nn.init.normal_(pde.R.bias)
+    with torch.no_grad():
+        inferred = pde.eval()(u)
+    torch.testing.assert_close(inferred, pde.train()(u).detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", ["input", "symbol"])
 def test_a_frozen_side_gets_no_gradient(frozen):
     v, symbol = convolution_arguments(4, 6, per_image=False)
