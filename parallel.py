@@ -98,6 +98,9 @@ def choose_device(name):
     return torch.device("cuda", index)
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt knows them by these numbers
+
+
 def keep_freed_memory():
     """Lets this process keep the memory of tensors that are gone, as PyTorch's allocator does on GPUs.
 
@@ -105,9 +108,16 @@ def keep_freed_memory():
     that it gives out again: that can take as long as the computation.
     """
     with suppress(AttributeError, OSError):                                # another C library, which knows no mallopt
-        mallopt, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+def return_freed_memory():
+    """The opposite, so that the memory of this process is that of its tensors: for measuring, not for speed."""
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def _one_line(error):

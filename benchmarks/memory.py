@@ -8,7 +8,6 @@ handed out at most; on CPUs (Linux, glibc) what a fresh process grew by at most,
 the C library hands back at once what is freed: what it would keep varies by a quarter from run to run.
 """
 
-import ctypes
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from math import isqrt
@@ -19,10 +18,10 @@ import torch
 
 from benchmarks.sides import SIDES, layer_pass, training_step
 from benchmarks.timing import Report, is_out_of_memory, limit_memory, lines_of, parse_args, proc_value, release_memory, rounded
+from parallel import return_freed_memory
 from pde_ssm import set_backend
 
 BATCH, CHANNELS, HEADS = 4, 384, 6
-MMAP_THRESHOLD = -3  # of mallopt: bytes from which an allocation is a mapping of its own
 TOKENS = [16, 64, 256, 1024, 4096, 16384]
 QUICK_TOKENS = 4096
 
@@ -99,9 +98,7 @@ def grow(what, side, args, n):
     limit_memory()
     run(what, side, args, 2)  # what comes once: threads, imports, kernels
     release_memory(args.device)
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    libc.mallopt(MMAP_THRESHOLD, 2**16)
+    return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = proc_value("/proc/self/status", "VmRSS")
     return run(what, side, args, n) or dict(peak_mb=rounded((proc_value("/proc/self/status", "VmHWM") - before) * 1.024e-3))
