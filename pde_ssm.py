@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 TERMS = ("diffusion", "convection", "reaction")
+SYMBOL_ROWS = ("r", "Kxx", "Kxy", "Kyy", "bx", "by", "gx", "gy", "g0")  # of (9, C): tau times the first six, and the embedding
+EXPONENTS = 6        # the first of those rows
 R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_MAX)
 CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
 KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
@@ -62,7 +64,7 @@ def wave_monomials(h, w, dtype=torch.float32, device=None):
 
 
 def axis_monomials(h, w, dtype=torch.float32, device=None):
-    """What the symbol of a diagonal coupling is made of, as rows that multiply (r, Kxx, Kxy, Kyy, bx, by, gx, gy).
+    """What the symbol of a diagonal coupling is made of, as rows that multiply the first eight of `SYMBOL_ROWS`.
 
     Along x, w // 2 + 1 rows each: r - Kxx kx^2, -2 Kxy kx, gx kx and bx kx; along y, h rows each: by ky, -Kyy ky^2 and
     gy ky. Returns them, (4 (w // 2 + 1) + 3 h, 8), and the ky by which the second are to be multiplied, (h, 1).
@@ -177,7 +179,7 @@ def convolve(v, symbol):
     or complex (C, h, w // 2 + 1), if `by_channel`.
     On CPU the transforms of short sides are matrix products and the gradient is written by hand: see `Convolution`.
     """
-    if not _per_image(symbol) and (kernels := _kernels(v)):
+    if not _per_image(symbol) and (kernels := _triton_kernels(v)):
         return kernels.evolve(v, symbol)
     if v.device.type == "cpu" and not _traced(v, symbol):
         if torch.is_grad_enabled():
@@ -197,6 +199,11 @@ def _traced(*tensors):
     if any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _exporting():
+    """PyTorch 2.7 and 2.8 say so in torch.compile, too; 2.6 has no such question and cannot export."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", bool)()
 
 
 def _compiled_for_cpu(x):
@@ -440,19 +447,18 @@ def fourier_matrices(h, w, dtype):
         return along_w.to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype), back_along_w.to(dtype)
 
 
-def embedded_green(h, w, exponents, g0, gx, gy):
-    """G(k) B(k), as `convolve` takes it, and G(k) alone.
+def embedded_green(h, w, rows):
+    """G(k) B(k), as `convolve` takes it, and G(k) alone, of rows (..., 9, C) that are `SYMBOL_ROWS`.
 
-    exponents (..., 6, C) are tau times r, Kxx, Kxy, Kyy, bx and by; the others (..., C). All but the size of G(k) is made
-    of sums and products of what depends on kx or on ky alone: one exponential for each wave vector, and no sine.
+    All but the size of G(k) is made of sums and products of what depends on kx or on ky alone: one exponential for each wave
+    vector, and no sine.
     """
-    f, (rows, ky) = w // 2 + 1, on_grid(axis_monomials, h, w, g0)
-    embedding = torch.stack([gx, gy], dim=-2).expand(*exponents.shape[:-2], 2, -1)
-    coefficients = torch.cat([exponents, embedding], dim=-2)               # (..., 8, C)
+    f, (monomials, ky) = w // 2 + 1, on_grid(axis_monomials, h, w, rows)
+    coefficients, g0 = rows.split([8, 1], dim=-2)
     if by_channel(h, w):
-        parts, axis, g0, number = polynomial_by_channel(rows, coefficients), -1, g0[..., None, None], torch.complex
+        parts, axis, g0, number = polynomial_by_channel(monomials, coefficients), -1, g0.mT[..., None], torch.complex
     else:
-        parts, axis, g0, number = polynomial(rows, coefficients), -2, g0[..., None, None, :], _real_number
+        parts, axis, g0, number = polynomial(monomials, coefficients), -2, g0[..., None, :, :], _real_number
         ky = ky[:, :, None]
     growth_x, cross_x, B_x, phases, growth_y, B_y = parts.split([f, f, f, f + h, h, h], dim=axis)
     (cos_x, cos_y), (sin_x, sin_y) = (wave.split([f, h], dim=axis) for wave in (phases.cos(), phases.sin()))
@@ -475,25 +481,22 @@ class EmbeddedGreen(torch.autograd.Function):
     """G(k) B(k) of `embedded_green`, with the gradient by hand: two passes and sums instead of a chain of thirty."""
 
     @staticmethod
-    def forward(ctx, h, w, *inputs):
-        symbol, G = embedded_green(h, w, *inputs)
-        ctx.save_for_backward(G, *inputs)
+    def forward(ctx, h, w, rows):
+        symbol, G = embedded_green(h, w, rows)
+        ctx.save_for_backward(G, rows)
         ctx.grid = h, w
         return symbol
 
     @staticmethod
     def backward(ctx, gradient):
-        G, *inputs = ctx.saved_tensors
+        G, rows = ctx.saved_tensors
         if torch.is_grad_enabled():                                        # create_graph: the gradient of the plain way
-            needed = [x for x, is_needed in zip(inputs, ctx.needs_input_grad[2:]) if is_needed]
             with _full_precision(G):                                       # backward() may be called under autocast
-                symbol, _ = embedded_green(*ctx.grid, *inputs)
-                grads = torch.autograd.grad(symbol, needed, gradient, create_graph=True, allow_unused=True)
-            found = iter(grads)
-            return None, None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[2:])
+                symbol, _ = embedded_green(*ctx.grid, rows)
+                return None, None, *torch.autograd.grad(symbol, rows, gradient, create_graph=True)
         # With P = conj(G) times the gradient, the gradient with respect to B is P, and that with respect to the exponent
         # conj(B) P, where B = g0 + i (gx kx + gy ky): sums of P's parts times products of wave numbers are enough.
-        P, weights = multiply_conjugate(G, gradient), on_grid(moments, *ctx.grid, inputs[0])
+        P, weights = multiply_conjugate(G, gradient), on_grid(moments, *ctx.grid, rows)
         if P.is_complex():
             P, weights = torch.view_as_real(P).flatten(-3).mT, weights.transpose(0, 1)     # (..., 2 f, C)
         else:
@@ -502,43 +505,72 @@ class EmbeddedGreen(torch.autograd.Function):
             sums = adjoint(weights.flatten(0, 1), P)                       # (..., 15, C)
         even, squares, kx_even, ky_even = sums.split([4, 3, 4, 4], dim=-2)
         odd = sums[..., 7::4, :]                                           # of the imaginary parts with kx and ky
-        g0, gx, gy = (x[..., None, :] for x in inputs[1:])
+        gx, gy, g0 = rows[..., EXPONENTS:, :].split(1, dim=-2)
         growth_grad = torch.addcmul(torch.addcmul(g0 * even, gx, kx_even), gy, ky_even)
         phase_grad = g0 * odd - gx * squares[..., :2, :] - gy * squares[..., 1:, :]
-        gradients = torch.cat([growth_grad, phase_grad], dim=-2), even[..., 0, :], *odd.unbind(-2)
-        return None, None, *(g if g.shape == x.shape else g.sum_to_size(x.shape) for g, x in zip(gradients, inputs))
+        return None, None, torch.cat([growth_grad, phase_grad, odd, even[..., :1, :]], dim=-2)
 
 
-def exponents_of(r, Kxx, Kxy, Kyy, bx, by, tau):
-    """tau times the others, which are those of `Diagonal.scalars`: (..., 6, C)."""
-    return tau[..., None, :] * torch.stack([r, Kxx, Kxy, Kyy, bx, by], dim=-2)
-
-
-class Exponents(torch.autograd.Function):
-    """`exponents_of` a `Diagonal` whose parameters these are, None for absent terms, with the gradient by hand: twenty
-    small operations instead of fifty."""
+class SymbolRows(torch.autograd.Function):
+    """`Diagonal.plain_rows` of the equation whose parameters these are, None for absent terms, with the gradient by hand:
+    twenty small operations instead of fifty."""
 
     @staticmethod
-    def forward(ctx, equation, log_tau, log_lx, log_ly, shear, b, r_slack):
-        result = exponents_of(*equation.scalars())
-        ctx.save_for_backward(log_tau, log_lx, log_ly, shear, b, r_slack, result)
-        return result
+    def forward(ctx, equation, log_tau, log_lx, log_ly, shear, b, r_slack, gx, gy, g0):
+        rows = equation.plain_rows()
+        ctx.save_for_backward(log_tau, log_lx, log_ly, shear, b, r_slack, rows)
+        return rows
 
     @staticmethod
-    def backward(ctx, gradient):                                           # (..., 6, C)
-        log_tau, log_lx, log_ly, shear, b, r_slack, result = ctx.saved_tensors
+    def backward(ctx, gradient):                                           # (..., 9, C)
+        log_tau, log_lx, log_ly, shear, b, r_slack, rows = ctx.saved_tensors
         log_lx_grad = log_ly_grad = shear_grad = b_grad = r_slack_grad = None
-        tau, products = _widen(log_tau).exp(), gradient * result
+        tau, products = _widen(log_tau).exp(), (gradient * rows)[..., :EXPONENTS, :]
         if log_lx is not None:                                             # tau K = tau (lx^2, lx shear ly, (1 + shear^2) ly^2)
             _, xx, xy, yy, _, _ = products.unbind(-2)
             log_lx_grad, log_ly_grad = torch.add(xy, xx, alpha=2), torch.add(xy, yy, alpha=2)
             lx, ly, shear = _widen(log_lx).exp(), _widen(log_ly).exp(), _widen(shear)
             shear_grad = tau * ly * torch.addcmul(lx * gradient[..., 2, :], shear * ly, gradient[..., 3, :], value=2)
         if b is not None:
-            b_grad = (tau[..., None, :] * gradient[..., 4:, :]).mT
+            b_grad = (tau[..., None, :] * gradient[..., 4:EXPONENTS, :]).mT
         if r_slack is not None:
             r_slack_grad = -tau * gradient[..., 0, :] * torch.sigmoid(_widen(r_slack))
-        return None, products.sum(-2), log_lx_grad, log_ly_grad, shear_grad, b_grad, r_slack_grad
+        embedding = gradient[..., EXPONENTS:, :].unbind(-2)
+        return None, products.sum(-2), log_lx_grad, log_ly_grad, shear_grad, b_grad, r_slack_grad, *embedding
+
+
+class Evolution(torch.autograd.Function):
+    """What pde_ssm_cpu evolves, with its gradients: v (B, h, w, C), rows ([B], n, 9, C) -> (B, h, w, C)."""
+
+    @staticmethod
+    def forward(ctx, kernels, v, rows):
+        ctx.save_for_backward(v, rows)
+        ctx.kernels = kernels
+        return kernels.evolve(v, rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        v, rows = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, *ctx.kernels.evolve_backward(gradient, v, rows)
+        needed = [x for x, is_needed in zip((v, rows), ctx.needs_input_grad[1:]) if is_needed]
+        with _full_precision(v):                                           # create_graph: the gradient of the plain way
+            symbol, _ = embedded_green(*v.shape[1:3], rows)
+            state, _ = Convolution.apply(v, sum_of_components(symbol))
+            found = iter(torch.autograd.grad(state, needed, gradient, create_graph=True))
+        return None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[1:])
+
+
+def sum_of_components(symbol):
+    """G(k) B(k) of several PDEs together: ([B], n, 2, h, w // 2 + 1, C), or complex ([B], n, C, h, w // 2 + 1)."""
+    return symbol.sum(-4 if symbol.is_complex() else -5)
+
+
+def evolve_by_kernels(kernels, v, rows):
+    """What `convolve` makes of v (B, h, w, C), by pde_ssm_cpu; rows ([B], n, 9, C)."""
+    if torch.compiler.is_compiling():
+        return kernels.evolve_op(v, rows)
+    return Evolution.apply(kernels, v, rows) if torch.is_grad_enabled() else kernels.evolve(v, rows)
 
 
 def symmetric(A):
@@ -623,22 +655,30 @@ class Diagonal(nn.Module):
         return None if len(self.terms) == len(TERMS) else _widen(self.g0).new_zeros(()).expand(self.g0.shape)
 
     def symbol(self, h, w):
-        """What `evolve` multiplies by on an h x w grid: see `compute_symbol`.
+        """What `evolve` multiplies by on an h x w grid: see `compute_symbol`."""
+        return self.kept(self.compute_symbol, h, w)
 
-        It does not depend on the input, so evaluation without gradients computes it once per grid size and reuses it
-        until a parameter changes. (Writing through `parameter.data` escapes PyTorch's version counter, and so ours;
-        train() or eval() afterwards drops what was kept.)
+    def rows(self):
+        """What kernels make symbols of: see `compute_rows`."""
+        return self.kept(self.compute_rows)
+
+    def kept(self, compute, *grid):
+        """compute(*grid), which depends on parameters alone: evaluation without gradients computes it once per grid size and
+        reuses it until a parameter changes.
+
+        (Writing through `parameter.data` escapes PyTorch's version counter, and so ours; train() or eval() afterwards
+        drops what was kept.)
         """
         parameters = list(self._parameters.values())
         state = None
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             state = self._state(parameters)
         if state is None:
-            return self.compute_symbol(h, w)
-        entry = self._symbols.get((h, w))
+            return compute(*grid)
+        entry = self._symbols.get(grid)
         if entry is None or entry[0] != state:
             # The entry holds the parameters: as long as they live, no other can have their identity.
-            entry = self._symbols[h, w] = state, parameters, self.compute_symbol(h, w)
+            entry = self._symbols[grid] = state, parameters, compute(*grid)
             if len(self._symbols) > GRIDS_KEPT:
                 self._symbols.pop(next(iter(self._symbols)))
         return entry[2]
@@ -652,24 +692,40 @@ class Diagonal(nn.Module):
         except RuntimeError:  # tensors of torch.func have no address
             return None
 
+    def plain_rows(self):
+        """`SYMBOL_ROWS` of these parameters, (..., 9, C)."""
+        *scalars, tau = self.scalars()
+        exponents = tau[..., None, :] * torch.stack(scalars, dim=-2)
+        embedding = torch.stack([_widen(x) for x in (self.gx, self.gy, self.g0)], dim=-2)
+        return torch.cat([exponents, embedding], dim=-2)
+
+    def compute_rows(self, time_scale=None):
+        """The same, by the faster way to its gradients if they are wanted; one for each image with time_scale (B, dim)."""
+        names = ("log_tau", "log_lx", "log_ly", "shear", "b", "r_slack", "gx", "gy", "g0")
+        parameters = [getattr(self, name, None) for name in names]
+        by_hand = torch.is_grad_enabled() and not _traced(*(x for x in parameters if x is not None))
+        rows = SymbolRows.apply(self, *parameters) if by_hand else self.plain_rows()
+        if time_scale is None:
+            return rows
+        exponents, embedding = rows.split([EXPONENTS, len(SYMBOL_ROWS) - EXPONENTS], dim=-2)
+        time_scale = time_scale[:, None] if self.components == 1 else time_scale[:, None, None]
+        return torch.cat([time_scale * exponents, embedding.expand(time_scale.shape[0], *embedding.shape)], dim=-2)
+
     def compute_symbol(self, h, w, time_scale=None):
         """G(k) B(k) as `convolve` takes it; one per image with time_scale (B, dim)."""
-        parameters = [getattr(self, name, None) for name in ("log_tau", "log_lx", "log_ly", "shear", "b", "r_slack")]
-        embedding = [_widen(x) for x in (self.g0, self.gx, self.gy)]
-        inputs = [x for x in (*parameters, *embedding, time_scale) if x is not None]
-        by_hand = torch.is_grad_enabled() and not _traced(*inputs)
-        exponents = Exponents.apply(self, *parameters) if by_hand else exponents_of(*self.scalars())
-        if time_scale is not None:
-            exponents = exponents * (time_scale if self.components == 1 else time_scale[:, None])[..., None, :]
-        if by_hand:
-            S = EmbeddedGreen.apply(h, w, exponents, *embedding)
-        else:
-            S, _ = embedded_green(h, w, exponents, *embedding)
-        return S if self.components == 1 else S.sum(-4 if by_channel(h, w) else -5)
+        rows = self.compute_rows(time_scale)
+        by_hand = torch.is_grad_enabled() and not _traced(rows)
+        symbol = EmbeddedGreen.apply(h, w, rows) if by_hand else embedded_green(h, w, rows)[0]
+        return symbol if self.components == 1 else sum_of_components(symbol)
 
     def evolve(self, v, time_scale=None):                                  # (B, h, w, dim), (B, dim) or None
         """From R u to the state at time tau; time_scale multiplies tau."""
         h, w = v.shape[1:3]
+        if kernels := _cpp_kernels(v):
+            rows = self.rows() if time_scale is None else self.compute_rows(time_scale)
+            if torch.compiler.is_compiling() or not _traced(v, rows):
+                rows = rows if self.components > 1 else rows.unsqueeze(-3)
+                return evolve_by_kernels(kernels, _widen(v), rows).to(v.dtype)
         symbol = self.symbol(h, w) if time_scale is None else self.compute_symbol(h, w, time_scale)
         return convolve(v, symbol)
 
@@ -854,7 +910,7 @@ class Projection(nn.Linear):
     """
 
     def forward(self, u):                                                  # (B, h, w, D) -> (B, h, w, C)
-        if not by_channel(*u.shape[1:3]) or torch.is_grad_enabled():
+        if not by_channel(*u.shape[1:3]) or torch.is_grad_enabled() or _cpp_kernels(u):
             return super().forward(u)
         weight = self.weight.expand(len(u), -1, -1)                        # lest matmul makes one product of all images
         v = torch.bmm(weight, u.flatten(1, 2).mT).unflatten(2, u.shape[1:3])         # (B, C, h, w)
@@ -1101,31 +1157,53 @@ def _attention_width(layer):
     return 0
 
 
-_backend = "torch"
+_backend = "default"
+BACKENDS = ("default", "torch", "cpp", "triton", "auto")
 
 
 def set_backend(name):
-    """What runs the diagonal coupling, if not conditioned: "torch"; "triton", the kernels of pde_ssm_triton.py, or an error
-    where they cannot; or "auto", the kernels where they can: on GPUs, up to 128 x 128 tokens. Results agree up to rounding."""
+    """What runs the diagonal coupling. Results agree up to rounding.
+
+    default: on CPUs the C++ kernels of pde_ssm_cpu.py where they can, PyTorch elsewhere
+    torch:   PyTorch
+    cpp:     the C++ kernels, or an error where they cannot
+    triton:  the kernels of pde_ssm_triton.py, for GPUs, or an error where they cannot; not for conditioned layers
+    auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
+    """
     global _backend
-    if name not in ("torch", "triton", "auto"):
-        raise ValueError(f"unknown backend {name!r}; known: torch, triton, auto")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     _backend = name
 
 
-def _kernels(v):
+def _triton_kernels(v):
     """The module pde_ssm_triton if it is to evolve v (B, h, w, C)."""
-    if _backend == "torch":
+    if _backend not in ("triton", "auto"):
         return None
     try:
-        import pde_ssm_triton
+        import pde_ssm_triton as kernels
     except ImportError:
-        pde_ssm_triton = None
-    if pde_ssm_triton and pde_ssm_triton.serves(v):
-        return pde_ssm_triton
-    if _backend == "triton":
-        where = "not installed" if pde_ssm_triton is None else f"not for {v.dtype} of shape {tuple(v.shape)} on {v.device.type}"
-        raise ValueError(f"the backend is triton, and its kernels are {where}; set_backend('auto') takes torch there")
+        kernels = None
+    return _if_they_can("triton", kernels, v)
+
+
+def _cpp_kernels(v):
+    """The module pde_ssm_cpu if it is to evolve v (B, h, w, C). Not in exported programs, which go where no compiler is."""
+    if _backend in ("torch", "triton") or _exporting() or _triton_kernels(v):
+        return None
+    try:
+        import pde_ssm_cpu as kernels
+    except ImportError:
+        kernels = None
+    return _if_they_can("cpp", kernels, v)
+
+
+def _if_they_can(backend, kernels, v):
+    if kernels and kernels.serves(v):
+        return kernels
+    if _backend == backend:
+        where = "not installed" if kernels is None else f"not for {v.dtype} of shape {tuple(v.shape)} on {v.device.type}"
+        raise ValueError(f"the backend is {backend}, and its kernels are {where}; set_backend('auto') takes torch there")
     return None
 
 

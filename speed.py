@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from pde_ssm import PDESSM, Diagonal, set_backend
+from pde_ssm import BACKENDS, PDESSM, Diagonal, set_backend
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,8 +16,8 @@ def add_speed_flags(add):
     """The flags that train.py, sample.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     add("--compile", action="store_true", help="by torch.compile, for which the first step takes about a minute longer")
-    kernels = dict(choices=("torch", "triton", "auto"), default="torch", dest="backend")  # no option of the mixer, so no pde_*
-    add("--pde-backend", **kernels, help="of the PDE: PyTorch; Triton's kernels, for GPUs; or those where they can run")
+    kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
+    add("--pde-backend", **kernels, help="of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; or what kernels can")
 
 
 def in_precision(network, precision, device):
@@ -59,8 +59,9 @@ def keep_symbols(model):
     """Lets compiled networks take the PDEs' symbols for constants, computed once, as networks that are not compiled do."""
     for layer in model.modules():
         if isinstance(layer, Diagonal):
-            kept = cache(layer.symbol)
-            layer.symbol = torch.compiler.assume_constant_result(lambda h, w, kept=kept: kept(h, w))
+            symbol, rows = cache(layer.symbol), cache(layer.rows)
+            layer.symbol = torch.compiler.assume_constant_result(lambda h, w, symbol=symbol: symbol(h, w))
+            layer.rows = torch.compiler.assume_constant_result(lambda rows=rows: rows())
 
 
 def check_compiler(device):
@@ -71,10 +72,10 @@ def check_compiler(device):
 
 
 def choose_backend(name, model, device):
-    """What runs the model's PDEs on that device, by the names of `set_backend`. ValueError if it is triton and cannot."""
+    """What runs the model's PDEs on that device, by the names of `set_backend`. ValueError if it cannot."""
     set_backend(name)
     layer = next((layer for layer in model.modules() if isinstance(layer, PDESSM)), None)
-    if name == "triton" and layer:
+    if name in ("cpp", "triton") and layer:
         u = torch.zeros(1, layer.dim, *model.grid_size, device=device)
         c = torch.zeros(1, layer.dim, device=device) if layer.conditioned else None
         try:
@@ -82,4 +83,4 @@ def choose_backend(name, model, device):
                 deepcopy(layer).to(device)(u, c)  # one of the layers tries
         except ValueError as error:
             reason = str(error).partition(";")[0]
-            raise ValueError(f"--pde-backend triton: {reason}; --pde-backend auto takes PyTorch there") from error
+            raise ValueError(f"--pde-backend {name}: {reason}; --pde-backend auto takes PyTorch there") from error

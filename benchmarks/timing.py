@@ -41,7 +41,7 @@ def parse_args(description, argv=None, **flags):
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; by default all cores that it may use")
     add("--seconds", type=float, help="for each row of the table, beyond 3 rounds; 10, or 4 with --quick")
     add("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile every side, e.g. reduce-overhead")
-    add("--backend", choices=("torch", "auto"), default="torch", help="of the PDE: auto takes Triton's kernels where they can")
+    add("--backend", choices=("default", "torch", "auto"), default="default", help="of the PDE: see set_backend in pde_ssm.py")
     add("--out", type=Path, default=ROOT / "reproduce" / "results", help="folder of the JSON and the plot")
     for name, options in flags.items():
         add(f"--{name}", **options)
@@ -207,7 +207,8 @@ class Report:
     def __init__(self, name, args, columns, **settings):
         device = machine(args.device).get("gpu", "cpu").lower().replace(" ", "-")
         compiled = f"compiled-{args.compile}" if args.compile else ""
-        parts = [name, device, "triton" if args.backend == "auto" else "", compiled, "quick" if args.quick else ""]
+        backend = {"default": "", "torch": "torch", "auto": "triton"}[args.backend]
+        parts = [name, device, backend, compiled, "quick" if args.quick else ""]
         self.path = args.out / f"{'-'.join(filter(None, parts))}.json"
         self.columns = columns
         precision = "bfloat16 autocast" if args.device.type == "cuda" else "float32"

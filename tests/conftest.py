@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import pde_ssm
+import pde_ssm_cpu
 from checkpoint import save_checkpoint
 from commands import write_photos
 from models import MODELS
@@ -85,6 +87,18 @@ def compilations(monkeypatch):
     monkeypatch.setenv("CXX", sys.executable)
     yield counter
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels():
+    """Built before a test names another compiler."""
+    pde_ssm_cpu.built()
+
+
+@pytest.fixture(autouse=True)
+def default_backend():
+    yield
+    pde_ssm.set_backend("default")
 
 
 @pytest.fixture(autouse=True)

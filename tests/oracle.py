@@ -47,3 +47,13 @@ def embed(u, g0, gx, gy):
 def solve(u, K, b, r, tau):
     """The state at time tau from the state u (c, h, w) at time 0: the exponential of the whole discretised system."""
     return (torch.linalg.matrix_exp(tau * generator(K, b, r, *u.shape[1:])) @ u.flatten()).view(u.shape)
+
+
+def random_rows(*shape, dtype=torch.float32):
+    """`pde_ssm.SYMBOL_ROWS` (..., 9, C) for shape (..., C), with Lambda(k) of the order of 1 at the lowest wave vectors."""
+    *leading, C = shape
+    rows = torch.randn(*leading, 9, C, dtype=dtype)
+    K = 0.05 * torch.randn(*leading, C, 2, 2, dtype=dtype)
+    K = K @ K.mT
+    rows[..., 1:4, :] = torch.stack([K[..., 0, 0], K[..., 0, 1], K[..., 1, 1]], dim=-2)
+    return rows * torch.tensor([0.3, 1, 1, 1, 0.1, 0.1, 0.02, 0.02, 1], dtype=dtype)[:, None]

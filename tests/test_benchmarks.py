@@ -21,7 +21,7 @@ TINY = (16, 1, 2)  # hidden size, depth, heads
 def args(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_MS", 0.1)
     monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
-    common = dict(quick=True, device=torch.device("cpu"), threads=1, seconds=0, compile=None, backend="torch", out=tmp_path)
+    common = dict(quick=True, device=torch.device("cpu"), threads=1, seconds=0, compile=None, backend="default", out=tmp_path)
     return Namespace(**common, batch=2, tokens_per_step=16)
 
 

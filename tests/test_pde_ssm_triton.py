@@ -30,8 +30,6 @@ def on_device():
 @pytest.fixture
 def triton_backend():
     pde_ssm.set_backend("triton")
-    yield
-    pde_ssm.set_backend("torch")
 
 
 def assert_close(mine, expected, dtype):
@@ -134,7 +132,7 @@ def test_auto_takes_the_plain_path_where_the_kernels_cannot(triton_backend):
         pde_ssm.set_backend("triton")
         with pytest.raises(ValueError, match=r"not for torch\.float.* of shape"):
             pde(u)
-    with pytest.raises(ValueError, match="known: torch, triton, auto"):
+    with pytest.raises(ValueError, match="known: default, torch, cpp, triton, auto"):
         pde_ssm.set_backend("cuda")
 
 

@@ -89,11 +89,12 @@ def test_a_smaller_last_batch_is_compiled_too(tmp_path, checkpoint, compilations
     assert compilations.frame_count == 4
 
 
-def test_a_compiled_network_computes_symbols_once(randomize, compilations, monkeypatch):
+@pytest.mark.parametrize("backend", ["default", "torch"])
+def test_a_compiled_network_computes_symbols_once(randomize, compilations, monkeypatch, backend):
     model, calls = build(randomize, mixer="pdessm"), []
-    compute = pde_ssm.Diagonal.compute_symbol
-    monkeypatch.setattr(pde_ssm.Diagonal, "compute_symbol", lambda *a: calls.append(a) or compute(*a))
-    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    compute = pde_ssm.Diagonal.compute_rows
+    monkeypatch.setattr(pde_ssm.Diagonal, "compute_rows", lambda *a: calls.append(a) or compute(*a))
+    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True, backend=backend)), CPU)
     for _ in range(2):
         samples(model, "ddim", 2.0, None, INTERVAL)
     assert len(calls) == len(model.blocks)
@@ -197,7 +198,6 @@ def test_what_a_machine_cannot_do_ends_in_one_line(tmp_path, monkeypatch, checkp
     """Before anything is written."""
     monkeypatch.setenv("CXX", "/no/compiler")
     monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
-    monkeypatch.setattr(pde_ssm, "_backend", "torch")
     inputs = [*QUICK, "--mixer", "pdessm", "--max-steps", "1"] if command is train else ["--ckpt", checkpoint(), *FEW_STEPS]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as end:
@@ -208,7 +208,6 @@ def test_what_a_machine_cannot_do_ends_in_one_line(tmp_path, monkeypatch, checkp
 
 def test_without_triton_there_are_no_kernels(randomize, monkeypatch):
     monkeypatch.setitem(sys.modules, "pde_ssm_triton", None)
-    monkeypatch.setattr(pde_ssm, "_backend", "torch")
     settings = Namespace(**PLAIN | dict(backend="triton"))
     with pytest.raises(ValueError, match=r"--pde-backend triton: .* its kernels are not installed; --pde-backend auto"):
         prepare_to_sample(build(randomize, mixer="pdessm"), settings, CPU)
@@ -217,7 +216,6 @@ def test_without_triton_there_are_no_kernels(randomize, monkeypatch):
 
 def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatch, checkpoint):
     """It is no option of the mixer, and a run goes on with another."""
-    monkeypatch.setattr(pde_ssm, "_backend", "torch")
     monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
     path = checkpoint()
     plain = draw(path, tmp_path / "a.png")
@@ -225,7 +223,7 @@ def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatc
     assert pde_ssm._backend == "auto"
     flags = ["--mixer", "attention", "--global-batch-size", 8, "--resume", "auto", "--max-steps"]
     fit(tmp_path / "r", *flags, 1)
-    assert pde_ssm._backend == "torch"
+    assert pde_ssm._backend == "default"
     folder = fit(tmp_path / "r", *flags, 2, "--pde-backend", "auto")
     assert pde_ssm._backend == "auto"
     assert (folder / "checkpoints" / "0000002.pt").exists()

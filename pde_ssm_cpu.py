@@ -1,0 +1,537 @@
+"""C++ kernels of the diagonal coupling for CPUs: irfft2(symbol rfft2(v)) and its gradients, the symbol made on the way.
+
+Never needed for a result, only for speed. A compiler (CXX, else g++ or c++) builds them at their first use, in a second or two,
+into the user's cache (XDG_CACHE_HOME, else ~/.cache); without one, or where OpenMP is missing, `serves` says no.
+
+Sixteen channels are one vector. All that is computed of them for one image stays in a core's own cache: tokens are read once
+and written once, and the symbol, sixteen times exp and products with powers of exp(i b), is never in memory at all.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+COEFFICIENTS = 9        # rows: tau times r, Kxx, Kxy, Kyy, bx, by; then g0, gx, gy
+MAX_SIDE = 512
+LARGEST_PRIME = 13      # in a side; with larger ones products of matrices are faster
+SIDES = frozenset(n for n in range(1, MAX_SIDE + 1) if math.factorial(LARGEST_PRIME) ** 9 % n == 0)  # 2^9 is MAX_SIDE
+LANES = 16              # channels at once
+BLOCKS_PER_THREAD = 4   # of channels and images, lest threads wait for one another at the end
+FLAGS = f"""-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -shared -std=c++17 -Wno-psabi
+-DCOEFFICIENTS={COEFFICIENTS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME} -DLANES={LANES}""".split()
+
+SOURCE = r"""
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+constexpr float LEAST_GROWTH = -80;  // as in pde_ssm.py
+constexpr double TURN = 6.283185307179586;
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int I __attribute__((vector_size(4 * LANES)));
+typedef double D __attribute__((vector_size(8 * LANES)));
+struct Z { V re, im; };  // a complex number of each channel
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Z operator+(const Z &a, const Z &b) { return {a.re + b.re, a.im + b.im}; }
+INLINE Z operator-(const Z &a, const Z &b) { return {a.re - b.re, a.im - b.im}; }
+INLINE Z operator*(const Z &a, const Z &b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
+INLINE Z conj(const Z &a) { return {a.re, -a.im}; }
+INLINE Z turned(const Z &a, float cosine, float sine) { return {a.re * cosine - a.im * sine, a.re * sine + a.im * cosine}; }
+
+INLINE V load(const float *from, int lanes) {
+  V v = {};
+  if (lanes == LANES) std::memcpy(&v, from, sizeof v);
+  else std::memcpy(&v, from, 4 * lanes);
+  return v;
+}
+
+INLINE void store(float *to, const V &v, int lanes) {
+  if (lanes == LANES) std::memcpy(to, &v, sizeof v);
+  else std::memcpy(to, &v, 4 * lanes);
+}
+
+// Fourier transforms of n points: Stockham's, whose results are in order without a pass that sorts.
+
+struct Axis {
+  int n, stages = 0, radix[16];
+  float cosine[MAX_SIDE], sine[MAX_SIDE];  // of -2 pi j / n
+
+  explicit Axis(int n) : n(n) {
+    int left = n;
+    for (int r = 4; left > 1; r = r == 4 ? 2 : r == 2 ? 3 : r + 2)
+      for (; left % r == 0; left /= r) radix[stages++] = r;
+    for (int j = 0; j < n; j++) {
+      cosine[j] = std::cos(TURN * j / n);
+      sine[j] = -std::sin(TURN * j / n);
+    }
+  }
+};
+
+// One stage: the input is r transforms of m s points each, s of them interleaved; with the sign of the exponent.
+template <int sign>
+INLINE void stage2(const Axis &axis, int m, int s, const Z *in, Z *out) {
+  for (int p = 0; p < m; p++)
+    for (int q = 0; q < s; q++) {
+      Z a = in[q + s * p], b = in[q + s * (p + m)];
+      out[q + s * 2 * p] = a + b;
+      out[q + s * (2 * p + 1)] = turned(a - b, axis.cosine[p * s], -sign * axis.sine[p * s]);
+    }
+}
+
+template <int sign>
+INLINE void stage4(const Axis &axis, int m, int s, const Z *in, Z *out) {
+  for (int p = 0; p < m; p++) {
+    float c1 = axis.cosine[p * s], c2 = axis.cosine[2 * p * s], c3 = axis.cosine[3 * p * s];
+    float s1 = -sign * axis.sine[p * s], s2 = -sign * axis.sine[2 * p * s], s3 = -sign * axis.sine[3 * p * s];
+    for (int q = 0; q < s; q++) {
+      Z a = in[q + s * p], b = in[q + s * (p + m)], c = in[q + s * (p + 2 * m)], d = in[q + s * (p + 3 * m)];
+      Z even = a + c, odd = b + d, x = a - c, y = b - d;
+      Z iy = sign > 0 ? Z{-y.im, y.re} : Z{y.im, -y.re};
+      out[q + s * 4 * p] = even + odd;
+      out[q + s * (4 * p + 1)] = turned(x + iy, c1, s1);
+      out[q + s * (4 * p + 2)] = turned(even - odd, c2, s2);
+      out[q + s * (4 * p + 3)] = turned(x - iy, c3, s3);
+    }
+  }
+}
+
+template <int sign>
+void stage_odd(const Axis &axis, int r, int m, int s, const Z *in, Z *out) {
+  Z sums[LARGEST_PRIME / 2 + 1], differences[LARGEST_PRIME / 2 + 1];
+  for (int p = 0; p < m; p++)
+    for (int q = 0; q < s; q++) {
+      Z first = in[q + s * p], total = first;
+      for (int j = 1; 2 * j < r; j++) {
+        Z a = in[q + s * (p + m * j)], b = in[q + s * (p + m * (r - j))];
+        sums[j] = a + b;
+        differences[j] = a - b;
+        total = total + sums[j];
+      }
+      out[q + s * r * p] = total;
+      for (int k = 1; 2 * k < r; k++) {
+        Z even = first, odd = {};
+        for (int j = 1; 2 * j < r; j++) {
+          int angle = j * k % r * (axis.n / r);
+          float c = axis.cosine[angle], si = -sign * axis.sine[angle];
+          even.re += sums[j].re * c;
+          even.im += sums[j].im * c;
+          odd.re -= differences[j].im * si;
+          odd.im += differences[j].re * si;
+        }
+        int angle = p * k * s, opposite = p * (r - k) * s;
+        out[q + s * (r * p + k)] = turned(even + odd, axis.cosine[angle], -sign * axis.sine[angle]);
+        out[q + s * (r * p + r - k)] = turned(even - odd, axis.cosine[opposite], -sign * axis.sine[opposite]);
+      }
+    }
+}
+
+// sum_j a_j exp(sign 2 pi i j k / n), over a or over b, which are n long: says where.
+template <int sign>
+static Z *transform(const Axis &axis, Z *a, Z *b) {
+  int left = axis.n, s = 1;
+  for (int i = 0; i < axis.stages; i++) {
+    int r = axis.radix[i], m = left / r;
+    if (r == 4) stage4<sign>(axis, m, s, a, b);
+    else if (r == 2) stage2<sign>(axis, m, s, a, b);
+    else stage_odd<sign>(axis, r, m, s, a, b);
+    Z *result = b;
+    b = a, a = result, left = m, s *= r;
+  }
+  return a;
+}
+
+// A grid, what waves on it are, and the memory that one core works in. Spectra are column after column, [x][y] with x up to
+// w / 2; a row of padding keeps the rows of a power of two from falling on the same place in the cache.
+
+struct Grid {
+  Axis X, Y;
+  int h, w, f, column;
+  long spectrum;
+  float kx[MAX_SIDE], ky[MAX_SIDE], kx_odd[MAX_SIDE], ky_odd[MAX_SIDE];
+
+  Grid(int h, int w) : X(w), Y(h), h(h), w(w), f(w / 2 + 1), column(h + 1), spectrum((long)f * column) {
+    for (int x = 0; x < f; x++) {
+      kx[x] = TURN * x;
+      kx_odd[x] = 2 * x == w ? 0 : kx[x];
+    }
+    for (int y = 0; y < h; y++) {
+      ky[y] = TURN * (2 * y < h ? y : y - h);
+      ky_odd[y] = 2 * y == h ? 0 : ky[y];
+    }
+  }
+};
+
+static Z *workspace(long size) {
+  static thread_local std::unique_ptr<char[]> memory;
+  static thread_local long capacity = 0;
+  if (capacity < size) {
+    memory.reset(new char[size * sizeof(Z) + 64]);
+    capacity = size;
+  }
+  return (Z *)(((size_t)memory.get() + 63) / 64 * 64);
+}
+
+// Twice rfft2 of tokens. Two rows at a time are real and imaginary part of one complex row.
+static void spectrum_of(const Grid &grid, const float *tokens, long C, int lanes, Z *result, Z *line) {
+  int h = grid.h, w = grid.w;
+  Z *other = line + (w > h ? w : h);
+  for (int y = 0; y < h; y += 2) {
+    const float *upper = tokens + (long)y * w * C, *lower = upper + w * C;
+    bool two = y + 1 < h;
+    for (int x = 0; x < w; x++) line[x] = {load(upper + x * C, lanes), two ? load(lower + x * C, lanes) : V{}};
+    const Z *both = transform<-1>(grid.X, line, other);
+    for (int x = 0; x < grid.f; x++) {
+      Z a = both[x], b = conj(both[x ? w - x : 0]), *to = result + x * grid.column + y;
+      Z difference = a - b;                                                // 2 i times the lower row's
+      to[0] = a + b;
+      if (two) to[1] = {difference.im, -difference.re};
+    }
+  }
+}
+
+// Along y, times the symbol or its conjugate, and back.
+template <bool conjugate>
+INLINE void multiply(const Grid &grid, Z *spectrum, const Z *symbol, Z *line) {
+  for (int x = 0; x < grid.f; x++) {
+    Z *column = spectrum + x * grid.column;
+    const Z *factor = symbol + x * grid.column;
+    Z *waves = transform<-1>(grid.Y, column, line);
+    for (int y = 0; y < grid.h; y++) waves[y] = waves[y] * (conjugate ? conj(factor[y]) : factor[y]);
+    transform<1>(grid.Y, waves, waves == column ? line : column);          // as many stages again: it ends in the column
+  }
+}
+
+// irfft2 of half a spectrum that `multiply` left.
+static void tokens_of(const Grid &grid, const Z *spectrum, float *tokens, long C, int lanes, Z *line) {
+  int h = grid.h, w = grid.w;
+  Z *other = line + (w > h ? w : h);
+  float scale = 0.5f / ((float)h * w);
+  for (int y = 0; y < h; y += 2) {
+    float *upper = tokens + (long)y * w * C, *lower = upper + w * C;
+    bool two = y + 1 < h;
+    for (int x = 0; x < grid.f; x++) {
+      const Z *from = spectrum + x * grid.column + y;
+      Z a = from[0], b = two ? from[1] : Z{};
+      if (x == 0 || 2 * x == w) line[x] = {a.re, b.re};                    // what a real row has there is real
+      else {
+        line[x] = {a.re - b.im, a.im + b.re};
+        line[w - x] = {a.re + b.im, b.re - a.im};
+      }
+    }
+    const Z *both = transform<1>(grid.X, line, other);
+    for (int x = 0; x < w; x++) {
+      store(upper + x * C, both[x].re * scale, lanes);
+      if (two) store(lower + x * C, both[x].im * scale, lanes);
+    }
+  }
+}
+
+// exp to one unit in the last place or two; not below exp(LEAST_GROWTH).
+INLINE V exponential(V x) {
+  x = x < LEAST_GROWTH ? V{} + LEAST_GROWTH : x > 89.0f ? V{} + 89.0f : x; // above 88.7 it is infinite, and NaN stays
+  V doublings = x * 1.44269504f + 12582912.0f;                             // rounded by a number whose last bit is one
+  V scale = (V)(((I)doublings << 23) + (127 << 23));
+  doublings -= 12582912.0f;
+  x -= doublings * 0.693145752f;
+  x -= doublings * 1.42860677e-6f;
+  V power = 1 / 720.0f + x * (1 / 5040.0f);
+  power = 1 / 24.0f + x * (1 / 120.0f + x * power);
+  return scale * (1 + x * (1 + x * (0.5f + x * (1 / 6.0f + x * power))));
+}
+
+// cos and sin of j angle, j < n, the angle in turns.
+static void powers(V turns, int n, Z *result) {
+  D cosine, sine, re = {}, im = {};
+  for (int lane = 0; lane < LANES; lane++) {
+    double part = (double)turns[lane] - std::nearbyint((double)turns[lane]);
+    cosine[lane] = std::cos(TURN * part);
+    sine[lane] = std::sin(TURN * part);
+  }
+  re += 1;
+  for (int j = 0; j < n; j++) {
+    result[j] = {__builtin_convertvector(re, V), __builtin_convertvector(im, V)};
+    D next = re * cosine - im * sine;
+    im = re * sine + im * cosine;
+    re = next;
+  }
+}
+
+// The wave vectors of a grid one after the other with G(k) and B(k) there, for one PDE of each channel.
+template <class Visit>
+INLINE void for_each_wave(const Grid &grid, const V *coefficient, Z *waves_x, Z *waves_y, Visit visit) {
+  V r = coefficient[0], Kxx = coefficient[1], Kxy = coefficient[2], Kyy = coefficient[3];
+  V gx = coefficient[6], gy = coefficient[7], g0 = coefficient[8];
+  powers(coefficient[4], grid.f, waves_x);
+  powers(coefficient[5], grid.h / 2 + 1, waves_y);
+  for (int x = 0; x < grid.f; x++) {
+    float kx = grid.kx_odd[x];
+    V growth_x = r - Kxx * (grid.kx[x] * grid.kx[x]), cross = Kxy * (-2 * kx), B_x = gx * kx;
+    Z wave_x = kx == 0 ? Z{V{} + 1, V{}} : waves_x[x];
+    for (int y = 0; y < grid.h; y++) {
+      float ky = grid.ky_odd[y];
+      V size = exponential(growth_x - Kyy * (grid.ky[y] * grid.ky[y]) + cross * ky);
+      Z wave = 2 * y == grid.h ? wave_x : wave_x * (2 * y < grid.h ? waves_y[y] : conj(waves_y[grid.h - y]));
+      visit(x, y, Z{wave.re * size, wave.im * size}, Z{g0, B_x + gy * ky});
+    }
+  }
+}
+
+struct Channels {  // of one block
+  long first, C;
+  int lanes;
+  Channels(long block, long C) : first(block * LANES), C(C), lanes(C - first < LANES ? C - first : LANES) {}
+};
+
+static void load_coefficients(const float *from, const Channels &c, V *to) {
+  for (int i = 0; i < COEFFICIENTS; i++) to[i] = load(from + i * c.C + c.first, c.lanes);
+}
+
+static void symbol_of(const Grid &grid, const float *coefficients, int components, const Channels &c, Z *symbol, Z *waves) {
+  V coefficient[COEFFICIENTS];
+  for (int n = 0; n < components; n++) {
+    load_coefficients(coefficients + n * COEFFICIENTS * c.C, c, coefficient);
+    for_each_wave(grid, coefficient, waves, waves + grid.f, [&](int x, int y, const Z &G, const Z &B) {
+      Z *at = symbol + x * grid.column + y;
+      *at = n ? *at + G * B : G * B;
+    });
+  }
+}
+
+// v and out (B, h, w, C). Each of `groups` equal shares of the images has coefficients (components, COEFFICIENTS, C), the
+// next share's `stride` numbers later.
+extern "C" void evolve(const float *v, const float *coefficients, float *out, long B, int h, int w, long C, int components,
+                       int groups, long stride, int threads) {
+  const Grid grid(h, w);
+  const long blocks = (C + LANES - 1) / LANES, image = (long)h * w * C;
+  #pragma omp parallel num_threads(threads)
+  {
+    Z *symbol = workspace(2 * grid.spectrum + 2 * (h + w)), *waves = symbol + grid.spectrum, *line = waves + grid.spectrum;
+    #pragma omp for collapse(2) schedule(dynamic)
+    for (long block = 0; block < blocks; block++)
+      for (int group = 0; group < groups; group++) {
+        const Channels c(block, C);
+        symbol_of(grid, coefficients + group * stride, components, c, symbol, line);
+        for (long b = group * B / groups; b < (group + 1) * B / groups; b++) {
+          spectrum_of(grid, v + b * image + c.first, C, c.lanes, waves, line);
+          multiply<false>(grid, waves, symbol, line);
+          tokens_of(grid, waves, out + b * image + c.first, C, c.lanes, line);
+        }
+      }
+  }
+}
+
+// From the gradient of out to those of v and of each group's coefficients, (groups, components, COEFFICIENTS, C).
+extern "C" void evolve_backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
+                                float *coefficients_gradient, long B, int h, int w, long C, int components, int groups,
+                                long stride, int threads) {
+  const Grid grid(h, w);
+  const long blocks = (C + LANES - 1) / LANES, image = (long)h * w * C;
+  #pragma omp parallel num_threads(threads)
+  {
+    Z *symbol = workspace(4 * grid.spectrum + 2 * (h + w)), *symbol_gradient = symbol + grid.spectrum;
+    Z *waves = symbol_gradient + grid.spectrum, *gradient_waves = waves + grid.spectrum;
+    Z *line = gradient_waves + grid.spectrum;
+    #pragma omp for collapse(2) schedule(dynamic)
+    for (long block = 0; block < blocks; block++)
+      for (int group = 0; group < groups; group++) {
+        const Channels c(block, C);
+        const float *own = coefficients + group * stride;
+        symbol_of(grid, own, components, c, symbol, line);
+        const long first = group * B / groups, last = (group + 1) * B / groups;
+        for (long b = first; b < last; b++) {
+          spectrum_of(grid, v + b * image + c.first, C, c.lanes, waves, line);
+          spectrum_of(grid, gradient + b * image + c.first, C, c.lanes, gradient_waves, line);
+          for (int x = 0; x < grid.f; x++) {
+            Z *column = gradient_waves + x * grid.column;
+            const Z *factor = symbol + x * grid.column;
+            Z *sums = symbol_gradient + x * grid.column;
+            const Z *a = transform<-1>(grid.Y, waves + x * grid.column, line);
+            // ... the other column needs a line of its own where the first one's result is in it
+            Z *g = transform<-1>(grid.Y, column, line + (w > h ? w : h));
+            for (int y = 0; y < h; y++) {
+              Z product = conj(a[y]) * g[y];
+              sums[y] = b == first ? product : sums[y] + product;
+              g[y] = g[y] * conj(factor[y]);
+            }
+            transform<1>(grid.Y, g, g == column ? line : column);
+          }
+          tokens_of(grid, gradient_waves, v_gradient + b * image + c.first, C, c.lanes, line);
+        }
+        for (int n = 0; n < components; n++) {
+          V coefficient[COEFFICIENTS], total[COEFFICIENTS] = {}, sum[COEFFICIENTS] = {};
+          load_coefficients(own + n * COEFFICIENTS * C, c, coefficient);
+          for_each_wave(grid, coefficient, line, line + grid.f, [&](int x, int y, const Z &G, const Z &B) {
+            // With P = conj(G) times the symbol's gradient, B's gradient is P and the exponent's conj(B) P.
+            float kx = grid.kx_odd[x], ky = grid.ky_odd[y];
+            Z P = conj(G) * symbol_gradient[x * grid.column + y], Q = conj(B) * P;
+            sum[0] += Q.re;
+            sum[1] -= Q.re * (grid.kx[x] * grid.kx[x]);
+            sum[2] -= Q.re * (2 * kx * ky);
+            sum[3] -= Q.re * (grid.ky[y] * grid.ky[y]);
+            sum[4] += Q.im * kx;
+            sum[5] += Q.im * ky;
+            sum[6] += P.im * kx;
+            sum[7] += P.im * ky;
+            sum[8] += P.re;
+            if (y == h - 1)  // the column's end: sums of sums lose less to rounding
+              for (int i = 0; i < COEFFICIENTS; i++) {
+                // every wave but those with kx = 0 or at its Nyquist frequency stands for its mirror image, too
+                total[i] += sum[i] * ((x == 0 || 2 * x == w ? 0.25f : 0.5f) / ((float)h * w));
+                sum[i] = V{};
+              }
+          });
+          float *to = coefficients_gradient + ((long)group * components + n) * COEFFICIENTS * C + c.first;
+          for (int i = 0; i < COEFFICIENTS; i++) store(to + i * C, total[i], c.lanes);
+        }
+      }
+  }
+}
+"""
+
+
+def serves(v):
+    """Whether the kernels can take these tokens (B, h, w, C): of at most 32 bits, on a CPU, on a grid of SIDES."""
+    if v.device.type != "cpu" or v.dtype not in (torch.float32, torch.bfloat16, torch.float16) or v.numel() == 0:
+        return False
+    return v.shape[1] in SIDES and v.shape[2] in SIDES and built()
+
+
+@torch.compiler.assume_constant_result  # for compilers, which cannot look into it
+def built():
+    """Whether there are kernels; says once why there are none."""
+    _, reason = library()
+    if reason:
+        warnings.warn(f"{reason}; PDEs on CPUs run by PyTorch's operations, several times slower", stacklevel=2)
+    return reason is None
+
+
+def evolve(v, coefficients):
+    """From R u to the state: v (B, h, w, C), coefficients (n, 9, C) or one per image (B, n, 9, C), float32 -> (B, h, w, C).
+
+    The nine rows are tau times r, Kxx, Kxy, Kyy, bx and by, then g0, gx and gy. The symbol is the sum of G(k) B(k) over the n.
+    """
+    v, coefficients = v.contiguous(), coefficients.contiguous()
+    out = torch.empty_like(v)
+    run("evolve", v, coefficients, out, sizes=sizes(v, coefficients))
+    return out
+
+
+def evolve_backward(gradient, v, coefficients):
+    """From the gradient of `evolve`'s result to those of v and of coefficients."""
+    gradient, v, coefficients = gradient.contiguous(), v.contiguous(), coefficients.contiguous()
+    v_gradient = torch.empty_like(v)
+    sums = coefficients.new_empty(shares(v, coefficients), *coefficients.shape[-3:])
+    run("evolve_backward", gradient, v, coefficients, v_gradient, sums, sizes=sizes(v, coefficients))
+    return v_gradient, sums if coefficients.ndim == 4 else sums.sum(0)
+
+
+def shares(v, coefficients):
+    """Into how many shares of images the work on each block of channels is cut: so many that all threads have some."""
+    if coefficients.ndim == 4:
+        return len(v)
+    blocks = -(-v.shape[3] // LANES)
+    return min(len(v), -(-BLOCKS_PER_THREAD * torch.get_num_threads() // blocks))
+
+
+def sizes(v, coefficients):
+    """What both kernels take after the tensors; the last but one is how far a share's coefficients are from the next one's."""
+    own = coefficients[0].numel() if coefficients.ndim == 4 else 0
+    return *v.shape, coefficients.shape[-3], shares(v, coefficients), own, torch.get_num_threads()
+
+
+def run(name, *tensors, sizes):
+    kernels, reason = library()
+    if reason:
+        raise RuntimeError(reason)                                         # as in an exported program, without `serves`
+    getattr(kernels, name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
+
+
+@cache
+def library():
+    """The compiled kernels and None, or None and why there are none. Builds them unless they are in the cache."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
+    if not compiler:
+        return None, "there is no C++ compiler: install g++, or name another in CXX"
+    command = [*compiler, *FLAGS, "-x", "c++", "-"]
+    key = hashlib.sha256("\n".join([SOURCE, *command, processor()]).encode()).hexdigest()[:16]
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pde_ssm", f"{key}.so")
+        if not path.exists():
+            build(command, path)
+        kernels = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError) as error:                               # RuntimeError: there is no home
+        return None, f"the kernels of pde_ssm_cpu could not be built: {error}"
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    after_tensors = [long, integer, integer, long, integer, integer, long, integer]
+    kernels.evolve.argtypes = [pointer] * 3 + after_tensors
+    kernels.evolve_backward.argtypes = [pointer] * 5 + after_tensors
+    kernels.evolve.restype = kernels.evolve_backward.restype = None
+    return kernels, None
+
+
+def processor():
+    """What the machine's code depends on: a home can be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return " ".join([platform.machine(), platform.processor(), *features])
+
+
+def build(command, path):
+    """Compiles the kernels into a file. OSError with the compiler's first complaint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:           # others may build the same: whole files alone
+        result = subprocess.run([*command, "-o", f"{folder}/kernels.so"], input=SOURCE, capture_output=True, text=True)
+        if result.returncode:
+            lines = result.stderr.splitlines()
+            raise OSError(next((line for line in lines if "error" in line), f"{command[0]} failed"))
+        os.replace(f"{folder}/kernels.so", path)
+
+
+@torch.library.custom_op("pde_ssm::evolve_on_cpu", mutates_args=())
+def evolve_op(v: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """`evolve` as an operator that compilers do not look into."""
+    return evolve(v, coefficients)
+
+
+@evolve_op.register_fake
+def _(v, coefficients):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("pde_ssm::evolve_on_cpu_backward", mutates_args=())
+def evolve_backward_op(
+    gradient: torch.Tensor, v: torch.Tensor, coefficients: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return evolve_backward(gradient, v, coefficients)
+
+
+@evolve_backward_op.register_fake
+def _(gradient, v, coefficients):
+    return v.new_empty(v.shape), coefficients.new_empty(coefficients.shape)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, gradient):
+    return evolve_backward_op(gradient, *ctx.saved_tensors)
+
+
+evolve_op.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,88 @@
+"""Where the time of a PDE-SSM layer and of a training step of DiT-S/2 goes on a CPU: operations by PyTorch's profiler, in
+milliseconds of one pass.
+
+    python reproduce/cpu_profile.py     float32; the layer has 384 channels and a batch of 4, the step 1,024 tokens or one image
+
+Products of matrices have their rate in GFLOP/s beside them: that of the largest is what the processor can do.
+"""
+
+import argparse
+import sys
+from math import prod
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import pde_ssm_cpu
+from benchmarks.sides import layer_pass, training_step
+from benchmarks.timing import processor
+from models import SIZES
+from parallel import keep_freed_memory
+
+MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are
+LEAST_SHARE = 0.015  # operations with less are added up
+ARGS = argparse.Namespace(device=torch.device("cpu"), compile=None)
+
+
+def operations(run, calls):
+    """(name, shapes of the operands, how often, milliseconds in all) in one call of `run`, the longest first."""
+    for _ in range(max(2, calls // 6)):
+        run()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        for _ in range(calls):
+            run()
+    rows = []
+    for row in recorded.key_averages(group_by_input_shape=True):
+        rows.append((row.key, list(filter(None, row.input_shapes)), row.count // calls, row.self_cpu_time_total / calls / 1e3))
+    return sorted(rows, key=lambda row: -row[3])
+
+
+def rate(name, shapes, count, ms):
+    """GFLOP/s of so many products of matrices of these shapes; nothing for other operations."""
+    if name not in MATRICES:
+        return ""
+    (*batch, rows, inner), (*_, columns) = (shapes[i] for i in MATRICES[name])
+    return f"{2e-6 * count * prod(batch) * rows * inner * columns / ms:.0f} GFLOP/s"
+
+
+def report(title, run, calls):
+    rows = operations(run, calls)
+    total, rest = sum(ms for *_, ms in rows), 0
+    print(f"\n{title}: {total:.2f} ms")
+    for name, shapes, count, ms in rows:
+        if ms < LEAST_SHARE * total:
+            rest += ms
+            continue
+        sizes = " ".join("x".join(map(str, shape)) for shape in shapes[:3])
+        what = f"{count} {name.removeprefix('aten::')}"
+        print(f"{ms:9.2f} ms {ms / total:5.0%}  {what:26} {sizes:44} {rate(name, shapes, count, ms)}".rstrip())
+    print(f"{rest:9.2f} ms {rest / total:5.0%}  all others")
+
+
+def show_kernels():
+    """Kernels under a name of their own: to the profiler they are no operations."""
+    run = pde_ssm_cpu.run
+
+    def recorded(name, *tensors, **sizes):
+        with record_function(f"pde_ssm_cpu.{name}"):
+            run(name, *tensors, **sizes)
+
+    pde_ssm_cpu.run = recorded
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    show_kernels()
+    print(f"{processor()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    for side in (4, 8, 16, 32, 64):
+        for training in (False, True):
+            title = f"layer, {side} x {side} tokens, {'forward and backward' if training else 'forward'}"
+            report(title, layer_pass(ARGS, "pdessm", 4, 384, 6, (side, side), training=training), calls=30)
+    hidden, depth, heads = SIZES["S"]
+    for side in (16, 32, 64):
+        options = dict(input_size=2 * side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
+        for mixer in ("pdessm", "attention"):
+            run = training_step(ARGS, max(1, 1024 // side**2), mixer=mixer, **options)
+            report(f"training step of DiT-S/2, {mixer}, {side} x {side} tokens", run, calls=6 if side < 64 else 3)

@@ -1,0 +1,249 @@
+"""The C++ kernels against the plain path, and what becomes of a machine that cannot have them."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+import pde_ssm
+import pde_ssm_cpu
+from oracle import random_rows
+from pde_ssm import PDESSM
+from pde_ssm_cpu import MAX_SIDE, SIDES, evolve, evolve_backward
+
+KERNELS, REASON = pde_ssm_cpu.library()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
+f64 = torch.float64
+
+
+def evolve_plainly(v, rows):
+    symbol, _ = pde_ssm.embedded_green(*v.shape[1:3], rows)
+    symbol = pde_ssm._as_complex(symbol).sum(-4)                           # ([B], C, h, w // 2 + 1)
+    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1)), s=v.shape[1:3]).movedim(1, -1)
+
+
+def assert_close(mine, exact, of_largest, dim=None):
+    """Within a fraction of the largest value, over those axes."""
+    assert mine.shape == exact.shape
+    errors = (mine - exact).abs().amax(dim) / exact.abs().amax(dim).clamp_min(1e-6)
+    assert errors.max() <= of_largest
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4), (5, 7), (1, 8), (9, 1), (6, 10), (13, 11), (8, 8), (16, 16), (15, 27), (32, 32),
+     (12, 64), (50, 36)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("channels", "components", "per_image"), [(32, 1, False), (5, 3, False), (37, 1, True), (16, 2, True)]
+)  # whole vectors of channels, a part of one, both
+def test_values_and_gradients_are_those_of_the_plain_path_in_double_precision(grid, channels, components, per_image):
+    v, gradient = torch.randn(2, 3, *grid, channels)
+    rows = random_rows(*([3] if per_image else []), components, channels)
+    inputs = [x.double().requires_grad_() for x in (v, rows)]
+    exact = evolve_plainly(*inputs)
+    assert_close(evolve(v, rows), exact, 3e-6)
+    gradients = zip(evolve_backward(gradient, v, rows), torch.autograd.grad(exact, inputs, gradient.double()))
+    assert_close(*next(gradients), 3e-6)
+    assert_close(*next(gradients), 3e-5, dim=-1)                           # each of the nine on its own
+
+
+@pytest.mark.parametrize("side", [*range(1, 65), 81, 96, 121, 125, 128, 169, 243, 256, 343, 500, MAX_SIDE])
+def test_transforms_of_all_lengths(side):
+    if side not in SIDES:
+        assert max(n for n in range(2, side + 1) if side % n == 0 and all(n % m for m in range(2, n))) > 13
+        return
+    rows = random_rows(1, 1)
+    for grid in ((side, 2), (2, side)):
+        v = torch.randn(1, *grid, 1)
+        assert_close(evolve(v, rows), evolve_plainly(v.double(), rows.double()), 5e-7)
+
+
+OPTIONS = [{}, {"components": 3, "gate": True, "activation": True}, {"conditioned": True}, {"terms": "convection"}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [(6, 5), (36, 35)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, grid, dtype):
+    pde = PDESSM(18, grid_size=grid, **options).to(dtype)
+    with torch.no_grad():
+        for p in pde.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    u, gradient = torch.randn(2, 2, 18, *grid, dtype=dtype)
+    inputs = [u, torch.randn(2, 18, dtype=dtype)] if pde.conditioned else [u]
+    wanted, results = [x.requires_grad_() for x in inputs] + list(pde.parameters()), []
+    for backend in ("torch", "cpp"):
+        pde_ssm.set_backend(backend)
+        out = pde(*inputs)
+        results.append((out, *torch.autograd.grad(out, wanted, gradient)))
+    for theirs, mine in zip(*results):
+        assert mine.dtype == dtype
+        assert (mine - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-6) * theirs.abs().max()
+
+
+@pytest.mark.parametrize("components", [1, 2])
+def test_gradients_have_gradients(components):
+    equation, v = PDESSM(4, components=components).equation, torch.randn(2, 6, 5, 4, requires_grad=True)
+    for p in equation.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    inputs, results = [v, *equation.parameters()], []
+    for backend in ("torch", "cpp"):
+        pde_ssm.set_backend(backend)
+        gradients = torch.autograd.grad(equation.evolve(v).square().sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
+    for theirs, mine in zip(*results):
+        assert_close(mine, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["input", "rows"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_frozen_side_gets_no_gradient(frozen, create_graph):
+    equation, v = PDESSM(4).equation.requires_grad_(frozen != "rows"), torch.randn(2, 6, 5, 4, requires_grad=frozen != "input")
+    equation.evolve(v).square().sum().backward(create_graph=create_graph)
+    assert (v.grad is None) == (frozen == "input")
+    assert (equation.g0.grad is None) == (frozen == "rows")
+
+
+def test_images_and_channels_do_not_touch():
+    """Not even by rounding, nor by what is not a number."""
+    v, rows = torch.randn(5, 6, 9, 40), random_rows(2, 40)
+    before = evolve(v, rows)
+    v[3, 2, 4, 17] = float("nan")
+    after = evolve(v, rows)
+    assert after[3, :, :, 17].isnan().all()
+    before[3, :, :, 17] = after[3, :, :, 17] = 0
+    assert torch.equal(after, before)
+
+
+def test_a_result_depends_on_nothing_but_its_input():
+    v, gradient, rows = *torch.randn(2, 7, 12, 10, 40), random_rows(1, 40)
+    first, threads = evolve(v, rows), torch.get_num_threads()
+    gradients = evolve_backward(gradient, v, rows)
+    for _ in range(3):
+        assert torch.equal(evolve(v, rows), first)
+        assert all(map(torch.equal, evolve_backward(gradient, v, rows), gradients))
+    torch.set_num_threads(1)
+    alone, (v_alone, rows_alone) = evolve(v, rows), evolve_backward(gradient, v, rows)
+    torch.set_num_threads(threads)
+    assert torch.equal(alone, first)
+    assert torch.equal(v_alone, gradients[0])
+    assert_close(rows_alone, gradients[1], 3e-6, dim=-1)                   # sums of other shares of images
+    across = v.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)        # the same numbers, elsewhere
+    assert torch.equal(evolve(across, rows), first)
+
+
+@pytest.mark.parametrize("r", [-1e4, -85.0, -60.0, 0.0, 60.0])
+def test_growth_of_any_size(r):
+    v, rows = torch.randn(1, 4, 6, 3), random_rows(1, 3)
+    rows[:, 0] = r
+    exact = evolve_plainly(v.double(), rows.double())                      # which stops at exp(LEAST_GROWTH), too
+    assert_close(evolve(v, rows), exact, 1e-5 if r > -80 else 1e-4)
+
+
+@pytest.mark.parametrize("r", [100.0, float("nan")])
+def test_what_is_no_number_stays_none(r):
+    v, rows = torch.ones(1, 2, 2, 2), random_rows(1, 2)
+    rows[:, 0, 0] = r
+    out = evolve(v, rows)
+    assert not out[..., 0].isfinite().any()
+    assert out[..., 1].isfinite().all()
+
+
+def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
+    v, rows = torch.randn(2, 3, 4, 5, requires_grad=True), random_rows(1, 5).requires_grad_()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(pde_ssm_cpu.evolve_op, (v, rows), test_utils=tests)
+    torch.library.opcheck(pde_ssm_cpu.evolve_backward_op, (torch.randn(2, 3, 4, 5), v, rows), test_utils="test_faketensor")
+    mine = torch.autograd.grad(pde_ssm_cpu.evolve_op(v, rows).square().sum(), (v, rows))
+    torch.testing.assert_close(mine, evolve_backward(2 * evolve(v.detach(), rows.detach()), v.detach(), rows.detach()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 2, 17, 4), torch.float32), ((1, 2, 4, 514), torch.float32), ((1, 2, 3, 3), f64)], ids=str
+)
+def test_what_they_cannot_is_done_by_pytorch(shape, dtype):
+    pde, u = PDESSM(2).to(dtype), torch.randn(shape, dtype=dtype)
+    out = pde(u)
+    pde_ssm.set_backend("torch")
+    assert torch.equal(pde(u), out)
+    pde_ssm.set_backend("cpp")
+    with pytest.raises(ValueError, match=r"the backend is cpp, and its kernels are not for torch\.float.* of shape"):
+        pde(u)
+
+
+@pytest.fixture
+def builds(monkeypatch, tmp_path):
+    """Another machine, with an empty cache: the sizes of the files that are built there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build, sizes = pde_ssm_cpu.build, []
+
+    def watched(command, path):
+        build(command, path)
+        sizes.append(path.stat().st_size)
+
+    monkeypatch.setattr(pde_ssm_cpu, "build", watched)
+    return sizes
+
+
+def test_kernels_are_built_once_for_each_kind_of_processor(builds, tmp_path, monkeypatch):
+    library = pde_ssm_cpu.library.__wrapped__
+    for _ in range(2):
+        kernels, reason = library()
+        assert reason is None
+        assert kernels.evolve.argtypes
+    assert len(builds) == 1
+    monkeypatch.setattr(pde_ssm_cpu, "processor", lambda: "another one")
+    library()
+    assert len(builds) == 2
+    assert {path.suffix for path in (tmp_path / "cache").rglob("*")} == {"", ".so"}
+    assert len(list((tmp_path / "cache" / "pde_ssm").iterdir())) == 2      # nothing is left of building them
+
+
+def without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def with_another_program(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"error: what?\")'")
+
+
+def with_a_compiler_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/no/compiler")
+
+
+def with_a_cache_that_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("")
+
+
+def with_a_broken_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(pde_ssm_cpu, "build", lambda command, path: os.makedirs(path))
+
+
+TROUBLES = {
+    without_a_compiler: "there is no C\\+\\+ compiler: install g\\+\\+, or name another in CXX",
+    with_another_program: "could not be built: error: what\\?",
+    with_a_compiler_that_is_not_there: "could not be built: .*/no/compiler",
+    with_a_cache_that_is_a_file: "could not be built: .*cache",
+    with_a_broken_cache: "could not be built: .*\\.so",
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda f: f.__name__)
+def test_without_kernels_pytorch_does_the_work_and_says_why(builds, trouble, tmp_path, monkeypatch):
+    pde, u = PDESSM(4), torch.randn(2, 4, 8, 6)
+    pde_ssm.set_backend("torch")
+    expected = pde(u)
+    pde_ssm.set_backend("default")
+    monkeypatch.setattr(pde_ssm_cpu, "library", lambda found=[]: found or found.extend(LIBRARY()) or found)
+    trouble(monkeypatch, tmp_path)
+    with pytest.warns(UserWarning, match=f"{TROUBLES[trouble]}.*; PDEs on CPUs run by PyTorch's operations"):
+        assert torch.equal(pde(u), expected)
+    with pytest.raises(RuntimeError, match=TROUBLES[trouble]):
+        evolve(torch.randn(1, 2, 2, 1), random_rows(1, 1))
+
+
+LIBRARY = pde_ssm_cpu.library.__wrapped__
