@@ -1,10 +1,10 @@
 """C++ kernels of the diagonal coupling for CPUs: irfft2(symbol rfft2(v)) and its gradients, the symbol made on the way.
 
 Never needed for a result, only for speed. A compiler (CXX, else g++ or c++) builds them at their first use, in a second or two,
-into the user's cache (XDG_CACHE_HOME, else ~/.cache); without one, or where OpenMP is missing, `serves` says no.
+into the user's cache (XDG_CACHE_HOME, else ~/.cache); without one, or without OpenMP, `serves` says no.
 
-Sixteen channels are one vector. All that is computed of them for one image stays in a core's own cache: tokens are read once
-and written once, and the symbol, sixteen times exp and products with powers of exp(i b), is never in memory at all.
+Sixteen channels, or eight without AVX-512, are one vector. What a core computes for one vector of one image fits into its own
+cache: memory sees the tokens, once in and once out, and never a spectrum or a symbol.
 """
 
 import ctypes
@@ -22,26 +22,31 @@ from pathlib import Path
 
 import torch
 
-COEFFICIENTS = 9        # rows: tau times r, Kxx, Kxy, Kyy, bx, by; then g0, gx, gy
+ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
 MAX_SIDE = 512
-LARGEST_PRIME = 13      # in a side; with larger ones products of matrices are faster
+LARGEST_PRIME = 127     # in a side, whose transform costs its square: longer ones have not been held against FFTs
 SIDES = frozenset(n for n in range(1, MAX_SIDE + 1) if math.factorial(LARGEST_PRIME) ** 9 % n == 0)  # 2^9 is MAX_SIDE
-LANES = 16              # channels at once
+CHANNELS = 16           # about as many at once
 BLOCKS_PER_THREAD = 4   # of channels and images, lest threads wait for one another at the end
 FLAGS = f"""-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -shared -std=c++17 -Wno-psabi
--DCOEFFICIENTS={COEFFICIENTS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME} -DLANES={LANES}""".split()
+-DROWS={ROWS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME}""".split()
 
 SOURCE = r"""
 #include <cmath>
 #include <cstring>
 #include <memory>
 
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 constexpr float LEAST_GROWTH = -80;  // as in pde_ssm.py
 constexpr double TURN = 6.283185307179586;
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int I __attribute__((vector_size(4 * LANES)));
 typedef double D __attribute__((vector_size(8 * LANES)));
-struct Z { V re, im; };  // a complex number of each channel
+struct Z { V re, im; };  // a complex number for each channel
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -67,7 +72,7 @@ INLINE void store(float *to, const V &v, int lanes) {
 
 struct Axis {
   int n, stages = 0, radix[16];
-  float cosine[MAX_SIDE], sine[MAX_SIDE];  // of -2 pi j / n
+  float cosine[MAX_SIDE], sine[MAX_SIDE];  // of 2 pi j / n
 
   explicit Axis(int n) : n(n) {
     int left = n;
@@ -75,19 +80,19 @@ struct Axis {
       for (; left % r == 0; left /= r) radix[stages++] = r;
     for (int j = 0; j < n; j++) {
       cosine[j] = std::cos(TURN * j / n);
-      sine[j] = -std::sin(TURN * j / n);
+      sine[j] = std::sin(TURN * j / n);
     }
   }
 };
 
-// One stage: the input is r transforms of m s points each, s of them interleaved; with the sign of the exponent.
+// One stage of radix r = n / (m s), of s transforms side by side; `sign` is that of the exponent.
 template <int sign>
 INLINE void stage2(const Axis &axis, int m, int s, const Z *in, Z *out) {
   for (int p = 0; p < m; p++)
     for (int q = 0; q < s; q++) {
       Z a = in[q + s * p], b = in[q + s * (p + m)];
       out[q + s * 2 * p] = a + b;
-      out[q + s * (2 * p + 1)] = turned(a - b, axis.cosine[p * s], -sign * axis.sine[p * s]);
+      out[q + s * (2 * p + 1)] = turned(a - b, axis.cosine[p * s], sign * axis.sine[p * s]);
     }
 }
 
@@ -95,7 +100,7 @@ template <int sign>
 INLINE void stage4(const Axis &axis, int m, int s, const Z *in, Z *out) {
   for (int p = 0; p < m; p++) {
     float c1 = axis.cosine[p * s], c2 = axis.cosine[2 * p * s], c3 = axis.cosine[3 * p * s];
-    float s1 = -sign * axis.sine[p * s], s2 = -sign * axis.sine[2 * p * s], s3 = -sign * axis.sine[3 * p * s];
+    float s1 = sign * axis.sine[p * s], s2 = sign * axis.sine[2 * p * s], s3 = sign * axis.sine[3 * p * s];
     for (int q = 0; q < s; q++) {
       Z a = in[q + s * p], b = in[q + s * (p + m)], c = in[q + s * (p + 2 * m)], d = in[q + s * (p + 3 * m)];
       Z even = a + c, odd = b + d, x = a - c, y = b - d;
@@ -125,15 +130,15 @@ void stage_odd(const Axis &axis, int r, int m, int s, const Z *in, Z *out) {
         Z even = first, odd = {};
         for (int j = 1; 2 * j < r; j++) {
           int angle = j * k % r * (axis.n / r);
-          float c = axis.cosine[angle], si = -sign * axis.sine[angle];
+          float c = axis.cosine[angle], si = sign * axis.sine[angle];
           even.re += sums[j].re * c;
           even.im += sums[j].im * c;
           odd.re -= differences[j].im * si;
           odd.im += differences[j].re * si;
         }
         int angle = p * k * s, opposite = p * (r - k) * s;
-        out[q + s * (r * p + k)] = turned(even + odd, axis.cosine[angle], -sign * axis.sine[angle]);
-        out[q + s * (r * p + r - k)] = turned(even - odd, axis.cosine[opposite], -sign * axis.sine[opposite]);
+        out[q + s * (r * p + k)] = turned(even + odd, axis.cosine[angle], sign * axis.sine[angle]);
+        out[q + s * (r * p + r - k)] = turned(even - odd, axis.cosine[opposite], sign * axis.sine[opposite]);
       }
     }
 }
@@ -202,19 +207,18 @@ static void spectrum_of(const Grid &grid, const float *tokens, long C, int lanes
   }
 }
 
-// Along y, times the symbol or its conjugate, and back.
-template <bool conjugate>
-INLINE void multiply(const Grid &grid, Z *spectrum, const Z *symbol, Z *line) {
+// Along y, times the symbol, and back.
+static void multiply(const Grid &grid, Z *spectrum, const Z *symbol, Z *line) {
   for (int x = 0; x < grid.f; x++) {
     Z *column = spectrum + x * grid.column;
     const Z *factor = symbol + x * grid.column;
     Z *waves = transform<-1>(grid.Y, column, line);
-    for (int y = 0; y < grid.h; y++) waves[y] = waves[y] * (conjugate ? conj(factor[y]) : factor[y]);
+    for (int y = 0; y < grid.h; y++) waves[y] = waves[y] * factor[y];
     transform<1>(grid.Y, waves, waves == column ? line : column);          // as many stages again: it ends in the column
   }
 }
 
-// irfft2 of half a spectrum that `multiply` left.
+// Back along x, from twice the spectrum of every row.
 static void tokens_of(const Grid &grid, const Z *spectrum, float *tokens, long C, int lanes, Z *line) {
   int h = grid.h, w = grid.w;
   Z *other = line + (w > h ? w : h);
@@ -271,11 +275,11 @@ static void powers(V turns, int n, Z *result) {
 
 // The wave vectors of a grid one after the other with G(k) and B(k) there, for one PDE of each channel.
 template <class Visit>
-INLINE void for_each_wave(const Grid &grid, const V *coefficient, Z *waves_x, Z *waves_y, Visit visit) {
-  V r = coefficient[0], Kxx = coefficient[1], Kxy = coefficient[2], Kyy = coefficient[3];
-  V gx = coefficient[6], gy = coefficient[7], g0 = coefficient[8];
-  powers(coefficient[4], grid.f, waves_x);
-  powers(coefficient[5], grid.h / 2 + 1, waves_y);
+INLINE void for_each_wave(const Grid &grid, const V *row, Z *waves_x, Z *waves_y, Visit visit) {
+  V r = row[0], Kxx = row[1], Kxy = row[2], Kyy = row[3];
+  V gx = row[6], gy = row[7], g0 = row[8];
+  powers(row[4], grid.f, waves_x);
+  powers(row[5], grid.h / 2 + 1, waves_y);
   for (int x = 0; x < grid.f; x++) {
     float kx = grid.kx_odd[x];
     V growth_x = r - Kxx * (grid.kx[x] * grid.kx[x]), cross = Kxy * (-2 * kx), B_x = gx * kx;
@@ -295,24 +299,24 @@ struct Channels {  // of one block
   Channels(long block, long C) : first(block * LANES), C(C), lanes(C - first < LANES ? C - first : LANES) {}
 };
 
-static void load_coefficients(const float *from, const Channels &c, V *to) {
-  for (int i = 0; i < COEFFICIENTS; i++) to[i] = load(from + i * c.C + c.first, c.lanes);
+static void load_rows(const float *from, const Channels &c, V *to) {
+  for (int i = 0; i < ROWS; i++) to[i] = load(from + i * c.C + c.first, c.lanes);
 }
 
-static void symbol_of(const Grid &grid, const float *coefficients, int components, const Channels &c, Z *symbol, Z *waves) {
-  V coefficient[COEFFICIENTS];
+static void symbol_of(const Grid &grid, const float *rows, int components, const Channels &c, Z *symbol, Z *waves) {
+  V row[ROWS];
   for (int n = 0; n < components; n++) {
-    load_coefficients(coefficients + n * COEFFICIENTS * c.C, c, coefficient);
-    for_each_wave(grid, coefficient, waves, waves + grid.f, [&](int x, int y, const Z &G, const Z &B) {
+    load_rows(rows + n * ROWS * c.C, c, row);
+    for_each_wave(grid, row, waves, waves + grid.f, [&](int x, int y, const Z &G, const Z &B) {
       Z *at = symbol + x * grid.column + y;
       *at = n ? *at + G * B : G * B;
     });
   }
 }
 
-// v and out (B, h, w, C). Each of `groups` equal shares of the images has coefficients (components, COEFFICIENTS, C), the
-// next share's `stride` numbers later.
-extern "C" void evolve(const float *v, const float *coefficients, float *out, long B, int h, int w, long C, int components,
+// v and out (B, h, w, C). Each of `groups` shares of the images has rows (components, ROWS, C), the next one's `stride`
+// numbers later.
+extern "C" void evolve(const float *v, const float *rows, float *out, long B, int h, int w, long C, int components,
                        int groups, long stride, int threads) {
   const Grid grid(h, w);
   const long blocks = (C + LANES - 1) / LANES, image = (long)h * w * C;
@@ -323,19 +327,19 @@ extern "C" void evolve(const float *v, const float *coefficients, float *out, lo
     for (long block = 0; block < blocks; block++)
       for (int group = 0; group < groups; group++) {
         const Channels c(block, C);
-        symbol_of(grid, coefficients + group * stride, components, c, symbol, line);
+        symbol_of(grid, rows + group * stride, components, c, symbol, line);
         for (long b = group * B / groups; b < (group + 1) * B / groups; b++) {
           spectrum_of(grid, v + b * image + c.first, C, c.lanes, waves, line);
-          multiply<false>(grid, waves, symbol, line);
+          multiply(grid, waves, symbol, line);
           tokens_of(grid, waves, out + b * image + c.first, C, c.lanes, line);
         }
       }
   }
 }
 
-// From the gradient of out to those of v and of each group's coefficients, (groups, components, COEFFICIENTS, C).
-extern "C" void evolve_backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
-                                float *coefficients_gradient, long B, int h, int w, long C, int components, int groups,
+// From the gradient of out to those of v and of each group's rows, (groups, components, ROWS, C).
+extern "C" void evolve_backward(const float *gradient, const float *v, const float *rows, float *v_gradient,
+                                float *rows_gradient, long B, int h, int w, long C, int components, int groups,
                                 long stride, int threads) {
   const Grid grid(h, w);
   const long blocks = (C + LANES - 1) / LANES, image = (long)h * w * C;
@@ -348,19 +352,17 @@ extern "C" void evolve_backward(const float *gradient, const float *v, const flo
     for (long block = 0; block < blocks; block++)
       for (int group = 0; group < groups; group++) {
         const Channels c(block, C);
-        const float *own = coefficients + group * stride;
+        const float *own = rows + group * stride;
         symbol_of(grid, own, components, c, symbol, line);
         const long first = group * B / groups, last = (group + 1) * B / groups;
         for (long b = first; b < last; b++) {
           spectrum_of(grid, v + b * image + c.first, C, c.lanes, waves, line);
           spectrum_of(grid, gradient + b * image + c.first, C, c.lanes, gradient_waves, line);
           for (int x = 0; x < grid.f; x++) {
-            Z *column = gradient_waves + x * grid.column;
+            Z *column = gradient_waves + x * grid.column, *sums = symbol_gradient + x * grid.column;
             const Z *factor = symbol + x * grid.column;
-            Z *sums = symbol_gradient + x * grid.column;
-            const Z *a = transform<-1>(grid.Y, waves + x * grid.column, line);
-            // ... the other column needs a line of its own where the first one's result is in it
-            Z *g = transform<-1>(grid.Y, column, line + (w > h ? w : h));
+            const Z *a = transform<-1>(grid.Y, waves + x * grid.column, line);             // which may stay in this line
+            Z *g = transform<-1>(grid.Y, column, line + h);
             for (int y = 0; y < h; y++) {
               Z product = conj(a[y]) * g[y];
               sums[y] = b == first ? product : sums[y] + product;
@@ -371,9 +373,9 @@ extern "C" void evolve_backward(const float *gradient, const float *v, const flo
           tokens_of(grid, gradient_waves, v_gradient + b * image + c.first, C, c.lanes, line);
         }
         for (int n = 0; n < components; n++) {
-          V coefficient[COEFFICIENTS], total[COEFFICIENTS] = {}, sum[COEFFICIENTS] = {};
-          load_coefficients(own + n * COEFFICIENTS * C, c, coefficient);
-          for_each_wave(grid, coefficient, line, line + grid.f, [&](int x, int y, const Z &G, const Z &B) {
+          V row[ROWS], total[ROWS] = {}, sum[ROWS] = {};
+          load_rows(own + n * ROWS * C, c, row);
+          for_each_wave(grid, row, line, line + grid.f, [&](int x, int y, const Z &G, const Z &B) {
             // With P = conj(G) times the symbol's gradient, B's gradient is P and the exponent's conj(B) P.
             float kx = grid.kx_odd[x], ky = grid.ky_odd[y];
             Z P = conj(G) * symbol_gradient[x * grid.column + y], Q = conj(B) * P;
@@ -387,14 +389,14 @@ extern "C" void evolve_backward(const float *gradient, const float *v, const flo
             sum[7] += P.im * ky;
             sum[8] += P.re;
             if (y == h - 1)  // the column's end: sums of sums lose less to rounding
-              for (int i = 0; i < COEFFICIENTS; i++) {
+              for (int i = 0; i < ROWS; i++) {
                 // every wave but those with kx = 0 or at its Nyquist frequency stands for its mirror image, too
                 total[i] += sum[i] * ((x == 0 || 2 * x == w ? 0.25f : 0.5f) / ((float)h * w));
                 sum[i] = V{};
               }
           });
-          float *to = coefficients_gradient + ((long)group * components + n) * COEFFICIENTS * C + c.first;
-          for (int i = 0; i < COEFFICIENTS; i++) store(to + i * C, total[i], c.lanes);
+          float *to = rows_gradient + ((long)group * components + n) * ROWS * C + c.first;
+          for (int i = 0; i < ROWS; i++) store(to + i * C, total[i], c.lanes);
         }
       }
   }
@@ -418,38 +420,42 @@ def built():
     return reason is None
 
 
-def evolve(v, coefficients):
-    """From R u to the state: v (B, h, w, C), coefficients (n, 9, C) or one per image (B, n, 9, C), float32 -> (B, h, w, C).
+def evolve(v, rows):
+    """From R u to the state: v (B, h, w, C), rows (n, 9, C) or one per image (B, n, 9, C), float32 -> (B, h, w, C).
 
     The nine rows are tau times r, Kxx, Kxy, Kyy, bx and by, then g0, gx and gy. The symbol is the sum of G(k) B(k) over the n.
     """
-    v, coefficients = v.contiguous(), coefficients.contiguous()
+    v, rows = v.contiguous(), rows.contiguous()
     out = torch.empty_like(v)
-    run("evolve", v, coefficients, out, sizes=sizes(v, coefficients))
+    run("evolve", v, rows, out, sizes=sizes(v, rows))
     return out
 
 
-def evolve_backward(gradient, v, coefficients):
-    """From the gradient of `evolve`'s result to those of v and of coefficients."""
-    gradient, v, coefficients = gradient.contiguous(), v.contiguous(), coefficients.contiguous()
+def evolve_backward(gradient, v, rows):
+    """From the gradient of `evolve`'s result to those of v and of rows."""
+    gradient, v, rows = gradient.to(v.dtype).expand_as(v).contiguous(), v.contiguous(), rows.contiguous()
     v_gradient = torch.empty_like(v)
-    sums = coefficients.new_empty(shares(v, coefficients), *coefficients.shape[-3:])
-    run("evolve_backward", gradient, v, coefficients, v_gradient, sums, sizes=sizes(v, coefficients))
-    return v_gradient, sums if coefficients.ndim == 4 else sums.sum(0)
+    sums = rows.new_empty(shares(v, rows), *rows.shape[-3:])
+    run("evolve_backward", gradient, v, rows, v_gradient, sums, sizes=sizes(v, rows))
+    return v_gradient, sums if rows.ndim == 4 else sums.sum(0)
 
 
-def shares(v, coefficients):
+def shares(v, rows):
     """Into how many shares of images the work on each block of channels is cut: so many that all threads have some."""
-    if coefficients.ndim == 4:
+    if rows.ndim == 4:
         return len(v)
-    blocks = -(-v.shape[3] // LANES)
+    blocks = -(-v.shape[3] // CHANNELS)
     return min(len(v), -(-BLOCKS_PER_THREAD * torch.get_num_threads() // blocks))
 
 
-def sizes(v, coefficients):
-    """What both kernels take after the tensors; the last but one is how far a share's coefficients are from the next one's."""
-    own = coefficients[0].numel() if coefficients.ndim == 4 else 0
-    return *v.shape, coefficients.shape[-3], shares(v, coefficients), own, torch.get_num_threads()
+def sizes(v, rows):
+    """What both kernels take after the tensors; the last but one is how far a share's rows are from the next one's."""
+    expected = *([len(v)] if rows.ndim == 4 else []), *rows.shape[-3:-2], ROWS, v.shape[-1]
+    if v.ndim != 4 or rows.ndim not in (3, 4) or rows.shape != expected or not v.dtype == rows.dtype == torch.float32:
+        got = f"{v.dtype} of shape {tuple(v.shape)} and {rows.dtype} of shape {tuple(rows.shape)}"
+        raise ValueError(f"the kernels need float32 (B, h, w, C) and ([B], n, {ROWS}, C); they got {got}")
+    own = rows[0].numel() if rows.ndim == 4 else 0
+    return *v.shape, rows.shape[-3], shares(v, rows), own, torch.get_num_threads()
 
 
 def run(name, *tensors, sizes):
@@ -504,26 +510,26 @@ def build(command, path):
 
 
 @torch.library.custom_op("pde_ssm::evolve_on_cpu", mutates_args=())
-def evolve_op(v: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+def evolve_op(v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`evolve` as an operator that compilers do not look into."""
-    return evolve(v, coefficients)
+    return evolve(v, rows)
 
 
 @evolve_op.register_fake
-def _(v, coefficients):
+def _(v, rows):
     return v.new_empty(v.shape)
 
 
 @torch.library.custom_op("pde_ssm::evolve_on_cpu_backward", mutates_args=())
 def evolve_backward_op(
-    gradient: torch.Tensor, v: torch.Tensor, coefficients: torch.Tensor
+    gradient: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return evolve_backward(gradient, v, coefficients)
+    return evolve_backward(gradient, v, rows)
 
 
 @evolve_backward_op.register_fake
-def _(gradient, v, coefficients):
-    return v.new_empty(v.shape), coefficients.new_empty(coefficients.shape)
+def _(gradient, v, rows):
+    return v.new_empty(v.shape), rows.new_empty(rows.shape)
 
 
 def _keep(ctx, inputs, output):

@@ -1,6 +1,9 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub; read when huggingface_hub is imported, as models.py does
+
 import json
 import logging
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,6 @@ from checkpoint import save_checkpoint
 from commands import write_photos
 from models import MODELS
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub
 HERE = Path(__file__).parent
 
 

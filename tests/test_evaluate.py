@@ -195,6 +195,7 @@ def test_batches_change_nothing(images, batch):
 
 
 def _measure_as_one_of(rank, size, array, folder):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     network = Colours()
     side = measure(open_source(array, network), network, Processes(rank, size, torch.device("cpu")), batch_size=4)
@@ -205,7 +206,7 @@ def _measure_as_one_of(rank, size, array, folder):
 
 def test_two_processes_see_what_one_sees(tmp_path, images):
     array = images(23)
-    mp.spawn(_measure_as_one_of, (2, array, str(tmp_path)), nprocs=2)
+    mp.start_processes(_measure_as_one_of, (2, array, str(tmp_path)), nprocs=2, start_method="fork")
     pool, statistics = torch.load(tmp_path / "side.pt", weights_only=False)
     alone = measure(open_source(array, Colours()), Colours())
     torch.testing.assert_close(pool, alone.pool)

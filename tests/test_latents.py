@@ -1,13 +1,12 @@
 """Training from latents that were encoded before, and what can go wrong with them."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import data
 import train
-from commands import ALONE, ROOT, fit, lasting, torchrun
+from commands import ALONE, fit, lasting, torchrun
 from data import load_dataset
 from diffusion import create_diffusion
 from latents import CachedLatents
@@ -157,12 +156,18 @@ def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_pat
     """Killed while it writes, it leaves whole shards and perhaps a partial file; run again, it makes the rest alone."""
     out, whole = tmp_path / "killed", encode(tmp_path / "whole", vae, *(digits := ["--image-size", 8, "--shard-size", 30]))
     flags = ["encode", "--out", out, "--vae", vae, "--device", "cpu", *digits]
-    command = [sys.executable, ROOT / "data.py", *flags]
-    killed = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while len(list(out.glob("*.safetensors"))) < 3 and killed.poll() is None:
+
+    def start():
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        encode(out, vae, *digits)
+
+    killed = multiprocessing.get_context("fork").Process(target=start)
+    killed.start()
+    while len(list(out.glob("*.safetensors"))) < 3 and killed.is_alive():
         time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     (out / "00059.safetensors.123.partial").write_bytes(b"half a shard")
     with pytest.raises(OSError, match=r"\d+ of 60 shards cannot be used \(there is no .*safetensors\); run .* again"):
         load_dataset(str(out), 8)

@@ -225,8 +225,9 @@ def test_averages_in_parts_stay_where_they_are(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("classes", [[], ["--uncond"]])
-def test_a_sharded_model_draws_what_a_whole_one_does(runs, tmp_path, classes):
+def test_a_sharded_model_draws_what_a_whole_one_does(runs, tmp_path, monkeypatch, classes):
     """With classes guidance calls the model, without them the sampler does. Averages change between the grids."""
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 4)
     flags = [*FLAGS, *classes, "--data-path", runs / "photos", "--max-steps", 4, "--sample-every", 2]
     for name, more in (("ddp", []), ("fsdp", ["--parallel", "fsdp"])):
         assert fork(*flags, *more, "--results-dir", tmp_path / name, processes=2) == [0, 0]

@@ -1,6 +1,5 @@
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import torch
 
 import train
 from checkpoint import load_checkpoint, load_model
-from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, torchrun
+from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, fork, torchrun
 from cost import training_flops
 from data import DATASETS, load_dataset
 from diffusion import create_diffusion
@@ -317,11 +316,11 @@ def test_unknown_names_list_the_known(capsys, flags, message):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_damaged_image_is_named_without_a_traceback(tmp_path, photos, workers):
+def test_a_damaged_image_is_named_without_a_traceback(tmp_path, photos, capfd, workers):
     damaged = Path(photos) / "1" / "7.png"
     damaged.write_bytes(damaged.read_bytes()[:120])
     flags = ["--data-path", photos, "--global-batch-size", "40", "--num-workers", workers, "--results-dir", str(tmp_path / "r")]
-    done = subprocess.run([sys.executable, "train.py", *QUICK, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(rf"^train\.py: error: cannot read the image {damaged}", done.stderr, re.MULTILINE)
+    assert fork(*flags, spoil=lambda rank: sys.argv.__setitem__(0, "train.py")) == [1]
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert re.search(rf"^train\.py: error: cannot read the image {damaged}", errors, re.MULTILINE)
