@@ -189,14 +189,25 @@ static Z *workspace(long size) {
   return (Z *)(((size_t)memory.get() + 63) / 64 * 64);
 }
 
-// Twice rfft2 of tokens. Two rows at a time are real and imaginary part of one complex row.
+// Tokens of the next two rows, for reading or writing: they lie too far apart for the processor to guess. Where there are
+// none it does not matter.
+template <int writing>
+INLINE void will_need(const float *upper, const float *lower) {
+  __builtin_prefetch(upper, writing);
+  __builtin_prefetch(lower, writing);
+}
+
+// Twice rfft2 of tokens along x. Two rows at a time are real and imaginary part of one complex row.
 static void spectrum_of(const Grid &grid, const float *tokens, long C, int lanes, Z *result, Z *line) {
   int h = grid.h, w = grid.w;
   Z *other = line + (w > h ? w : h);
   for (int y = 0; y < h; y += 2) {
     const float *upper = tokens + (long)y * w * C, *lower = upper + w * C;
     bool two = y + 1 < h;
-    for (int x = 0; x < w; x++) line[x] = {load(upper + x * C, lanes), two ? load(lower + x * C, lanes) : V{}};
+    for (int x = 0; x < w; x++) {
+      will_need<0>(lower + (w + x) * C, lower + (2 * w + x) * C);
+      line[x] = {load(upper + x * C, lanes), two ? load(lower + x * C, lanes) : V{}};
+    }
     const Z *both = transform<-1>(grid.X, line, other);
     for (int x = 0; x < grid.f; x++) {
       Z a = both[x], b = conj(both[x ? w - x : 0]), *to = result + x * grid.column + y;
@@ -237,6 +248,7 @@ static void tokens_of(const Grid &grid, const Z *spectrum, float *tokens, long C
     }
     const Z *both = transform<1>(grid.X, line, other);
     for (int x = 0; x < w; x++) {
+      will_need<1>(lower + (w + x) * C, lower + (2 * w + x) * C);
       store(upper + x * C, both[x].re * scale, lanes);
       if (two) store(lower + x * C, both[x].im * scale, lanes);
     }

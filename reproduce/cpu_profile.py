@@ -22,7 +22,7 @@ from models import SIZES
 from parallel import keep_freed_memory
 
 MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are
-LEAST_SHARE = 0.015  # operations with less are added up
+LEAST_SHARE = 0.006  # operations with less are added up
 ARGS = argparse.Namespace(device=torch.device("cpu"), compile=None)
 
 

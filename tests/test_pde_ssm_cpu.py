@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import pde_ssm
 import pde_ssm_cpu
@@ -175,6 +176,18 @@ def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
     torch.library.opcheck(pde_ssm_cpu.evolve_backward_op, (torch.randn(2, 3, 4, 5), v, rows), test_utils="test_faketensor")
     mine = torch.autograd.grad(pde_ssm_cpu.evolve_op(v, rows).square().sum(), (v, rows))
     torch.testing.assert_close(mine, evolve_backward(2 * evolve(v.detach(), rows.detach()), v.detach(), rows.detach()))
+
+
+def test_functional_transforms_see_pytorchs_operations():
+    equation, (v, dv) = PDESSM(4).equation, torch.randn(2, 2, 6, 5, 4)
+    _, slope = torch.func.jvp(equation.evolve, (v,), (dv,))                # linear in v
+    assert_close(slope, equation.evolve(dv), 1e-5)
+    assert_close(torch.vmap(equation.evolve)(torch.stack([v, dv]))[1], slope, 1e-5)
+    with forward_ad.dual_level():
+        dual = equation.evolve(v, forward_ad.make_dual(torch.ones(2, 4), torch.ones(2, 4)))
+        slope = forward_ad.unpack_dual(dual).tangent                       # along log tau
+    later, earlier = (equation.evolve(v, torch.full((2, 4), scale)) for scale in (1.01, 0.99))
+    assert_close(slope, (later - earlier) / 0.02, 1e-3)
 
 
 @pytest.mark.parametrize(
