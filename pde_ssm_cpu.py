@@ -428,14 +428,15 @@ def built():
     """Whether there are kernels; says once why there are none."""
     _, reason = library()
     if reason:
-        warnings.warn(f"{reason}; PDEs on CPUs run by PyTorch's operations, several times slower", stacklevel=2)
+        warnings.warn(f"{reason}; PDEs on CPUs run by PyTorch's operations, which are slower", stacklevel=2)
     return reason is None
 
 
 def evolve(v, rows):
     """From R u to the state: v (B, h, w, C), rows (n, 9, C) or one per image (B, n, 9, C), float32 -> (B, h, w, C).
 
-    The nine rows are tau times r, Kxx, Kxy, Kyy, bx and by, then g0, gx and gy. The symbol is the sum of G(k) B(k) over the n.
+    The nine rows are tau times r, Kxx, Kxy, Kyy, bx and by, then gx, gy and g0. The symbol is the sum of G(k) B(k) over the n.
+    h and w must be among SIDES. ValueError for other shapes or types.
     """
     v, rows = v.contiguous(), rows.contiguous()
     out = torch.empty_like(v)
@@ -466,6 +467,9 @@ def sizes(v, rows):
     if v.ndim != 4 or rows.ndim not in (3, 4) or rows.shape != expected or not v.dtype == rows.dtype == torch.float32:
         got = f"{v.dtype} of shape {tuple(v.shape)} and {rows.dtype} of shape {tuple(rows.shape)}"
         raise ValueError(f"the kernels need float32 (B, h, w, C) and ([B], n, {ROWS}, C); they got {got}")
+    if not {*v.shape[1:3]} <= SIDES:
+        limits = f"sides from 1 to {MAX_SIDE} without prime factors above {LARGEST_PRIME}"
+        raise ValueError(f"the kernels need {limits}; they got {v.shape[1]} x {v.shape[2]} tokens")
     own = rows[0].numel() if rows.ndim == 4 else 0
     return *v.shape, rows.shape[-3], shares(v, rows), own, torch.get_num_threads()
 

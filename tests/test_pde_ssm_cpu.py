@@ -169,6 +169,14 @@ def test_memory_of_others_is_not_read(v, rows):
         evolve(torch.randn(2, 4, 4, 3, dtype=f64), torch.randn(1, 9, 3, dtype=f64))
 
 
+@pytest.mark.parametrize("grid", [(4, 131), (131, 4), (514, 4), (0, 4)], ids=str)
+def test_sides_that_do_not_fit_are_named(grid):
+    v, rows = torch.randn(1, *grid, 2), random_rows(1, 2)
+    for run in (lambda: evolve(v, rows), lambda: evolve_backward(v, v, rows)):
+        with pytest.raises(ValueError, match=f"from 1 to 512 .* above 127; they got {grid[0]} x {grid[1]} tokens"):
+            run()
+
+
 def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
     v, rows = torch.randn(2, 3, 4, 5, requires_grad=True), random_rows(1, 5).requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
