@@ -203,7 +203,7 @@ def _traced(*tensors):
 
 def _exporting():
     """PyTorch 2.7 and 2.8 say so in torch.compile, too; 2.6 has no such question and cannot export."""
-    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", bool)()
+    return torch.compiler.is_compiling() and hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def _compiled_for_cpu(x):

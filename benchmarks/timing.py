@@ -207,7 +207,7 @@ class Report:
     def __init__(self, name, args, columns, **settings):
         device = machine(args.device).get("gpu", "cpu").lower().replace(" ", "-")
         compiled = f"compiled-{args.compile}" if args.compile else ""
-        backend = {"default": "", "torch": "torch", "auto": "triton"}[args.backend]
+        backend = "" if args.backend == "default" else args.backend
         parts = [name, device, backend, compiled, "quick" if args.quick else ""]
         self.path = args.out / f"{'-'.join(filter(None, parts))}.json"
         self.columns = columns

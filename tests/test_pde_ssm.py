@@ -275,7 +275,9 @@ def test_exports_for_any_batch(options, randomize, tmp_path):
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     torch.export.save(torch.export.export(model, inputs(2), dynamic_shapes=(batch, batch, batch)), tmp_path / "a.pt2")
     exported, other = torch.export.load(tmp_path / "a.pt2").module(), inputs(5)
-    assert "evolve_on_cpu" not in str(exported.graph)                      # for machines without a compiler
+    operators = {str(node.target) for part in exported.modules() if hasattr(part, "graph") for node in part.graph.nodes}
+    assert any("aten.linear" in name for name in operators)
+    assert not any("evolve_on_cpu" in name for name in operators)          # for machines without a compiler
     torch.testing.assert_close(exported(*other), model(*other))
 
 
