@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from diffusion import PATHS
+from flags import decay
 from mixers import MIXERS
 from models import MODELS, DiT_models, UNets
 from parallel import launch
@@ -306,7 +307,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("ckpt", help="checkpoint of train.py or of this command")
     add("--format", choices=["safetensors", "pt"], required=True, help="pt is what DiT's own code loads")
-    add("--ema", type=float, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
+    add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
     add("--out", help="by default the checkpoint's name with the format's ending")
     return parser.parse_args(argv)
 

@@ -24,7 +24,8 @@ from torchvision.datasets import CIFAR10, Flowers102, ImageFolder
 from tqdm import tqdm
 
 import latents
-from parallel import launch, positive
+from flags import not_negative, positive
+from parallel import launch
 from vae import open_space
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -432,7 +433,7 @@ def parse_args(argv=None):
     add("--half", action="store_true", help="keep float16, which takes half the space and rounds by 5e-4")
     add("--shard-size", type=positive, default=1024, help="images in a file")
     add("--batch-size", type=positive, default=64, help="images encoded at once, per process")
-    add("--num-workers", type=int, default=4, help="processes that read images, per encoding process; at most one per core")
+    add("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)
 

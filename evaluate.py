@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from data import DATASETS
 from features import NETWORKS, open_network
+from flags import positive
 from images import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
-from parallel import ALONE, launch, positive
+from parallel import ALONE, launch
 
 BLOCK = 2**26   # distances at a time
 STORED = 10_000  # images of a reference, as many as ADM's hold; statistics are of all

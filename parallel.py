@@ -1,6 +1,5 @@
 """One process or many: what torchrun started, what a command is given, and how it ends."""
 
-import argparse
 import ctypes
 import os
 import re
@@ -127,9 +126,3 @@ def _one_line(error):
         message = message.splitlines()[-1].partition(": ")[2]
     return message
 
-
-def positive(text):
-    """The type of a flag."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number

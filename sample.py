@@ -19,9 +19,10 @@ from checkpoint import load_model
 from diffusion import create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise, image_seeds
 from download import find_checkpoint
+from flags import decay, from_zero, image_size, not_negative, positive, share
 from mixers import MIXERS
 from models import MODELS
-from parallel import launch, positive
+from parallel import launch
 from speed import add_speed_flags, prepare_to_sample
 from vae import open_space
 
@@ -154,7 +155,7 @@ def save_png(pixels, path):
 def add_model_flags(add, vae):
     """The flags that sample.py and sample_ddp.py share. What a checkpoint decides has no default here."""
     add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
-    add("--ema", type=float, metavar="DECAY", help="which of several averages of weights, by its decay; the first unless given")
+    add("--ema", type=decay, metavar="DECAY", help="which of several averages of weights, by its decay; the first unless given")
     add("--model", choices=MODELS, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
@@ -163,28 +164,20 @@ def add_model_flags(add, vae):
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
     add("--cfg-channels", choices=["3", "all"], default="3", help="channels that guidance guides: 3 as in DiT, or all")
-    interval = dict(type=float, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
+    interval = dict(type=share, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
     add("--cfg-interval", **interval, help="where guidance acts on the way from noise, 0, to image, 1")
     add_speed_flags(add)
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
-
-
-def image_size(text):
-    """A side, "48", or "32x48" as (height, width)."""
-    sides = [positive(side) for side in text.split("x")]
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text} is neither a side nor HxW")
-    return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw samples from a DiT.")
     add = parser.add_argument
     add_model_flags(add, vae="mse")
-    add("--class-labels", type=int, nargs="+", metavar="CLASS", help="classes to draw; num_classes is the null class")
+    add("--class-labels", type=not_negative, nargs="+", metavar="CLASS", help="classes to draw; num_classes is the null class")
     add("--samples-per-class", type=positive, default=1)
-    add("--cfg-scale", type=float, default=4.0, help="strength of classifier-free guidance; 1 is none")
-    add("--seed", type=int, default=0)
+    add("--cfg-scale", type=from_zero, default=4.0, help="strength of classifier-free guidance; 1 is none")
+    add("--seed", type=not_negative, default=0)
     add("--out", default="sample.png")
     return parser.parse_args(argv)
 

@@ -21,8 +21,9 @@ from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from evaluate import add_feature_flags, compare, measure, open_source, report
 from features import open_network
+from flags import from_zero, not_negative, positive
 from images import npz_shape, write_npz
-from parallel import launch, positive
+from parallel import launch
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
 from speed import prepare_to_sample
 from vae import digest, open_space
@@ -30,8 +31,6 @@ from vae import digest, open_space
 
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    if args.cfg_scale < 1:
-        raise ValueError(f"--cfg-scale {args.cfg_scale} is below 1, which would steer away from the class")
     if processes.rank == 0:
         find_checkpoint(checkpoint_name(args))  # if it must be fetched, then once
     processes.barrier()
@@ -129,8 +128,8 @@ def parse_args(argv=None):
     add("--sample-dir", default="samples", help="where the folder of images and the .npz beside it go")
     add("--per-proc-batch-size", type=positive, default=32)
     add("--num-fid-samples", type=positive, default=50_000)
-    add("--cfg-scale", type=float, default=1.5, help="strength of classifier-free guidance; 1 is none")
-    add("--global-seed", type=int, default=0)
+    add("--cfg-scale", type=from_zero, default=1.5, help="strength of classifier-free guidance; 1 is none")
+    add("--global-seed", type=not_negative, default=0)
     add("--evaluate", metavar="REF", help="compare with this .npz or folder when done, as evaluate.py does; also as .json")
     add_feature_flags(add)
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster matrix products, with rounding of 1e-3")

@@ -30,10 +30,11 @@ from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from features import NETWORKS
+from flags import above_zero, decay, not_negative, positive
 from latents import CachedLatents
 from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
-from parallel import launch, positive
+from parallel import launch
 from probe import distance, open_probe
 from resume import find_run, forget_what_came_after, lock, restore, save_run, shelter, stop_signals
 from speed import add_speed_flags, check_compiler, choose_backend, in_precision
@@ -446,9 +447,9 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=1400)
     add("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")
     add("--global-batch-size", type=positive, default=256, help="over all processes")
-    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, constant")
-    add("--global-seed", type=int, default=0)
-    add("--num-workers", type=int, default=4, help="processes that read images, per training process; at most one per core")
+    add("--lr", type=above_zero, default=1e-4, help="learning rate of AdamW, constant")
+    add("--global-seed", type=not_negative, default=0)
+    add("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add("--log-every", type=positive, default=100, help="steps")
     add("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
     add("--keep-last", type=positive, metavar="K", help="keep the newest K checkpoints only; all unless given")
@@ -458,14 +459,14 @@ def parse_args(argv=None):
         "the last experiment of this model in --results-dir, or a new one if there is none",
     )  # fmt: skip
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
-    add("--ema-decay", type=float, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
+    add("--ema-decay", type=decay, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
     add("--ema-device", choices=["cpu"], help="keep the averages in CPU memory; by default they are where the model is")
     add_speed_flags(add)
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="every process holds the model, or a part (FSDP2)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster float32 products, with rounding of 1e-3")
     add("--grad-checkpointing", action="store_true", help="compute blocks twice instead of keeping their values: less memory")
     add("--grad-accum", type=positive, default=1, metavar="PARTS", help="of a process's batch, one at a time: less memory")
-    add("--max-grad-norm", type=float, help="scale larger gradients down to this norm")
+    add("--max-grad-norm", type=above_zero, help="scale larger gradients down to this norm")
     add("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
     add("--sample-every", type=positive, metavar="STEPS", help="draw a grid of samples; none unless given")
     add("--probe-every", type=positive, metavar="STEPS", help="Frechet distance of a few samples; none unless given")

@@ -13,6 +13,7 @@ import torch._inductor.config
 
 from benchmarks.sampling import sampling_run
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, rounded, time_in_turns
+from flags import positive
 from models import SIZES
 
 STEPS = 2
@@ -62,4 +63,4 @@ def first_timed(way, first, *options, **more):
 
 
 if __name__ == "__main__":
-    main(parse_args(__doc__, batch=dict(type=int, help="images at once; by default 16, or 1 with --quick")))
+    main(parse_args(__doc__, batch=dict(type=positive, help="images at once; by default 16, or 1 with --quick")))

@@ -13,6 +13,7 @@ from benchmarks.sides import SIDES, build_model
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
 from diffusion import create_diffusion
 from diffusion.samplers import ddpm
+from flags import positive
 from models import SIZES
 from sample import guided
 from speed import prepare_to_sample
@@ -65,4 +66,4 @@ def sampling_run(args, batch, steps, how, **options):
 
 
 if __name__ == "__main__":
-    main(parse_args(__doc__, batch=dict(type=int, help="images at once; by default 16, or 1 with --quick")))
+    main(parse_args(__doc__, batch=dict(type=positive, help="images at once; by default 16, or 1 with --quick")))

@@ -8,6 +8,7 @@ from functools import partial
 
 from benchmarks.sides import Floor, training_step
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
+from flags import positive
 from models import SIZES
 
 SIZE = "S"
@@ -48,4 +49,4 @@ def milliseconds_per_image(name):
 
 
 if __name__ == "__main__":
-    main(parse_args(__doc__, **{"tokens-per-step": dict(type=int, default=1024, help="a batch has at least one image")}))
+    main(parse_args(__doc__, **{"tokens-per-step": dict(type=positive, default=1024, help="a batch has at least one image")}))

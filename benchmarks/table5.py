@@ -11,6 +11,7 @@ from functools import partial
 
 from benchmarks.sides import SIDES, count_parameters, training_step
 from benchmarks.timing import Report, columns_beside_paper, lines_of, lines_of_paper, parse_args, time_in_turns
+from flags import positive
 
 # (image, patch): seconds of attention and of PDE-SSM in the paper
 PAPER = {
@@ -48,4 +49,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args(__doc__, batch=dict(type=int, default=4, help="images of a step")))
+    main(parse_args(__doc__, batch=dict(type=positive, default=4, help="images of a step")))

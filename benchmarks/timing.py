@@ -23,6 +23,7 @@ from time import perf_counter
 
 import torch
 
+from flags import above_zero, positive
 from parallel import choose_device, keep_freed_memory
 from pde_ssm import set_backend
 
@@ -38,8 +39,8 @@ def parse_args(description, argv=None, **flags):
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and smaller sizes: within 5 minutes on 2 CPU cores")
     add("--device", help="cpu, cuda or cuda:N; by default a GPU if there is one")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; by default all cores that it may use")
-    add("--seconds", type=float, help="for each row of the table, beyond 3 rounds; 10, or 4 with --quick")
+    add("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of PyTorch; by default all its cores")
+    add("--seconds", type=above_zero, help="for each row of the table, beyond 3 rounds; 10, or 4 with --quick")
     add("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile every side, e.g. reduce-overhead")
     add("--backend", choices=("default", "torch", "auto"), default="default", help="of the PDE: see set_backend in pde_ssm.py")
     add("--out", type=Path, default=ROOT / "reproduce" / "results", help="folder of the JSON and the plot")

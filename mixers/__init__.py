@@ -7,6 +7,7 @@ from functools import partial
 
 from timm.models.vision_transformer import Attention
 
+from flags import above_zero, positive
 from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock
 
 MIXERS = {"attention": Attention} | {name: partial(PDESSMBlock, **options) for name, options in PRESETS.items()}
@@ -30,11 +31,11 @@ def build_mixer(mixer, dim, num_heads, grid_size, /, **options):
 def add_pde_flags(add):
     """The options of `--mixer pdessm` as flags of a command: `add` is add_argument of its parser."""
     add("--pde-coupling", choices=COUPLINGS, help="which channels of --mixer pdessm share a PDE; diagonal unless given")
-    add("--pde-groups", type=int, help="groups of channels that share one")
-    add("--pde-state-dim", type=int, help="channels of the PDE, the hidden size unless given")
-    add("--pde-expand", type=float, help="the same, as a multiple of the hidden size")
+    add("--pde-groups", type=positive, help="groups of channels that share one")
+    add("--pde-state-dim", type=positive, help="channels of the PDE, the hidden size unless given")
+    add("--pde-expand", type=above_zero, help="the same, as a multiple of the hidden size")
     add("--pde-terms", nargs="+", choices=TERMS, metavar="TERM", help=f"some of {', '.join(TERMS)}; all unless given")
-    add("--pde-components", type=int, help="PDEs per channel, whose states are summed (not in the paper)")
+    add("--pde-components", type=positive, help="PDEs per channel, whose states are summed (not in the paper)")
     add("--pde-activation", action="store_true", help="silu before the PDE (not in the paper)")
     add("--pde-gate", action="store_true", help="multiply by a gate, project back (not in the paper)")
 

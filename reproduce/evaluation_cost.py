@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate import Side, Statistics, compare, measure, open_source
 from features import Inception
+from flags import positive
 
 
 def network(args):
@@ -54,11 +55,11 @@ def made_up(n, seed):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Time and memory of evaluation.")
     parser.add_argument("what", choices=["network", "metrics"])
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--references", type=int, default=10_000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=positive, default=2000)
+    parser.add_argument("--side", type=positive, default=32)
+    parser.add_argument("--samples", type=positive, default=50_000)
+    parser.add_argument("--references", type=positive, default=10_000)
+    parser.add_argument("--threads", type=positive, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dict(network=network, metrics=metrics)[args.what](args)

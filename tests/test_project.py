@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "pde_ssm_triton", "pde_ssm", "cost", "speed", "mixers", "backbones", "models", "vae", "diffusion", "sharded", "parallel",
-    "checkpoint", "download", "latents", "data", "images", "features", "evaluate", "sample", "probe", "tracker", "update",
-    "resume", "train", "sample_ddp", "overlay",
+    "flags", "pde_ssm_triton", "pde_ssm", "cost", "speed", "mixers", "backbones", "models", "vae", "diffusion", "sharded",
+    "parallel", "checkpoint", "download", "latents", "data", "images", "features", "evaluate", "sample", "probe", "tracker",
+    "update", "resume", "train", "sample_ddp", "overlay",
 ]  # fmt: skip
 
 
@@ -53,12 +53,13 @@ def test_the_readmes_tree_is_the_tree():
     named = set(re.findall(r"^    (\w[\w./-]*)(?:  |$)", (ROOT / "README.md").read_text(), re.MULTILINE))
     kept = {path.name for path in ROOT.glob("*.py")}
     kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE", "train.slurm"}
-    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tests/", "reproduce/results/"}
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"docs/", "tests/", "reproduce/results/"}
     folders |= {f"{path.parent.name}/{path.name}" for name in ("benchmarks", "reproduce") for path in (ROOT / name).glob("*.*")}
     assert kept | folders == named
 
 
-def test_what_the_readme_links_to_is_there():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    assert links or page.name != "README.md"
+    assert [link for link in links if not (page.parent / link).is_file()] == []

@@ -1,0 +1,39 @@
+"""Which numbers flags take: one rule for each kind of number, the same in every command, checked before a command begins.
+
+Each is a `type` of argparse, which then says in one line which flag was wrong and what it takes.
+"""
+
+import argparse
+import math
+
+LARGEST = 2**63 - 1  # of an integer in a tensor
+
+
+def _number(read, holds, what):
+    def parse(text):
+        try:
+            number = read(text)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not (number <= LARGEST and holds(number)):  # which NaN and infinity never are
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return number
+
+    parse.what = what
+    return parse
+
+
+positive = _number(int, lambda n: n >= 1, "a whole number from 1")                # sizes, steps, counts
+not_negative = _number(int, lambda n: n >= 0, "a whole number from 0")            # what there may be none of; seeds
+above_zero = _number(float, lambda x: x > 0, "a finite number above 0")           # rates, norms, seconds
+from_zero = _number(float, lambda x: x >= 0, "a finite number from 0")            # strengths, weights
+share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")             # places on a way
+decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
+
+
+def image_size(text):
+    """A side, "48", or "32x48" as (height, width)."""
+    sides = [positive(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is neither a side nor HxW")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
