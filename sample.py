@@ -36,7 +36,7 @@ def main(args, processes):
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, "mse", args.ema)
     labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
     objective, sampler = create_sampler(args, settings)
-    guidance = read_guidance(args)
+    guidance = read_guidance(args, model.in_channels)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out}: not a file in a folder that can be written")
@@ -45,7 +45,7 @@ def main(args, processes):
 
     images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
     save_grid(images, out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
-    print(f"{len(labels)} samples are in {out}")
+    print(f"{len(labels)} samples are in {out}, drawn {in_words(guidance, model)}")
 
 
 def create_sampler(args, settings):
@@ -66,11 +66,22 @@ class Guidance(NamedTuple):
     interval: tuple[float, float] = (0.0, 1.0)
 
 
-def read_guidance(args):
+def read_guidance(args, channels):
+    """Guidance of a model with so many channels: unless --cfg-channels says otherwise, of DiT's three where there are four,
+    and of all where there are not."""
     low, high = args.cfg_interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"--cfg-interval {low} {high}: it is from 0, noise, to 1, image")
-    return Guidance(args.cfg_scale, None if args.cfg_channels == "all" else 3, (low, high))
+    guided = args.cfg_channels or ("3" if channels in (3, 4) else "all")
+    return Guidance(args.cfg_scale, None if guided == "all" else 3, (low, high))
+
+
+def in_words(guidance, model):
+    if guidance.scale == 1 or model.num_classes == 0:
+        return "without guidance"
+    there = model.in_channels
+    which = f"{guidance.channels} of" if guidance.channels and guidance.channels < there else "all"
+    return f"with guidance of strength {guidance.scale:g} on {which} {there} channels"
 
 
 def draw(model, space, objective, sampler, labels, seed, guidance, progress=True):
@@ -163,7 +174,7 @@ def add_model_flags(add, vae):
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
-    add("--cfg-channels", choices=["3", "all"], default="3", help="channels that guidance guides: 3 as in DiT, or all")
+    add("--cfg-channels", choices=["3", "all"], help="that guidance guides; by default 3 of 4, as in DiT, and all of others")
     interval = dict(type=share, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
     add("--cfg-interval", **interval, help="where guidance acts on the way from noise, 0, to image, 1")
     add_speed_flags(add)

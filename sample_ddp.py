@@ -24,7 +24,7 @@ from features import open_network
 from flags import from_zero, not_negative, positive
 from images import npz_shape, write_npz
 from parallel import launch
-from sample import add_model_flags, checkpoint_name, create_sampler, generate, read_guidance, save_png
+from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, read_guidance, save_png
 from speed import prepare_to_sample
 from vae import digest, open_space
 
@@ -39,17 +39,18 @@ def main(args, processes):
     if args.evaluate:  # what is missing for it shows before the work
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)
-    guidance = read_guidance(args)
+    guidance = read_guidance(args, model.in_channels)
     prepare_to_sample(model, args, processes.device)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
-        claim_folder(folder, model, settings["vae"], sampler.__name__, args)
+        claim_folder(folder, model, settings["vae"], sampler.__name__, guidance, args)
     processes.barrier()
     batches = unfinished_batches(folder, args)
     mine = batches[processes.rank :: processes.size]
     processes.barrier()  # every process has looked before any writes
     if processes.rank == 0:
-        print(f"Sampling {sum(map(len, batches)):,} of {args.num_fid_samples:,} images into {folder}")
+        some = f"{sum(map(len, batches)):,} of {args.num_fid_samples:,} images"
+        print(f"Sampling {some} into {folder}, {in_words(guidance, model)}")
 
     space = open_space(settings["vae"]).load(processes.device)
     model.to(processes.device)
@@ -79,15 +80,16 @@ def folder_name(args, settings):
     return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
-def claim_folder(folder, model, vae, sampler, args):
+def claim_folder(folder, model, vae, sampler, guidance, args):
     """Makes the folder, or makes sure that what lies there came from the same weights and settings.
 
     The name does not tell apart two runs' checkpoints of one step, two samplers, or folders of one name with other
     autoencoders. ValueError names what differs, and refuses to replace an .npz by a smaller one.
     """
     settings = dict(weights=digest(model.state_dict()), sampler=sampler, num_sampling_steps=args.num_sampling_steps)
-    settings |= dict(cfg_channels=args.cfg_channels, cfg_interval=list(args.cfg_interval), precision=args.precision)
+    settings |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(args.cfg_interval))
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
+    settings["precision"] = args.precision
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "settings.json"
     if not record.exists():

@@ -413,14 +413,14 @@ def draw_samples(step, ema, args, processes, space, folder, track):
     """
     ema.eval()  # which drops kept symbols: sharded parameters change without telling
     settings, (objective, sampler) = sample.parse_args([]), quick_sampler(args)
-    classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings)
+    classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings, ema.in_channels)
     labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
     images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
     if processes.rank == 0:
         path = folder / "samples" / f"{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         sample.save_grid(images, path, columns=4)
-        logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}")
+        logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, drawn {sample.in_words(guidance, ema)}")
         if track:
             track(step, {}, path)
 

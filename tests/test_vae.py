@@ -1,12 +1,16 @@
 """The latent path with a small autoencoder saved locally in the format of the real one."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
+from checkpoint import save_checkpoint
 from commands import ALONE, draw, draw_many, fit
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
+from models import MODELS
 from vae import LatentSpace, PixelSpace, open_space
 
 
@@ -69,6 +73,38 @@ def test_autoencoders_of_other_shapes(tmp_path, levels, channels):
     flags = ["--image-size", 32, "--vae", folder, "--global-batch-size", 4, "--max-steps", 1]
     checkpoint = fit(tmp_path / "r", *flags) / "checkpoints" / "0000001.pt"
     assert draw_many(checkpoint, tmp_path / "s", "--num-fid-samples", 1).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize(("channels", "by_default"), [(3, "all 3"), (4, "3 of 4"), (16, "all 16")])
+def test_guidance_is_on_all_channels_where_there_are_not_four(
+    tmp_path, randomize, capsys, caplog, monkeypatch, channels, by_default
+):
+    """In sample.py, sample_ddp.py and the grids of training, which all say so; a flag that is given holds."""
+    vae = "none" if channels == 3 else save_autoencoder(tmp_path / "vae", 3, channels)
+    size = 4 if channels == 3 else 16
+    model = randomize(MODELS["DiT-N/2"](input_size=4, in_channels=channels, num_classes=10)).eval()
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, ema=model.state_dict(), args=dict(model="DiT-N/2", mixer="attention", vae=vae, image_size=size))
+
+    def drawn(name, *flags):
+        many = draw_many(path, tmp_path / name, "--num-fid-samples", 1, "--cfg-scale", 4, *flags)
+        return draw(path, tmp_path / f"{name}.png", *flags), many
+
+    default, three, every = drawn("a"), drawn("b", "--cfg-channels", 3), drawn("c", "--cfg-channels", "all")
+    for of_default, of_three, of_every in zip(default, three, every):
+        assert np.array_equal(of_default, of_every if channels == 16 else of_three)
+        assert np.array_equal(of_three, of_every) == (channels == 3)
+    said = [line for line in capsys.readouterr().out.splitlines() if "strength" in line]
+    three_of = "all 3" if channels == 3 else f"3 of {channels}"
+    for line, which in zip(said, [by_default] * 2 + [three_of] * 2 + [f"all {channels}"] * 2, strict=True):
+        assert line.endswith(f"with guidance of strength 4 on {which} channels")
+
+    caplog.set_level("INFO", "train")
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 4)
+    train.draw_samples(7, model, train.parse_args([]), ALONE, open_space(vae).load("cpu"), tmp_path, None)
+    assert caplog.messages[-1].endswith(f"with guidance of strength 4 on {by_default} channels")
+    with Image.open(tmp_path / "samples" / "0000007.png") as grid:
+        assert np.array_equal(grid, default[0])
 
 
 def test_training_encodes_with_noise_of_its_own(folder):
