@@ -14,7 +14,7 @@ demo: .venv/installed
 	@echo "Ten digits of each class, drawn by the model that was just trained: $(CURDIR)/$(DEMO)/digits.png"
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -27,6 +27,7 @@ MAX_SIDE = 512
 LARGEST_PRIME = 127     # in a side, whose transform costs its square: longer ones have not been held against FFTs
 SIDES = frozenset(n for n in range(1, MAX_SIDE + 1) if math.factorial(LARGEST_PRIME) ** 9 % n == 0)  # 2^9 is MAX_SIDE
 CHANNELS = 16           # about as many at once
+FIXED_THREADS = 8       # for which work is cut where results must not depend on their number
 BLOCKS_PER_THREAD = 4   # of channels and images, lest threads wait for one another at the end
 FLAGS = f"""-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -shared -std=c++17 -Wno-psabi
 -DROWS={ROWS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME}""".split()
@@ -454,11 +455,15 @@ def evolve_backward(gradient, v, rows):
 
 
 def shares(v, rows):
-    """Into how many shares of images the work on each block of channels is cut: so many that all threads have some."""
+    """Into how many shares of images the work on each block of channels is cut: so many that all threads have some.
+
+    The gradient of the rows is the sum of the shares', so PyTorch's deterministic mode fixes their number.
+    """
     if rows.ndim == 4:
         return len(v)
     blocks = -(-v.shape[3] // CHANNELS)
-    return min(len(v), -(-BLOCKS_PER_THREAD * torch.get_num_threads() // blocks))
+    threads = FIXED_THREADS if torch.are_deterministic_algorithms_enabled() else torch.get_num_threads()
+    return min(len(v), -(-BLOCKS_PER_THREAD * threads // blocks))
 
 
 def sizes(v, rows):

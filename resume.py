@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import read_checkpoint, save_checkpoint
 from sharded import check_pieces, load_sharded, read_settings, save_sharded
+from speed import rounding
 from update import tensors
 
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
 FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "backend", "grad_checkpointing", "grad_accum", "max_skipped",
-    "parallel", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
+    "parallel", "deterministic", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
 }  # fmt: skip
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
 logger = logging.getLogger("train")
@@ -104,6 +105,17 @@ def find_run(args, processes):
     return contents | dict(path=path, changes=changes)
 
 
+def record_rounding(run, processes):
+    """Returns what the bits of a run's weights depend on, one dict for each time that it went on under other conditions, and a
+    line that says what has changed since its last checkpoint, or None."""
+    now, before = rounding(processes), run.get("rounding", []) if run else []
+    if not before or before[-1] == now:
+        return before or [now], None
+    names = [name for name in now if before[-1].get(name) != now[name]]
+    changes = ", ".join(f"{name} {before[-1].get(name)} is now {now[name]}" for name in names)
+    return [*before, now], f"The last bits may differ from those of a run that was not stopped: {changes}"
+
+
 def changed_settings(before, now):
     free = FREE | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural, another is not
     names = [name for name in now if name in before and name not in free and before[name] != now[name]]
@@ -137,9 +149,9 @@ def fill(values, stored, path):
             value.copy_(stored[name])
 
 
-def save_run(experiment, step, learner, args, processes):
+def save_run(experiment, step, learner, args, processes, rounding):
     """Writes a checkpoint, deletes those that are not to be kept, and returns its path. Every process calls it."""
-    contents = dict(args=vars(args), step=step, scaler=learner.scaler.state_dict())
+    contents = dict(args=vars(args), step=step, scaler=learner.scaler.state_dict(), rounding=rounding)
     path = Path(experiment, "checkpoints", f"{step:07d}.{'dcp' if args.parallel == 'fsdp' else 'pt'}")
     if args.parallel == "fsdp":
         save_sharded(path, tensors(learner), **contents)

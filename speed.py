@@ -1,9 +1,11 @@
 """How a network runs: its precision, compiled or not, and by which kernels. It changes a result by rounding alone."""
 
 import os
+import platform
 import shutil
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,45 @@ def add_speed_flags(add):
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     add("--compile", action="store_true", help="by torch.compile, for which the first step takes about a minute longer")
     kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
+    add("--deterministic", action="store_true", help="ask MKL, PyTorch and cuDNN for the same bits every time; may be slower")
     add("--pde-backend", **kernels, help="of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; or what kernels can")
+
+
+def be_deterministic():
+    """Asks MKL, PyTorch, cuDNN and cuBLAS for the same bits every time; MKL for those of any number of threads, too.
+
+    MKL reads its mode at its first product of matrices, cuBLAS at its first handle, so this comes before either. On AMD
+    processors MKL has one mode only, and its sums are the same for any number of threads anyway.
+    """
+    strict = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}.get(torch.backends.cpu.get_cpu_capability(), "COMPATIBLE")
+    os.environ.setdefault("MKL_CBWR", strict)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds faults, and costs time
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def rounding(processes):
+    """Describes what the last bits of a result depend on besides its settings: a dict of plain values."""
+    gpu = processes.device.type == "cuda"
+    return dict(
+        processor=torch.cuda.get_device_name(processes.device) if gpu else processor(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        processes=processes.size,
+        mkl=os.environ.get("MKL_CBWR", "default"),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        torch=str(torch.__version__),
+    )
+
+
+def processor():
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def in_precision(network, precision, device):
@@ -33,8 +73,10 @@ def in_precision(network, precision, device):
 
 
 def prepare_to_sample(model, args, device):
-    """Makes every call of a trained model follow --precision, --compile and --pde-backend, on that device. ValueError where
-    the machine cannot. Its weights must not change afterwards."""
+    """Makes every call of a trained model follow --deterministic, --precision, --compile and --pde-backend, on that device.
+    ValueError where the machine cannot. Its weights must not change afterwards."""
+    if args.deterministic:
+        be_deterministic()
     choose_backend(args.backend, model, device)
     forward = in_precision(model.forward, args.precision, device)
     if args.compile:

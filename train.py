@@ -36,8 +36,8 @@ from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch
 from probe import distance, open_probe
-from resume import find_run, forget_what_came_after, lock, restore, save_run, shelter, stop_signals
-from speed import add_speed_flags, check_compiler, choose_backend, in_precision
+from resume import find_run, forget_what_came_after, lock, record_rounding, restore, save_run, shelter, stop_signals
+from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
 from tracker import TRACKERS
 from update import create_learner, exchange_gradients, lent, replicate, update
 from vae import draw_latents, open_space
@@ -50,6 +50,8 @@ logger = logging.getLogger("train")
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
+    if args.deterministic:
+        be_deterministic()
     device = processes.device
     space = open_space(args.vae)
     if args.dataset and processes.rank > 0:
@@ -96,12 +98,15 @@ def main(args, processes):
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
 
+    conditions, otherwise = record_rounding(run, processes)
     learner = create_learner(model, args, processes)
     ema = next(iter(learner.averages.values()))
     if run:
         restore(learner, run)
         seen = processes.share(forget_what_came_after(run) if processes.rank == 0 else None)
         logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
+        if otherwise:
+            logger.warning(otherwise)
         run = None  # it holds as much as the learner
     replica = replicate(model, args, processes)
     network = in_precision(replica, args.precision, device)
@@ -113,7 +118,7 @@ def main(args, processes):
 
     def save(step):
         if step not in saved:  # a signal may come right after a checkpoint
-            logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes)}")
+            logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes, conditions)}")
             saved.add(step)
 
     def watch(step, seen=()):
@@ -147,7 +152,7 @@ def main(args, processes):
                     learner.scaler.scale(part_loss).backward()
                 loss += part_loss.detach()
             loss = processes.mean(loss)
-            if update(learner, loss, step, args.max_grad_norm):
+            if update(learner, loss, step, args.max_grad_norm, args.ema_warmup):
                 losses.append(loss)
                 skipped = 0
             else:
@@ -460,6 +465,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     add("--allow-changes", action="store_true", help="let --resume go on with other settings")
     add("--ema-decay", type=decay, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
+    warmup = "let averages start fast, so that short runs can be sampled; without it their decay is constant, as upstream's"
+    add("--ema-warmup", action=argparse.BooleanOptionalAction, default=True, help=warmup)
     add("--ema-device", choices=["cpu"], help="keep the averages in CPU memory; by default they are where the model is")
     add_speed_flags(add)
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="every process holds the model, or a part (FSDP2)")

@@ -77,7 +77,7 @@ def exchange_gradients(replica, now):
     return replica.no_sync() if isinstance(replica, DistributedDataParallel) and not now else nullcontext()
 
 
-def update(learner, loss, step, max_norm=None):
+def update(learner, loss, step, max_norm=None, warmup=True):
     """One step of the optimiser and of the averages with the gradients that are there, scaled down to max_norm.
 
     Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite.
@@ -93,15 +93,23 @@ def update(learner, loss, step, max_norm=None):
             clip_grads_with_norm_(parameters, max_norm, norm)
         scaler.step(opt)
         for decay, average in averages.items():
-            update_ema(average, model, step, decay)
+            update_ema(average, model, step, decay_at(step, decay) if warmup else decay)
     scaler.update()
     opt.zero_grad()
     return finite
 
 
+def decay_at(step, decay):
+    """The decay of an average that starts fast: it rises to `decay`, so that short runs do not average their initial weights.
+
+    The average looks back over about step / 9 steps until then: 1,112 at step 10,000, 5,557 at 50,000, and with a decay of
+    0.9999 from step 90,000 on as far as a constant one, 10,000.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 def update_ema(ema, model, step, decay):
-    """One step of the average, with a decay that rises to `decay`, lest short runs average their initial weights."""
-    decay = min(decay, (1 + step) / (10 + step))
+    """One step of the average of that decay."""
     averaged = list(ema.parameters())
     weights = [weight.detach().to(average.device) for weight, average in zip(model.parameters(), averaged)]
     get_ema_multi_avg_fn(decay)(averaged, weights, step)

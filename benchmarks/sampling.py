@@ -57,7 +57,7 @@ def main(args):
 def sampling_run(args, batch, steps, how, **options):
     """All steps from noise to images, ready to be timed; `how` are --precision and --compile, by name."""
     model = build_model(Namespace(device=args.device, compile=None), **options).eval().requires_grad_(False)
-    prepare_to_sample(model, Namespace(backend=args.backend, **how), args.device)
+    prepare_to_sample(model, Namespace(backend=args.backend, deterministic=False, **how), args.device)
     diffusion = create_diffusion(str(steps))
     noise = torch.randn(batch, model.in_channels, *model.input_size, device=args.device)
     labels = torch.randint(model.num_classes, (batch,), device=args.device)

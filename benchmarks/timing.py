@@ -26,6 +26,7 @@ import torch
 from flags import above_zero, positive
 from parallel import choose_device, keep_freed_memory
 from pde_ssm import set_backend
+from speed import processor
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_MS = 5.0   # a sample is at least as long
@@ -177,14 +178,6 @@ def machine(device):
         except metadata.PackageNotFoundError:
             versions[package] = None
     return about | dict(system=platform.system(), versions=versions)
-
-
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def commit():

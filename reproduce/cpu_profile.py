@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pde_ssm_cpu
 from benchmarks.sides import layer_pass, training_step
-from benchmarks.timing import processor
 from models import SIZES
 from parallel import keep_freed_memory
+from speed import processor
 
 MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are
 LEAST_SHARE = 0.006  # operations with less are added up

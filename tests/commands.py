@@ -60,6 +60,7 @@ def draw_many(path, folder, *flags):
 
 def torchrun(processes, script, *flags, fails=False):
     """Runs a command on that many processes of one thread each; returns what it printed."""
+    assert_one_thread()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / script), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -81,6 +82,18 @@ class Colours(torch.nn.Module):
         return (5 * pool).softmax(1)
 
 
+def assert_one_thread():
+    """Other processes have one thread here, and what they made is compared with what this one made, often to the bit: sums
+    depend on the number of threads, though not on every processor."""
+    assert torch.get_num_threads() == 1, "a test that starts processes takes the fixture one_thread"
+
+
+def forked(run, *args):
+    """A child of this process that runs a function, in one thread: OpenMP's do not survive a fork."""
+    assert_one_thread()
+    return multiprocessing.get_context("fork").Process(target=run, args=args)
+
+
 def fork(*flags, processes=1, spoil=None):
     """Trains in forks of this process, which saves their start-up; each first calls spoil(rank). Returns their statuses, -9
     for one that was killed."""
@@ -92,7 +105,6 @@ def fork(*flags, processes=1, spoil=None):
         environment = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
     def run(rank):
-        torch.set_num_threads(1)
         os.environ |= environment | ({"RANK": str(rank)} if environment else {})
         train.log_to(logging.StreamHandler())
         if spoil:
@@ -106,7 +118,7 @@ def fork(*flags, processes=1, spoil=None):
             # Here, for PyTorch 2.6 waits for ever for processes that were killed, when it frees what the error holds.
             os._exit(1 if isinstance(end.code, str) else end.code)
 
-    children = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
+    children = [forked(run, rank) for rank in range(processes)]
     for child in children:
         child.start()
     for child in children:

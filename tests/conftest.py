@@ -1,6 +1,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a hub; read when huggingface_hub is imported, as models.py does
+# Tests run side by side, one thread each, and threads that wait leave the processor to others; read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
 import logging
@@ -78,6 +81,15 @@ def shallow():
         patch.setattr(os, "fsync", lambda file: None)
         patch.setitem(MODELS, "DiT-N/8", partial(MODELS["DiT-N/8"], depth=2))
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For what is compared with a fork to the bit: a fork has one thread, and sums may depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

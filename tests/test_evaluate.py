@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from scipy.linalg import sqrtm
 
 import evaluate
-from commands import Colours
+from commands import Colours, forked
 from evaluate import Statistics, frechet_distance, inception_score, measure, open_source, precision_recall
 from parallel import ALONE, Processes, launch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -195,7 +196,6 @@ def test_batches_change_nothing(images, batch):
 
 
 def _measure_as_one_of(rank, size, array, folder):
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     network = Colours()
     side = measure(open_source(array, network), network, Processes(rank, size, torch.device("cpu")), batch_size=4)
@@ -206,7 +206,12 @@ def _measure_as_one_of(rank, size, array, folder):
 
 def test_two_processes_see_what_one_sees(tmp_path, images):
     array = images(23)
-    mp.start_processes(_measure_as_one_of, (2, array, str(tmp_path)), nprocs=2, start_method="fork")
+    both = [forked(_measure_as_one_of, rank, 2, array, str(tmp_path)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     pool, statistics = torch.load(tmp_path / "side.pt", weights_only=False)
     alone = measure(open_source(array, Colours()), Colours())
     torch.testing.assert_close(pool, alone.pool)

@@ -1,7 +1,6 @@
 """Training from latents that were encoded before, and what can go wrong with them."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -18,12 +17,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import data
 import train
-from commands import ALONE, fit, lasting, torchrun
+from commands import ALONE, fit, forked, lasting, torchrun
 from data import load_dataset
 from diffusion import create_diffusion
 from latents import CachedLatents
 from test_vae import save_autoencoder
 from vae import open_space
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +158,7 @@ def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_pat
     out, whole = tmp_path / "killed", encode(tmp_path / "whole", vae, *(digits := ["--image-size", 8, "--shard-size", 30]))
     flags = ["encode", "--out", out, "--vae", vae, "--device", "cpu", *digits]
 
-    def start():
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        encode(out, vae, *digits)
-
-    killed = multiprocessing.get_context("fork").Process(target=start)
+    killed = forked(encode, out, vae, *digits)
     killed.start()
     while len(list(out.glob("*.safetensors"))) < 3 and killed.is_alive():
         time.sleep(0.002)

@@ -21,6 +21,8 @@ from mixers import MIXERS, PRESETS
 from models import DiT_models
 from pde_ssm import PDESSMBlock
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PDE = ["--mixer", "pdessm"]
 UPSTREAM = os.environ.get("UPSTREAM_DIT")
 

@@ -123,21 +123,41 @@ def test_images_and_channels_do_not_touch():
     assert torch.equal(after, before)
 
 
-def test_a_result_depends_on_nothing_but_its_input():
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, for this test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_result_depends_on_nothing_but_its_input(threads):
     v, gradient, rows = *torch.randn(2, 7, 12, 10, 40), random_rows(1, 40)
-    first, threads = evolve(v, rows), torch.get_num_threads()
-    gradients = evolve_backward(gradient, v, rows)
-    for _ in range(3):
+    threads(2)
+    first, (v_gradient, rows_gradient) = evolve(v, rows), evolve_backward(gradient, v, rows)
+    for number in (2, 2, 1, 3):
+        threads(number)
         assert torch.equal(evolve(v, rows), first)
-        assert all(map(torch.equal, evolve_backward(gradient, v, rows), gradients))
-    torch.set_num_threads(1)
-    alone, (v_alone, rows_alone) = evolve(v, rows), evolve_backward(gradient, v, rows)
-    torch.set_num_threads(threads)
-    assert torch.equal(alone, first)
-    assert torch.equal(v_alone, gradients[0])
-    assert_close(rows_alone, gradients[1], 3e-6, dim=-1)                   # sums of other shares of images
+        v_again, rows_again = evolve_backward(gradient, v, rows)
+        assert torch.equal(v_again, v_gradient)
+        if number == 2:
+            assert torch.equal(rows_again, rows_gradient)
+        assert_close(rows_again, rows_gradient, 3e-6, dim=-1)              # sums of other shares of images
     across = v.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)        # the same numbers, elsewhere
     assert torch.equal(evolve(across, rows), first)
+
+
+def test_strictly_not_even_a_gradient_depends_on_the_number_of_threads(threads):
+    v, gradient, rows = *torch.randn(2, 23, 5, 7, 40), random_rows(2, 40)
+    torch.use_deterministic_algorithms(True)
+    try:
+        sums = [threads(number) or evolve_backward(gradient, v, rows)[1] for number in (1, 2, 3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+    loosely = [threads(number) or evolve_backward(gradient, v, rows)[1] for number in (1, 3)]
+    assert not torch.equal(*loosely)                                       # or the mode would have had nothing to do
 
 
 @pytest.mark.parametrize("r", [-1e4, -85.0, -60.0, 0.0, 60.0])

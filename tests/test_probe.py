@@ -11,6 +11,8 @@ from data import load_dataset
 from evaluate import frechet_distance
 from parallel import launch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = ["--global-batch-size", 8, "--max-steps", 4, "--lr", 1e-2, "--ckpt-every", 2]
 NAME = "fd6_inception_12"
 

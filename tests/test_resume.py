@@ -26,7 +26,7 @@ from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
 STEPS = 14
 SAVED = [4, 8, 12, STEPS]
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
 
 
 def die():
@@ -248,6 +248,23 @@ def test_other_settings_are_named_and_stop(calm, flags, begun):
     was = learnt(calm(1))["model"]["pos_embed"], learnt(calm(1))["model"]["x_embedder.proj.bias"]
     assert torch.equal(moved[0], was[0])
     assert (moved[1] - was[1]).abs().max() > 0.05
+
+
+def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog):
+    """Tests compare such records with everything else that was learnt: see `learnt`."""
+    (one,) = learnt(begun)["rounding"]
+    assert one["threads"] == torch.get_num_threads() == 1
+    assert one["processes"] == 1
+    again(flags, "--resume", "auto", "--max-steps", 15)
+    assert learnt(begun, 15)["rounding"] == [one]
+    assert "bits may differ" not in caplog.text
+    torch.set_num_threads(2)
+    try:
+        again(flags, "--resume", "auto", "--max-steps", 16)
+    finally:
+        torch.set_num_threads(1)
+    assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2)]
+    assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2"]
 
 
 def test_a_finished_run_has_nothing_to_do(flags, begun, caplog):

@@ -15,6 +15,8 @@ from diffusion import create_diffusion, create_flow
 from models import DiT_models
 from parallel import launch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("mixer", ["attention", "pdessm"])

@@ -23,7 +23,7 @@ EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
 FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
 OLD = not hasattr(torch.cpu.Stream, "record_event")
 FSDP = partial(pytest.param, marks=pytest.mark.skipif(OLD, reason="PyTorch 2.6 has FSDP2 for GPUs only"))
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
@@ -14,7 +15,7 @@ import pde_ssm_triton
 import sample
 import sample_ddp
 import train
-from commands import FEW_STEPS, QUICK, draw, draw_many, fit
+from commands import FEW_STEPS, QUICK, ROOT, draw, draw_many, fit
 from diffusion import create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise
 from models import MODELS, DiT_models
@@ -228,3 +229,26 @@ def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatc
     assert pde_ssm._backend == "auto"
     assert (folder / "checkpoints" / "0000002.pt").exists()
     assert " was " not in (folder / "log.txt").read_text()
+
+
+BY_THREADS = """
+import sys, torch
+from commands import fit
+runs = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    flags = ["--mixer", "pdessm", "--global-batch-size", 24, "--lr", 1e-3, "--max-steps", 3, "--deterministic"]
+    folder = fit(f"{sys.argv[1]}/{threads}", *flags)
+    runs.append(torch.load(folder / "checkpoints" / "0000003.pt"))
+assert [run["rounding"][0]["threads"] for run in runs] == [1, 2]
+assert runs[0]["rounding"][0]["deterministic"] and runs[0]["rounding"][0]["mkl"] != "default"
+print(sum(not torch.equal(value, runs[1]["model"][name]) for name, value in runs[0]["model"].items()))
+"""
+
+
+def test_deterministic_runs_are_the_same_with_any_number_of_threads(tmp_path):
+    """In a process of its own, for MKL reads its mode once."""
+    command = [sys.executable, "-c", BY_THREADS, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr

@@ -19,6 +19,8 @@ from parallel import Processes, launch
 from pde_ssm import TERMS
 from vae import open_space
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("model", "mixer", "num_classes", "image_size", "vae")  # of flags that a checkpoint decides
 
 

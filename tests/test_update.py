@@ -14,7 +14,7 @@ from checkpoint import parse_args as export_args
 from commands import ALONE, QUICK, draw, draw_many, fit
 from models import MODELS
 from parallel import Processes
-from update import update_ema
+from update import decay_at, update_ema
 
 
 def rows(folder):
@@ -26,8 +26,23 @@ def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
     with torch.no_grad():
         for step, decay in [(1, 2 / 11), (90, 0.91), (10**7, 0.9999)]:
             ema.weight.fill_(0), model.weight.fill_(1)
-            update_ema(ema, model, step, 0.9999)
+            update_ema(ema, model, step, decay_at(step, 0.9999))
             assert 1 - ema.weight.item() == pytest.approx(decay, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-ema-warmup"]], ids=["warmup", "constant"])
+def test_the_average_of_a_run_is_that_of_its_weights(tmp_path, flags):
+    """Of three steps' weights and the initial ones, which are those of a run of one step at nearly no learning rate."""
+    flags = [*flags, "--global-batch-size", 4, "--ema-decay", 0.6, "--ckpt-every", 1, "--lr"]
+    initial = read_checkpoint(fit(tmp_path / "0", *flags, 1e-30, "--max-steps", 1) / "checkpoints" / "0000001.pt")["model"]
+    folder = fit(tmp_path / "r", *flags, 1e-2, "--max-steps", 3) / "checkpoints"
+    average = initial
+    for step in (1, 2, 3):
+        contents = read_checkpoint(folder / f"{step:07d}.pt")
+        decay = 0.6 if "--no-ema-warmup" in flags else (1 + step) / (10 + step)
+        average = {name: decay * w + (1 - decay) * contents["model"][name] for name, w in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(contents["ema"][name], value, rtol=1e-5, atol=1e-6)
 
 
 def moments(folder):
