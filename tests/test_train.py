@@ -39,7 +39,7 @@ def test_what_a_run_leaves(tmp_path):
         assert not torch.equal(checkpoint["ema"][name], checkpoint["model"][name])
         assert not torch.equal(checkpoint["ema"][name], start[name])
         assert checkpoint["ema"][name].any()
-    assert set(checkpoint) == {"model", "ema", "opt", "args", "step", "scaler"}
+    assert set(checkpoint) == {"model", "ema", "opt", "args", "step", "scaler", "rounding"}
     assert checkpoint["args"]["mixer"] == "pdessm"
     log = (folder / "log.txt").read_text()
     assert re.search(r"^\[[-\d: ]+\] DiT Parameters: [\d,]+$", log, re.MULTILINE)
@@ -306,7 +306,7 @@ def test_a_batch_must_divide_over_the_processes():
     [
         (["--mixer", "mamba"], "choose from .*attention.*pdessm"),
         (["--model", "DiT-Q/2"], "choose from .*DiT-XL/2"),
-        (["--max-steps", "0"], "0 is not positive"),
+        (["--max-steps", "0"], "--max-steps: 0 is not a whole number from 1"),
         (["--pde-terms", "advection"], "choose from .*convection"),
         (["--pde-coupling", "full"], "choose from .*pairwise"),
     ],
