@@ -5,11 +5,22 @@ import os
 import re
 import sys
 from contextlib import suppress
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+try:
+    import fcntl  # noqa: F401
+    import resource  # noqa: F401
+except ImportError as error:
+    raise SystemExit(f"this runs on Linux and macOS, and on Windows inside WSL: {error}") from error
+
+# Processes wait so long for one another, since some work is for one of them alone: fetching weights, joining a data set's
+# files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
+PATIENCE = timedelta(hours=12)
 
 
 class Processes(NamedTuple):
@@ -55,29 +66,61 @@ def launch(command, args):
     traceback; `python -X dev` shows the traceback.
     """
     try:
-        device = choose_device(args.device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        if "RANK" not in os.environ:
-            command(args, Processes(0, 1, device))
-            return
-        # torchrun's store still holds the addresses of workers that it has started again since.
-        store, rank, size = next(rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-        command(args, Processes(dist.get_rank(), dist.get_world_size(), device))
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}")
-    except RuntimeError as error:
-        # Where another process has ended with its own message, all that is left to say is that it did.
-        if sys.flags.dev_mode or not dist.is_initialized() or not re.search("onnection (closed|reset) by peer", str(error)):
-            raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: stopped, because another process did")
-    finally:
+        processes = join(choose_device(args.device))
+        command(args, processes)
+        processes.barrier()  # the end of one process is for some launchers a reason to end the others
+    except BaseException as error:
+        reason = None if sys.flags.dev_mode else explain(error)
+        end = error if reason is None else SystemExit(f"{os.path.basename(sys.argv[0])}: error: {reason}")
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave(end)
+        raise end  # noqa: B904
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join(device):
+    """This process's place among those that torchrun started, or alone. ValueError if its environment makes no sense."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if "RANK" not in os.environ:
+        return Processes(0, 1, device)
+    rank, size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"RANK is {rank!r} and WORLD_SIZE {size!r}: torchrun sets both; without RANK there is one process")
+    store, rank, size = next(rendezvous("env://"))
+    store.set_timeout(PATIENCE)
+    # torchrun's store still holds the addresses of workers that it has started again since.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    return Processes(rank, size, device)
+
+
+def explain(error):
+    """What to say of an error in one line; None for one that nobody foresaw, of which the traceback tells most."""
+    if isinstance(error, (ValueError, OSError)):
+        return _one_line(error)
+    network, joined = isinstance(error, (dist.DistNetworkError, dist.DistStoreError)), dist.is_initialized()
+    if network and not joined:
+        return f"the processes do not find one another: {_one_line(error)}; torchrun --standalone takes a port that is free"
+    # Where another process has ended with its own message, all that is left to say is that it did.
+    if joined and (network or re.search("onnection (closed|reset) by peer", str(error))):
+        return "stopped, because another process did"
+    return None
+
+
+def leave(end):
+    """Ends this one of several processes at once, with what the exception says: on the usual way out it would wait for the
+    others, who may be waiting for it."""
+    if not isinstance(end, SystemExit):
+        sys.excepthook(type(end), end, end.__traceback__)
+        end = SystemExit(1)
+    if isinstance(end.code, str):
+        sys.stderr.write(f"{end.code}\n")  # in one piece: others may be writing theirs
+        end = SystemExit(1)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(end.code or 0)
 
 
 def choose_device(name):
@@ -86,13 +129,17 @@ def choose_device(name):
     if name is None:
         name = "cuda" if there else "cpu"
     kind, _, index = name.partition(":")
-    if name != "cpu" and (kind != "cuda" or (index and not index.isdigit())):
+    if name != "cpu" and (kind != "cuda" or (index and not index.isdecimal())):
         raise ValueError(f"--device {name} is none of cpu, cuda and cuda:N")
     if kind == "cpu":
         return torch.device("cpu")
-    index = int(index or os.environ.get("LOCAL_RANK", 0))
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    if index and place and there > 1:
+        raise ValueError(f"--device {name} is one GPU for several processes; --device cuda gives each its own")
+    index = int(index or place)
     if index >= there:
-        raise ValueError(f"--device {name}: CUDA device {index} is wanted and PyTorch finds {there}; use --device cpu")
+        fewer = f" or at most {there} processes" if there and place else ""
+        raise ValueError(f"--device {name}: CUDA device {index} is wanted and PyTorch finds {there}; use --device cpu{fewer}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -120,9 +167,9 @@ def return_freed_memory():
 
 
 def _one_line(error):
-    """The message; of an error that crossed from a data worker, which carries a traceback as text, the last line."""
+    """The message; of an error that crossed from a data worker, which carries a traceback as text, the last line; of one of
+    PyTorch's own, which carries the places in its code, the first."""
     message = str(error).strip()
     if "Original Traceback" in message:
-        message = message.splitlines()[-1].partition(": ")[2]
-    return message
-
+        return message.splitlines()[-1].partition(": ")[2]
+    return message.splitlines()[0] if isinstance(error, RuntimeError) else message

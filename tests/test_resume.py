@@ -437,35 +437,3 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 train.log_to(logging.StreamHandler())
 launch(train.main, train.parse_args())
 """
-
-
-FAKE_SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-for SLURM_PROCID in 0 1; do SLURM_LOCALID=$SLURM_PROCID SLURM_PROCID=$SLURM_PROCID SLURM_NTASKS=2 "$@" & done
-worst=0
-for job in $(jobs -p); do wait $job; status=$?; ((status > worst)) && worst=$status; done
-exit $worst
-"""
-FAKE_SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$FAKE_QUEUE"; fi
-"""
-
-
-FAKE_PYTHON = """#!/bin/bash
-echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$FAKE_CALLS"
-exit $((RANK == 1 ? FAKE_STATUS : 0))
-"""
-
-
-@pytest.mark.parametrize("status", [os.EX_TEMPFAIL, 0, 1])
-def test_the_slurm_script_starts_all_processes_and_queues_again_after_a_signal(tmp_path, status):
-    """With stand-ins for Slurm's commands and for Python."""
-    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", FAKE_PYTHON)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    environment = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77", SLURM_JOB_NODELIST="here")
-    environment |= dict(FAKE_CALLS=str(tmp_path / "calls"), FAKE_QUEUE=str(tmp_path / "queue"), FAKE_STATUS=str(status))
-    assert subprocess.run(["bash", "train.slurm", "--lr", "1"], cwd=ROOT, env=os.environ | environment).returncode == status
-    calls = sorted((tmp_path / "calls").read_text().splitlines())
-    assert calls == [f"{rank} {rank} 2 localhost 20077 train.py --resume auto --lr 1" for rank in (0, 1)]
-    assert (tmp_path / "queue").exists() == (status == os.EX_TEMPFAIL)

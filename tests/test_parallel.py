@@ -1,0 +1,211 @@
+"""How commands begin and end: with one process, with several, and on a Slurm cluster."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from commands import ROOT
+from parallel import choose_device, launch
+
+
+def together(command, spoil=None):
+    """Launches command(args, processes) in two forks of this process; returns their statuses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def run(rank):
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        if spoil:
+            spoil()
+        launch(command, SimpleNamespace(device="cpu"))
+
+    children = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def test_processes_wait_for_one_that_has_work_of_its_own():
+    def soon():
+        dist.distributed_c10d.default_pg_timeout = timedelta(seconds=0.3)
+
+    def command(args, processes):
+        time.sleep(1 - processes.rank)
+        assert processes.share("done" if processes.rank == 0 else None) == "done"
+
+    assert together(command, soon) == [0, 0]
+
+
+def test_no_process_ends_before_all_have_done_their_work(tmp_path):
+    def command(args, processes):
+        if processes.rank == 0:
+            time.sleep(0.5)
+            (tmp_path / "done").touch()
+
+    def leave_if_done(destroy=dist.destroy_process_group):
+        dist.destroy_process_group = lambda: destroy() if (tmp_path / "done").exists() else os._exit(9)
+
+    assert together(command, leave_if_done) == [0, 0]
+
+
+@pytest.mark.parametrize("error", [ValueError("1 is not 2"), OSError("no disk"), KeyError("x"), RuntimeError("no memory")])
+def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(capfd, error):
+    """On GPUs it would wait: to leave their group, processes finish what they have begun together."""
+
+    def command(args, processes):
+        if processes.rank == 1:
+            raise error
+        processes.barrier()
+
+    def never():
+        dist.destroy_process_group = lambda: os._exit(9)
+
+    assert together(command, never) == [1, 1]
+    errors = capfd.readouterr().err
+    foreseen = isinstance(error, (ValueError, OSError))
+    assert f"error: {error}\n" in errors if foreseen else f"{type(error).__name__}: {error}" in errors
+    assert ("Traceback" in errors) != foreseen
+    assert errors.count("error: stopped, because another process did") == 1
+
+
+def test_a_status_is_that_of_all():
+    def command(args, processes):
+        raise SystemExit(os.EX_TEMPFAIL)
+
+    assert together(command) == [os.EX_TEMPFAIL] * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (dict(RANK="0"), "RANK is '0' and WORLD_SIZE '': torchrun sets both; without RANK there is one process"),
+        (dict(RANK="2", WORLD_SIZE="2"), "RANK is '2' and WORLD_SIZE '2'"),
+        (dict(RANK="a", WORLD_SIZE="2"), "RANK is 'a' and WORLD_SIZE '2'"),
+        (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR expected, but not set"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="{taken}"), "address already in use; torchrun"),
+    ],
+)
+def test_an_environment_in_which_processes_cannot_meet_ends_in_one_line(monkeypatch, environment, message):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.format(taken=taken.getsockname()[1]))
+        with pytest.raises(SystemExit, match=message) as end:
+            launch(None, SimpleNamespace(device="cpu"))
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "place", "expected"),
+    [
+        (None, 0, 0, "cpu"),
+        (None, 2, 1, "cuda:1"),
+        ("cuda", 8, 7, "cuda:7"),
+        ("cuda:1", 2, 0, "cuda:1"),
+        ("cuda:0", 1, 3, "cuda:0"),  # where each process sees one GPU, its own
+        ("cuda:1", 2, 1, "--device cuda:1 is one GPU for several processes; --device cuda gives each its own"),
+        ("cuda", 2, 3, "CUDA device 3 is wanted and PyTorch finds 2; use --device cpu or at most 2 processes"),
+        ("cuda", 0, 1, "CUDA device 1 is wanted and PyTorch finds 0; use --device cpu$"),
+        ("cuda:²", 2, 0, "--device cuda:² is none of cpu, cuda and cuda:N"),
+        ("mps", 0, 0, "--device mps is none of cpu, cuda and cuda:N"),
+    ],
+)
+def test_each_process_has_a_device_of_its_own(monkeypatch, name, there, place, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setenv("LOCAL_RANK", str(place))
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            choose_device(name)
+    else:
+        assert choose_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "data", "checkpoint"])
+def test_windows_is_told_at_once(monkeypatch, command):
+    ours = [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(f"{ROOT}/")]
+    for name in ours:
+        if not name.startswith(("pde_ssm", "test")):  # operators have been registered
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with pytest.raises(SystemExit, match="this runs on Linux and macOS, and on Windows inside WSL"):
+        runpy.run_path(f"{ROOT}/{command}.py")
+
+
+# A minute of --wait takes half a second.
+FAKE_SRUN = """
+import os, subprocess, sys, time
+flags = dict(word[2:].split("=") for word in sys.argv[1:] if word.startswith("--") and "=" in word)
+command = sys.argv[sys.argv.index("bash"):]
+places = [dict(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS="2") for rank in "01"]
+tasks = [subprocess.Popen(command, env=os.environ | place) for place in places]
+while all(task.poll() is None for task in tasks):
+    time.sleep(0.01)
+bad = any(task.returncode for task in tasks if task.poll() is not None)
+end = time.monotonic() + (0 if bad and flags["kill-on-bad-exit"] == "1" else float(flags.get("wait", "inf")) / 120)
+while any(task.poll() is None for task in tasks) and time.monotonic() < end:
+    time.sleep(0.01)
+for task in tasks:
+    task.kill()
+sys.exit(max(status if status >= 0 else 128 - status for status in (task.wait() for task in tasks)))
+"""
+FAKE_SCONTROL = """
+import os, sys
+with open(os.environ["FAKE_QUEUE"], "a") as queue:
+    print("localhost") if sys.argv[1] == "show" else queue.write(" ".join(sys.argv[1:]))
+"""
+FAKE_PYTHON = """
+import os, pathlib, sys, time
+rank, place = int(os.environ["RANK"]), [os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+with open(os.environ["FAKE_CALLS"], "a") as calls:
+    calls.write(" ".join([str(rank), *place, *sys.argv[1:]]) + "\\n")
+if rank == 1 and os.environ["FAKE_SAVES"]:
+    path = pathlib.Path("xl/000-DiT-N-4/checkpoints", os.environ["FAKE_SAVES"])
+    path.parent.mkdir(parents=True)
+    path.touch()
+status, seconds = os.environ["FAKE_ENDS"].split()[rank].split(":")
+time.sleep(float(seconds))
+sys.exit(int(status))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "ends", "saves", "status", "again"),
+    [
+        ("--results-dir xl", "75:0.2 75:0", "0000001.pt", os.EX_TEMPFAIL, True),
+        ("--results-dir=xl", "75:0.2 75:0", "0000001.dcp", os.EX_TEMPFAIL, True),
+        ("--results-dir xl", "75:0.2 75:0", "", os.EX_TEMPFAIL, False),
+        ("--results-dir xl", "0:0.2 0:0", "0000001.pt", 0, False),
+        ("--results-dir xl", "75:30 1:0", "0000001.pt", 137, False),
+    ],
+    ids=["stopped", "stopped, sharded", "stopped before a step", "done", "one dies and the other waits"],
+)
+def test_the_slurm_script_queues_again_what_a_signal_stopped_and_nothing_else(tmp_path, flag, ends, saves, status, again):
+    """With stand-ins for Slurm's commands and for Python."""
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", FAKE_PYTHON)):
+        (tmp_path / name).write_text(f"#!{sys.executable} -IS\n{text}")
+        (tmp_path / name).chmod(0o755)
+    environment = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="77", SLURM_JOB_NODELIST="here")
+    environment |= dict(FAKE_CALLS="calls", FAKE_QUEUE="queue", FAKE_ENDS=ends, FAKE_SAVES=saves)
+    command = ["bash", str(ROOT / "train.slurm"), *flag.split(), "--lr", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    assert calls == [f"{rank} {rank} 2 localhost 20077 train.py --resume auto {flag} --lr 1" for rank in (0, 1)]
+    assert (tmp_path / "queue").read_text() == ("requeue 77" if again else "")
+    assert ("not queued again, for nothing new was saved in xl" in done.stderr) == (status == 75 and not again)
