@@ -20,30 +20,37 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from torchvision.datasets import CIFAR10, Flowers102, ImageFolder
+from torchvision.datasets import CIFAR10, Flowers102
 from tqdm import tqdm
 
 import latents
 from flags import not_negative, positive
+from folders import Folder, printable, read_image
 from parallel import launch
 from vae import open_space
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
+LONG = 16  # sides of an image: above it, one a pixel wide could become gigabytes before it is cropped
 
 
 def center_crop_arr(image, image_size):
     """ADM's centre crop: the largest centred square of a PIL image, scaled to image_size.
 
-    Halves by averaging while the shorter side stays at or above image_size, then resamples once, bicubically.
+    Halves by averaging while the shorter side stays at or above image_size, then resamples once, bicubically: the whole
+    image, or, where it is longer than LONG times its width, the square alone, as the whole could take gigabytes.
     """
     width, height = image.size
     while min(width, height) >= 2 * image_size:
         width, height = width // 2, height // 2
         image = image.resize((width, height), resample=Image.Resampling.BOX)
     scale = image_size / min(width, height)
-    image = image.resize((round(width * scale), round(height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+    scaled = round(width * scale), round(height * scale)
+    left, top = (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2
+    square = (left, top, left + image_size, top + image_size)
+    if max(scaled) <= LONG * image_size:
+        return image.resize(scaled, resample=Image.Resampling.BICUBIC).crop(square)
+    box = [place * side / scaled_side for place, side, scaled_side in zip(square, 2 * (width, height), 2 * scaled)]
+    return image.resize((image_size, image_size), resample=Image.Resampling.BICUBIC, box=box)
 
 
 class TrainingImages(Dataset):
@@ -52,7 +59,7 @@ class TrainingImages(Dataset):
 
     def __init__(self, source, image_size, num_classes, flip):
         self.source, self.image_size, self.num_classes, self.flip = source, image_size, num_classes, flip
-        self.classes = getattr(source, "classes", None)
+        self.classes, self.remarks = getattr(source, "classes", None), getattr(source, "remarks", [])
 
     def __len__(self):
         return len(self.source)
@@ -89,10 +96,10 @@ def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     elif folder.is_dir():
         if not any(folder.iterdir()):
             raise FileNotFoundError(f"{path} is empty")
-        source = (_UnlabelledFolder if uncond else _LabelledFolder)(folder, loader=read_image)
-        num_classes, flip = len(source.classes), True
+        source, flip = Folder(folder, labelled=not uncond), True
+        num_classes = len(source.classes)
     else:
-        raise FileNotFoundError(f"{path}: no such folder")
+        raise FileNotFoundError(f"{path}: {'not a folder' if folder.exists() else 'no such folder'}")
     return TrainingImages(source, image_size, 0 if uncond else num_classes, flip)
 
 
@@ -104,36 +111,6 @@ def _cached(folder, image_size, uncond, held_out, name):
     if name is not None and made_of != (name, held_out):
         raise ValueError(f"the latents in {folder} are of {made_of}, not of (dataset, held out) {(name, held_out)}")
     return cached
-
-
-def read_image(path):
-    """An image file as RGB. OSError names a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting would clip nearly all of it to white
-                raise ValueError(f"its mode is {image.mode}, where 8 bits a channel are needed")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        reason = str(error).replace(repr(str(path)), "it")
-        raise OSError(f"cannot read the image {path} ({reason})") from error
-
-
-class _LabelledFolder(ImageFolder):
-    def find_classes(self, directory):
-        if any(entry.is_dir() for entry in Path(directory).iterdir()):
-            return super().find_classes(directory)
-        raise FileNotFoundError(f"{directory} has no class folders; --uncond trains on images without classes")
-
-
-class _UnlabelledFolder(ImageFolder):
-    def find_classes(self, directory):
-        return ["."], {".": 0}
-
-    def make_dataset(self, directory, *args, **kwargs):
-        try:
-            return super().make_dataset(directory, *args, **kwargs)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{directory} holds no images") from None
 
 
 def _digits():
@@ -197,7 +174,7 @@ def _imagenet64(folder, held_out, uncond):
     parts = sorted(path for path in Path(folder).glob(pattern) if path.suffix in ("", ".npz"))
     array = Path(folder, f"{name}.npy")
     if not parts and not array.exists():
-        return _UnlabelledFolder(folder, loader=read_image)
+        return Folder(folder, labelled=False)
     if not array.exists():
         _join(parts, array, DATASETS["imagenet64"].held_out if held_out else DATASETS["imagenet64"].images)
     return _Downsampled(array)
@@ -229,18 +206,18 @@ def _read_part(path):
 
 
 def _imagenet256(folder, held_out, uncond):
-    return (_UnlabelledFolder if uncond else _LabelledFolder)(folder, loader=read_image)
+    return Folder(folder, labelled=not uncond)
 
 
 def _celeba_hq(folder, held_out, uncond):
     if held_out:
         raise ValueError("celeba-hq has no held-out images of its own")
-    return _UnlabelledFolder(folder, loader=read_image)
+    return Folder(folder, labelled=False)
 
 
 def _lsun_church(folder, held_out, uncond):
     database = Path(folder, f"church_outdoor_{'val' if held_out else 'train'}_lmdb")
-    return _Database(database) if database.is_dir() else _UnlabelledFolder(folder, loader=read_image)
+    return _Database(database) if database.is_dir() else Folder(folder, labelled=False)
 
 
 class _Database(Dataset):
@@ -249,7 +226,7 @@ class _Database(Dataset):
     def __init__(self, path):
         self.path, self.opened_by = str(path), None
         with self._open() as environment, environment.begin() as transaction:
-            self.keys = [key for key, _ in transaction.cursor()]
+            self.keys = list(transaction.cursor().iternext(values=False))
 
     def _open(self):
         try:
@@ -268,7 +245,8 @@ class _Database(Dataset):
         if self.opened_by != os.getpid():
             self.environment, self.opened_by = self._open(), os.getpid()
         with self.environment.begin() as transaction:
-            return read_image(io.BytesIO(transaction.get(self.keys[index]))), 0
+            key = self.keys[index]
+            return read_image(io.BytesIO(transaction.get(key)), f"{printable(key)} of {self.path}"), 0
 
     def __reduce__(self):
         return _Database, (self.path,)
@@ -355,6 +333,8 @@ def encode(args, processes):
     if processes.rank > 0:
         processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
     images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
+    for line in images.remarks if processes.rank == 0 else []:
+        print(line)
     if isinstance(images, latents.CachedLatents):
         raise ValueError(f"--data-path {args.data_path} holds latents already")
     space.load(processes.device)

@@ -439,10 +439,12 @@ def main(args, processes):
         if args.make_ref:
             folder, out = args.make_ref
             source = open_source(folder, network, args.image_size, args.dataset)
+            say_what_was_left_out([source], processes)
             make_reference(source, out, network, processes, args.num, args.batch_size)
             return
         paths = [args.ref, args.ref] if args.halves else [args.ref, args.samples]
         sources = [open_source(path, network, args.image_size) for path in paths]  # what is wrong shows before the work
+        say_what_was_left_out(sources, processes)
         parts = [slice(0, None, 2), slice(1, None, 2)] if args.halves else [slice(None)] * 2
         ref, sample = (
             measure(source, network, processes, args.num, part, args.batch_size) for source, part in zip(sources, parts)
@@ -451,6 +453,12 @@ def main(args, processes):
         prefix = "Internal " if args.halves else ""
         results = compare(ref, sample, network, args.exact_distances, args.kid, prefix, progress=True)
         report(results, ref, sample, network, args.json)
+
+
+def say_what_was_left_out(sources, processes):
+    if processes.rank == 0:
+        for line in dict.fromkeys(line for source in sources for line in getattr(source.images, "remarks", [])):
+            print(line, file=sys.stderr)
 
 
 def check(args):

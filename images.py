@@ -66,13 +66,14 @@ class NpzImages:
 
 
 class FolderImages(Dataset):
-    """Images of a folder, of any sizes; grey ones become RGB and transparency is dropped. dataset: which of DATASETS it is."""
+    """Images of a folder, of any sizes, as training reads them. dataset: which of DATASETS it is. remarks: lines that say what
+    of the folder was left out."""
 
     def __init__(self, path, crop=None, dataset=None, held_out=False):
         images = load_dataset(path, crop, uncond=True, held_out=held_out, name=dataset)
         if not hasattr(images, "source"):
             raise ValueError(f"{path} holds latents, not images; give the folder that they were made of")
-        self.path, self.crop, self.source = path, crop, images.source
+        self.path, self.crop, self.source, self.remarks = path, crop, images.source, images.remarks
 
     def __len__(self):
         return len(self.source)

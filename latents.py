@@ -33,6 +33,7 @@ class CachedLatents(Dataset):
     def __init__(self, folder, uncond=False):
         self.folder, self.uncond = Path(folder), uncond
         self.index = read_index(self.folder)
+        self.remarks = []
         self.image_size, self.flip, self.classes = (self.index[name] for name in ("image_size", "flip", "classes"))
         self.num_classes = 0 if uncond else self.index["num_classes"]
         self.shards, faults = [], []

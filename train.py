@@ -82,7 +82,7 @@ def main(args, processes):
     folder, track, first = None, None, run["step"] if run else 0
     if processes.rank == 0:
         folder = run["path"].parent.parent if run else create_experiment(args)
-        log = logging.FileHandler(folder / "log.txt")
+        log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         lock(log.stream, folder)
         track = TRACKERS[args.tracker](folder, vars(args), first) if args.tracker else None
         log_to(log)
@@ -94,6 +94,8 @@ def main(args, processes):
         logger.info(line)
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
+    for line in dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks):
+        logger.info(line)
     write_row = partial(append_row, folder, track)
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)

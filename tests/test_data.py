@@ -33,6 +33,21 @@ def test_centre_crop_is_adms_to_the_pixel(golden, i):
     assert np.array_equal(cropped, numbers[f"out{i}"])
 
 
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (7, 150), (200, 9), (70, 1200), (1, 1), (3, 2)])
+def test_extreme_images_are_cropped_without_enlarging_all_of_them(size, monkeypatch):
+    x, y = np.meshgrid(*(np.linspace(0, 255, side) for side in size))
+    image = Image.fromarray(np.stack([x, y, 255 - x], 2).astype(np.uint8))
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: sizes.append(resize(self, *a, **k)) or sizes[-1])
+    cropped = np.asarray(center_crop_arr(image, 32)).astype(int)
+    assert cropped.shape == (32, 32, 3)
+    assert max(image.width * image.height for image in sizes) <= max(image.width * image.height, 16 * 32**2)
+    if max(size) < 2000:
+        monkeypatch.setattr(data, "LONG", 10**6)
+        assert np.abs(cropped - np.asarray(center_crop_arr(image, 32))).max() <= 2
+
+
 def test_digits_are_there_without_a_path():
     digits = load_dataset(None, 16)
     assert (len(digits), digits.num_classes, digits.flip) == (1797, 10, False)

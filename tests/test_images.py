@@ -96,13 +96,13 @@ def test_a_folder_of_all_kinds_of_images(tmp_path, pixels):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     rgb.save(tmp_path / "a.png")
     rgb.convert("L").save(tmp_path / "b.png")
-    Image.fromarray(np.concatenate([pixels[0], pixels[1, ..., :1]], 2)).save(tmp_path / "c.png")  # transparency
+    Image.fromarray(np.concatenate([pixels[0], 0 * pixels[1, ..., :1]], 2)).save(tmp_path / "c.png")  # transparent
     rgb.resize((9, 4)).save(tmp_path / "deep" / "er" / "d.png")
     source = FolderImages(tmp_path)
     (batch,) = source.read([range(4)])
     assert np.array_equal(batch[0], pixels[0])
     assert np.array_equal(batch[1], np.asarray(rgb.convert("L"))[..., None].repeat(3, 2))
-    assert np.array_equal(batch[2], pixels[0])
+    assert np.array_equal(batch[2], np.full((5, 7, 3), 255))
     assert [image.shape for image in batch] == [(5, 7, 3)] * 3 + [(4, 9, 3)]
     cropped = FolderImages(tmp_path, crop=4)
     assert [image.shape for image in next(cropped.read([range(4)]))] == [(4, 4, 3)] * 4
