@@ -1076,8 +1076,8 @@ class PDESSMBlock(nn.Module):
         return torch.cat([uniform + mixed.mean(1, keepdim=True), mixed + uniform.mean(1, keepdim=True)], dim=1)
 
 
-# What makes a mixer of PDESSMBlock, by name. The first is the paper's. The second is ours, with at most as many parameters
-# as attention from 88 channels on: 3.5 D^2 + 48 D against 4 D^2 + 4 D.
+# What makes a mixer of PDESSMBlock, by name. The first has the paper's PDE, one per channel. The second is ours, with at most
+# as many parameters as attention from 88 channels on: 3.5 D^2 + 48 D against 4 D^2 + 4 D.
 PRESETS = {
     "pdessm": {},
     "pdessm-g": {"gate": True, "activation": True, "components": 4, "expand": 7 / 6},

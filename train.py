@@ -440,7 +440,7 @@ def parse_args(argv=None):
     add("--val-path", help="held-out images of the same classes (or CIFAR-10), whose loss is logged with every checkpoint")
     add("--results-dir", default="results", help="where the experiment's folder goes")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
-    add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens")
+    add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens; pdessm: see --pde-coupling")
     add_pde_flags(add)
     add("--pde-conditioned", action="store_true", help="let timestep and class scale the PDE's time (not in the paper)")
     add("--init-from", metavar="CKPT", help="begin with what fits of a checkpoint, with other classes, mixer or size")

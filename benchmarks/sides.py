@@ -51,6 +51,7 @@ class PlainBlock(nn.Module):
         return x + m[5] * self.mlp(self.norm(x) * (1 + m[4]) + m[3])
 
 
+# pdessm is the diagonal coupling, a PDE per channel.
 SIDES = {"attention": "attention", "naive": NaiveAttention, "pdessm": "pdessm", "floor": Floor}
 
 
@@ -65,7 +66,7 @@ def build_model(args, mixer, timms_blocks=False, **options):
 
 
 def count_parameters(**options):
-    """Those of the model with attention and with the paper's mixer."""
+    """Those of the model with attention and with a PDE per channel."""
     with torch.device("meta"):
         models = {side: DiT(mixer=side, **options) for side in ("attention", "pdessm")}
     return {side: sum(p.numel() for p in model.parameters()) for side, model in models.items()}

@@ -209,7 +209,8 @@ class Report:
         self.contents = dict(
             command=" ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
             date=datetime.now(UTC).date().isoformat(), commit=commit(), machine=machine(args.device),
-            settings=dict(precision=precision, backend=args.backend, compile=args.compile, **settings), rows=[],
+            settings=dict(precision=precision, pdessm="diagonal", backend=args.backend, compile=args.compile, **settings),
+            rows=[],
         )  # fmt: skip
         about = self.contents["machine"]
         print(f"{about.get('gpu') or about['processor']}, {count_threads(about)}, {precision}, {about['versions']}")

@@ -30,7 +30,8 @@ def build_mixer(mixer, dim, num_heads, grid_size, /, **options):
 
 def add_pde_flags(add):
     """The options of `--mixer pdessm` as flags of a command: `add` is add_argument of its parser."""
-    add("--pde-coupling", choices=COUPLINGS, help="which channels of --mixer pdessm share a PDE; diagonal unless given")
+    couplings = "a PDE per channel (diagonal, unless given), per pair of channels (the paper's Algorithm 1), or a system (ours)"
+    add("--pde-coupling", choices=COUPLINGS, help=couplings)
     add("--pde-groups", type=positive, help="groups of channels that share one")
     add("--pde-state-dim", type=positive, help="channels of the PDE, the hidden size unless given")
     add("--pde-expand", type=above_zero, help="the same, as a multiple of the hidden size")

@@ -82,11 +82,20 @@ system() {
     done
 }
 
+# pde_system NAME FULL_MODEL SMALL_MODEL FLAGS...: --mixer pdessm with either coupling that the paper's figures may be of:
+# diagonal, its Equations 5 to 10 for each channel, and pairwise, its Algorithm 1
+pde_system() {
+    local coupling
+    for coupling in diagonal pairwise; do
+        system "$1-$coupling" "$2" "$3" --mixer pdessm --pde-coupling $coupling "${@:4}"
+    done
+}
+
 # three_systems DIT: the paper's three, with a DiT of that name, and the table
 three_systems() {
     system DiT "$1" DiT-N/4
     system U-Net UNet-S UNet-N
-    system PDE-SSM-DiT "$1" DiT-N/4 --mixer pdessm
+    pde_system PDE-SSM-DiT "$1" DiT-N/4
     "$PYTHON" reproduce/tables.py "$ROWS"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Samples of the paper's three systems, trained by diffusion and by flow matching with the same flags for a few minutes each,
+# Samples of the paper's three systems (the PDE's coupling is diagonal), trained by diffusion and by flow matching with the same flags for a few minutes each,
 # on the digits and on CIFAR-10: reproduce/results/grids-digits.png and grids-cifar10.png, with their commands beside them.
 #
 #     bash reproduce/grids.sh DATA        DATA holds CIFAR-10 as torchvision unpacks it, or train/
@@ -37,7 +37,7 @@ for set in ${SETS:-digits cifar10}; do
         if [ "$objective" = diffusion ]; then sampler=dpm-solver; fi
         draw "$set" DiT "$objective" "$sampler" --objective "$objective" --model "DiT-N/$patch"
         draw "$set" U-Net "$objective" "$sampler" --objective "$objective" --model UNet-N
-        draw "$set" PDE-SSM-DiT "$objective" "$sampler" --objective "$objective" --model "DiT-N/$patch" --mixer pdessm
+        draw "$set" PDE-SSM-DiT "$objective" "$sampler" --objective "$objective" --model "DiT-N/$patch" --mixer pdessm --pde-coupling diagonal
     done
     "$PYTHON" - "$set" <<'PYTHON'
 import sys

@@ -29,7 +29,7 @@ run() {
 
 for seeds in ${*:-0 1 2}; do
     run attention --mixer attention
-    run pdessm --mixer pdessm
+    run pdessm --mixer pdessm --pde-coupling diagonal
     run gate --mixer pdessm --pde-gate
     run conditioned --mixer pdessm --pde-conditioned
     run gate-conditioned --mixer pdessm --pde-gate --pde-conditioned

@@ -4,10 +4,10 @@
 source "$(dirname "$0")/common.sh"
 recipe flowers102 64 60000 256 --vae none --global-batch-size 32 --lr 5e-4
 if [ "$FEATURES" = inception ]; then metrics=(--feature-dim 64 --num-images 256); fi
-system Baseline DiT-M/4 DiT-N/4 --mixer pdessm
-system Diffusion+Reaction DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms diffusion reaction
-system Diffusion+Convection DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms diffusion convection
-system Convection DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms convection
-system Diffusion DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms diffusion
-system Reaction DiT-M/4 DiT-N/4 --mixer pdessm --pde-terms reaction
+pde_system Baseline DiT-M/4 DiT-N/4
+pde_system Diffusion+Reaction DiT-M/4 DiT-N/4 --pde-terms diffusion reaction
+pde_system Diffusion+Convection DiT-M/4 DiT-N/4 --pde-terms diffusion convection
+pde_system Convection DiT-M/4 DiT-N/4 --pde-terms convection
+pde_system Diffusion DiT-M/4 DiT-N/4 --pde-terms diffusion
+pde_system Reaction DiT-M/4 DiT-N/4 --pde-terms reaction
 "$PYTHON" reproduce/tables.py "$ROWS"

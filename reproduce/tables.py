@@ -8,6 +8,8 @@ and, called by the scripts of the tables, a new row:
     python reproduce/tables.py --record ROWS TABLE SCALE SYSTEM FOLDER CHECKPOINT
 
 A row has all that its numbers rest on: commands, seed, steps, sampler, images, features, seconds, machine.
+
+The paper does not say of which coupling its PDE-SSM-DiT is: below its row stands one of ours for each coupling that was run.
 """
 
 import argparse
@@ -54,6 +56,9 @@ PAPER = {
 }
 
 
+COUPLINGS = ("diagonal", "pairwise")  # systems of ours are named <the paper's>-<coupling>
+
+
 def record(rows, table, scale, system, folder, checkpoint):
     """Appends the row of a finished run to the file `rows`; a row is written whole or not at all."""
     import torch
@@ -70,6 +75,7 @@ def record(rows, table, scale, system, folder, checkpoint):
     about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     row = dict(
         table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"], model=args["model"],
+        coupling=(args.get("pde_coupling") or "diagonal") if args["mixer"] != "attention" else None,
         parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
         **{name: value for entry in log for name, value in entry.items() if name.startswith("held_out")},
@@ -94,7 +100,12 @@ def tabulate(table, rows):
         key = row["scale"], row["objective"], row["steps"], sampler, metrics_of["features"], metrics_of["samples"]["images"]
         settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
-    lines = {system: [system, *(_plain(figures[name]) for name in metrics)] for system, figures in PAPER[table].items()}
+    lines, ours = {}, {row["system"] for row in rows}
+    for system, figures in PAPER[table].items():
+        lines[system] = [system, *(_plain(figures[name]) for name in metrics)]
+        for coupling in COUPLINGS:
+            if f"{system}-{coupling}" in ours:
+                lines[f"{system}-{coupling}"] = [f"{system}, {coupling}", *[""] * len(metrics)]
     notes = []
     for number, (key, systems) in enumerate(settings.items(), 1):
         header += [f"{_ours(name, key[4])} [{number}]" for name in metrics]

@@ -118,7 +118,7 @@ def test_a_small_table_has_every_system(tmp_path):
     done = run_script("table1_cifar10.sh", tmp_path / "data", tmp_path, PYTHON=sys.executable, **settings)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["system"] for row in rows] == ["DiT", "U-Net", "PDE-SSM-DiT"]
+    assert [row["system"] for row in rows] == ["DiT", "U-Net", "PDE-SSM-DiT-diagonal", "PDE-SSM-DiT-pairwise"]
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     assert table[0][:3] == ["parameters (M), paper", "MSE, paper", "FID, paper"]
     for row, line in zip(rows, table[2:]):
