@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 import latents
 from flags import not_negative, positive
-from folders import Folder, digest, printable, read_image
+from folders import Folder, printable, read_image
 from parallel import launch
 from vae import open_space
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
-SIZES = 10_000  # files whose sizes a run compares, evenly spread: to look up those of a million takes minutes on some disks
 LONG = 16  # sides of an image: above it, one a pixel wide could become gigabytes before it is cropped
 
 
@@ -64,19 +63,6 @@ class TrainingImages(Dataset):
 
     def __len__(self):
         return len(self.source)
-
-    def names(self):
-        """A digest of the images' names, None if they have none."""
-        return self.source.names() if hasattr(self.source, "names") else None
-
-    def sizes(self, numbers):
-        """A digest of the sizes of these images' files, None if they are not files."""
-        return self.source.sizes(numbers) if hasattr(self.source, "sizes") else None
-
-    def fingerprint(self):
-        """What tells these images from others: how many they are, all their names, and the sizes of SIZES of their files."""
-        count = min(len(self), SIZES)
-        return dict(images=len(self), names=self.names(), sizes=self.sizes(i * len(self) // count for i in range(count)))
 
     def __getitem__(self, index):
         image, label = self.source[index]
@@ -255,9 +241,6 @@ class _Database(Dataset):
     def __len__(self):
         return len(self.keys)
 
-    def names(self):
-        return digest(b"\0".join(self.keys))
-
     def __getitem__(self, index):
         if self.opened_by != os.getpid():
             self.environment, self.opened_by = self._open(), os.getpid()
@@ -359,36 +342,19 @@ def encode(args, processes):
     if processes.rank == 0:
         latents.claim(folder, index)
         processes.barrier()
-    missing, changed = processes.share(shards_to_make(folder, index, images) if processes.rank == 0 else None)
-    shards = sorted(missing + changed)
+    shards = latents.unfinished_shards(folder, index)
+    processes.barrier()  # every process has looked before any writes
     if processes.rank == 0:
-        if changed:
-            print(f"Shards of files that have other sizes now, which are made again: {len(changed):,}")
         total = f"{latents.shard_count(index):,} shards of {len(images):,} images"
         print(f"Encoding {len(shards):,} of {total} into {folder}")
     mine = shards[processes.rank :: processes.size]
-    dtype = torch.float16 if args.half else torch.float32
     for number, moments, classes in encode_shards(mine, images, index, space, args, processes):
         path = latents.shard_path(folder, number)
-        latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
+        latents.write_shard(path, moments, classes, torch.float16 if args.half else torch.float32)
     processes.barrier()
     if processes.rank == 0:
         flags = f"--data-path {folder} --vae {args.vae} --image-size {args.image_size}"
         print(f"The latents are whole: train.py {flags}")
-
-
-def shards_to_make(folder, index, images):
-    """(those that are missing or damaged, those that are whole but of files that have changed since)."""
-    missing = latents.unfinished_shards(folder, index)
-    whole = sorted({*range(latents.shard_count(index))} - {*missing})
-    then = {number: latents.open_shard(folder, number, index).metadata() for number in whole}
-    return missing, [number for number in whole if then[number] and then[number] != made_of(images, index, number)]
-
-
-def made_of(images, index, number):
-    """What a shard keeps of the files of its images: {name: text}, None if they are not files."""
-    sizes = images.sizes(latents.shard_images(index, number))
-    return dict(sizes=sizes) if sizes else None
 
 
 def describe(images, space, args):
@@ -402,7 +368,6 @@ def describe(images, space, args):
         held_out=args.held_out,
         image_size=args.image_size,
         images=len(images),
-        names=images.names(),
         num_classes=images.num_classes,
         classes=images.classes if images.num_classes else None,
         flip=images.flip,
@@ -414,7 +379,8 @@ def describe(images, space, args):
 
 def encode_shards(numbers, images, index, space, args, processes):
     """Yields (number, moments (n, flips, 2, C, h, w), classes (n,)) of each of these shards, on the CPU."""
-    batches = [torch.tensor(latents.shard_images(index, number)).split(args.batch_size) for number in numbers]
+    n = min(args.batch_size, space.at_once(args.image_size, args.image_size))
+    batches = [torch.tensor(latents.shard_images(index, number)).split(n) for number in numbers]
     in_order = [batch.tolist() for shard in batches for batch in shard]
     workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
     loader = DataLoader(images, batch_sampler=in_order, num_workers=workers)
@@ -447,7 +413,7 @@ def parse_args(argv=None):
     add("--out", required=True, help="folder for the latents, new or of a run that was stopped; one run at a time")
     add("--half", action="store_true", help="keep float16, which takes half the space and rounds by 5e-4")
     add("--shard-size", type=positive, default=1024, help="images in a file")
-    add("--batch-size", type=positive, default=64, help="images encoded at once, per process")
+    add("--batch-size", type=positive, default=64, help="images encoded at once, per process; fewer if large")
     add("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     return parser.parse_args(argv)

@@ -26,7 +26,7 @@ from images import npz_shape, write_npz
 from parallel import launch
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, read_guidance, save_png
 from speed import prepare_to_sample
-from vae import digest, open_space
+from vae import DECODER, digest, open_space
 
 
 def main(args, processes):
@@ -41,9 +41,10 @@ def main(args, processes):
         reference = open_source(args.evaluate, network)
     guidance = read_guidance(args, model.in_channels)
     prepare_to_sample(model, args, processes.device)
+    space = open_space(settings["vae"]).load(processes.device)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
-        claim_folder(folder, model, settings["vae"], sampler.__name__, guidance, args)
+        claim_folder(folder, model, settings["vae"], space, sampler.__name__, guidance, args)
     processes.barrier()
     batches = unfinished_batches(folder, args)
     mine = batches[processes.rank :: processes.size]
@@ -52,7 +53,6 @@ def main(args, processes):
         some = f"{sum(map(len, batches)):,} of {args.num_fid_samples:,} images"
         print(f"Sampling {some} into {folder}, {in_words(guidance, model)}")
 
-    space = open_space(settings["vae"]).load(processes.device)
     model.to(processes.device)
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
         noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
@@ -80,16 +80,16 @@ def folder_name(args, settings):
     return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
-def claim_folder(folder, model, vae, sampler, guidance, args):
+def claim_folder(folder, model, vae, space, sampler, guidance, args):
     """Makes the folder, or makes sure that what lies there came from the same weights and settings.
 
-    The name does not tell apart two runs' checkpoints of one step, two samplers, or folders of one name with other
-    autoencoders. ValueError names what differs, and refuses to replace an .npz by a smaller one.
+    The name does not tell apart two runs' checkpoints of one step, two samplers, or autoencoders that have one name or one
+    folder. ValueError names what differs, and refuses to replace an .npz by a smaller one.
     """
     settings = dict(weights=digest(model.state_dict()), sampler=sampler, num_sampling_steps=args.num_sampling_steps)
     settings |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(args.cfg_interval))
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
-    settings["precision"] = args.precision
+    settings |= dict(decoder=space.digest(DECODER), precision=args.precision)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "settings.json"
     if not record.exists():

@@ -1,13 +1,22 @@
-"""Where a model lives: in pixels, or in the latent space of a Stable Diffusion autoencoder.
+"""Where a model lives: in pixels, or in the latent space of an autoencoder, such as Stable Diffusion's.
 
 A space has channels, and a factor by which it is smaller than the image. encode(images, noise) -> x and
 decode(x) -> images, both (B, C, H, W), images in [-1, 1]; noise is standard normal, like x."""
 
 import hashlib
 import json
+import math
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+# Of diffusers' autoencoders those whose latents are one map per image. Latents without a distribution have no spread.
+KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+AT_ONCE = 2**20  # pixels that an autoencoder sees at once, or one image: what is between its layers takes the memory
+ENCODER, DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.", "quantize.")
 
 
 class PixelSpace:
@@ -22,55 +31,194 @@ class PixelSpace:
     def decode(self, x):
         return x
 
+    def digest(self, names=None):
+        return None
+
 
 class LatentSpace:
-    """name: "ema" or "mse" for stabilityai/sd-vae-ft-<name> on the hub, or a local folder in diffusers' format."""
+    """name: "ema" or "mse" for stabilityai/sd-vae-ft-<name> on the hub, or a local folder in diffusers' format, of an
+    autoencoder of KINDS or of a pipeline that has one in vae/. FileNotFoundError or ValueError if it is neither."""
 
     def __init__(self, name):
-        self.on_hub = name in ("ema", "mse")
-        self.source = f"stabilityai/sd-vae-ft-{name}" if self.on_hub else name
-        self.channels, self.factor = 4, 8
+        self.name, self.on_hub = name, name in ("ema", "mse")
+        self.source, self.kind, self.channels, self.factor = f"stabilityai/sd-vae-ft-{name}", KINDS[0], 4, 8
         if not self.on_hub:
-            config = Path(name, "config.json")
-            if not config.is_file():
-                raise FileNotFoundError(f"--vae {name}: neither ema, mse, none nor a folder that holds config.json")
-            try:
-                config = json.loads(config.read_text())
-                self.channels, self.factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"--vae {name}: its config.json is not that of an AutoencoderKL") from error
+            self.source, config = find_config(name)
+            self.kind = config["_class_name"]
+            with quiet_diffusers():
+                self.channels, self.factor = measure(name, self.kind, config)
 
     def load(self, device):
-        """Reads the weights. OSError says what to do if they cannot be had."""
-        from diffusers.models import AutoencoderKL
+        """Reads the weights. OSError says what to do if they cannot be had, ValueError what is wrong with the statistics."""
+        import diffusers.models
 
+        settings = dict(low_cpu_mem_usage=False, ignore_mismatched_sizes=True, output_loading_info=True)
         try:
-            self.vae = AutoencoderKL.from_pretrained(self.source).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            why = "neither cached nor to be had from the hub" if self.on_hub else str(error).splitlines()[0]
+            with quiet_diffusers():
+                variant = None if self.on_hub else find_variant(self.source)
+                kind = getattr(diffusers.models, self.kind)
+                vae, found = kind.from_pretrained(self.source, variant=variant, **settings)
+            check_weights(vae, found)
+        except Exception as error:  # damaged files raise nearly anything
+            why = "neither cached nor to be had from the hub" if self.on_hub else str(error).strip().partition("\n")[0]
             raise OSError(
                 f"the VAE {self.source} could not be loaded ({why}); give --vae a local folder in diffusers' format "
                 "(config.json and weights), or work on pixels with --vae none"
             ) from error
+        self.vae = vae.to(device).float().eval().requires_grad_(False)
+        self.shift, self.scale, self.spread = read_statistics(self.vae, self.channels, self.name)
         return self
 
     @torch.no_grad()
     def moments(self, images):
         """Mean and standard deviation of the images' latents: (B, 2, C, h, w)."""
-        latents = self.vae.encode(images).latent_dist
-        return torch.stack([latents.mean, latents.std], dim=1) * self.vae.config.scaling_factor
+        return torch.cat([self._moments(part) for part in images.split(self.at_once(*images.shape[2:]))])
+
+    def _moments(self, images):
+        mean, std = _encode(self.vae, images)
+        return torch.stack([(mean - self.shift) * self.scale / self.spread, std * self.scale / self.spread], dim=1)
 
     def encode(self, images, noise):
         return draw_latents(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, x):
-        return self.vae.decode(x / self.vae.config.scaling_factor).sample
+        n = self.at_once(*(side * self.factor for side in x.shape[2:]))
+        return torch.cat([_decode(self.vae, part * self.spread / self.scale + self.shift) for part in x.split(n)])
 
-    def digest(self):
-        """Of all that the moments depend on: the same for autoencoders that differ in their decoders alone."""
-        weights = {name: w for name, w in self.vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
-        return digest(weights | {"scaling_factor": torch.tensor(self.vae.config.scaling_factor)})
+    def at_once(self, height, width):
+        """How many images of that size the autoencoder takes at once."""
+        return max(AT_ONCE // (height * width), 1)
+
+    def digest(self, names=ENCODER):
+        """Of all that the moments depend on: the same for autoencoders that differ in their decoders alone; with DECODER, of
+        all that decoded images do."""
+        weights = {name: w for name, w in self.vae.state_dict().items() if name.startswith(names)}
+        weights["scaling_factor"] = torch.tensor(self.scale)
+        # Left out where they are nothing, as they were before they were known.
+        weights |= {} if self.kind == KINDS[0] else {self.kind: torch.empty(0)}
+        weights |= {"shift_factor": torch.as_tensor(self.shift)} if torch.as_tensor(self.shift).any() else {}
+        weights |= {"latents_std": self.spread} if isinstance(self.spread, torch.Tensor) else {}
+        return digest(weights)
+
+
+def find_config(name):
+    """(folder, config) of the autoencoder in a folder, or in the vae/ of a pipeline's."""
+    folders = [folder for folder in (Path(name, "vae"), Path(name)) if (folder / "config.json").is_file()]
+    if not folders:
+        raise FileNotFoundError(f"--vae {name}: neither ema, mse, none nor a folder that holds config.json or vae/config.json")
+    try:
+        config = json.loads((folders[0] / "config.json").read_text())
+        kind = config.setdefault("_class_name", KINDS[0])
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"--vae {name}: its config.json is not that of an autoencoder") from error
+    if kind not in KINDS:
+        raise ValueError(f"--vae {name} is of the class {kind}; give one of {', '.join(KINDS)}, in diffusers' format")
+    if "latent_channels" not in config:
+        raise ValueError(f"--vae {name}: its config.json is not that of an {kind}, it has no latent_channels")
+    return str(folders[0]), config
+
+
+def measure(name, kind, config):
+    """Channels and factor of an autoencoder's latents: what it makes of the shape of an image."""
+    import diffusers.models
+
+    if not hasattr(diffusers.models, kind):
+        raise ValueError(f"--vae {name} is of the class {kind}, which needs a newer diffusers")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            vae, image = getattr(diffusers.models, kind).from_config(config), torch.empty(1, 3, 256, 256)
+            latents = _encode(vae, image)[0]
+            if (shape := _decode(vae, latents).shape) != image.shape:
+                raise ValueError(f"it makes {tuple(shape)} of {tuple(image.shape)}")
+    except Exception as error:  # a config may hold anything
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--vae {name}: no autoencoder of RGB images can be made from its config.json ({why})") from error
+    return latents.shape[1], 256 // latents.shape[2]
+
+
+def find_variant(folder):
+    """None for a folder that holds weights without a variant, or the name of one that it holds, such as fp16."""
+    files = [path for path in Path(folder).glob("diffusion_pytorch_model*") if path.suffix in (".safetensors", ".bin")]
+    variants = sorted(path.stem.partition(".")[2].partition("-")[0] for path in files)
+    if not variants:
+        raise FileNotFoundError("it holds no diffusion_pytorch_model.safetensors")
+    return variants[0] or None
+
+
+def check_weights(vae, found):
+    """ValueError unless a network got all its weights, nothing else was there, and all are finite."""
+    kind = type(vae).__name__
+    faults = [f"{key} is missing" for key in found["missing_keys"]]
+    faults += [f"{key} is {tuple(there)}, not {tuple(here)}" for key, there, here in found["mismatched_keys"]]
+    faults += [f"{key} is unknown to the {kind} of its config.json" for key in found["unexpected_keys"]]
+    faults = faults or [f"{key} is not finite" for key, weight in vae.state_dict().items() if not weight.isfinite().all()]
+    if faults:
+        raise ValueError(f"of its weights, {faults[0]}" + (f", and {len(faults) - 1:,} more" if len(faults) > 1 else ""))
+
+
+def read_statistics(vae, channels, name):
+    """Shift, scale and spread, numbers or (C, 1, 1): of an autoencoder's own latents z, the model's are
+    (z - shift) * scale / spread. ValueError for statistics with which that makes no sense."""
+    keys = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
+    shift, scale, mean, std = (vae.config.get(key) for key in keys)
+    shift, scale = 0.0 if shift is None else shift, 1.0 if scale is None else scale
+    if hasattr(vae, "bn"):  # AutoencoderKLFlux2 has them among its weights
+        mean, std = vae.bn.running_mean.tolist(), (vae.bn.running_var + vae.bn.eps).sqrt().tolist()
+    alike = mean is None and std is None
+    if not (
+        _are_numbers([shift, scale], 2)
+        and scale > 0
+        and (alike or (not shift and _are_numbers(mean, channels) and _are_numbers(std, channels) and min(std) > 0))
+    ):
+        there = ", ".join(f"{key} {vae.config.get(key)}" for key in keys)
+        raise ValueError(
+            f"--vae {name}: its config.json has {there}; it should have a scale above 0 and, if anything else, a shift or, for "
+            f"each of {channels} channels, a mean and a standard deviation above 0"
+        )
+    if alike:
+        return shift, scale, 1.0
+    mean, std = (torch.tensor(numbers, dtype=torch.float32, device=vae.device).view(-1, 1, 1) for numbers in (mean, std))
+    return mean, scale, std
+
+
+def _are_numbers(values, count):
+    return isinstance(values, (list, tuple)) and len(values) == count and all(map(_is_number, values))
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _encode(vae, images):
+    """Mean and standard deviation of an autoencoder's own latents, (B, C, h, w); without a distribution none."""
+    z = vae.encode(images, return_dict=False)[0]
+    parts = (z, torch.zeros_like(z)) if isinstance(z, torch.Tensor) else (z.mean, z.std)
+    return [pixel_unshuffle(part, _patch(vae)) for part in parts]
+
+
+def _decode(vae, z):
+    return vae.decode(pixel_shuffle(z, _patch(vae))).sample
+
+
+def _patch(vae):
+    """The side of the squares of latents that are one to the model, which AutoencoderKLFlux2 has."""
+    return vae.config.get("patch_size", [1])[0]
+
+
+@contextmanager
+def quiet_diffusers():
+    """Keeps back what diffusers says of files before this module says it in one line."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def draw_latents(moments, noise):                                          # (B, 2, C, h, w), (B, C, h, w)

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
 import data
@@ -24,7 +22,7 @@ from data import load_dataset
 from diffusion import create_diffusion
 from latents import CachedLatents
 from test_vae import save_autoencoder
-from vae import open_space
+from vae import LatentSpace, open_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,40 +206,6 @@ def test_an_image_that_cannot_be_read_leaves_the_whole_shards(tmp_path, vae, pho
     assert [images[0][name] == images[1][name] for name in sorted(images[0])] == [True, True, True, False]  # another source
 
 
-def test_images_that_have_changed_since(tmp_path, vae, photos, encoded, capsys):
-    """A file that was replaced has its shard made again, also of two of which one is missing; others names are refused."""
-    changed = Path(shutil.copytree(photos, tmp_path / "photos"))
-    one = sorted(changed.glob("*/*.png"))[12]
-    out = Path(encode(tmp_path / "a", vae, "--data-path", changed))
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    known = CachedLatents(out).fingerprint()
-    Image.new("RGB", (20, 20), "red").save(one)
-    capsys.readouterr()
-    encode(out, vae, "--data-path", changed)
-    assert re.search("other sizes now, which are made again: 1\nEncoding 1 of 3 shards", capsys.readouterr().out)
-    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert [name for name in before if before[name] != after[name]] == ["00001.safetensors"]
-    anew = encode(tmp_path / "b", vae, "--data-path", changed)
-    assert read(out, "00001.safetensors") == read(anew, "00001.safetensors")
-    assert {name for name in known if known[name] != CachedLatents(out).fingerprint()[name]} == {"sizes"}
-    one.rename(one.parent / "x.png")
-    with pytest.raises(ValueError, match=r"holds latents made with names \w+ and now \w+; give another --out"):
-        encode(out, vae, "--data-path", changed)
-
-
-def test_latents_of_an_older_version_are_gone_on_with(copy, photos, vae):
-    """They say neither names nor sizes."""
-    index = json.loads(read(copy, "latents.json"))
-    (copy / "latents.json").write_text(json.dumps({name: value for name, value in index.items() if name != "names"}))
-    for path in copy.glob("*.safetensors"):
-        save_file(load_file(path), path)
-    (copy / "00001.safetensors").unlink()
-    before = contents(copy)
-    encode(copy, vae, "--data-path", photos)
-    assert before.items() < contents(copy).items()
-    assert len(load_dataset(str(copy), 16)) == 26
-
-
 def missing(path):
     path.unlink()
 
@@ -323,11 +287,12 @@ def test_another_autoencoder_is_told_by_its_encoder(tmp_path, encoded, vae):
     changed.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="encoder is not what encoded the latents"):
         CachedLatents(encoded).check_vae(str(tmp_path / "encoder"))
-    scaled = AutoencoderKL.from_pretrained(vae)
-    scaled.register_to_config(scaling_factor=1.0)
-    scaled.save_pretrained(tmp_path / "scale")
-    with pytest.raises(ValueError, match="scale is not what encoded the latents"):
-        CachedLatents(encoded).check_vae(str(tmp_path / "scale"))
+    for statistics in (dict(scaling_factor=1.0), dict(shift_factor=0.1), dict(latents_mean=[0.1] * 4, latents_std=[1.0] * 4)):
+        other = AutoencoderKL.from_pretrained(vae)
+        other.register_to_config(**statistics)
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match="other is not what encoded the latents"):
+            CachedLatents(encoded).check_vae(str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -363,6 +328,18 @@ def test_an_index_that_is_none_is_named(copy, text):
     (copy / "latents.json").write_text(text)
     with pytest.raises(ValueError, match=r"latents\.json is no index of cached latents"):
         load_dataset(str(copy), 16)
+
+
+def test_images_are_read_as_few_at_a_time_as_the_autoencoder_takes_them(tmp_path, encoded, photos, vae, monkeypatch):
+    taken = []
+    moments = LatentSpace.moments
+    monkeypatch.setattr(LatentSpace, "moments", lambda space, images: taken.append(len(images)) or moments(space, images))
+    monkeypatch.setattr("vae.AT_ONCE", 4 * 16 * 16)
+    few = load_dataset(encode(tmp_path / "a", vae, "--data-path", photos, "--batch-size", 64), 16)
+    assert taken == [4, 4, 4, 4, 2, 2] * 2 + [4, 4, 2, 2]  # of 10, 10 and 6 images and their mirror images
+    for (moments, label), (expected, expected_label) in zip(few, load_dataset(encoded, 16), strict=True):
+        torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-6)
+        assert label == expected_label
 
 
 def test_latents_that_are_not_finite_are_not_kept(tmp_path, photos, vae, monkeypatch):

@@ -1,38 +1,75 @@
 """The latent path with a small autoencoder saved locally in the format of the real one."""
 
+import copy
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import diffusers.models
 import numpy as np
 import pytest
 import torch
+from diffusers.models import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import data
 import train
 from checkpoint import save_checkpoint
 from commands import ALONE, draw, draw_many, fit
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
 from models import MODELS
-from vae import LatentSpace, PixelSpace, open_space
+from vae import DECODER, KINDS, LatentSpace, PixelSpace, digest, open_space
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_autoencoder(path, levels, channels):
-    from diffusers.models import AutoencoderKL
-
+def save_autoencoder(path, levels, channels, kind="AutoencoderKL", **config):
+    """A small one, random, whose latents are smaller by 2^(levels - 1)."""
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
+    blocks |= dict(norm_num_groups=4)
+    width, once = [8] * levels, [1] * levels
+    of_kind = dict(
+        AutoencoderKL=blocks | dict(block_out_channels=width, layers_per_block=1),
+        AsymmetricAutoencoderKL=blocks | dict(down_block_out_channels=width, up_block_out_channels=[16] * levels),
+        AutoencoderKLFlux2=blocks | dict(block_out_channels=width),
+        AutoencoderTiny=dict(
+            encoder_block_out_channels=width, decoder_block_out_channels=width, num_encoder_blocks=once, num_decoder_blocks=once
+        ),
+        AutoencoderDC=dict(
+            encoder_block_out_channels=width, decoder_block_out_channels=width, encoder_layers_per_block=once,
+            decoder_layers_per_block=once, encoder_qkv_multiscales=[[]] * levels, decoder_qkv_multiscales=[[]] * levels,
+        ),
+        VQModel=blocks | dict(block_out_channels=width),
+    )  # fmt: skip
     torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=[8] * levels,
-        norm_num_groups=4,
-        latent_channels=channels,
-        layers_per_block=1,
-    ).save_pretrained(path)
+    vae = getattr(diffusers.models, kind)(**of_kind[kind], latent_channels=channels, **config)
+    if kind == "AutoencoderKLFlux2":
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+    vae.save_pretrained(path)
     return str(path)
+
+
+def change(folder, part):
+    """Gives an autoencoder another encoder or decoder, in its folder."""
+    weights = load_file(Path(folder, WEIGHTS))
+    weights[f"{part}.conv_in.bias"] += 1
+    save_file(weights, Path(folder, WEIGHTS))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An autoencoder with the factor and channels of Stable Diffusion's."""
     return save_autoencoder(tmp_path_factory.mktemp("vae") / "small", levels=4, channels=4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return save_autoencoder(tmp_path_factory.mktemp("vae") / "smaller", levels=2, channels=4)
 
 
 def test_latents_are_drawn_around_the_encoders_mean(folder):
@@ -131,15 +168,253 @@ def test_pixels_are_clipped_at_every_step_and_latents_never(tmp_path, folder, mo
     assert seen == [True, False]
 
 
-def test_a_vae_that_cannot_be_had_says_what_to_do(tmp_path):
+def column(*numbers):
+    return torch.tensor(numbers).view(1, -1, 1, 1)
+
+
+def patches(z):
+    """Squares of two by two latents as one of four times as many channels: channel, row, column."""
+    n, c, h, w = z.shape
+    return z.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+
+
+def unpatched(z):
+    n, c, h, w = z.shape
+    return z.view(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+
+
+def flux2(vae):
+    return vae.bn.running_mean.view(1, -1, 1, 1), torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+
+
+MEAN, STD = (0.5, -1.0, 0.25, 2.0), (2.0, 0.5, 3.0, 0.7)
+# kind, channels, config, channels and factor of the model's latents, from the autoencoder's latents to them, and back
+FORMULAS = {
+    "stable diffusion": (KINDS[0], 4, {}, (4, 4), lambda vae, z: z * 0.18215, lambda vae, x: x / 0.18215),
+    "shift": (
+        KINDS[0], 16, dict(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        (16, 4), lambda vae, z: (z - 0.0609) * 1.5305, lambda vae, x: x / 1.5305 + 0.0609,
+    ),
+    "mean and std": (
+        KINDS[0], 4, dict(scaling_factor=0.5, latents_mean=MEAN, latents_std=STD),
+        (4, 4), lambda vae, z: (z - column(*MEAN)) * 0.5 / column(*STD), lambda vae, x: x * column(*STD) / 0.5 + column(*MEAN),
+    ),
+    "128 channels": (KINDS[0], 128, {}, (128, 4), lambda vae, z: z * 0.18215, lambda vae, x: x / 0.18215),
+    "asymmetric": ("AsymmetricAutoencoderKL", 4, {}, (4, 4), lambda vae, z: z * 0.18215, lambda vae, x: x / 0.18215),
+    "flux2": (
+        "AutoencoderKLFlux2", 32, {}, (128, 8),
+        lambda vae, z: (patches(z) - flux2(vae)[0]) / flux2(vae)[1],
+        lambda vae, x: unpatched(x * flux2(vae)[1] + flux2(vae)[0]),
+    ),
+    "tiny": ("AutoencoderTiny", 4, {}, (4, 4), lambda vae, z: z, lambda vae, x: x),
+    "dc": ("AutoencoderDC", 8, dict(scaling_factor=0.4), (8, 4), lambda vae, z: z * 0.4, lambda vae, x: x / 0.4),
+    "vq": ("VQModel", 3, {}, (3, 4), lambda vae, z: z * 0.18215, lambda vae, x: x / 0.18215),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_latents_are_scaled_and_shifted_as_diffusers_does(tmp_path, monkeypatch, name):
+    """To the bit, given what the autoencoder's own encoder returns, and up to what its own decoder is given."""
+    kind, channels, config, shape, scaled, unscaled = FORMULAS[name]
+    space = open_space(save_autoencoder(tmp_path, 3, channels, kind, **config)).load("cpu")
+    assert (space.channels, space.factor) == shape
+    vae, encode, decode = space.vae, space.vae.encode, space.vae.decode
+    encoded, given = [], []
+    monkeypatch.setattr(vae, "encode", lambda *args, **names: encoded.append(encode(*args, **names)) or encoded[0])
+    monkeypatch.setattr(vae, "decode", lambda z: given.append(z) or decode(z))
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    mean, std = space.moments(images).unbind(1)
+    assert space.decode(mean).shape == images.shape
+    z = encoded[0][0]
+    if isinstance(z, torch.Tensor):
+        assert not std.any()
+    else:
+        torch.testing.assert_close(std, scaled(vae, z.mean + z.std) - scaled(vae, z.mean))
+        z = z.mean
+    assert torch.equal(mean, scaled(vae, z))
+    assert torch.equal(given[0], unscaled(vae, mean))
+    torch.testing.assert_close(given[0], z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_images_are_taken_a_few_at_a_time_and_come_out_the_same(tmp_path, monkeypatch, kind):
+    space = open_space(save_autoencoder(tmp_path, 3, 8, kind)).load("cpu")
+    space.vae.double()  # for in float32 a batch's size changes rounding
+    images = torch.rand(7, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    moments = space.moments(images)
+    decoded = space.decode(moments[:, 0])
+    taken = []
+    for part in (space.vae.encoder, space.vae.decoder):
+        part.register_forward_pre_hook(lambda part, inputs: taken.append(len(inputs[0])))
+    for limit, parts in ((3 * 16 * 16, [3, 3, 1]), (100, [1] * 7)):
+        monkeypatch.setattr("vae.AT_ONCE", limit)
+        for values, whole in ((space.moments(images), moments), (space.decode(moments[:, 0]), decoded)):
+            torch.testing.assert_close(values, whole, rtol=0, atol=1e-12)
+        assert taken == 2 * parts
+        taken.clear()
+
+
+def test_a_folder_of_a_pipeline_and_weights_of_a_variant(tmp_path):
+    folder = save_autoencoder(tmp_path / "plain", 2, 4)
+    vae, images = AutoencoderKL.from_pretrained(folder), torch.rand(1, 3, 8, 8)
+    whole = open_space(folder).load("cpu")
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(folder, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    vae.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    for name in ("pipeline", "bin"):
+        assert torch.equal(open_space(str(tmp_path / name)).load("cpu").moments(images), whole.moments(images))
+    for dtype, variant in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.bfloat16, None)):
+        copy.deepcopy(vae).to(dtype).save_pretrained(tmp_path / f"{dtype}{variant}", variant=variant)
+        space = open_space(str(tmp_path / f"{dtype}{variant}")).load("cpu")
+        assert {weight.dtype for weight in space.vae.state_dict().values()} == {torch.float32}
+        assert torch.equal(space.vae.encoder.conv_in.weight, whole.vae.encoder.conv_in.weight.to(dtype).float())
+    vae.save_pretrained(folder, variant="fp16")  # beside the others
+    assert open_space(folder).load("cpu").digest() == whole.digest()
+
+
+def test_the_digest_knows_what_latents_depend_on_and_that_alone(tmp_path):
+    """Latents that were encoded when there was only a scale keep theirs."""
+    settings = dict(plain={}, scale=dict(scaling_factor=0.5), shift=dict(shift_factor=0.1))
+    settings |= dict(mean=dict(latents_mean=MEAN, latents_std=[1.0] * 4), std=dict(latents_mean=[0.0] * 4, latents_std=STD))
+    settings |= dict(other=dict(kind="AsymmetricAutoencoderKL"))
+    spaces = {name: open_space(save_autoencoder(tmp_path / name, 2, 4, **config)) for name, config in settings.items()}
+    digests = {name: (space.load("cpu").digest(), space.digest(DECODER)) for name, space in spaces.items()}
+    for of_part in zip(*digests.values()):
+        assert len(set(of_part)) == len(spaces)
+    weights = spaces["scale"].vae.state_dict()
+    known = {name: weight for name, weight in weights.items() if name.startswith(("encoder.", "quant_conv."))}
+    assert digests["scale"][0] == digest(known | {"scaling_factor": torch.tensor(0.5)})
+    of_no_shift = open_space(save_autoencoder(tmp_path / "zero", 2, 4, shift_factor=0.0)).load("cpu")
+    assert of_no_shift.digest() == digests["plain"][0]
+    for part, same in (("decoder", 0), ("encoder", 1)):
+        folder = shutil.copytree(tmp_path / "plain", tmp_path / part)
+        change(folder, part)
+        space = open_space(str(folder)).load("cpu")
+        assert [space.digest() == digests["plain"][0], space.digest(DECODER) == digests["plain"][1]] == [same == 0, same == 1]
+
+
+def config_of(**settings):
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return spoil
+
+
+def config_text(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def weights_with(**tensors):
+    def spoil(folder):
+        weights = load_file(folder / WEIGHTS) | {name.replace("__", "."): value for name, value in tensors.items()}
+        save_file({name: value for name, value in weights.items() if value is not None}, folder / WEIGHTS)
+
+    return spoil
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def unreadable(name):
+    def spoil(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/proc/self/mem")
+
+    return spoil
+
+
+BROKEN = {
+    "no config": (without("config.json"), r"neither ema, mse, none nor a folder that holds config\.json or vae/config\.json"),
+    "config cut short": (config_text('{"latent_'), r"its config\.json is not that of an autoencoder"),
+    "config binary": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "is not that of an autoencoder"),
+    "config a list": (config_text("[4]"), r"its config\.json is not that of an autoencoder"),
+    "config of something else": (config_text('{"hidden_size": 4}'), "is not that of an AutoencoderKL, it has no latent_"),
+    "config unreadable": (unreadable("config.json"), r"Input/output error"),
+    "config with words": (config_of(latent_channels="four"), r"no autoencoder of RGB images can be made from its config\.json"),
+    "grey images": (config_of(in_channels=1), r"no autoencoder of RGB images can be made from its config\.json"),
+    "images with alpha": (config_of(out_channels=4), r"it makes \(1, 4, 256, 256\) of \(1, 3, 256, 256\)"),
+    "no weights": (without(WEIGHTS), rf"could not be loaded \(it holds no {WEIGHTS}\); give --vae a local folder"),
+    "weights cut short": (lambda folder: os.truncate(folder / WEIGHTS, 999), r"could not be loaded \(Unable to load weights"),
+    "weights not fetched": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs"), r"could not be .*lfs"),
+    "weights unreadable": (unreadable(WEIGHTS), r"could not be loaded \("),
+    "weights of other shapes": (
+        weights_with(encoder__conv_in__bias=torch.zeros(16)), r"weights, encoder\.conv_in\.bias is \(16,\), not \(8,\)\)",
+    ),
+    "weights of more levels": (
+        lambda folder: shutil.copy(Path(save_autoencoder(folder / "deeper", 3, 4), WEIGHTS), folder),
+        r"of its weights, .* is unknown to the AutoencoderKL of its config\.json, and 27 more",
+    ),
+    "a weight missing": (weights_with(quant_conv__bias=None), r"of its weights, quant_conv\.bias is missing\)"),
+    "a weight not finite": (
+        weights_with(decoder__conv_in__bias=torch.full((8,), torch.nan)), r"weights, decoder\.conv_in\.bias is not finite",
+    ),
+    "scale zero": (config_of(scaling_factor=0), "scaling_factor 0, .* it should have a scale above 0"),
+    "scale not finite": (config_of(scaling_factor=float("nan")), "scaling_factor nan"),
+    "shift a word": (config_of(shift_factor="0.1"), "shift_factor 0.1"),
+    "mean of three channels": (config_of(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), "for each of 4 channels, a mean"),
+    "mean alone": (config_of(latents_mean=[0.0] * 4), r"latents_mean \[0.*latents_std None"),
+    "deviation zero": (config_of(latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "a standard deviation above 0"),
+    "mean and shift": (config_of(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "shift_factor 0.1"),
+}  # fmt: skip
+BROKEN |= {
+    kind: (config_of(_class_name=kind), f"is of the class {kind}; give one of AutoencoderKL, .*, VQModel, in diffusers' format")
+    for kind in ("AutoencoderKLWan", "AutoencoderKLTemporalDecoder", "AutoencoderRAE", "UNet2DConditionModel")
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_autoencoder_is_refused_in_one_line(tmp_path, small, caplog, capfd, monkeypatch, name):
+    spoil, message = BROKEN[name]
+    folder = shutil.copytree(small, tmp_path / "vae")
+    spoil(folder)
+    capfd.readouterr()
+    logger = logging.getLogger("diffusers")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        open_space(str(folder)).load("cpu")
+    assert "\n" not in str(error.value)
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_autoencoder_that_changed_is_named(tmp_path, small, photos):
+    """Where training, encoding or drawing goes on, and only if what it makes is another."""
+    vae = shutil.copytree(small, tmp_path / "vae")
+    flags = ["--model", "DiT-N/2", "--vae", vae, "--global-batch-size", 2, "--ckpt-every", 1]
+    fit(tmp_path / "r", *flags, "--max-steps", 1)
+    folder = tmp_path / "r" / "000-DiT-N-2"
+    resume = [*flags, "--resume", folder, "--max-steps"]
+    encode = ["encode", "--out", tmp_path / "latents", "--data-path", photos, "--vae", vae, "--image-size", 8]
+    encode = data.parse_args([*map(str, encode), "--device", "cpu", "--num-workers", "0"])
+    data.encode(encode, ALONE)
+    draws = folder / "checkpoints" / "0000001.pt", tmp_path / "s", "--num-fid-samples"
+    draw_many(*draws, 1)
+
+    change(vae, "decoder")
+    fit(tmp_path / "r", *resume, 2)
+    data.encode(encode, ALONE)
+    with pytest.raises(ValueError, match=r"holds images made with decoder \w{16} and now \w{16}; give another --sample-dir"):
+        draw_many(*draws, 2)
+    record = next((tmp_path / "s").glob("*/settings.json"))
+    record.write_text(json.dumps({name: value for name, value in json.loads(record.read_text()).items() if name != "decoder"}))
+    draw_many(*draws, 2)  # into a folder that does not know its decoder
+
+    change(vae, "encoder")
+    with pytest.raises(ValueError, match=r"the encoder of --vae was \w{16} and is \w{16}; --allow-changes goes on"):
+        fit(tmp_path / "r", *resume, 3)
+    with pytest.raises(ValueError, match=r"holds latents made with vae_digest \w{16} and now \w{16}"):
+        data.encode(encode, ALONE)
+    path = folder / "checkpoints" / "0000002.pt"
+    run = torch.load(path)
+    del run["args"]["vae_digest"]
+    torch.save(run, path)
+    fit(tmp_path / "r", *resume, 3)  # from a checkpoint that does not know its encoder
+    assert (folder / "checkpoints" / "0000003.pt").exists()
+
+
+def test_a_vae_that_is_neither_cached_nor_to_be_had_says_what_to_do():
     with pytest.raises(OSError, match=r"stabilityai/sd-vae-ft-mse could not be loaded .* give --vae a local folder"):
         LatentSpace("mse").load("cpu")
-    with pytest.raises(FileNotFoundError, match="neither ema, mse, none nor a folder"):
-        LatentSpace(str(tmp_path))
-    for config in ('{"hidden_size": 4}', "[4]", "{"):
-        (tmp_path / "config.json").write_text(config)
-        with pytest.raises(ValueError, match=r"config\.json is not that of an AutoencoderKL"):
-            LatentSpace(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"latent_channels": 4, "block_out_channels": [8, 8, 8, 8]}')
-    with pytest.raises(OSError, match="could not be loaded"):
-        LatentSpace(str(tmp_path)).load("cpu")
