@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 import latents
 from flags import not_negative, positive
-from folders import Folder, printable, read_image
+from folders import Folder, digest, printable, read_image
 from parallel import launch
 from vae import open_space
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
+SIZES = 10_000  # files whose sizes a run compares, evenly spread: to look up those of a million takes minutes on some disks
 LONG = 16  # sides of an image: above it, one a pixel wide could become gigabytes before it is cropped
 
 
@@ -63,6 +64,19 @@ class TrainingImages(Dataset):
 
     def __len__(self):
         return len(self.source)
+
+    def names(self):
+        """A digest of the images' names, None if they have none."""
+        return self.source.names() if hasattr(self.source, "names") else None
+
+    def sizes(self, numbers):
+        """A digest of the sizes of these images' files, None if they are not files."""
+        return self.source.sizes(numbers) if hasattr(self.source, "sizes") else None
+
+    def fingerprint(self):
+        """What tells these images from others: how many they are, all their names, and the sizes of SIZES of their files."""
+        count = min(len(self), SIZES)
+        return dict(images=len(self), names=self.names(), sizes=self.sizes(i * len(self) // count for i in range(count)))
 
     def __getitem__(self, index):
         image, label = self.source[index]
@@ -241,6 +255,9 @@ class _Database(Dataset):
     def __len__(self):
         return len(self.keys)
 
+    def names(self):
+        return digest(b"\0".join(self.keys))
+
     def __getitem__(self, index):
         if self.opened_by != os.getpid():
             self.environment, self.opened_by = self._open(), os.getpid()
@@ -342,19 +359,36 @@ def encode(args, processes):
     if processes.rank == 0:
         latents.claim(folder, index)
         processes.barrier()
-    shards = latents.unfinished_shards(folder, index)
-    processes.barrier()  # every process has looked before any writes
+    missing, changed = processes.share(shards_to_make(folder, index, images) if processes.rank == 0 else None)
+    shards = sorted(missing + changed)
     if processes.rank == 0:
+        if changed:
+            print(f"Shards of files that have other sizes now, which are made again: {len(changed):,}")
         total = f"{latents.shard_count(index):,} shards of {len(images):,} images"
         print(f"Encoding {len(shards):,} of {total} into {folder}")
     mine = shards[processes.rank :: processes.size]
+    dtype = torch.float16 if args.half else torch.float32
     for number, moments, classes in encode_shards(mine, images, index, space, args, processes):
         path = latents.shard_path(folder, number)
-        latents.write_shard(path, moments, classes, torch.float16 if args.half else torch.float32)
+        latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
     processes.barrier()
     if processes.rank == 0:
         flags = f"--data-path {folder} --vae {args.vae} --image-size {args.image_size}"
         print(f"The latents are whole: train.py {flags}")
+
+
+def shards_to_make(folder, index, images):
+    """(those that are missing or damaged, those that are whole but of files that have changed since)."""
+    missing = latents.unfinished_shards(folder, index)
+    whole = sorted({*range(latents.shard_count(index))} - {*missing})
+    then = {number: latents.open_shard(folder, number, index).metadata() for number in whole}
+    return missing, [number for number in whole if then[number] and then[number] != made_of(images, index, number)]
+
+
+def made_of(images, index, number):
+    """What a shard keeps of the files of its images: {name: text}, None if they are not files."""
+    sizes = images.sizes(latents.shard_images(index, number))
+    return dict(sizes=sizes) if sizes else None
 
 
 def describe(images, space, args):
@@ -368,6 +402,7 @@ def describe(images, space, args):
         held_out=args.held_out,
         image_size=args.image_size,
         images=len(images),
+        names=images.names(),
         num_classes=images.num_classes,
         classes=images.classes if images.num_classes else None,
         flip=images.flip,

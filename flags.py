@@ -31,6 +31,10 @@ share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")           
 decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
 
 
+class Default(int):
+    """A default that can be told from the same number when it is given."""
+
+
 def image_size(text):
     """A side, "48", or "32x48" as (height, width)."""
     sides = [positive(side) for side in text.split("x")]

@@ -20,7 +20,6 @@ ENDINGS = {ending for ending, name in Image.registered_extensions().items() if n
 SYSTEM = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "#recycle", "#snapshot", "system volume information",
           "thumbs.db", "ehthumbs.db", "desktop.ini"}  # fmt: skip
 LARGEST = 2**28  # pixels of an image, which take 1 GB; a file of some kilobytes can claim to have many more
-SIZES = 10_000  # files whose sizes a fingerprint looks up
 
 # Pillow's own limits are 89 million pixels, and 1 MB of a text or colour profile, which nothing here uses.
 Image.MAX_IMAGE_PIXELS = LARGEST
@@ -65,6 +64,10 @@ def _bits(image):
     return 8
 
 
+def digest(contents):
+    return hashlib.sha256(contents).hexdigest()[:16]
+
+
 def printable(path):
     """A file's name as it was meant, whatever the locale says, with bytes that are no text spelt out."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -102,13 +105,13 @@ class Folder(Dataset):
     def __getitem__(self, index):
         return read_image(self.paths[index]), self.labels[index]
 
-    def fingerprint(self):
-        """A digest of the images' names within the folder, and of the sizes of SIZES of them, evenly spread."""
-        digest = hashlib.sha256(os.fsencode("\0".join(path[len(self.root) :] for path in self.paths)))
-        count = min(len(self), SIZES)
-        for number in range(count):
-            digest.update(b"%d " % os.stat(self.paths[number * len(self) // count]).st_size)
-        return digest.hexdigest()[:16]
+    def names(self):
+        """A digest of the names of all images within the folder, their classes' among them."""
+        return digest(os.fsencode("\0".join(path[len(self.root) :] for path in self.paths)))
+
+    def sizes(self, numbers):
+        """A digest of the sizes of the files of these images."""
+        return digest(b" ".join(b"%d" % os.stat(self.paths[number]).st_size for number in numbers))
 
 
 def _walk(root, labelled):
@@ -189,7 +192,7 @@ def listed(names, most=8):
     return ", ".join(names if len(names) <= most else [*names[:3], "...", names[-1]])
 
 
-def describe(classes):
+def describe_classes(classes):
     """Lines that say what the classes are called, and which is which where that may surprise."""
     lines = [f"Classes: {listed(classes)}"]
     numeric = sorted(classes, key=int) if all(name.isdecimal() for name in classes) else classes

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from checkpoint import whole_file
+from folders import digest
 from vae import open_space
 
 INDEX = "latents.json"
@@ -59,6 +60,12 @@ class CachedLatents(Dataset):
             raise OSError(f"{path} is damaged: the checksum of its image {place} is wrong; delete the file and {AGAIN}")
         return torch.stack([mean, std], dim=1).float(), 0 if self.uncond else int(label)
 
+    def fingerprint(self):
+        """What tells these latents from others: how many they are, and digests of the index and of what shards are made of."""
+        index = json.dumps({name: value for name, value in self.index.items() if name not in ("vae", "source", "shard_size")})
+        made_of = json.dumps([shard.metadata() for shard in self.shards])
+        return dict(images=len(self), names=digest(index.encode()), sizes=digest(made_of.encode()))
+
     def check_vae(self, vae):
         """ValueError unless `vae`, as --vae names it, has the encoder that made these latents."""
         on_hub, made_by = ("ema", "mse"), self.index["vae"]
@@ -87,7 +94,7 @@ def claim(folder, index):
     """Writes the index of latents to be made, or makes sure that those in the folder are the same. ValueError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     if holds_latents(folder):
-        before = read_index(folder)
+        before = dict(names=index["names"]) | read_index(folder)  # older ones do not know them
         differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
         if differences:
             raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
@@ -141,14 +148,14 @@ def unfinished_shards(folder, index):
     return numbers
 
 
-def write_shard(path, moments, labels, dtype):
-    """moments (n, flips, 2, C, h, w), labels (n,)."""
+def write_shard(path, moments, labels, dtype, made_of):
+    """moments (n, flips, 2, C, h, w), labels (n,), made_of: what to keep of the images' files, {name: text} or None."""
     mean, std = (part.to(dtype).contiguous() for part in moments.unbind(2))
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise ValueError(f"latents for {path} are not finite in {dtype}")
     crc32 = torch.tensor([checksum(*image) for image in zip(mean, std, labels)])
     with whole_file(path, "shard") as file:
-        file.write(save(dict(mean=mean, std=std, label=labels, crc32=crc32)))
+        file.write(save(dict(mean=mean, std=std, label=labels, crc32=crc32), made_of))
 
 
 def checksum(mean, std, label):

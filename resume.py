@@ -17,6 +17,7 @@ from pathlib import Path
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import read_checkpoint, save_checkpoint
+from folders import listed
 from sharded import check_pieces, load_sharded, read_settings, save_sharded
 from speed import rounding
 from update import tensors
@@ -26,6 +27,7 @@ FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "backend", "grad_checkpointing", "grad_accum", "max_skipped",
     "parallel", "deterministic", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
+    "data", "class_names",  # see changed_images
 }  # fmt: skip
 WITHOUT_FLAG = {"vae_digest": "the encoder of --vae"}
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
@@ -121,7 +123,22 @@ def changed_settings(before, now):
     free = FREE | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural, another is not
     names = [name for name in now if name in before and name not in free and before[name] != now[name]]
     called = {name: WITHOUT_FLAG.get(name, f"--{name.replace('_', '-')}") for name in names}
-    return [f"{called[name]} was {before[name]} and is {now[name]}" for name in names]
+    changes = [f"{called[name]} was {before[name]} and is {now[name]}" for name in names]
+    return changes + changed_images(before, now)
+
+
+def changed_images(before, now):
+    """What has become of the images at --data-path since, as far as the checkpoint knows of them: older ones do not."""
+    changes, (was, is_) = [], (set(settings.get("class_names") or now["class_names"] or ()) for settings in (before, now))
+    if was != is_:
+        parts = [f"{kind}: {listed(sorted(names))}" for kind, names in (("gone", was - is_), ("new", is_ - was)) if names]
+        changes.append(f"the classes have changed ({'; '.join(parts)})")
+    then, images = before.get("data") or {}, now["data"]
+    if then and then["images"] != images["images"]:
+        changes.append(f"the images were {then['images']:,} and are {images['images']:,}")
+    elif other := [name for name in ("names", "sizes") if name in then and then[name] != images.get(name)]:
+        changes.append(f"the images have other {' and '.join(other)} than they had")
+    return changes
 
 
 def restore(learner, run):

@@ -30,7 +30,8 @@ from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from features import NETWORKS
-from flags import above_zero, decay, not_negative, positive
+from flags import Default, above_zero, decay, not_negative, positive
+from folders import describe_classes
 from latents import CachedLatents
 from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
@@ -64,6 +65,10 @@ def main(args, processes):
     if args.dataset or not dataset.num_classes:
         args.num_classes = dataset.num_classes
     check(args, processes, dataset, held_out, space)
+    args.num_classes, args.class_names = int(args.num_classes), dataset.classes if dataset.num_classes else None
+    args.data = dataset.fingerprint()
+    if processes.any(args.data != processes.share(args.data))[0]:
+        raise ValueError("the processes do not see the same images: --data-path differs from one machine to another")
     probe = open_probe(args, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
@@ -99,6 +104,13 @@ def main(args, processes):
     logger.info(f"Dataset contains {len(dataset):,} images{classes} ({args.data_path or 'digits'})")
     for line in dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks):
         logger.info(line)
+    for line in describe_classes(args.class_names) if args.class_names else []:
+        logger.info(line)
+    if dataset.num_classes < args.num_classes:
+        logger.warning(
+            f"The images have {dataset.num_classes} classes, fewer than --num-classes {args.num_classes}: the others will stay "
+            f"untrained, {dataset.num_classes} to {args.num_classes - 1}"
+        )
     write_row = partial(append_row, folder, track)
 
     conditions, otherwise = record_rounding(run, processes)
@@ -191,6 +203,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"--parallel fsdp on CPUs needs a newer PyTorch than {torch.__version__}")
     if len(dataset) < args.global_batch_size:
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
+    if isinstance(args.num_classes, Default) and dataset.num_classes != args.num_classes:
+        raise ValueError(f"the images have {dataset.num_classes} classes: --num-classes {dataset.num_classes}")
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
@@ -450,7 +464,7 @@ def parse_args(argv=None):
     add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")
     add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
-    add("--num-classes", type=positive, default=1000, help="a --dataset brings its own")
+    add("--num-classes", type=positive, default=Default(1000), help="of the images; a --dataset brings its own")
     add("--uncond", action="store_true", help="train without classes; the folder then needs no class folders")
     add("--epochs", type=positive, default=1400)
     add("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")

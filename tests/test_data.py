@@ -1,5 +1,6 @@
 import io
 import pickle
+from pathlib import Path
 
 import lmdb
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import data
 import train
+from commands import ALONE, fit
 from data import center_crop_arr, load_dataset
 
 
@@ -156,6 +158,62 @@ def half_a_cifar(folder):
 def test_mistakes_name_the_place(folder, mistake, message):
     with pytest.raises(OSError, match=message):
         mistake(folder)
+
+
+def test_images_that_changed_are_named_when_a_run_goes_on(tmp_path, photos, caplog, shallow):
+    """Nothing but the images is different; a checkpoint of an older version does not know them."""
+    flags = ["--model", "DiT-N/8", "--data-path", photos, "--num-workers", 0, "--global-batch-size", 8, "--max-steps", 2]
+    path = fit(tmp_path / "r", *flags) / "checkpoints" / "0000002.pt"
+    again = [*flags, "--resume", path.parent.parent, "--max-steps"]
+    known = torch.load(path)
+    assert known["args"]["class_names"] == ["0", "1", "2"]
+    assert known["args"]["data"]["images"] == 40
+    photos = Path(photos)
+
+    def refused(message):
+        with pytest.raises(ValueError, match=rf"0000002\.pt is of other settings: {message}; --allow-changes"):
+            fit(tmp_path / "r", *again, 3)
+
+    another = photos / "1" / "another.png"
+    another.write_bytes((photos / "0" / "0.png").read_bytes())
+    refused("the images were 40 and are 41")
+    another.unlink()
+    (photos / "1").rename(photos / "cat")
+    refused(r"the classes have changed \(gone: 1; new: cat\); the images have other names than they had")
+    (photos / "cat").rename(photos / "1")
+    whole = (photos / "2" / "2.png").read_bytes()
+    Image.new("RGB", (50, 50)).save(photos / "2" / "2.png")
+    refused("the images have other sizes than they had")
+    fit(tmp_path / "r", *again, 3, "--allow-changes")
+    assert "the images have other sizes than they had" in caplog.text
+    (photos / "2" / "2.png").write_bytes(whole)
+    del known["args"]["data"], known["args"]["class_names"]
+    torch.save(known, path)
+    (path.parent / "0000003.pt").unlink()
+    another.write_bytes(whole)
+    fit(tmp_path / "r", *again, 3)
+    assert (path.parent / "0000003.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the images have 3 classes: --num-classes 3"),
+        (["--num-classes", "2"], "the images are of 3 classes, more than --num-classes 2"),
+    ],
+)
+def test_another_number_of_classes_is_an_error(tmp_path, photos, flags, message):
+    flags = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--data-path", photos, *flags]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        train.main(train.parse_args([*flags, "--global-batch-size", "8", "--results-dir", str(tmp_path)]), ALONE)
+
+
+def test_more_classes_than_the_images_have_are_warned_of(tmp_path, photos, caplog, shallow):
+    flags = ["--model", "DiT-N/8", "--data-path", photos, "--num-workers", 0, "--global-batch-size", 8, "--max-steps", 1]
+    fit(tmp_path / "r", *flags, "--num-classes", 4)
+    assert "have 3 classes, fewer than --num-classes 4: the others will stay untrained, 3 to 3" in caplog.text
+    log = (next((tmp_path / "r").iterdir()) / "log.txt").read_text()
+    assert "Classes: 0, 1, 2" in log
 
 
 def write_images(folder, count, classes=1):

@@ -336,13 +336,16 @@ def test_what_a_reader_must_know_is_said(tmp_path, images, run, capsys):
     (tmp_path / "mixed").mkdir()
     for number, image in enumerate(images(20)):
         Image.fromarray(image).resize((6, 6 + number % 2)).save(tmp_path / "mixed" / f"{number}.png")
+    (tmp_path / "mixed" / "notes.txt").write_text("no image")
     row = run(tmp_path / "few.npz", tmp_path / "mixed")
     biased, mixed, differ = (warning for warning in row["warnings"] if "spatial" not in warning)
     assert "5 images of" in biased
     assert "not more than the 6 pool features" in biased
     assert "mixed has images of 2 sizes, 6 x 6 to 7 x 6" in mixed
     assert "references of 6 x 6 and samples of 6 x 6 to 7 x 6" in differ
-    assert capsys.readouterr().err.count("warning: ") == len(row["warnings"])
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == len(row["warnings"])
+    assert f"Left out of {tmp_path / 'mixed'}: 1 with other endings (1 .txt)\n" in said
 
 
 def test_images_of_several_sizes_keep_their_order(tmp_path, images):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
 import data
@@ -204,6 +206,40 @@ def test_an_image_that_cannot_be_read_leaves_the_whole_shards(tmp_path, vae, pho
     encode(tmp_path / "a", vae, "--data-path", bad)
     images = contents(tmp_path / "a"), contents(encoded)
     assert [images[0][name] == images[1][name] for name in sorted(images[0])] == [True, True, True, False]  # another source
+
+
+def test_images_that_have_changed_since(tmp_path, vae, photos, encoded, capsys):
+    """A file that was replaced has its shard made again, also of two of which one is missing; others names are refused."""
+    changed = Path(shutil.copytree(photos, tmp_path / "photos"))
+    one = sorted(changed.glob("*/*.png"))[12]
+    out = Path(encode(tmp_path / "a", vae, "--data-path", changed))
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    known = CachedLatents(out).fingerprint()
+    Image.new("RGB", (20, 20), "red").save(one)
+    capsys.readouterr()
+    encode(out, vae, "--data-path", changed)
+    assert re.search("other sizes now, which are made again: 1\nEncoding 1 of 3 shards", capsys.readouterr().out)
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert [name for name in before if before[name] != after[name]] == ["00001.safetensors"]
+    anew = encode(tmp_path / "b", vae, "--data-path", changed)
+    assert read(out, "00001.safetensors") == read(anew, "00001.safetensors")
+    assert {name for name in known if known[name] != CachedLatents(out).fingerprint()[name]} == {"sizes"}
+    one.rename(one.parent / "x.png")
+    with pytest.raises(ValueError, match=r"holds latents made with names \w+ and now \w+; give another --out"):
+        encode(out, vae, "--data-path", changed)
+
+
+def test_latents_of_an_older_version_are_gone_on_with(copy, photos, vae):
+    """They say neither names nor sizes."""
+    index = json.loads(read(copy, "latents.json"))
+    (copy / "latents.json").write_text(json.dumps({name: value for name, value in index.items() if name != "names"}))
+    for path in copy.glob("*.safetensors"):
+        save_file(load_file(path), path)
+    (copy / "00001.safetensors").unlink()
+    before = contents(copy)
+    encode(copy, vae, "--data-path", photos)
+    assert before.items() < contents(copy).items()
+    assert len(load_dataset(str(copy), 16)) == 26
 
 
 def missing(path):
