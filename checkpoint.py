@@ -7,27 +7,32 @@ so do safetensors, with the weights and, as JSON in their metadata, the args. As
 
 import argparse
 import json
+import math
 import os
 import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 
-from diffusion import PATHS
+from diffusion import OBJECTIVES, PATHS
 from flags import decay
-from mixers import MIXERS
-from models import MODELS, DiT_models, UNets
+from mixers import MIXERS, build_mixer, mixer_options
+from models import MODELS, DiT_models, UNets, stride
 from parallel import launch
-from pde_ssm import options_from_weights
-from sharded import read_settings, read_whole
+from pde_ssm import PRESETS, options_from_weights
 from vae import open_space
+from weights import READ_FROM_UNET, averages_of, load_checkpoint
 
-# What settings_from_weights reads of a DiT and of a U-Net.
-READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
-READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
+# The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
+SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
+# Settings that a file may state, and what makes a value one: its type, or that it is a name here.
+STATED = dict(
+    num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str,
+    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS,
+)  # fmt: skip
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")
 
 
@@ -55,72 +60,10 @@ def save_checkpoint(path, **contents):
         torch.save(contents, file)
 
 
-def average_names(decays):
-    """The first average of weights is a checkpoint's `ema`, as DiT has it, the others are `ema_<decay>`."""
-    return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(decays)}
-
-
-def averages_of(args):
-    """The same, from a checkpoint's settings, which may be of another code base."""
-    decays = args.get("ema_decay") if isinstance(args, dict) else None
-    return average_names(decays) if isinstance(decays, list) else {}
-
-
-def choose_average(args, decay, path):
-    """The name of the average of that decay, or of the first for None. ValueError names those that there are."""
-    names = {None: "ema"} | averages_of(args)
-    if decay not in names:
-        raise ValueError(f"--ema {decay}: {path} has averages of decay {', '.join(map(str, averages_of(args))) or 'unknown'}")
-    return names[decay]
-
-
-def read_checkpoint(path, decay=None):
-    """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its averages,
-    and args.
-
-    Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
-    """
-    if os.path.isdir(path):
-        args = read_settings(path)["args"]
-        return dict(ema=read_whole(path, choose_average(args, decay, path)), args=args)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return _read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        raise ValueError(f"{path} is not a whole checkpoint of tensors: it is damaged, cut short or something else") from error
-    return contents if isinstance(contents, dict) else {}
-
-
-def _read_safetensors(path):
-    with safe_open(path, "pt") as file:
-        args = (file.metadata() or {}).get("args", "{}")
-        return dict(ema={name: file.get_tensor(name) for name in file.keys()}, args=json.loads(args))  # noqa: SIM118
-
-
-def load_checkpoint(path, decay=None):
-    """(weights, args) of a checkpoint: its EMA's state dict if it has one, that of `decay` if it has several, and its
-    settings as a dict. ValueError for anything else."""
-    contents = read_checkpoint(path, decay)
-    name = "ema" if os.path.isdir(path) else choose_average(contents.get("args"), decay, path)
-    weights = contents.get(name, contents.get("model", contents))
-    weights = weights if isinstance(weights, dict) else {}
-    needed = READ_FROM_UNET if READ_FROM_UNET[0] in weights else READ_FROM
-    if missing := [name for name in needed if not isinstance(weights.get(name), torch.Tensor)]:
-        raise ValueError(f"{path} holds no {'U-Net' if needed is READ_FROM_UNET else 'DiT'}: {missing[0]} is missing")
-    args = contents.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return weights, args if isinstance(args, dict) else {}
-
-
 def settings_from_weights(weights):
-    """What train.py was told, read off the weights: model, mixer and its options, num_classes, image_size, vae,
-    objective (a flow's network has no variance among its outputs) and path (of a flow, which is guessed)."""
-    read = _settings_of_unet if READ_FROM_UNET[0] in weights else _settings_of_dit
-    return read(weights) | {"path": "linear"}
+    """What weights tell of a network: model, mixer, mixer_options, num_classes, in_channels and learn_sigma (whether it has
+    learned variances among its outputs)."""
+    return (_settings_of_unet if READ_FROM_UNET[0] in weights else _settings_of_dit)(weights)
 
 
 def _settings_of_dit(weights):
@@ -133,8 +76,6 @@ def _settings_of_dit(weights):
     ]
     if not names:
         raise ValueError(f"no model is known with hidden size {hidden}, depth {depth} and patch size {patch}")
-    vae = "ema" if channels == 4 else "none"
-    grid = round(weights["pos_embed"].shape[1] ** 0.5)
     first = {name.removeprefix("blocks.0.attn."): w for name, w in weights.items() if name.startswith("blocks.0.attn.")}
     attention = "qkv.weight" in first
     if not attention and "pde.equation.g0" not in first:
@@ -144,14 +85,12 @@ def _settings_of_dit(weights):
         "mixer": "attention" if attention else "pdessm",
         "mixer_options": {} if attention else options_from_weights(first),
         "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
-        "image_size": grid * patch * open_space(vae).factor,
-        "vae": vae,
-        "objective": "flow" if len(weights["final_layer.linear.bias"]) == channels * patch**2 else "diffusion",
+        "in_channels": channels,
+        "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
     }
 
 
 def _settings_of_unet(weights):
-    """A U-Net's weights know no image_size: None."""
     width, channels = weights["net.conv_in.weight"].shape[:2]
     names = [name for name, build in UNets.items() if build.keywords["channels"][0] == width]
     if not names:
@@ -161,65 +100,160 @@ def _settings_of_unet(weights):
         "mixer": "attention",
         "mixer_options": {},
         "num_classes": len(weights["net.class_embedding.weight"]) - 1,
-        "image_size": None,
-        "vae": "ema" if channels == 4 else "none",
-        "objective": "flow" if len(weights["net.conv_out.weight"]) == channels else "diffusion",
+        "in_channels": channels,
+        "learn_sigma": len(weights["net.conv_out.weight"]) != channels,
     }
 
 
-def _trustworthy(stored, settings):
-    """Of what a file says of itself, that which does not contradict its weights, or that they cannot know."""
-    kept = {name: stored[name] for name in ("model", "vae") if isinstance(stored.get(name), str)}
-    if stored.get("mixer") in MIXERS and (stored["mixer"] == "attention") == (settings["mixer"] == "attention"):
-        kept["mixer"] = stored["mixer"]  # the name of a preset
-    if isinstance(stored.get("image_size"), int):
-        kept["image_size"] = stored["image_size"]
-    if stored.get("objective") == settings["objective"] and stored.get("path") in PATHS:
-        kept["path"] = stored["path"]
-    return kept
+def stated_settings(args, path):
+    """What a checkpoint's args state in train.py's words, or in SiT's. ValueError for a SiT that is no flow known here."""
+    if "path_type" in args or str(args.get("model")).startswith("SiT-"):
+        kind = args.get("path_type"), args.get("prediction")
+        if kind not in SIT_PATHS:
+            known = " or ".join(map(" and ".join, SIT_PATHS))
+            raise ValueError(f"{path} is SiT's with path_type {kind[0]} and prediction {kind[1]}; what can be sampled: {known}")
+        name = str(args.get("model")).replace("SiT", "DiT", 1)
+        args = args | dict(model=name, objective="flow", path=SIT_PATHS[kind], time_scale=1)
+    stated = {name: args[name] for name in ("time_scale",) if name in args}
+    for name, known in STATED.items():
+        value = args.get(name)
+        if type(value) is known if isinstance(known, type) else isinstance(value, str) and value in known:
+            stated[name] = value
+    if stated.get("objective") == "flow":
+        stated.setdefault("path", "linear")
+    return stated
+
+
+def _stated_options(args, model, path):
+    """Of the mixer, those options that its name and the --pde-* flags of a checkpoint's args decide."""
+    try:
+        given = mixer_options(SimpleNamespace(**args))
+        with torch.device("meta"):
+            layer = build_mixer(args["mixer"], MODELS[model].keywords["hidden_size"], 1, None, **given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} states options that its mixer cannot have: {error}") from error
+    built = options_from_weights(layer.state_dict())
+    return {name: built[name] for name in ("state_dim" if n == "expand" else n for n in PRESETS[args["mixer"]] | given)}
+
+
+def believe(args, settings, path):
+    """The settings that weights tell, with those that a checkpoint's args state. ValueError, with both values, where they
+    differ."""
+    stated, told = stated_settings(args, path), dict(settings)
+    if stated.get("mixer") in PRESETS and settings["mixer"] in PRESETS:
+        told |= settings["mixer_options"] | dict(mixer=stated["mixer"])
+        stated |= _stated_options(args, settings["model"], path)
+    for name, value in stated.items():
+        if told.get(name, value) != value:
+            raise ValueError(
+                f"{path} contradicts itself: it states {name}={value}, and its weights have {name}={told[name]}; "
+                "if they are right, save them without those settings"
+            )
+    return settings | {name: stated[name] for name in (*STATED, "time_scale") if name in stated}
 
 
 def load_model(path, args, default_vae, decay=None):
     """The model of a checkpoint, in eval mode: (model, settings).
 
-    The settings, those of `settings_from_weights`, are the checkpoint's; those that `args` gives too, not None, must
-    agree. Two are free: which decoder to use in latent space, and image_size, a side or (height, width), to which the
-    model is resized. decay: of which average the weights are, if there are several. ValueError names both values, or what
-    does not fit.
+    The settings are what the weights tell and the checkpoint states. What neither says, `args` may: the objective, a flow's
+    path, the vae. Those that args gives, not None, must agree with what is known, but for two that are free: which decoder
+    to use in latent space, and image_size, a side or (height, width), to which the model is resized. decay: of which
+    average the weights are, if there are several. ValueError names both values, or what does not fit, or what to give.
+
+    Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
     """
     weights, stored = load_checkpoint(path, decay)
-    settings = settings_from_weights(weights)
-    if stored.get("model") in MODELS:  # a file of another code base may have names of its own
-        settings |= _trustworthy(stored, settings)
-    for name in ("model", "mixer", "num_classes"):
-        given = getattr(args, name)
-        if given not in (None, settings[name]):
+    settings = believe(stored, settings_from_weights(weights), path)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in ("model", "mixer", "num_classes", "objective", "path"):
+        if name in given and settings.get(name, given[name]) != given[name]:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {given} contradicts {path}, which has {flag} {settings[name]}; leave the flag out")
-    if args.vae is not None and (args.vae == "none") != (settings["vae"] == "none"):
-        raise ValueError(f"--vae {args.vae} contradicts {path}, which was trained with --vae {settings['vae']}")
-    if settings["vae"] in ("ema", "mse"):  # they share an encoder, so either decodes
-        settings["vae"] = default_vae
-    settings["vae"] = args.vae or settings["vae"]
-
-    if settings["image_size"] is None:
-        if args.image_size is None:
-            raise ValueError(f"{path} does not say for images of which size it is; give --image-size")
-        settings["image_size"] = args.image_size if isinstance(args.image_size, int) else args.image_size[0]
-    space = open_space(settings["vae"])
+            raise ValueError(f"{flag} {given[name]} contradicts {path}, which has {flag} {settings[name]}; leave the flag out")
+    choose_objective(settings, given, learnt_variances(weights, settings), path)
+    space = choose_space(settings, given, default_vae, path)
+    tokens = weights["pos_embed"].shape[1] if "pos_embed" in weights else None
+    size = trained_size(settings, tokens, given.get("image_size"), space, path)
     model = MODELS[settings["model"]](
-        input_size=settings["image_size"] // space.factor,
-        in_channels=space.channels,
+        input_size=tuple(side // space.factor for side in size),
+        in_channels=settings["in_channels"],
         num_classes=settings["num_classes"],
-        learn_sigma=settings["objective"] == "diffusion",
+        learn_sigma=settings["learn_sigma"],
         mixer=settings["mixer"],
         **settings["mixer_options"],
     )
     load_weights(model, weights, path)
-    if args.image_size not in (None, settings["image_size"]):
-        settings["image_size"] = args.image_size
-        resize(model, args.image_size, space.factor)
+    settings["image_size"] = given.get("image_size", size[0])
+    if "image_size" in given:
+        resize(model, given["image_size"], space.factor)
     return model.eval().requires_grad_(False), settings
+
+
+def learnt_variances(weights, settings):
+    """Whether the network has variances among its outputs, and has learnt them: SiT's leave theirs at zero."""
+    last = weights.get("final_layer.linear.weight")
+    if not settings["learn_sigma"] or last is None:
+        return settings["learn_sigma"]
+    variances = torch.arange(len(last)) // settings["in_channels"] % 2 == 1
+    return bool(last[variances].any() or not last[~variances].any())
+
+
+def choose_objective(settings, given, learnt_variances, path):
+    """Adds objective, path and time_scale to the settings. ValueError if nothing says which objective it is."""
+    objective = settings.get("objective") or given.get("objective") or ("diffusion" if learnt_variances else None)
+    if objective is None:
+        raise ValueError(
+            f"{path} does not say for which objective it was trained, and weights that have learnt no variances do not tell; "
+            f"give --objective {' or '.join(OBJECTIVES)}"
+        )
+    if objective == "diffusion" and "path" in given:
+        raise ValueError(f"--path {given['path']} means nothing to {path}, which was trained for diffusion")
+    if objective == "flow" and settings["learn_sigma"] and "time_scale" not in settings:
+        if "objective" in settings:
+            raise ValueError(f"{path} contradicts itself: it states objective=flow, and its weights have learned variances")
+        settings["time_scale"] = 1  # the only flows with as many outputs are SiT's
+    settings["objective"] = objective
+    settings.setdefault("path", given.get("path", "linear"))
+    settings.setdefault("time_scale", 1000)
+
+
+def choose_space(settings, given, default_vae, path):
+    """The space in which the model lives, whose name goes into the settings. ValueError if it is none of the model's."""
+    stated, channels = settings.get("vae"), settings["in_channels"]
+    vae = given.get("vae")
+    if stated and vae and (vae == "none") != (stated == "none"):
+        raise ValueError(f"--vae {vae} contradicts {path}, which was trained with --vae {stated}")
+    if not vae and stated not in (None, "ema", "mse"):  # those two share an encoder, so either decodes
+        vae = stated
+    if not (vae or stated) and channels not in (3, 4):
+        raise ValueError(f"{path} has {channels} channels and does not say of which autoencoder; give --vae FOLDER")
+    settings["vae"] = vae or ("none" if channels == 3 and not stated else default_vae)
+    space = open_space(settings["vae"])
+    if space.channels != channels:
+        says = f"--vae {vae}" if "vae" in given else f"{path} states --vae {stated or settings['vae']}, which"
+        raise ValueError(f"{says} has {space.channels} channels, and the weights in {path} are for {channels}")
+    return space
+
+
+def trained_size(settings, tokens, given, space, path):
+    """(height, width) of the images that a model was trained on. tokens: how many of them its weights have positions for, or
+    None. given: --image-size, or None. ValueError if nothing tells, or two of these disagree."""
+    stated, given = ((size, size) if isinstance(size, int) else size for size in (settings.get("image_size"), given))
+    if tokens is None:
+        if not (stated or given):
+            raise ValueError(f"{path} does not say for images of which size it is; give --image-size")
+        return stated or given
+    least, side = stride(settings["model"]) * space.factor, math.isqrt(tokens)
+    if side**2 == tokens:
+        size = (side * least, side * least)
+        if stated not in (None, size):
+            raise ValueError(
+                f"{path} contradicts itself: it states image_size={stated[0]}, and its weights have image_size={size[0]} "
+                f"with --vae {settings['vae']}"
+            )
+        return size
+    if not given or given[0] * given[1] != tokens * least**2:
+        raise ValueError(f"{path} is for {tokens} tokens, no square; give the --image-size HxW that it was trained on")
+    return given
 
 
 def resize(model, image_size, factor):

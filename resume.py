@@ -16,11 +16,12 @@ from pathlib import Path
 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import save_checkpoint
 from folders import listed
 from sharded import check_pieces, load_sharded, read_settings, save_sharded
 from speed import rounding
 from update import tensors
+from weights import read_checkpoint
 
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
 FREE = {
@@ -90,14 +91,15 @@ def check_whole(path):
 
 
 def find_run(args, processes):
-    """What the checkpoint that --resume means holds, its path and step among it; None where a new run is to begin.
+    """What the checkpoint that --resume means holds but for its tensors: args, step and scaler, and its path; None where a new
+    run is to begin.
 
     ValueError that names every setting that is not what it was and decides about the weights, unless --allow-changes.
     """
     path = processes.share(find_checkpoint(args.resume, args) if args.resume and processes.rank == 0 else None)
     if path is None:
         return None
-    sharded = path.suffix == ".dcp"  # its tensors are read later, every process's part into its place
+    sharded = path.suffix == ".dcp"
     contents = read_settings(path) if sharded else read_checkpoint(path)
     needed = {"args", "step", "scaler"} if sharded else {"args", "step", "scaler", "model", "ema", "opt"}
     if missing := needed - contents.keys():
@@ -105,7 +107,7 @@ def find_run(args, processes):
     changes = changed_settings(contents["args"], vars(args))
     if changes and not args.allow_changes:
         raise ValueError(f"{path} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
-    return contents | dict(path=path, changes=changes)
+    return {name: contents[name] for name in ("args", "step", "scaler")} | dict(path=path, changes=changes)
 
 
 def record_rounding(run, processes):
@@ -146,9 +148,11 @@ def restore(learner, run):
     if run["path"].suffix == ".dcp":
         load_sharded(run["path"], tensors(learner))
     else:
+        # From here to its end the file is held open, but not in memory: it could not be deleted for good all through the run.
+        contents = read_checkpoint(run["path"])
         names = [name for name, _ in learner.model.named_parameters()]
-        moments = {names[number]: state for number, state in run["opt"]["state"].items()}
-        fill(tensors(learner), run | dict(opt=moments), run["path"])
+        moments = {names[number]: state for number, state in contents["opt"]["state"].items()}
+        fill(tensors(learner), contents | dict(opt=moments), run["path"])
     if run["scaler"]:  # empty if the run was not in float16
         learner.scaler.load_state_dict(run["scaler"])
 

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from checkpoint import load_model
-from diffusion import create_objective
+from diffusion import OBJECTIVES, PATHS, create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise, image_seeds
 from download import find_checkpoint
 from flags import decay, from_zero, image_size, not_negative, positive, share
@@ -54,7 +54,8 @@ def create_sampler(args, settings):
     name = args.sampler or next(iter(samplers))
     if name not in samplers:
         raise ValueError(f"--sampler {name}: the checkpoint's objective is {settings['objective']}, for {', '.join(samplers)}")
-    return create_objective(settings["objective"], args.num_sampling_steps, settings["path"]), samplers[name]
+    known = {name: settings[name] for name in ("path", "time_scale", "learn_sigma") if name in settings}
+    return create_objective(settings["objective"], args.num_sampling_steps, **known), samplers[name]
 
 
 class Guidance(NamedTuple):
@@ -172,6 +173,8 @@ def add_model_flags(add, vae):
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
     add("--num-classes", type=positive, help="from the checkpoint")
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
+    add("--objective", choices=OBJECTIVES, help="from the checkpoint; for weights that do not tell")
+    add("--path", choices=PATHS, help="of a flow, from the checkpoint; for weights that do not tell, and linear unless given")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
     add("--cfg-channels", choices=["3", "all"], help="that guidance guides; by default 3 of 4, as in DiT, and all of others")

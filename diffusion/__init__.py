@@ -32,27 +32,28 @@ def create_diffusion(
     )  # fmt: skip
 
 
-def create_flow(num_timesteps=50, path="linear", times="uniform"):
+def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=1000):
     """Flow matching with the interface of `create_diffusion`.
 
     num_timesteps: steps of the samplers; training knows none.
     path:          "linear", the paper's, or "cosine", which keeps the variance.
     times:         how training draws t: "uniform" or "logit-normal".
+    time_scale:    the network sees time_scale times t.
 
     ValueError for a path or times that are unknown, or fewer than one step.
     """
     if path not in PATHS or times not in TIMES or num_timesteps < 1:
         known = f"paths: {', '.join(PATHS)}; times: {', '.join(TIMES)}; at least 1 step"
         raise ValueError(f"no flow with path {path!r}, times {times!r} and {num_timesteps} steps; known {known}")
-    return FlowMatching(path, times, num_timesteps)
+    return FlowMatching(path, times, num_timesteps, time_scale)
 
 
-def create_objective(name, num_timesteps=None, path="linear", times="uniform"):
+def create_objective(name, num_timesteps=None, path="linear", times="uniform", time_scale=1000, learn_sigma=True):
     """The objective that a --objective flag names, "diffusion" or "flow", with num_timesteps to sample; by default
-    those of training. path and times are the flow's."""
+    those of training. path, times and time_scale are the flow's, learn_sigma is diffusion's."""
     if name == "diffusion":
-        return create_diffusion("" if num_timesteps is None else str(num_timesteps))
-    return create_flow(num_timesteps or 1, path, times)
+        return create_diffusion("" if num_timesteps is None else str(num_timesteps), learn_sigma=learn_sigma)
+    return create_flow(num_timesteps or 1, path, times, time_scale)
 
 
 OBJECTIVES = ("diffusion", "flow")

@@ -1,7 +1,7 @@
 """Flow matching (Lipman et al., 2023; Eqs. (11) to (13) of the PDE-SSM paper).
 
 A path leads from noise z at t = 0 to an image u at t = 1: u_t = alpha(t) u + sigma(t) z. The network learns its
-velocity, alpha'(t) u + sigma'(t) z, and sampling follows that velocity from noise. The network sees 1000 t.
+velocity, alpha'(t) u + sigma'(t) z, and sampling follows that velocity from noise. The network sees 1000 t; SiT's see t.
 """
 
 import math
@@ -38,12 +38,12 @@ TIMES = {"uniform": uniform, "logit-normal": logit_normal}
 class FlowMatching:
     """What `create_flow` returns, with the interface of GaussianDiffusion; times t (B,) are floats in [0, 1]."""
 
-    def __init__(self, path, times, num_timesteps):
-        self.path, self.times, self.num_timesteps = PATHS[path], TIMES[times], num_timesteps
+    def __init__(self, path, times, num_timesteps, time_scale):
+        self.path, self.times, self.num_timesteps, self.time_scale = PATHS[path], TIMES[times], num_timesteps, time_scale
 
     def progress(self, t):
         """How far from noise, 0, to image, 1, the network is at what it is shown, 1000 t."""
-        return t / 1000
+        return t / self.time_scale
 
     def draw_times(self, p):
         """Times for training from uniform random numbers p (B,) in [0, 1)."""
@@ -54,8 +54,8 @@ class FlowMatching:
         return [c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for c in self.path(t.double())]
 
     def velocity(self, model, x, t, model_kwargs=None):
-        """What the network makes of x (B, C, H, W) at times t (B,): (B, C, H, W)."""
-        return model(x, 1000 * t, **(model_kwargs or {}))
+        """What the network makes of x (B, C, H, W) at times t (B,): (B, C, H, W), the first of its channels."""
+        return model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,)."""

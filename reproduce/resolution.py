@@ -21,8 +21,7 @@ from vae import PixelSpace
 path, images, *sides = sys.argv[1:]
 train.HELD_OUT = 640
 for side in map(int, sides):
-    flags = SimpleNamespace(model=None, mixer=None, num_classes=None, image_size=side, vae=None)
-    model, settings = load_model(path, flags, "ema")
+    model, settings = load_model(path, SimpleNamespace(image_size=side), "ema")
     args = SimpleNamespace(objective=settings["objective"], path=settings["path"], image_size=side)
     dataset = load_dataset(images, side, held_out=True)
 

@@ -11,8 +11,8 @@ PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_te
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
     "flags", "pde_ssm_triton", "pde_ssm", "cost", "speed", "mixers", "backbones", "models", "vae", "diffusion", "sharded",
-    "parallel", "checkpoint", "download", "folders", "latents", "data", "images", "features", "evaluate", "sample", "probe",
-    "tracker", "update", "resume", "train", "sample_ddp", "overlay",
+    "weights", "parallel", "checkpoint", "download", "folders", "latents", "data", "images", "features", "evaluate", "sample",
+    "probe", "tracker", "update", "resume", "train", "sample_ddp", "overlay",
 ]  # fmt: skip
 
 

@@ -1,0 +1,185 @@
+"""Weights in files, whoever wrote them: read without trusting the file, checked, and under DiT's names."""
+
+import argparse
+import json
+import os
+import re
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from sharded import SETTINGS, check_pieces, read_settings, read_whole
+
+# Where weights are in a file, the average first; after DiT's two names those of other tools.
+CONTAINERS = (
+    "ema", "ema_model", "model_ema", "params_ema", "ema_state_dict",
+    "model", "model_state_dict", "state_dict", "params", "module",
+)  # fmt: skip
+# What DistributedDataParallel, AveragedModel, torch.compile and FSDP put before or into the names of weights.
+WRAPPERS = re.compile(r"(?<![^.])(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+# Of a DiT and of a U-Net, what tells their settings.
+READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
+READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
+
+
+def average_names(decays):
+    """The first average of weights is a checkpoint's `ema`, as DiT has it, the others are `ema_<decay>`."""
+    return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(decays)}
+
+
+def averages_of(args):
+    """The same, from a checkpoint's settings, which may be of another code base."""
+    decays = args.get("ema_decay") if isinstance(args, dict) else None
+    return average_names(decays) if isinstance(decays, list) else {}
+
+
+def choose_average(args, decay, path):
+    """The name of the average of that decay, or of the first for None. ValueError names those that there are."""
+    names = {None: "ema"} | averages_of(args)
+    if decay not in names:
+        raise ValueError(f"--ema {decay}: {path} has averages of decay {', '.join(map(str, averages_of(args))) or 'unknown'}")
+    return names[decay]
+
+
+def read_checkpoint(path, decay=None):
+    """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its averages,
+    and args. The tensors of a .pt file stay in it until they are used; whoever uses them compares their checksums.
+
+    Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
+    """
+    if os.path.isdir(path):
+        if not Path(path, SETTINGS).is_file():
+            raise ValueError(f"{path} is {_kind_of_folder(path)}")
+        args = read_settings(path)["args"]
+        check_pieces(path)
+        return dict(ema=read_whole(path, choose_average(args, decay, path)), args=args)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return _read_safetensors(path)
+        entries = _zip_entries(path)
+        mapped = bool(entries) and all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+        if refused := _refused_types(path, error):
+            raise ValueError(
+                f"{path} holds {', '.join(refused)}, and only tensors and plain values are read, since anything else can run "
+                "code; if you trust the file, read it with torch.load(..., weights_only=False) and save its weights as "
+                "ema and its settings as args, a dict of numbers and strings"
+            ) from error
+        raise ValueError(f"{path} is not a whole checkpoint of tensors: it is damaged, cut short or something else") from error
+    return contents if isinstance(contents, dict) else {}
+
+
+def _zip_entries(path):
+    """What a .pt file consists of; nothing for PyTorch's older format. BadZipFile if any but a tensor is damaged, which
+    PyTorch itself would not notice."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if "/data/" not in entry.filename and entry.CRC:  # 0 if its writer computed none
+                archive.read(entry)
+    return entries
+
+
+def _refused_types(path, error):
+    """The names of the types in a file that are not safe to read, as far as PyTorch tells."""
+    if Path(path).suffix == ".safetensors":
+        return []
+    with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    return re.findall(r"GLOBAL ([\w.]+)", str(error))
+
+
+def _kind_of_folder(path):
+    """What a folder is that FSDP's checkpoints are not, and what to give instead."""
+    there = set(os.listdir(path))
+    if "checkpoints" in there:
+        return "the folder of a run; give one of the files in its checkpoints/"
+    if there & {"model_index.json", "config.json"}:
+        return "a folder of diffusers or transformers, whose models (DiTTransformer2DModel) name their weights differently"
+    if "latest" in there or any(name.endswith("_model_states.pt") for name in there):
+        return "a checkpoint of DeepSpeed; give the file that its zero_to_fp32.py makes of it"
+    if ".metadata" in there:
+        return f"a distributed checkpoint without {SETTINGS}; give the file that PyTorch's dcp_to_torch_save makes of it"
+    return "a folder and no checkpoint; give a file"
+
+
+def _read_safetensors(path):
+    with safe_open(path, "pt") as file:
+        args = (file.metadata() or {}).get("args", "{}")
+        return dict(ema={name: file.get_tensor(name) for name in file.keys()}, args=json.loads(args))  # noqa: SIM118
+
+
+def load_checkpoint(path, decay=None):
+    """(weights, args) of a checkpoint: its EMA's state dict if it has one, that of `decay` if it has several, and its
+    settings as a dict. ValueError for anything else, and for weights that are damaged or not finite.
+
+    Weights are under the names that DiT has for them, without prefixes that other tools give them.
+    """
+    contents = read_checkpoint(path, decay)
+    args = contents.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    names = CONTAINERS if decay is None or os.path.isdir(path) else [choose_average(args, decay, path)]
+    weights = next((contents[name] for name in names if isinstance(contents.get(name), dict)), contents)
+    weights = _under_plain_names(weights, path)
+    needed = READ_FROM_UNET if READ_FROM_UNET[0] in weights else READ_FROM
+    if missing := [name for name in needed if name not in weights]:
+        kind = "U-Net" if needed is READ_FROM_UNET else "DiT"
+        raise ValueError(f"{path} holds no {kind}: {missing[0]} is missing{_of_another_tool(contents, weights)}")
+    _check_weights(weights, path)
+    return weights, args if isinstance(args, dict) else {}
+
+
+def _under_plain_names(weights, path):
+    """The tensors of a network without what wrappers put into their names, and without a name before all of them.
+
+    Of several networks it is the one whose name has "ema" in it; ValueError if that is none or several.
+    """
+    named = {WRAPPERS.sub("", name): w for name, w in weights.items() if isinstance(name, str) and isinstance(w, torch.Tensor)}
+    named.pop("n_averaged", None)
+    found = [re.fullmatch(rf"(.*\.|)({re.escape(READ_FROM[0])}|{re.escape(READ_FROM_UNET[0])})", name) for name in named]
+    prefixes = [match[1] for match in found if match]
+    if len(prefixes) > 1 and "" not in prefixes:
+        averages = [prefix for prefix in prefixes if "ema" in prefix]
+        if len(averages) != 1:
+            raise ValueError(f"{path} holds several networks ({', '.join(prefixes)}); save the weights of one alone")
+        prefixes = averages
+    if not prefixes or "" in prefixes:
+        return named
+    return {name.removeprefix(prefixes[0]): w for name, w in named.items() if name.startswith(prefixes[0])}
+
+
+def _of_another_tool(contents, weights):
+    if any(name.startswith("transformer_blocks.") for name in weights):
+        return "; its names are those of diffusers' DiTTransformer2DModel, which are not translated"
+    if "shadow_params" in contents:
+        return "; it is diffusers' EMAModel, which keeps no names; save the state dict of the model that it was copied to"
+    tool = "Lightning's, and " if "pytorch-lightning_version" in contents else ""
+    return f"; it is {tool}of {next(iter(weights))} and {len(weights) - 1:,} others" if weights else ""
+
+
+def _check_weights(weights, path):
+    """ValueError, with a name, unless all are floating-point numbers, finite in float32, and as they were written."""
+    sums = {(entry.file_size, entry.CRC) for entry in _zip_entries(path)}
+    whole = set()
+    for name, w in weights.items():
+        if w.dtype not in FLOATS or w.layout != torch.strided or w.is_meta:
+            raise ValueError(f"{path}: {name} is {w.dtype}, {w.layout} on {w.device}; weights are floating-point numbers")
+        storage = w.untyped_storage()
+        if sums and storage.nbytes() and storage.data_ptr() not in whole:
+            written = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            if not sums & {(len(written), zlib.crc32(written)), (len(written), 0)}:  # 0 if its writer computed none
+                raise ValueError(f"{path} is damaged ({name})")
+            whole.add(storage.data_ptr())
+        if wrong := w.numel() - w.float().isfinite().sum().item():
+            raise ValueError(f"{path}: {name} is not finite; {wrong:,} of its {w.numel():,} numbers are NaN or infinite")
