@@ -91,8 +91,8 @@ def check_whole(path):
 
 
 def find_run(args, processes):
-    """What the checkpoint that --resume means holds but for its tensors: args, step and scaler, and its path; None where a new
-    run is to begin.
+    """What the checkpoint that --resume means holds but for its tensors, its path and step among it; None where a new run is to
+    begin.
 
     ValueError that names every setting that is not what it was and decides about the weights, unless --allow-changes.
     """
@@ -107,7 +107,8 @@ def find_run(args, processes):
     changes = changed_settings(contents["args"], vars(args))
     if changes and not args.allow_changes:
         raise ValueError(f"{path} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
-    return {name: contents[name] for name in ("args", "step", "scaler")} | dict(path=path, changes=changes)
+    plain = {name: value for name, value in contents.items() if not name.startswith(("model", "ema", "opt"))}
+    return plain | dict(path=path, changes=changes)
 
 
 def record_rounding(run, processes):

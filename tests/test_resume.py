@@ -20,8 +20,8 @@ import data
 import probe
 import resume
 import train
-from checkpoint import read_checkpoint
 from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
+from weights import read_checkpoint
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
 STEPS = 14

@@ -14,10 +14,11 @@ from PIL import Image
 
 import sharded
 import train
-from checkpoint import load_checkpoint, load_model, read_checkpoint
+from checkpoint import load_checkpoint, load_model
 from commands import draw, fork, lasting, write_photos
 from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, flipped, names, rows
+from weights import read_checkpoint
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
 FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
@@ -201,9 +202,21 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
+def test_samples_of_a_damaged_sharded_checkpoint_are_not_drawn(runs, tmp_path):
+    folder = shutil.copytree(final(runs / "fsdp"), tmp_path / "0000010.dcp")
+    flipped(next(folder.glob("__1_0.distcp")))
+    with pytest.raises(ValueError, match=r"0000010\.dcp is damaged \(__1_0\.distcp\)"):
+        draw(folder, tmp_path / "a.png")
+
+
 def test_a_hostile_index_does_not_run(runs, tmp_path):
     folder = shutil.copytree(final(runs / "fsdp"), tmp_path / "0000010.dcp")
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile(str(tmp_path / "owned"))))
+    with pytest.raises(ValueError, match=r"damaged \(\.metadata\)"):
+        load_checkpoint(folder)
+    settings = sharded.read_settings(folder)
+    settings["files"][".metadata"] = sharded.checksum(folder / ".metadata")  # whoever means harm knows it, too
+    torch.save(settings, folder / "settings.pt")
     with pytest.raises(ValueError, match="mkdir"):
         load_checkpoint(folder)
     (folder / "settings.pt").write_bytes(pickle.dumps(Hostile(str(tmp_path / "owned"))))

@@ -9,12 +9,13 @@ import torch
 
 import data
 import train
-from checkpoint import export, load_checkpoint, read_checkpoint
+from checkpoint import export, load_checkpoint
 from checkpoint import parse_args as export_args
 from commands import ALONE, QUICK, draw, draw_many, fit
 from models import MODELS
 from parallel import Processes
 from update import decay_at, update_ema
+from weights import read_checkpoint
 
 
 def rows(folder):
