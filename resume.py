@@ -37,7 +37,7 @@ logger = logging.getLogger("train")
 
 def checkpoints(experiment):
     """(step, path) of an experiment's checkpoints, the newest first."""
-    found = [path for path in Path(experiment, "checkpoints").glob("*.*") if path.suffix in KINDS and path.stem.isdigit()]
+    found = [path for path in Path(experiment, "checkpoints").glob("*.*") if path.suffix in KINDS and path.stem.isdecimal()]
     return sorted(((int(path.stem), path) for path in found), reverse=True)
 
 
@@ -48,7 +48,7 @@ def find_checkpoint(resume, args):
     ValueError or OSError if what was named cannot be gone on from, or all checkpoints are damaged.
     """
     if resume == "auto":
-        name = re.compile(rf"\d{{3,}}-{re.escape(args.model.replace('/', '-'))}")
+        name = re.compile(rf"\d{{3,}}-{re.escape(args.model.replace('/', '-'))}", re.ASCII)
         root = Path(args.results_dir)
         experiments = [entry for entry in root.iterdir() if name.fullmatch(entry.name)] if root.is_dir() else []
         experiments = [entry for entry in experiments if checkpoints(entry)]
@@ -58,7 +58,7 @@ def find_checkpoint(resume, args):
     resume = Path(resume)
     if resume.suffix in KINDS:
         check_whole(resume)
-        if resume.parent.name != "checkpoints" or not resume.stem.isdigit():
+        if resume.parent.name != "checkpoints" or not resume.stem.isdecimal():
             raise ValueError(f"--resume {resume}: a run goes on from a file <step>.pt in its folder's checkpoints")
         newer = [path.name for step, path in checkpoints(resume.parent.parent) if step > int(resume.stem)]
         if newer:

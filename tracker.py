@@ -33,7 +33,11 @@ def tensorboard(folder, settings, first=0):
 
 def weights_and_biases(folder, settings, first=0):
     """A run of the project pde-ssm-dit, which goes on when training does. Without an account, or as WANDB_MODE has it, kept
-    in the folder for `wandb sync`."""
+    in the folder for `wandb sync`.
+
+    A kill takes along what wandb had not written yet. So a run that goes on first shows again what its folder knows: offline
+    all of it, in place of what was kept before, and online what the account has not got.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -43,13 +47,33 @@ def weights_and_biases(folder, settings, first=0):
     if not identity.exists():
         with whole_file(identity, "id of the run") as file:
             file.write(uuid4().hex[:8].encode())
+    for before in folder.glob("wandb/offline-run-*") if mode in ("offline", "dryrun") else []:
+        before.rename(before.with_name(f"replaced-{before.name}"))  # a name that `wandb sync` passes over
     known = dict(id=identity.read_text(), resume="allow")
     run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode, **known)
+    begun = run.step
 
     def track(step, numbers, picture=None):
-        run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)
+        if step >= begun:  # of a run that goes on, the account has got the others
+            run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)
 
+    for step, numbers, picture in shown_before(folder):
+        track(step, numbers, picture)
     return track
+
+
+def shown_before(folder):
+    """(step, numbers, picture) of all that a run's folder has, in the order of the steps."""
+    log = folder / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    shown = [(row["step"], numbers_of(row), None) for row in rows]
+    shown += [(int(path.stem), {}, path) for path in folder.glob("samples/*.png")]
+    return sorted(shown, key=lambda entry: entry[0])
+
+
+def numbers_of(row):
+    """What trackers show of a line of the log."""
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": weights_and_biases}

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
@@ -39,7 +40,7 @@ from parallel import launch
 from probe import distance, open_probe
 from resume import find_run, forget_what_came_after, lock, record_rounding, restore, save_run, shelter, stop_signals
 from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
-from tracker import TRACKERS
+from tracker import TRACKERS, numbers_of
 from update import create_learner, exchange_gradients, lent, replicate, update
 from vae import draw_latents, open_space
 
@@ -354,11 +355,11 @@ def held_out_loss(model, dataset, args, processes, space):
 
 
 def create_experiment(args):
-    """A new folder results/<index>-<model>."""
+    """A new folder results/<index>-<model>, with the index after the highest that is there."""
     root = Path(args.results_dir)
     root.mkdir(parents=True, exist_ok=True)
-    taken = [int(entry.name[:3]) for entry in root.iterdir() if entry.name[:3].isdigit()]
-    for index in count(max(taken, default=-1) + 1):
+    indexed = [re.match(r"(\d{3,5})-", entry.name, re.ASCII) for entry in root.iterdir()]  # a date has more digits
+    for index in count(max((int(found[1]) for found in indexed if found), default=-1) + 1):
         folder = root / f"{index:03d}-{args.model.replace('/', '-')}"
         try:
             folder.mkdir()
@@ -419,7 +420,7 @@ def append_row(folder, track, row):
     with open(folder / "log.jsonl", "a") as file:
         print(json.dumps(row), file=file)
     if track:
-        track(row["step"], {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))})
+        track(row["step"], numbers_of(row))
 
 
 def quick_sampler(args):

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,14 @@ import torch
 
 import train
 from checkpoint import load_checkpoint, load_model
-from commands import ALONE, QUICK, ROOT, draw, draw_many, fit, fork, torchrun
+from commands import ALONE, QUICK, draw, draw_many, fit, fork, torchrun
 from cost import training_flops
 from data import DATASETS, load_dataset
 from diffusion import create_diffusion
 from diffusion.samplers import FLOW_SAMPLERS
 from parallel import Processes, launch
 from pde_ssm import TERMS
+from resume import find_checkpoint
 from vae import open_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +55,38 @@ def test_what_a_run_leaves(tmp_path):
         assert row["gflops_per_sec"] == pytest.approx(training_flops(model, 16) * row["steps_per_sec"] / 1e9)
         assert 0.1 < row["peak_memory_gb"] < 100
     assert fit(tmp_path, *flags).name == "001-DiT-N-4"
+
+
+@pytest.mark.parametrize(
+    ("there", "new"),
+    [
+        ([], "000"),
+        (["998-DiT-S-2", "999-DiT-S-2"], "1000"),
+        (["999-DiT-S-2", "1000-DiT-B-2", "1001-UNet-S"], "1002"),
+        (["²01-x", "٣٤٥-x", "x", "1-x", "20261125-notes", "-", ".hidden"], "000"),
+    ],
+)
+def test_every_experiment_has_a_number_of_its_own(tmp_path, there, new):
+    for name in there:
+        (tmp_path / name).mkdir()
+    args = train.parse_args([*QUICK, "--results-dir", str(tmp_path)])
+    assert train.create_experiment(args).name == f"{new}-DiT-N-4"
+
+
+def test_the_last_experiment_is_the_one_with_the_highest_number(tmp_path):
+    for name in ("999-DiT-N-4", "1000-DiT-N-4", "1001-DiT-N-2", "²01-DiT-N-4", "٣٤٥٦-DiT-N-4"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        for step in ("0000001", "²"):
+            torch.save({}, tmp_path / name / "checkpoints" / f"{step}.pt")
+    args = train.parse_args([*QUICK, "--results-dir", str(tmp_path)])
+    assert find_checkpoint("auto", args) == tmp_path / "1000-DiT-N-4" / "checkpoints" / "0000001.pt"
+
+
+def test_experiments_that_begin_at_once_do_not_share_a_folder(tmp_path):
+    args = train.parse_args([*QUICK, "--results-dir", str(tmp_path / "new")])
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: train.create_experiment(args), range(32)))
+    assert sorted(folder.name for folder in folders) == [f"{index:03d}-DiT-N-4" for index in range(32)]
 
 
 def test_the_share_of_what_the_device_is_made_for(tmp_path, monkeypatch):
@@ -159,11 +193,13 @@ def test_what_was_learnt_is_saved_before_a_bad_image_ends_the_run(tmp_path, monk
     assert load(tmp_path / "000-DiT-N-4", 2)
 
 
-def test_a_mistake_that_one_process_sees_ends_all_without_a_traceback(tmp_path):
-    stderr = torchrun(2, "train.py", *QUICK, "--global-batch-size", 8, "--results-dir", "/proc/version/r", fails=True)
-    assert "train.py: error: [Errno 20] Not a directory: '/proc/version/r'" in stderr
-    assert "another process did" in stderr or stderr.count("train.py: error") == 1
-    assert f'File "{ROOT}/train.py' not in stderr  # the only traceback is torchrun's own
+def test_a_mistake_that_one_process_sees_ends_all_without_a_traceback(capfd):
+    flags = ["--global-batch-size", 8, "--results-dir", "/proc/version/r"]
+    assert fork(*flags, processes=2, spoil=lambda rank: sys.argv.__setitem__(0, "train.py")) == [1, 1]
+    errors = capfd.readouterr().err
+    assert "train.py: error: [Errno 20] Not a directory: '/proc/version/r'" in errors
+    assert "train.py: error: stopped, because another process did" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
