@@ -214,21 +214,32 @@ def lock(log, experiment):
         logger.warning(f"Nothing keeps a second process out of {experiment}: it cannot be locked ({error})")
 
 
-def forget_what_came_after(run):
-    """Takes out of an experiment's folder what the checkpoint does not know: later lines of log.jsonl, which will come again,
-    and files that a kill left half written. Returns the names of what is there of the checkpoint's own step."""
-    for partial in run["path"].parent.glob("*.partial"):
-        delete(partial)
+def rows_until(run):
+    """The lines of log.jsonl up to the checkpoint's step."""
     log = run["path"].parent.parent / "log.jsonl"
     rows = []
     for line in log.read_text().splitlines() if log.exists() else []:
         with suppress(ValueError):  # a line that was cut short
             rows += [row] if (row := json.loads(line))["step"] <= run["step"] else []
+    return rows
+
+
+def seen_at(run):
+    """What there is of the checkpoint's own step: the names of numbers in the log, and of samples."""
+    grid = run["path"].parent.parent / "samples" / f"{run['step']:07d}.png"
+    names = {name for row in rows_until(run) if row["step"] == run["step"] for name in row}
+    return names | ({"samples"} if grid.exists() else set())
+
+
+def forget_what_came_after(run):
+    """Takes out of an experiment's folder what the checkpoint does not know: later lines of log.jsonl, which will come again,
+    and files that a kill left half written."""
+    for partial in run["path"].parent.glob("*.partial"):
+        delete(partial)
+    log = run["path"].parent.parent / "log.jsonl"
     partial = Path(f"{log}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows_until(run)))
     os.replace(partial, log)
-    grid = log.parent / "samples" / f"{run['step']:07d}.png"
-    return {name for row in rows if row["step"] == run["step"] for name in row} | ({"samples"} if grid.exists() else set())
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def weights_and_biases(folder, settings, first=0):
         with whole_file(identity, "id of the run") as file:
             file.write(uuid4().hex[:8].encode())
     for before in folder.glob("wandb/offline-run-*") if mode in ("offline", "dryrun") else []:
-        before.rename(before.with_name(f"replaced-{before.name}"))  # a name that `wandb sync` passes over
+        os.renames(before, folder / "wandb-before" / before.name)  # where `wandb sync` does not look
     known = dict(id=identity.read_text(), resume="allow")
     run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode, **known)
     begun = run.step
@@ -57,18 +57,18 @@ def weights_and_biases(folder, settings, first=0):
         if step >= begun:  # of a run that goes on, the account has got the others
             run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)
 
-    for step, numbers, picture in shown_before(folder):
+    for step, numbers, picture in shown_before(folder, first):
         track(step, numbers, picture)
     return track
 
 
-def shown_before(folder):
-    """(step, numbers, picture) of all that a run's folder has, in the order of the steps."""
+def shown_before(folder, last):
+    """(step, numbers, picture) of all that a run's folder has up to step `last`, in order."""
     log = folder / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     shown = [(row["step"], numbers_of(row), None) for row in rows]
     shown += [(int(path.stem), {}, path) for path in folder.glob("samples/*.png")]
-    return sorted(shown, key=lambda entry: entry[0])
+    return sorted((entry for entry in shown if entry[0] <= last), key=lambda entry: entry[0])
 
 
 def numbers_of(row):

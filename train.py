@@ -38,7 +38,7 @@ from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch
 from probe import distance, open_probe
-from resume import find_run, forget_what_came_after, lock, record_rounding, restore, save_run, shelter, stop_signals
+from resume import find_run, forget_what_came_after, lock, record_rounding, restore, save_run, seen_at, shelter, stop_signals
 from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
 from tracker import TRACKERS, numbers_of
 from update import create_learner, exchange_gradients, lent, replicate, update
@@ -50,6 +50,8 @@ logger = logging.getLogger("train")
 
 
 def main(args, processes):
+    if processes.rank == 0:
+        logger.setLevel(logging.INFO)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
     if args.deterministic:
@@ -86,16 +88,29 @@ def main(args, processes):
     )
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
+    loader = make_loader(dataset, args, processes)
+    total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
     run = find_run(args, processes)
+    first = run["step"] if run else 0
+    saved, seen = {first}, processes.share(seen_at(run) if run and processes.rank == 0 else set())
+
+    def due(step):
+        """What there is to see after a step: held-out loss, samples and their distance to images."""
+        names = {"held_out_loss"} if held_out and step in saved else set()
+        names |= {"samples"} if args.sample_every and step % args.sample_every == 0 else set()
+        names |= {probe.name} if probe and step % args.probe_every == 0 else set()
+        return names
+
+    if run and first >= total and not due(first) - seen:
+        logger.info(f"Done! All {total:,} steps were done before: {run['path']}")
+        return
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
-    folder, track, first = None, None, run["step"] if run else 0
+    folder = track = None
     if processes.rank == 0:
         folder = run["path"].parent.parent if run else create_experiment(args)
         log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         lock(log.stream, folder)
-        track = TRACKERS[args.tracker](folder, vars(args), first) if args.tracker else None
         log_to(log)
-        logger.setLevel(logging.INFO)
         logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
     folder = processes.share(folder)
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -112,46 +127,42 @@ def main(args, processes):
             f"The images have {dataset.num_classes} classes, fewer than --num-classes {args.num_classes}: the others will stay "
             f"untrained, {dataset.num_classes} to {args.num_classes - 1}"
         )
-    write_row = partial(append_row, folder, track)
 
     conditions, otherwise = record_rounding(run, processes)
     learner = create_learner(model, args, processes)
     ema = next(iter(learner.averages.values()))
     if run:
         restore(learner, run)
-        seen = processes.share(forget_what_came_after(run) if processes.rank == 0 else None)
+        if processes.rank == 0:
+            forget_what_came_after(run)
         logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
         if otherwise:
             logger.warning(otherwise)
         run = None  # it holds as much as the learner
+    if args.tracker and processes.rank == 0:
+        track = TRACKERS[args.tracker](folder, vars(args), first)
+    write_row = partial(append_row, folder, track)
     replica = replicate(model, args, processes)
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
-    loader = make_loader(dataset, args, processes)
-    total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
-
-    saved = {first}
 
     def save(step):
         if step not in saved:  # a signal may come right after a checkpoint
             logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes, conditions)}")
             saved.add(step)
 
-    def watch(step, seen=()):
-        """What is due after a step, and has not been seen: held-out loss, samples and their distance to images."""
-        judged = held_out and step in saved and "held_out_loss" not in seen
-        drawn = args.sample_every and step % args.sample_every == 0 and "samples" not in seen
-        probed = probe and step % args.probe_every == 0 and probe.name not in seen
-        with lent(ema, device) if judged or drawn or probed else nullcontext():
-            if judged:
+    def watch(step, names):
+        """Makes what is due after a step."""
+        with lent(ema, device) if names else nullcontext():
+            if "held_out_loss" in names:
                 log_held_out(step, held_out_loss(ema, held_out, args, processes, space), processes, write_row)
-            if drawn:
+            if "samples" in names:
                 draw_samples(step, ema, args, processes, space, folder, track)
-            if probed:
+            if probe and probe.name in names:
                 log_probe(step, probe, distance(probe, ema, space, *quick_sampler(args), processes), processes, write_row)
 
     if first:  # what a kill may have come before
-        watch(first, seen)
+        watch(first, due(first) - seen)
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, skipped, start = [], 0, perf_counter()
     with stop_signals() as signals:
@@ -182,7 +193,7 @@ def main(args, processes):
             paused = perf_counter()
             if step % args.ckpt_every == 0 or step == total:
                 save(step)
-            watch(step)
+            watch(step, due(step))
             start += perf_counter() - paused
     logger.info("Done!")
 

@@ -267,11 +267,12 @@ def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog
     assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2"]
 
 
-def test_a_finished_run_has_nothing_to_do(flags, begun, caplog):
-    before = names(begun)
-    again(flags, "--resume", "auto", "--max-steps", 10)
-    assert names(begun) == before
-    assert "Done!" in caplog.text
+@pytest.mark.parametrize("more", [["--max-steps", 10], ["--tracker", "tensorboard"], ["--sample-every", 10]])
+def test_a_finished_run_changes_nothing(flags, begun, caplog, more):
+    before = {path: path.read_bytes() for path in begun.rglob("*.*")}
+    again(flags, "--resume", "auto", *more)
+    assert {path: path.read_bytes() for path in begun.rglob("*.*")} == before
+    assert "Done! All" in caplog.text
 
 
 @pytest.mark.parametrize(

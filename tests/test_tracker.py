@@ -77,7 +77,7 @@ def test_weights_and_biases_is_offline_unless_logged_in(tmp_path, monkeypatch, l
     shown, settings = [], {}
     stand_in = SimpleNamespace(
         login=lambda prompt: logged_in,
-        init=lambda **given: settings.update(given) or SimpleNamespace(log=lambda row, step: shown.append((step, row))),
+        init=lambda **given: settings.update(given) or SimpleNamespace(log=lambda row, step: shown.append((step, row)), step=0),
         Image=lambda path: path,
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
@@ -95,7 +95,7 @@ def test_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatch):
     starts = []
     stand_in = SimpleNamespace(
         login=lambda prompt: False,
-        init=lambda **given: starts.append(given) or SimpleNamespace(log=lambda row, step: None),
+        init=lambda **given: starts.append(given) or SimpleNamespace(log=lambda row, step: None, step=0),
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     folder = fit(tmp_path, *SHORT, "--tracker", "wandb")
@@ -106,6 +106,56 @@ def test_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatch):
     assert re.fullmatch(r"[0-9a-f]{8}", first["id"])
     assert first["id"] == resumed["id"] != other["id"]
     assert first["dir"] == resumed["dir"] != other["dir"]
+
+
+def cut_short(folder, *flags):
+    """A run that was killed after step 6, of which the last checkpoint is that of step 4."""
+    experiment = fit(folder, *SHORT, *flags, "--ckpt-every", 4, "--sample-every", 2, "--max-steps", 6)
+    (experiment / "checkpoints" / "0000006.pt").unlink()
+    return ["--ckpt-every", 4, "--sample-every", 2, "--max-steps", 8, "--resume", experiment]
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("offline", 0), ("offline", 6), ("online", 2), ("online", 6)])
+def test_a_kill_shows_weights_and_biases_no_step_twice_and_none_never(tmp_path, monkeypatch, mode, kept):
+    """wandb keeps what it shows of a run offline in a folder for each start, online in an account; of a run that is killed
+    all or some. It takes no step after a later one."""
+    account, starts = {}, []
+
+    def init(dir, mode, id, resume, **_):
+        rows = account
+        if mode == "offline":
+            (dir / "wandb" / f"offline-run-{len(starts)}-{id}").mkdir(parents=True)
+            rows = {}
+        starts.append(rows)
+
+        def log(row, step):
+            assert step >= max(rows, default=0)
+            assert not row.keys() & rows.get(step, {}).keys()
+            rows[step] = rows.get(step, {}) | row
+
+        return SimpleNamespace(log=log, step=max(rows, default=-1) + 1)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: True, init=init, Image=lambda path: path))
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    rest = cut_short(tmp_path, "--tracker", "wandb")
+    for step in [step for step in starts[0] if step > kept]:
+        del starts[0][step]
+    folder = fit(tmp_path, *SHORT, *rest, "--tracker", "wandb")
+    to_sync = [starts[int(path.name.split("-")[2])] for path in folder.glob("wandb/offline-run-*")]
+    (shown,) = to_sync if mode == "offline" else [account]
+    assert list(shown) == [2, 4, 6, 8]
+    assert all({"loss", "samples"} <= row.keys() for row in shown.values())
+    assert len(list(folder.glob("wandb-before/offline-run-*"))) == (mode == "offline")
+
+
+def test_a_kill_shows_tensorboard_no_step_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    rest = cut_short(tmp_path, "--tracker", "tensorboard")
+    folder = fit(tmp_path, *SHORT, *rest, "--tracker", "tensorboard")
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
+    assert [event.step for event in events.Images("samples")] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
