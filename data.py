@@ -27,6 +27,7 @@ import latents
 from flags import not_negative, positive
 from folders import Folder, digest, printable, read_image
 from parallel import launch
+from stops import read, shelter
 from vae import open_space
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -418,12 +419,12 @@ def encode_shards(numbers, images, index, space, args, processes):
     batches = [torch.tensor(latents.shard_images(index, number)).split(n) for number in numbers]
     in_order = [batch.tolist() for shard in batches for batch in shard]
     workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
-    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers)
+    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers, worker_init_fn=shelter)
     progress = tqdm(total=sum(len(batch) for batch in in_order), unit="image", disable=processes.rank > 0)
-    read = iter(loader)
+    read_in_order = read(loader)
     for number, shard in zip(numbers, batches):
         moments, classes = [], []
-        for pixels, labels in islice(read, len(shard)):
+        for pixels, labels in islice(read_in_order, len(shard)):
             pixels = pixels.to(processes.device)
             views = [pixels, pixels.flip(3)] if images.flip else [pixels]
             moments.append(torch.stack([space.moments(view) for view in views], dim=1).cpu())

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import center_crop_arr, load_dataset
+from stops import read, shelter
 
 
 def open_images(path):
@@ -85,7 +86,7 @@ class FolderImages(Dataset):
     def read(self, batches):
         """Yields a list of uint8 (H, W, 3) for each of `batches`, sequences of numbers."""
         workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-        yield from DataLoader(self, batch_sampler=batches, collate_fn=list, num_workers=workers)
+        yield from read(DataLoader(self, batch_sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=shelter))
 
 
 class ArrayImages:

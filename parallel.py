@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from stops import Stopped, catch, end_readers, outlived_terminal, postpone
+
 try:
     import fcntl  # noqa: F401
     import resource  # noqa: F401
@@ -21,6 +23,8 @@ except ImportError as error:
 # Processes wait so long for one another, since some work is for one of them alone: fetching weights, joining a data set's
 # files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
 PATIENCE = timedelta(hours=12)
+# What PyTorch says, as a RuntimeError, of a machine that has no more of something.
+SHORT = "t allocate memory|not enough memory|hared memory|unable to mmap|oo many open files|o space left|ancdata"
 
 
 class Processes(NamedTuple):
@@ -67,16 +71,23 @@ def launch(command, args):
     """
     with suppress(AttributeError):  # of a stream that is no text file
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a name that the locale cannot spell ends nothing
-    try:
-        processes = join(choose_device(args.device))
-        command(args, processes)
-        processes.barrier()  # the end of one process is for some launchers a reason to end the others
-    except BaseException as error:
-        reason = None if sys.flags.dev_mode else explain(error)
-        end = error if reason is None else SystemExit(f"{os.path.basename(sys.argv[0])}: error: {reason}")
-        if dist.is_initialized():
-            leave(end)
-        raise end  # noqa: B904
+    with outlived_terminal():
+        try:
+            catch()
+            processes = join(choose_device(args.device))
+            command(args, processes)
+            sys.stdout.flush()  # what could not be written shows here
+            processes.barrier()  # the end of one process is for some launchers a reason to end the others
+        except BaseException as error:
+            postpone()
+            end_readers()
+            name, reason = os.path.basename(sys.argv[0]), None if sys.flags.dev_mode else explain(error)
+            if isinstance(error, Stopped):
+                print(f"{name}: stopped by {error}", file=sys.stderr)
+            end = error if reason is None else SystemExit(f"{name}: error: {reason}")
+            if dist.is_initialized():
+                leave(end)
+            raise end  # noqa: B904
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -101,11 +112,12 @@ def join(device):
 
 def explain(error):
     """What to say of an error in one line; None for one that nobody foresaw, of which the traceback tells most."""
-    if isinstance(error, (ValueError, OSError)):
-        return _one_line(error)
+    short = isinstance(error, RuntimeError) and re.search(SHORT, str(error))
+    if short or isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
+        return one_line(error)
     network, joined = isinstance(error, (dist.DistNetworkError, dist.DistStoreError)), dist.is_initialized()
     if network and not joined:
-        return f"the processes do not find one another: {_one_line(error)}; torchrun --standalone takes a port that is free"
+        return f"the processes do not find one another: {one_line(error)}; torchrun --standalone takes a port that is free"
     # Where another process has ended with its own message, all that is left to say is that it did.
     if joined and (network or re.search("onnection (closed|reset) by peer", str(error))):
         return "stopped, because another process did"
@@ -168,10 +180,12 @@ def return_freed_memory():
     libc.mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
-def _one_line(error):
+def one_line(error):
     """The message; of an error that crossed from a data worker, which carries a traceback as text, the last line; of one of
-    PyTorch's own, which carries the places in its code, the first."""
+    PyTorch's own, which carries the places in its code, the first; and the kind of error where a message would not do."""
     message = str(error).strip()
     if "Original Traceback" in message:
         return message.splitlines()[-1].partition(": ")[2]
-    return message.splitlines()[0] if isinstance(error, RuntimeError) else message
+    if isinstance(error, ValueError | OSError) and message:
+        return message
+    return f"{type(error).__name__}: {message}".splitlines()[0].removeprefix("RuntimeError: ")

@@ -9,17 +9,21 @@ import logging
 import os
 import re
 import shutil
-import signal
+import sys
+import tempfile
 import zipfile
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import save_checkpoint
 from folders import listed
+from parallel import explain, one_line
 from sharded import check_pieces, load_sharded, read_settings, save_sharded
 from speed import rounding
+from stops import STATUS, Stopped, end_readers, postpone
 from update import tensors
 from weights import read_checkpoint
 
@@ -156,6 +160,7 @@ def restore(learner, run):
         fill(tensors(learner), contents | dict(opt=moments), run["path"])
     if run["scaler"]:  # empty if the run was not in float16
         learner.scaler.load_state_dict(run["scaler"])
+    learner.step = run["step"]
 
 
 def fill(values, stored, path):
@@ -173,17 +178,92 @@ def fill(values, stored, path):
             value.copy_(stored[name])
 
 
-def save_run(experiment, step, learner, args, processes, rounding):
-    """Writes a checkpoint, deletes those that are not to be kept, and returns its path. Every process calls it."""
-    contents = dict(args=vars(args), step=step, scaler=learner.scaler.state_dict(), rounding=rounding)
-    path = Path(experiment, "checkpoints", f"{step:07d}.{'dcp' if args.parallel == 'fsdp' else 'pt'}")
-    if args.parallel == "fsdp":
+def save_run(experiment, learner, args, processes, rounding, alone=False):
+    """Writes a checkpoint, deletes those that are not to be kept, and returns its path.
+
+    Every process calls it, or, alone, one that cannot wait for the others: it writes what no other writes, and returns None if
+    there is nothing to do. OSError if it cannot be written, or only elsewhere, or not by one process alone.
+    """
+    contents = dict(args=vars(args), step=learner.step, scaler=learner.scaler.state_dict(), rounding=rounding)
+    sharded, first = args.parallel == "fsdp", processes.rank == 0
+    path = Path(experiment, "checkpoints", f"{learner.step:07d}.{'dcp' if sharded else 'pt'}")
+    if alone and sharded:
+        raise OSError(f"cannot write the checkpoint {path}: every process has a part of it, and they have lost each other")
+    if alone and not first and (not path.parent.is_dir() or any(path.parent.glob(f"{path.name}*"))):
+        return None
+    if sharded:
         save_sharded(path, tensors(learner), **contents)
-    elif processes.rank == 0:
-        save_checkpoint(path, **tensors(learner) | dict(opt=learner.opt.state_dict()), **contents)
-    if processes.rank == 0:
-        keep(experiment, step, args.keep_last, args.keep_every)
+    elif first or alone:
+        save_somewhere(path, **tensors(learner) | dict(opt=learner.opt.state_dict()), **contents)
+    if first:
+        with best_effort("Deleting older checkpoints"):
+            keep(experiment, learner.step, args.keep_last, args.keep_every)
     return path
+
+
+def save_somewhere(path, **contents):
+    """Writes a checkpoint to `path`, or else to a folder of the same form among the system's temporary files, from which a run
+    can go on too: then, or if that is not possible either, an OSError says so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+        return save_checkpoint(path, **contents)
+    except OSError as error:
+        problem = error
+    try:
+        second = Path(tempfile.mkdtemp(prefix=f"{path.parent.parent.name}-"), "checkpoints", path.name)
+        second.parent.mkdir()
+        save_checkpoint(second, **contents)
+    except OSError as error:
+        raise OSError(f"{problem}; and {error}") from problem
+    raise OSError(f"{problem}; it is in {second}: --resume {second} goes on from there") from problem
+
+
+@contextmanager
+def rescue(learner, save):
+    """Saves what was learnt before whatever ends the training inside: a signal, a fault, or a mistake in the code.
+
+    save(alone=True) saves what `learner` knows. An update that was interrupted is not saved: some of its weights would be those
+    of one step, some those of the next.
+    """
+    try:
+        yield
+    except BaseException as error:
+        postpone()
+        end_readers()
+        how = f" by {error}" if isinstance(error, Stopped) else f": {explain(error) or one_line(error)}"
+        if learner.step is None:
+            logger.warning(f"Stopped in the middle of an update{how}; what was learnt since the last checkpoint is not saved")
+        else:
+            logger.info(f"Stopped after step {learner.step:,}{how}")
+            try:
+                save(alone=True)
+            except OSError as problem:
+                logger.warning(one_line(problem))
+        if isinstance(error, Stopped):  # all is said
+            raise SystemExit(STATUS) from None
+        raise
+
+
+@contextmanager
+def best_effort(what):
+    """What training can do without: an error inside becomes a warning, once each."""
+    try:
+        yield
+    except Exception as error:
+        warn_once(f"{what} failed, and training goes on: {one_line(error)}")
+
+
+@cache
+def warn_once(message):
+    logger.warning(message)
+
+
+def open_log(folder):
+    """A handler that writes to the experiment's log.txt, as long as that can be written."""
+    log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+    lock(log.stream, folder)
+    log.handleError = lambda record: warn_once(f"Writing to {log.baseFilename} failed, and training goes on: {sys.exception()}")
+    return log
 
 
 def keep(experiment, newest, last, every):
@@ -240,25 +320,3 @@ def forget_what_came_after(run):
     partial = Path(f"{log}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows_until(run)))
     os.replace(partial, log)
-
-
-@contextmanager
-def stop_signals():
-    """A list that fills with the names of the signals by which clusters announce an end, instead of ending by them."""
-    received = []
-
-    def note(number, frame):
-        received.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def shelter(worker):
-    """For processes that read images: signals to a whole group of processes are for the one they read for, which ends them."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

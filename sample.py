@@ -160,8 +160,11 @@ def save_grid(images, path, columns):
 def save_png(pixels, path):
     """uint8 (H, W, 3) to a PNG that is whole or not there."""
     partial = f"{path}.{os.getpid()}.partial"  # another run may be writing the same image
-    Image.fromarray(pixels).save(partial, format="png")
-    os.replace(partial, path)
+    try:
+        Image.fromarray(pixels).save(partial, format="png")
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def add_model_flags(add, vae):

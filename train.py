@@ -38,14 +38,16 @@ from mixers import MIXERS, add_pde_flags, mixer_options
 from models import MODELS, stride
 from parallel import launch
 from probe import distance, open_probe
-from resume import find_run, forget_what_came_after, lock, record_rounding, restore, save_run, seen_at, shelter, stop_signals
+from resume import best_effort, find_run, forget_what_came_after, open_log, record_rounding, rescue, restore, save_run, seen_at
 from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
+from stops import Stopped, came, end_readers, postponed, read, shelter
 from tracker import TRACKERS, numbers_of
 from update import create_learner, exchange_gradients, lent, replicate, update
 from vae import draw_latents, open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
 SAMPLING_STEPS = 50  # of the samples that training shows
+ANOTHER = "stopped, because another process could not read an image"
 logger = logging.getLogger("train")
 
 
@@ -108,8 +110,7 @@ def main(args, processes):
     folder = track = None
     if processes.rank == 0:
         folder = run["path"].parent.parent if run else create_experiment(args)
-        log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-        lock(log.stream, folder)
+        log = open_log(folder)
         log_to(log)
         logger.info(f"Experiment directory {'reopened' if run else 'created'} at {folder}")
     folder = processes.share(folder)
@@ -146,10 +147,11 @@ def main(args, processes):
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
 
-    def save(step):
-        if step not in saved:  # a signal may come right after a checkpoint
-            logger.info(f"Saved checkpoint to {save_run(folder, step, learner, args, processes, conditions)}")
-            saved.add(step)
+    def save(alone=False):
+        if learner.step not in saved:  # a signal may come right after a checkpoint
+            saved.add(learner.step)  # nor is it tried again
+            with postponed():
+                logger.info(f"Saved checkpoint to {save_run(folder, learner, args, processes, conditions, alone)}")
 
     def watch(step, names):
         """Makes what is due after a step."""
@@ -165,8 +167,8 @@ def main(args, processes):
         watch(first, due(first) - seen)
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, skipped, start = [], 0, perf_counter()
-    with stop_signals() as signals:
-        reader = islice(batches(loader, first, processes, signals, save), max(total - first, 0))
+    with rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
+        reader = islice(batches(loader, first, processes, save), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=processes.rank > 0)
         for step, (images, labels) in enumerate(progress, start=first + 1):
             loss = torch.zeros((), device=device)
@@ -192,7 +194,7 @@ def main(args, processes):
                 losses, start = [], perf_counter()
             paused = perf_counter()
             if step % args.ckpt_every == 0 or step == total:
-                save(step)
+                save()
             watch(step, due(step))
             start += perf_counter() - paused
     logger.info("Done!")
@@ -273,31 +275,34 @@ def epochs(loader, step):
         logger.info(f"Beginning epoch {epoch}...")
         loader.sampler.set_epoch(epoch)
         loader.sampler.first = position * loader.batch_size
-        yield from loader
+        yield from read(loader)
         position = 0
 
 
-def batches(loader, first, processes, signals, save):
+def batches(loader, first, processes, save):
     """Batches for all processes alike, beginning after that of step `first`.
 
     When one process cannot read an image or is sent a signal, all of them stop, with what was learnt until then saved.
     """
     reader = epochs(loader, first)
-    for step in count(first):
+    while True:
         batch = problem = None
         try:
-            batch = next(reader)
-        except OSError as error:
+            with postponed(False):  # images may be long in coming
+                batch = next(reader)
+        except (Exception, Stopped) as error:
             problem = error
-        failed, stopped = processes.any(problem is not None, bool(signals))
-        if (failed or stopped) and step > first:
-            save(step)
+        if came:
+            problem = Stopped(" and ".join(came))
+        stop = isinstance(problem, Stopped)
+        failed, stopped = processes.any(problem is not None and not stop, stop)
+        if (failed or stopped) and processes.size > 1:
+            end_readers()
+            save()
             processes.barrier()  # the first process to end takes the others with it
-        if failed:
-            raise problem or OSError("stopped, because another process could not read an image")
-        if stopped:
-            logger.info(f"Stopped after step {step:,} by {' and '.join(signals) or 'a signal to another process'}")
-            raise SystemExit(os.EX_TEMPFAIL)
+        if failed or stopped:
+            others = Stopped("a signal to another process") if stopped else OSError(ANOTHER)
+            raise problem or others
         yield batch
 
 
@@ -428,10 +433,11 @@ def log_probe(step, probe, distance, processes, write_row):
 
 
 def append_row(folder, track, row):
-    with open(folder / "log.jsonl", "a") as file:
+    with best_effort("Writing to log.jsonl"), open(folder / "log.jsonl", "a") as file:
         print(json.dumps(row), file=file)
     if track:
-        track(row["step"], numbers_of(row))
+        with best_effort("Tracking"):
+            track(row["step"], numbers_of(row))
 
 
 def quick_sampler(args):

@@ -3,7 +3,7 @@
 import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,16 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from stops import postponed
 from weights import average_names
 
 
-class Learner(NamedTuple):
-    """The model; by decay, averages of its weights; the optimiser; and what keeps float16's gradients in range."""
+@dataclass(eq=False)
+class Learner:
+    """The model; by decay, averages of its weights; the optimiser; what keeps float16's gradients in range; and how many steps
+    they have learnt, None in the middle of an update."""
 
     model: nn.Module
     averages: dict
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    step: int | None = 0
 
 
 def create_learner(model, args, processes):
@@ -82,20 +86,23 @@ def update(learner, loss, step, max_norm=None, warmup=True):
 
     Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite.
     """
-    model, averages, opt, scaler = learner
+    model, opt, scaler = learner.model, learner.opt, learner.scaler
     scaler.unscale_(opt)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
     whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = bool((whole_norm + loss).isfinite())
-    if finite:
-        if max_norm:
-            clip_grads_with_norm_(parameters, max_norm, norm)
-        scaler.step(opt)
-        for decay, average in averages.items():
-            update_ema(average, model, step, decay_at(step, decay) if warmup else decay)
-    scaler.update()
-    opt.zero_grad()
+    if finite and max_norm:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    with postponed():                                                      # a signal waits until the step is whole
+        learner.step = None
+        if finite:
+            scaler.step(opt)
+            for decay, average in learner.averages.items():
+                update_ema(average, model, step, decay_at(step, decay) if warmup else decay)
+        scaler.update()
+        opt.zero_grad()
+        learner.step = step
     return finite
 
 

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file imports only from those before it.
 ORDER = [
-    "flags", "pde_ssm_triton", "pde_ssm", "cost", "speed", "mixers", "backbones", "models", "vae", "diffusion", "sharded",
-    "weights", "parallel", "checkpoint", "download", "folders", "latents", "data", "images", "features", "evaluate", "sample",
-    "probe", "tracker", "update", "resume", "train", "sample_ddp", "overlay",
+    "flags", "stops", "pde_ssm_triton", "pde_ssm", "cost", "speed", "mixers", "backbones", "models", "vae", "diffusion",
+    "sharded", "weights", "parallel", "checkpoint", "download", "folders", "latents", "data", "images", "features", "evaluate",
+    "sample", "probe", "tracker", "update", "resume", "train", "sample_ddp", "overlay",
 ]  # fmt: skip
 
 

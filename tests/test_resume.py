@@ -23,7 +23,7 @@ import train
 from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
 from weights import read_checkpoint
 
-TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 2, "--lr", 1e-3]
+TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 1, "--lr", 1e-3]
 STEPS = 14
 SAVED = [4, 8, 12, STEPS]
 pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
@@ -174,26 +174,29 @@ def draw_kills(seed, processes):
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 0)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, flags, tmp_path, processes, workers):
-    """Weights, averages and AdamW's moments, to the last bit. Here one process lets another one read its images."""
+    """Weights, averages and AdamW's moments, to the last bit. One process lets another one read its images here; of two, the
+    one that is left saves what both had learnt."""
     seed = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
     kills = draw_kills(seed, processes)
     print(f"KILL_SEED={seed} repeats this:", *(f"{what} {step} on rank {rank};" for what, step, _, rank in kills))
     flags = [*flags, "--num-workers", workers, "--resume", "auto", "--keep-last", 2]
     for _, step, kill, victim in kills:
         if f"{step:07d}.pt" in names(tmp_path / "r"):
-            continue  # rank 0 wrote it while rank 1 died
+            continue  # one process wrote it while the other died
         statuses = fork(*flags, processes=processes, spoil=lambda rank: kill() if rank == victim else None)  # noqa: B023
         assert statuses[victim] == -signal.SIGKILL, step
     assert fork(*flags, processes=processes) == [0] * processes
     assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
-    assert losses(calm(processes)).items() == losses(tmp_path / "r").items()
+    assert losses(tmp_path / "r").items() <= losses(calm(processes)).items()
     last = max((tmp_path / "r").iterdir())  # those before it were killed before their first checkpoint
-    assert sorted(path.name for path in last.glob("checkpoints/*")) == ["0000012.pt", "0000014.pt"]
+    kept = sorted(path.name for path in last.glob("checkpoints/*"))
+    assert kept == ["0000012.pt", "0000014.pt"] if processes == 1 else len(kept) == 2
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
-def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, number):
-    """The signal goes to all of a process's group, its reader among them, but to one process only."""
+@pytest.mark.parametrize(("processes", "number", "after"), [(1, signal.SIGTERM, 5), (2, signal.SIGUSR1, 6)])
+def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, number, after):
+    """It comes in the middle of step 6, which several processes finish, and one alone does not. It goes to all of a process's
+    group, its reader among them, but to one process only."""
 
     def spoil(rank):
         os.setpgid(0, 0)
@@ -201,9 +204,9 @@ def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, num
             at_update(6, lambda: os.killpg(0, number))()
 
     assert fork(*flags, "--num-workers", 1, processes=processes, spoil=spoil) == [os.EX_TEMPFAIL] * processes
-    assert names(tmp_path / "r") == ["0000004.pt", "0000006.pt"]
+    assert names(tmp_path / "r") == ["0000004.pt", f"000000{after}.pt"]
     by = number.name if processes == 1 else "a signal to another process"
-    assert f"Stopped after step 6 by {by}" in capfd.readouterr().err
+    assert f"Stopped after step {after} by {by}" in capfd.readouterr().err
     assert fork(*flags, "--resume", tmp_path / "r" / "000-DiT-N-8", processes=processes) == [0] * processes
     assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
 
@@ -410,7 +413,7 @@ def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch
 
 
 def test_torchrun_brings_back_a_run_whose_worker_was_killed(calm, images, tmp_path):
-    """One of two workers is killed after step 4's checkpoint: all start again, and none of the steps before it."""
+    """One of two workers is killed in step 7: the other one saves, and all start again from there."""
     folder, flags = tmp_path / "r", [*TINY, "--data-path", images, "--max-steps", STEPS, "--num-workers", 0, "--resume", "auto"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     script = tmp_path / "killed_once.py"
@@ -421,8 +424,8 @@ def test_torchrun_brings_back_a_run_whose_worker_was_killed(calm, images, tmp_pa
     )  # fmt: skip
     errors = run.communicate(timeout=300)[1]
     assert run.returncode == 0, errors
-    assert "Going on after step 4" in errors
-    assert [row["step"] for row in rows(folder)] == list(range(2, STEPS + 1, 2))
+    assert "Going on after step 7" in errors
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
     assert_same(learnt(calm(2)), learnt(folder))
 
 

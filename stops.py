@@ -1,0 +1,147 @@
+"""How a command ends before its work is done: the signals that say so, and what it works on without: processes that read
+images for it, and a terminal."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+from contextlib import contextmanager, suppress
+
+# By these users, terminals and clusters announce an end.
+STOPS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+STATUS = 75  # of a command that one of them ended: os.EX_TEMPFAIL, which says that it may be started again
+came = []  # the names of those that this process has received
+_postponed = False
+
+
+class Stopped(SystemExit):
+    """What a signal that announces an end raises. str() of it is the signal's name."""
+
+    def __init__(self, name):
+        super().__init__(STATUS)
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+
+def catch():
+    """From now on these signals raise Stopped, wherever this process is, but not where they are ignored (nohup)."""
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
+
+
+def _note(number, frame):
+    name = signal.Signals(number).name
+    again = name == "SIGINT" and name in came
+    came.append(name)
+    if again or not _postponed:
+        raise Stopped(name)
+    if name == "SIGINT":
+        tell("stopping; what was learnt is saved first, unless Ctrl-C comes once more")
+
+
+def tell(message):
+    """A line for the terminal, from any place: print() must not be called while it runs already."""
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())
+
+
+def postpone():
+    """From now on signals are noted in `came` and raise nothing, but for a second Ctrl-C."""
+    global _postponed
+    _postponed = True
+
+
+@contextmanager
+def postponed(wait=True):
+    """Inside, signals are noted and raise Stopped at the end; or, where they are, with wait=False, they raise it at once."""
+    global _postponed
+    before, _postponed = _postponed, wait
+    try:
+        _raise_noted()
+        yield
+    finally:
+        _postponed = before
+    _raise_noted()
+
+
+def _raise_noted():
+    if came and not _postponed:
+        raise Stopped(came[0])
+
+
+def shelter(worker):
+    """For processes that read images: a signal that announces an end is for the one they read for, which ends them."""
+    os.setpgid(0, 0)
+    for number in STOPS:
+        if number != signal.SIGTERM:  # by which that one ends them
+            signal.signal(number, signal.SIG_IGN)
+
+
+def read(loader):
+    """Yields the batches of a DataLoader. OSError if a process of its own has died, Stopped if a signal has ended it that
+    announces an end."""
+    batches = iter(loader)
+    readers = multiprocessing.active_children()
+    if readers:
+        # PyTorch's handler would raise in whatever this process does just then, even while it saves; next() finds out as well.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            for ended in (reader.exitcode for reader in readers if reader.exitcode):
+                if -ended in STOPS:
+                    raise Stopped(signal.Signals(-ended).name) from error
+                how = f"by {signal.Signals(-ended).name}" if ended < 0 else f"with status {ended}"
+                advice = "if memory or shared memory (/dev/shm) ran out, fewer --num-workers need less"
+                raise OSError(f"a process that reads images has ended {how}; {advice}") from error
+            raise
+        yield batch
+
+
+def end_readers():
+    """Ends all processes that read images for this one, also those that hang or have been halted."""
+    for reader in multiprocessing.active_children():
+        reader.kill()
+
+
+class Outlived:
+    """A stream that may be closed at its other end, as when a terminal is, or `head` has seen enough: what is written then
+    goes nowhere, and work goes on. Of one that is not needed, any other error is taken so, too."""
+
+    def __init__(self, stream, needed):
+        self._stream, self._needed = stream or open(os.devnull, "w"), needed  # noqa: SIM115  (None if closed from the start)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._attempt(self._stream.write, text)
+
+    def flush(self):
+        return self._attempt(self._stream.flush)
+
+    def _attempt(self, act, *args):
+        try:
+            return act(*args)
+        except OSError as error:
+            if self._needed and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def outlived_terminal():
+    """Standard error takes what it can inside, and standard output is not missed when its reader has gone."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Outlived(sys.stdout, needed=True), Outlived(sys.stderr, needed=False)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
