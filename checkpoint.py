@@ -182,6 +182,7 @@ def load_model(path, args, default_vae, decay=None):
         **settings["mixer_options"],
     )
     load_weights(model, weights, path)
+    model.trained_classes = trained_classes(stored, model.num_classes, path)
     settings["image_size"] = given.get("image_size", size[0])
     if "image_size" in given:
         resize(model, given["image_size"], space.factor)
@@ -254,6 +255,15 @@ def trained_size(settings, tokens, given, space, path):
     if not given or given[0] * given[1] != tokens * least**2:
         raise ValueError(f"{path} is for {tokens} tokens, no square; give the --image-size HxW that it was trained on")
     return given
+
+
+def trained_classes(args, num_classes, path):
+    """Of how many classes there were images, which a checkpoint's args name; all if they do not. ValueError for more."""
+    names = args.get("class_names")
+    trained = len(names) if isinstance(names, list) and names else num_classes
+    if trained > num_classes:
+        raise ValueError(f"{path} contradicts itself: it names {trained} classes, its weights have num_classes={num_classes}")
+    return trained
 
 
 def resize(model, image_size, factor):

@@ -61,7 +61,8 @@ class TrainingImages(Dataset):
 
     def __init__(self, source, image_size, num_classes, flip):
         self.source, self.image_size, self.num_classes, self.flip = source, image_size, num_classes, flip
-        self.classes, self.remarks = getattr(source, "classes", None), getattr(source, "remarks", [])
+        self.classes = getattr(source, "classes", None) or [str(label) for label in range(num_classes)]
+        self.remarks = getattr(source, "remarks", [])
 
     def __len__(self):
         return len(self.source)

@@ -126,7 +126,8 @@ class DiT(Backbone):
         self.in_channels, self.patch_size, self.learn_sigma = in_channels, patch_size, learn_sigma
         self.stride = patch_size
         height, width = self.input_size = self.check_size(input_size)
-        self.num_classes, self.num_heads = num_classes, num_heads
+        self.num_classes = self.trained_classes = num_classes
+        self.num_heads = num_heads
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
 

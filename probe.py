@@ -63,7 +63,7 @@ def distance(probe, model, space, objective, sampler, processes):
 
     def draw(numbers):
         noise = PerImageNoise(image_seeds(0, numbers, "sampling"), processes.device)
-        labels = (noise.rand() * model.num_classes).long()
+        labels = (noise.rand() * model.trained_classes).long()
         return generate(model, space, objective, sampler, labels, noise, Guidance(1), progress=False).numpy()
 
     samples = statistics((draw(mine[part::parts]) for part in range(parts)), probe.network, processes)

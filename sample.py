@@ -34,7 +34,7 @@ IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 def main(args, processes):
     torch.set_float32_matmul_precision("high")
     model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, "mse", args.ema)
-    labels = [label for label in class_labels(args, model.num_classes) for _ in range(args.samples_per_class)]
+    labels = [label for label in class_labels(args, model) for _ in range(args.samples_per_class)]
     objective, sampler = create_sampler(args, settings)
     guidance = read_guidance(args, model.in_channels)
     out = Path(args.out)
@@ -138,14 +138,17 @@ def checkpoint_name(args):
     return f"DiT-XL-2-{wanted[2]}x{wanted[2]}.pt"
 
 
-def class_labels(args, num_classes):
-    """The labels asked for. A model without classes has only the null class, which is num_classes = 0."""
-    default = IMAGENET_FAVOURITES if num_classes == 1000 else list(range(max(min(num_classes, 16), 1)))
+def class_labels(args, model):
+    """The labels asked for, or some of those trained. A model without classes has only the null class, num_classes = 0."""
+    num_classes, trained = model.num_classes, model.trained_classes
+    default = IMAGENET_FAVOURITES if trained == 1000 else list(range(max(min(trained, 16), 1)))
     labels = args.class_labels or default
     if num_classes == 0 and args.class_labels:
         raise ValueError("the checkpoint was trained without classes, so --class-labels means nothing to it")
     if wrong := [label for label in labels if not 0 <= label <= num_classes]:
         raise ValueError(f"class {wrong[0]} is out of range: the checkpoint has 0 to {num_classes - 1}, {num_classes} is none")
+    if wrong := [label for label in labels if trained <= label < num_classes]:
+        raise ValueError(f"class {wrong[0]} was not trained: there were images of 0 to {trained - 1}; {num_classes} is none")
     return labels
 
 

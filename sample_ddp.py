@@ -56,7 +56,7 @@ def main(args, processes):
     model.to(processes.device)
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
         noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
-        labels = (noise.rand() * model.num_classes).long()
+        labels = (noise.rand() * model.trained_classes).long()
         images = generate(model, space, objective, sampler, labels, noise, guidance, progress=False)
         for number, image in zip(numbers, images):
             save_png(image.numpy(), folder / f"{number:06d}.png")

@@ -88,6 +88,7 @@ def main(args, processes):
         mixer=args.mixer,
         **mixer_options(args),
     )
+    model.trained_classes = dataset.num_classes
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
     loader = make_loader(dataset, args, processes)
@@ -453,7 +454,7 @@ def draw_samples(step, ema, args, processes, space, folder, track):
     """
     ema.eval()  # which drops kept symbols: sharded parameters change without telling
     settings, (objective, sampler) = sample.parse_args([]), quick_sampler(args)
-    classes, guidance = sample.class_labels(settings, ema.num_classes), sample.read_guidance(settings, ema.in_channels)
+    classes, guidance = sample.class_labels(settings, ema), sample.read_guidance(settings, ema.in_channels)
     labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
     images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
     if processes.rank == 0:

@@ -48,7 +48,8 @@ def choose_average(args, decay, path):
 
 def read_checkpoint(path, decay=None):
     """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its averages,
-    and args. The tensors of a .pt file stay in it until they are used; whoever uses them compares their checksums.
+    and args. The tensors of a .pt file stay in it, which must stay as it is, until they are used; `load_checkpoint` compares
+    their checksums.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
@@ -137,7 +138,8 @@ def load_checkpoint(path, decay=None):
         kind = "U-Net" if needed is READ_FROM_UNET else "DiT"
         raise ValueError(f"{path} holds no {kind}: {missing[0]} is missing{_of_another_tool(contents, weights)}")
     _check_weights(weights, path)
-    return weights, args if isinstance(args, dict) else {}
+    # Copies, for these weights may outlive the file, or be written over it.
+    return {name: w.clone() for name, w in weights.items()}, args if isinstance(args, dict) else {}
 
 
 def _under_plain_names(weights, path):

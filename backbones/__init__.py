@@ -5,7 +5,8 @@ from torch import nn
 
 
 class Backbone(nn.Module):
-    """What they share. Class num_classes is the null class.
+    """What they share. Class num_classes is the null class; the first trained_classes, all unless set otherwise, are those of
+    which there were images, and which samplers draw.
 
     A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
     divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the

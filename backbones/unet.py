@@ -17,7 +17,8 @@ class UNet(Backbone):
         if mixer != "attention":
             raise ValueError(f"a U-Net has no mixer to swap, so mixer={mixer!r} means nothing to it")
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
-        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.num_classes = self.trained_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
         self.stride = 2 ** (len(channels) - 1)
         self.resize(input_size)
         kinds = ["Attn" if level in attention_levels else "" for level in range(len(channels))]

@@ -437,6 +437,13 @@ def test_a_checkpoint_stays_in_its_file_until_it_is_used(tmp_path):
     assert contents["ema"]["a"].sum() == 0
 
 
+def test_weights_can_be_written_over_the_file_that_they_are_from(tmp_path, small):
+    torch.save(dict(ema=small.state_dict(), opt=torch.ones(1000)), tmp_path / "a.pt")
+    torch.save(find_model(tmp_path / "a.pt"), tmp_path / "a.pt")
+    weights = find_model(tmp_path / "a.pt")
+    assert all(torch.equal(weights[name], w) for name, w in small.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_weights_of_other_floats_are_read_as_float32(tmp_path, small, dtype, ending):

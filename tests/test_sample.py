@@ -271,6 +271,26 @@ def test_without_a_checkpoint_there_is_one_model(flags):
         sample.checkpoint_name(sample.parse_args(flags))
 
 
+def test_only_classes_that_were_trained_are_drawn(tmp_path, checkpoint, monkeypatch):
+    """The model has 10, and there were images of 2."""
+    path, drawn, generate = checkpoint(), [], sample.generate
+    contents = torch.load(path)
+    contents["args"]["class_names"] = ["cat", "dog"]
+    torch.save(contents, path)
+    for command in (sample, sample_ddp):
+        monkeypatch.setattr(command, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
+    draw(path, tmp_path / "a.png")
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 12, "--per-proc-batch-size", 12)
+    draw(path, tmp_path / "a.png", "--class-labels", 1, 10)
+    assert drawn == [{0, 1}, {0, 1}, {1, 10}]
+    with pytest.raises(ValueError, match="class 2 was not trained: there were images of 0 to 1; 10 is none"):
+        draw(path, tmp_path / "a.png", "--class-labels", 0, 2)
+    contents["args"]["class_names"] = [str(n) for n in range(11)]
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match=r"a\.pt contradicts itself: it names 11 classes, its weights have num_classes=10"):
+        draw(path, tmp_path / "a.png")
+
+
 def test_classes_cannot_be_asked_of_a_model_without(checkpoint):
     args = sample.parse_args(["--ckpt", checkpoint(num_classes=0), "--class-labels", "0"])
     with pytest.raises(ValueError, match="trained without classes"):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import probe
 import train
 from checkpoint import load_checkpoint, load_model
-from commands import ALONE, QUICK, draw, draw_many, fit, fork, torchrun
+from commands import ALONE, QUICK, Colours, draw, draw_many, fit, fork, torchrun
 from cost import training_flops
 from data import DATASETS, load_dataset
 from diffusion import create_diffusion
@@ -241,6 +242,19 @@ def test_flow_matching_from_training_to_samples(tmp_path, mixer):
         draw(path, tmp_path / "a.png", "--sampler", "ddpm")
 
 
+def test_grids_and_probes_of_a_run_draw_only_classes_that_it_sees(tmp_path, photos, monkeypatch):
+    drawn, generate = [], train.sample.generate
+    for module in (train.sample, probe):
+        monkeypatch.setattr(module, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
+    monkeypatch.setattr(train, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(probe, "PROBED", 32)
+    monkeypatch.setattr(probe, "open_network", lambda *_: Colours())
+    flags = ["--data-path", photos, "--num-classes", 1000, "--max-steps", 1, "--global-batch-size", 8, "--num-workers", 0]
+    folder = fit(tmp_path / "r", *flags, "--sample-every", 1, "--probe-every", 1)
+    assert drawn == [{0, 1, 2}] * 2
+    assert load_checkpoint(folder / "checkpoints" / "0000001.pt")[1]["class_names"] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_a_unet_from_training_to_samples(tmp_path, objective):
     flags = ["--model", "UNet-N", "--max-steps", 2, "--global-batch-size", 8, "--objective", objective]
@@ -250,9 +264,10 @@ def test_a_unet_from_training_to_samples(tmp_path, objective):
     assert draw(path, tmp_path / "a.png", "--image-size", "8x16", "--class-labels", 3).shape == (64, 128, 3)
     weights = load_checkpoint(path)[0]
     torch.save(weights, path)  # without what train.py was told
+    known = ["--objective", objective] if objective == "flow" else []
     with pytest.raises(ValueError, match="does not say for images of which size it is; give --image-size"):
-        draw(path, tmp_path / "a.png")
-    assert draw(path, tmp_path / "a.png", "--image-size", "8", "--class-labels", 3).shape == (64, 64, 3)
+        draw(path, tmp_path / "a.png", *known)
+    assert draw(path, tmp_path / "a.png", "--image-size", "8", "--class-labels", 3, *known).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
