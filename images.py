@@ -1,5 +1,6 @@
 """Finished images, uint8 from 0 to 255: folders of them, and ADM's .npz, read and written as streams."""
 
+import math
 import os
 import zipfile
 import zlib
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from checkpoint import whole_file
 from data import center_crop_arr, load_dataset
 from stops import read, shelter
 
@@ -30,8 +32,10 @@ class NpzImages:
         with open_npz(path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise ValueError(f"{path} holds no images: it has no arr_0, only {', '.join(names(archive)) or 'nothing'}")
+            size = archive.getinfo("arr_0.npy").file_size
         with self._open() as file:
             self.shape, fortran, self.dtype = read_header(file)
+            size -= file.tell()
             first = file.read(2**16) if self.dtype.kind == "f" else b""
         if self.dtype != np.uint8:
             raise ValueError(f"arr_0 of {path} is {self.dtype}{_span(first, self.dtype)}; images are uint8 from 0 to 255")
@@ -39,6 +43,8 @@ class NpzImages:
             raise ValueError(f"arr_0 of {path} has the shape {self.shape}; images are (N, height, width, 3)")
         if fortran:
             raise ValueError(f"arr_0 of {path} is in Fortran order, in which images lie scattered: save a C-ordered copy")
+        if size != (pixels := math.prod(self.shape)):
+            raise OSError(f"arr_0 of {path} is damaged: it has {size:,} bytes of pixels, not {pixels:,}")
 
     def __len__(self):
         return self.shape[0]
@@ -62,7 +68,7 @@ class NpzImages:
             try:
                 with archive.open("arr_0.npy") as file:
                     yield file
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:  # the last if encrypted
                 raise OSError(f"arr_0 of {self.path} is damaged ({error})") from error
 
 
@@ -108,24 +114,19 @@ class ArrayImages:
 def write_npz(path, images, n, **arrays):
     """Writes n images, an iterable of uint8 (H, W, 3) of one size, as arr_0 (n, H, W, 3) in C order, one in memory at a
     time, and other arrays beside it: the .npz that ADM's evaluator reads. ValueError if sizes differ."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                for number, pixels in enumerate(images):
-                    if number == 0:
-                        first = pixels
-                        header = dict(descr="|u1", fortran_order=False, shape=(n, *first.shape))
-                        np.lib.format.write_array_header_1_0(file, header)
-                    if pixels.shape != first.shape:
-                        raise ValueError(f"image {number} is {_size(pixels)}, image 0 {_size(first)}; an .npz holds one size")
-                    file.write(pixels.tobytes())
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, np.asarray(array), version=(1, 0), allow_pickle=False)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with whole_file(path, "images") as npz, zipfile.ZipFile(npz, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for number, pixels in enumerate(images):
+                if number == 0:
+                    first = pixels
+                    header = dict(descr="|u1", fortran_order=False, shape=(n, *first.shape))
+                    np.lib.format.write_array_header_1_0(file, header)
+                if pixels.shape != first.shape:
+                    raise ValueError(f"image {number} is {_size(pixels)}, image 0 {_size(first)}; an .npz holds one size")
+                file.write(pixels.tobytes())
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(array), version=(1, 0), allow_pickle=False)
 
 
 def npz_shape(path):
@@ -137,7 +138,7 @@ def open_npz(path):
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise OSError(f"{path} is not an .npz, or only a part of one ({error})") from error
+        raise OSError(f"{path} is not an .npz, or only a part of one ({error}); np.savez writes an .npz") from error
 
 
 def names(archive):
@@ -145,7 +146,8 @@ def names(archive):
 
 
 def read_header(file):
-    """(shape, Fortran order, dtype) of an array in the .npy format, versions 1 and 2."""
+    """(shape, Fortran order, dtype) of an array in the .npy format, versions 1 to 3, of which 2 and 3 differ in names of
+    fields alone."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)

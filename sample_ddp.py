@@ -19,7 +19,7 @@ from checkpoint import load_model
 from data import read_image
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
-from evaluate import add_feature_flags, compare, measure, open_source, report
+from evaluate import Source, add_feature_flags, compare, look_ahead, measure, open_source, report
 from features import open_network
 from flags import from_zero, not_negative, positive
 from images import npz_shape, write_npz
@@ -39,6 +39,7 @@ def main(args, processes):
     if args.evaluate:  # what is missing for it shows before the work
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)
+        look_ahead(reference, Source("the samples", None, range(args.num_fid_samples), {}, None), network, processes)
     guidance = read_guidance(args, model.in_channels)
     prepare_to_sample(model, args, processes.device)
     space = open_space(settings["vae"]).load(processes.device)

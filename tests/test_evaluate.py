@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 
 import evaluate
 from commands import Colours, forked
-from evaluate import Statistics, frechet_distance, inception_score, measure, open_source, precision_recall
+from evaluate import Statistics, compare, frechet_distance, inception_score, measure, open_source, precision_recall
 from parallel import ALONE, Processes, launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,18 +62,24 @@ def test_frechet_distance_of_gaussians(rng):
     mu1, mu2 = rng.normal(size=(2, 5))
     with_root = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
     assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(with_root, rel=1e-9)
-    assert frechet_distance(mu1, s1, mu1, s1) == pytest.approx(0, abs=1e-9)
     flat = np.diag([1.0, 0, 0, 0, 0])  # singular
     assert frechet_distance(mu1, flat, mu1, 4 * flat) == pytest.approx(1)
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
-def test_frechet_distance_of_fewer_images_than_features(rng):
-    sides = [statistics(rng.normal(size=(20, 50)) * rng.uniform(size=50)) for _ in range(2)]
-    (mu1, s1), (mu2, s2) = sides
+@pytest.mark.parametrize(("images", "tolerance"), [(51, 1e-6), (128, 1e-6), (400, 1e-9)])
+def test_frechet_distance_of_any_number_of_images(rng, images, tolerance):
+    """With fewer images than the 128 features covariances are singular."""
+    sides = [rng.normal(size=(images, 128)) * rng.uniform(0.5, 1, size=128) for _ in range(2)]
+    (mu1, s1), (mu2, s2) = sides = [(x.mean(0), np.cov(x, rowvar=False)) for x in sides]
     with_root = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
-    assert frechet_distance(*sides[0], *sides[1]) == pytest.approx(with_root, rel=1e-4)
-    assert frechet_distance(*sides[0], *sides[0]) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(*sides[0], *sides[1]) == pytest.approx(with_root, rel=tolerance)
+
+
+def test_frechet_distance_is_never_negative(rng):
+    for n, dim in [(2, 9), (20, 50), (90, 30)]:
+        side = statistics(100 + rng.normal(size=(n, dim)))
+        assert 0 <= frechet_distance(*side, *side) < 1e-9
 
 
 def test_inception_score_of_known_distributions():
@@ -95,10 +101,11 @@ def test_precision_and_recall_of_known_sets(rng):
     assert recall > 0
 
 
-def brute_force(ref, sample, k=3):
-    def distances(a, b):
-        return np.square(a[:, None] - b[None]).sum(2)
+def squared_distances(a, b):
+    return np.square(a[:, None] - b[None]).sum(2)
 
+
+def brute_force(ref, sample, distances=squared_distances, k=3):
     def inside(points, features):
         reach = np.sort(distances(features, features), 1)[:, k]
         return (distances(points, features) <= reach).any(1).mean()
@@ -112,9 +119,66 @@ def test_precision_and_recall_by_brute_force_in_any_blocks(rng, scale, exact):
     ref, sample = scale * rng.normal(size=(90, 4)), scale * rng.normal(0.8, 0.7, size=(70, 4))
     expected = brute_force(ref, sample)
     assert 0.1 < min(expected) < max(expected) < 0.95
-    results = {block: precision_recall(ref, sample, block=block, exact=exact) for block in (None, 1, 13, 80)}
+    blocks = [10_000, 7, 80] if scale == 1 or exact else [10_000]
+    results = {block: precision_recall(ref, sample, block=block, exact=exact) for block in blocks}
     assert len(set(results.values())) == 1
-    assert results[13] == pytest.approx(expected, abs=1e-6 if exact else 0.03)
+    assert results[10_000] == pytest.approx(expected, abs=1e-6 if exact else 0.03)
+
+
+def test_beyond_float16_precision_and_recall_are_adms(rng):
+    """ADM's evaluator printed these numbers (TensorFlow 2.21, CPU), for all of it in one block and in blocks of 13."""
+    ref, sample = ((100 * rng.normal(size=(n, 8))).astype(np.float32) for n in (100, 90))
+    for block in (10_000, 13):
+        assert precision_recall(ref, sample, block=block) == (81 / 90, 87 / 100)
+
+
+@pytest.mark.parametrize("block", [10_000, 50, 20])
+def test_one_distance_beyond_float16_takes_its_block_to_float32(rng, block):
+    """Near 20 float16 is coarse, and the last points are far away, so blocks without them differ from those with them."""
+    ref, sample = (20 + rng.normal(size=(n, 8)).astype(np.float32) for n in (120, 100))
+    ref[-3:], sample[-3:] = 40 * ref[-3:], 30 * sample[-3:]
+
+    def in_blocks(rows, columns):
+        def distances(a, b, dtype):
+            a, b = (x.astype(dtype).astype(np.float64) for x in (a, b))
+            with np.errstate(over="ignore", invalid="ignore"):
+                norms = [np.square(x).sum(1).astype(dtype) for x in (a, b)]
+                return np.maximum(norms[0][:, None] - 2 * (a @ b.T).astype(dtype) + norms[1], 0)
+
+        def block_of(a, b):
+            half = distances(a, b, np.float16)
+            return half.astype(np.float32) if np.isfinite(half).all() else distances(a, b, np.float32)
+
+        starts = [range(0, len(x), block) for x in (rows, columns)]
+        return np.block([[block_of(rows[i : i + block], columns[j : j + block]) for j in starts[1]] for i in starts[0]])
+
+    found = precision_recall(ref, sample, block=block)
+    assert found == brute_force(ref, sample, in_blocks)
+    others = [precision_recall(ref, sample, block=n) for n in {10_000, 50, 20} - {block}]
+    assert found not in others
+
+
+@pytest.mark.parametrize("offset", [0, 3e3, 1e9])
+def test_exact_distances_are_exact(rng, offset):
+    ref, sample = offset + rng.normal(size=(90, 8)), offset + rng.normal(0.3, 0.9, size=(70, 8))
+    ref[40:50], sample[:5] = ref[:10], ref[:5]
+    for points in (ref, sample):
+        points[::9] += 1e-4 * offset  # apart from the others, next to each other
+    assert precision_recall(ref, sample, exact=True) == brute_force(ref, sample)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_equal_features_are_within_reach_of_each_other(rng, scale, exact):
+    for n, dim in [(4, 1), (12, 1020), (17, 1525), (20, 1279), (23, 1142)]:
+        points = np.repeat(scale * rng.normal(size=(1, dim)), n, 0)
+        assert precision_recall(points, points, exact=exact) == (1, 1)
+
+
+def test_distances_that_no_format_holds_are_an_error(rng):
+    for exact, scale in ((False, 1e25), (True, 1e200)):
+        with pytest.raises(ValueError, match="too large for their squared distances to be finite"):
+            precision_recall(scale * rng.normal(size=(9, 3)), rng.normal(size=(9, 3)), exact=exact)
 
 
 def test_the_order_of_spatial_features_matters(rng):
@@ -131,6 +195,11 @@ def test_mistakes_are_named(rng):
         precision_recall(rng.normal(size=(50, 3)), rng.normal(size=(2, 3)))
     with pytest.raises(ValueError, match="different sizes"):
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
+    for place, value in ((0, np.nan), (1, np.inf)):
+        side = [np.zeros(2), np.eye(2)]
+        side[place] = side[place] + value
+        with pytest.raises(ValueError, match="a mean or a covariance is not finite"):
+            frechet_distance(*side, np.zeros(2), np.eye(2))
     single = Statistics()
     single.add(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="at least 2 images; there are 1"):
@@ -154,7 +223,7 @@ def run(tmp_path, monkeypatch):
 
     def command(*flags, network=None):
         monkeypatch.setattr(evaluate, "open_network", lambda *_: network or Colours())
-        args = evaluate.parse_args([*map(str, flags), "--json", str(tmp_path / "out.json"), "--device", "cpu"])
+        args = evaluate.parse_args(["--json", str(tmp_path / "out.json"), "--device", "cpu", *map(str, flags)])
         launch(evaluate.main, args)
         return json.loads((tmp_path / "out.json").read_text())
 
@@ -185,53 +254,78 @@ def test_the_command_prints_adms_five_metrics_in_its_order(tmp_path, images, run
     assert json.loads(capsys.readouterr().out) == row
 
 
-@pytest.mark.parametrize("batch", [1, 7, 100])
-def test_batches_change_nothing(images, batch):
-    source = open_source(images(20), Colours())
-    side, whole = (measure(source, Colours(), batch_size=n) for n in (batch, 20))
-    torch.testing.assert_close(side.pool, whole.pool)
-    for name, (mean, covariance) in whole.statistics.items():
-        np.testing.assert_allclose(side.statistics[name][0], mean, rtol=1e-6)
-        np.testing.assert_allclose(side.statistics[name][1], covariance, rtol=1e-4, atol=1e-9)
+def in_processes(size, run, folder):
+    """Calls run(processes) in so many of them."""
+
+    def join(rank):
+        if size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        run(Processes(rank, size, torch.device("cpu")))
+        if size > 1:
+            dist.destroy_process_group()
+
+    children = [forked(join, rank) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * size
 
 
-def _measure_as_one_of(rank, size, array, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batches_and_processes_change_nothing(tmp_path, images, batch, size):
+    arrays = images(150), images(130, 0.8)
     network = Colours()
-    side = measure(open_source(array, network), network, Processes(rank, size, torch.device("cpu")), batch_size=4)
-    if rank == 0:
-        torch.save((side.pool, side.statistics), f"{folder}/side.pt")
-    dist.destroy_process_group()
+
+    def run(processes):
+        sides = [measure(open_source(array, network), network, processes, batch) for array in arrays]
+        if processes.rank == 0:
+            torch.save((sides[0].pool, compare(*sides, network)), tmp_path / "results.pt")
+
+    in_processes(size, run, tmp_path)
+    pool, results = torch.load(tmp_path / "results.pt")
+    whole = [measure(open_source(array, network), network, batch_size=len(array)) for array in arrays]
+    torch.testing.assert_close(pool, whole[0].pool)
+    assert list(results) == FIVE
+    assert results == pytest.approx(compare(*whole, network), rel=1e-4)
 
 
-def test_two_processes_see_what_one_sees(tmp_path, images):
-    array = images(23)
-    both = [forked(_measure_as_one_of, rank, 2, array, str(tmp_path)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    pool, statistics = torch.load(tmp_path / "side.pt", weights_only=False)
-    alone = measure(open_source(array, Colours()), Colours())
-    torch.testing.assert_close(pool, alone.pool)
-    for name, (mean, covariance) in alone.statistics.items():
-        np.testing.assert_allclose(statistics[name][0], mean, rtol=1e-6)
-        np.testing.assert_allclose(statistics[name][1], covariance, rtol=1e-4, atol=1e-9)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("features", ["pool", "spatial"])
+def test_features_that_are_not_finite_end_every_process(tmp_path, images, features, size):
+    array = images(9)
+    array[6] = 0
+
+    class Overflowing(Colours):
+        def forward(self, images):
+            found = super().forward(images)
+            found[features][(images == 0).flatten(1).all(1)] = torch.inf
+            return found
+
+    def run(processes):
+        with pytest.raises(ValueError, match=r"memory: features of (image 6|an image) are not finite in inception"):
+            measure(open_source(array, Overflowing()), Overflowing(), processes, 2)
+
+    in_processes(size, run, tmp_path)
 
 
 def test_some_of_the_images_are_evenly_spread(images):
     assert evaluate.spread(10, 4) == [0, 2, 5, 7]
     assert evaluate.spread(4) == [0, 1, 2, 3]
     array = images(10)
-    side = measure(open_source(array, Colours()), Colours(), num=4, part=slice(1, None, 2))
+    side = measure(open_source(array, Colours(), num=4, part=slice(1, None, 2)), Colours())
     whole = measure(open_source(array, Colours()), Colours())
     torch.testing.assert_close(side.pool, whole.pool[[2, 7]])
 
 
-def test_fewer_images_than_processes(images):
+def test_fewer_images_than_processes(tmp_path, images):
+    few, many = (open_source(images(n), Colours()) for n in (2, 9))
+    three = Processes(1, 3, torch.device("cpu"))
     with pytest.raises(ValueError, match="the 2 images of images in memory are fewer than the 3 processes"):
-        measure(open_source(images(2), Colours()), Colours(), Processes(1, 3, torch.device("cpu")))
+        evaluate.look_ahead(many, few, Colours(), three)
+    with pytest.raises(ValueError, match="takes at least 2, and 1 for each of 3 processes; images in memory holds 2 images"):
+        evaluate.make_reference(few, tmp_path / "ref.npz", Colours(), three)
 
 
 def test_a_reference_of_one_s_own(tmp_path, images, run):
@@ -331,6 +425,82 @@ def test_the_kernel_distance(tmp_path, images, run):
     assert abs(near) < 0.05 * far
 
 
+def save_folder(folder, array):
+    folder.mkdir()
+    for number, image in enumerate(array):
+        Image.fromarray(image).save(folder / f"{number:03}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("count", "found"), [(1, FIVE[:1]), (2, FIVE[:3]), (3, FIVE[:3]), (4, FIVE)])
+def test_few_images_give_what_they_allow(tmp_path, images, run, capsys, count, found):
+    """The rest is said in a line each before the network runs."""
+    ref, sample = (save_folder(tmp_path / name, images(count)) for name in ("ref", "sample"))
+    said = []
+
+    class Listening(Colours):
+        def forward(self, images):
+            said.append(capsys.readouterr().err)
+            return super().forward(images)
+
+    row = run(ref, sample, "--kid", network=Listening())
+    assert [name for name in row if isinstance(row[name], float)] == found + ["KID", "KID std"] * (count > 1)
+    lines = [line for line in said[0].splitlines() if ": not without " in line]
+    expected = [f"{name}: not without 2 images or {kind} statistics" for name, kind in (("FID", "pool"), ("sFID", "spatial"))]
+    expected = expected * (count < 2) + ["Precision, Recall: not without 4 images"] * (count < 4)
+    expected += ["KID: not without 2 images"] * (count < 2)
+    held = f" a side, and {sample} holds {count} image{'s' * (count > 1)}"
+    assert lines == [line + held for line in expected]
+
+
+class Unwanted(OtherColours):
+    def forward(self, images):
+        raise AssertionError("the network runs")
+
+
+def test_where_nothing_can_be_computed_no_network_runs(tmp_path, images, run):
+    np.savez(tmp_path / "one.npz", arr_0=images(1))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(6), sigma=np.eye(6), features="other")
+    with pytest.raises(SystemExit, match=r"FD-other: not without 2 images .* holds 1 image; Precision-other,"):
+        run(tmp_path / "statistics.npz", tmp_path / "one.npz", network=Unwanted())
+
+
+def test_sets_of_no_variety(tmp_path, images, run):
+    black, noise = np.zeros((20, 6, 6, 3), np.uint8), images(20)
+    equal = np.repeat(images(1), 20, 0)
+    for name, array in dict(black=black, noise=noise, equal=equal).items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=array)
+    for name in ("black", "noise", "equal"):
+        row = run(tmp_path / f"{name}.npz", tmp_path / f"{name}.npz")
+        assert (row["Precision"], row["Recall"]) == (1, 1)
+        assert 0 <= row["FID"] < 1e-9
+        assert 0 <= row["sFID"] < 1e-9
+    row = run(tmp_path / "black.npz", tmp_path / "noise.npz", "--kid")
+    assert row["FID"] > 0.1
+    assert (row["Inception Score"] > 1, row["Precision"], row["Recall"]) == (True, 0, 0)
+
+
+def test_a_number_that_is_not_finite_is_no_result(tmp_path, images, run, monkeypatch, capsys):
+    """The others are printed and written."""
+    np.savez(tmp_path / "a.npz", arr_0=images(20))
+    monkeypatch.setattr(evaluate, "kernel_distance", lambda *_: (np.nan, 0.0))
+    with pytest.raises(SystemExit, match="error: KID is nan: no number to report"):
+        run(tmp_path / "a.npz", tmp_path / "a.npz", "--kid")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert "KID" not in written
+    assert written["FID"] < 1e-9
+    assert "KID:" not in capsys.readouterr().out
+
+
+def test_a_last_split_of_few_images_is_said(tmp_path, images, run, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=images(21))
+    monkeypatch.setattr(evaluate, "SPLIT", 10)
+    warning = "the last split of the Inception Score has 1 of 10 images and counts as much as the others"
+    for number, said in ((21, True), (20, False), (9, False), (16, False)):
+        row = run(tmp_path / "a.npz", tmp_path / "a.npz", "--num", number)
+        assert any(line.startswith(warning) for line in row["warnings"]) == said
+
+
 def test_what_a_reader_must_know_is_said(tmp_path, images, run, capsys):
     np.savez(tmp_path / "few.npz", arr_0=images(5))
     (tmp_path / "mixed").mkdir()
@@ -379,19 +549,23 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "text.npz"], "text.npz is not an .npz"),
         (["a.npz", "text.png"], "text.png is not an .npz"),
         (["a.npz", "other.npz"], "holds neither images .* nor statistics .*; it has x"),
-        (["a.npz", "broken.npz"], r"pool statistics of shapes \(3,\) and \(2, 2\)"),
+        (["a.npz", "broken.npz"], r"pool statistics are float64 \(3,\) and float64 \(2, 2\); they are a mean \(D,\) and"),
         (["a.npz", "a.npz", "--num", "6"], "holds 5 images, fewer than --num 6"),
         (["statistics.npz", "a.npz", "--num", "5"], "statistics and no images to choose from"),
-        (["a.npz", "one.npz"], "a covariance needs at least 2 images; there are 1"),
+        (["--make-ref", "one.npz", "b.npz"], "a reference takes at least 2; one.npz holds 1 image"),
+        (["--make-ref", "statistics.npz", "b.npz"], "a reference takes at least 2; statistics.npz holds pool statistics"),
+        (["a.npz", "a.npz", "--feature-dim", "64", "--kid"], "--kid is not for --feature-dim 64"),
+        (["--make-ref", "a.npz", "none/b.npz"], "--make-ref none/b.npz: not a file in a folder that can be written"),
+        (["a.npz", "a.npz", "--json", "empty"], "--json empty: not a file in a folder that can be written"),
         (["a.npz", "a.npz", "--halves"], "leave SAMPLES out"),
         (["a.npz", "--make-ref", "a.npz", "b.npz"], "--make-ref FOLDER OUT.npz stands alone"),
         (["x", "y", "--features", "f.npz", "--num", "3"], "not for features in a file"),
         (["x", "y", "--features", "none.npz"], "none.npz"),
         (["x", "y", "--features", "text.npz"], "text.npz is not an .npz"),
-        (["arr_0", "y", "--features", "a.npz"], r"arr_0 in a.npz is uint8 \(5, 6, 6, 3\); features are finite floats"),
+        (["arr_0", "y", "--features", "a.npz"], r"arr_0 in a.npz is uint8 \(5, 6, 6, 3\); features are floats"),
     ],
 )
-def test_a_user_s_mistakes_end_in_one_line(tmp_path, monkeypatch, images, run, flags, message):
+def test_a_user_s_mistakes_end_in_one_line_before_the_work(tmp_path, monkeypatch, images, run, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("text.npz").write_text("text")
