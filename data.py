@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10, Flowers102
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from parallel import launch
 from stops import read, shelter
 from vae import open_space
 
+CHECK = "first read every image once, name those that cannot be read, and end if there are any"
 CIFAR10_FOLDER = "cifar-10-batches-py"
 SIZES = 10_000  # files whose sizes a run compares, evenly spread: to look up those of a million takes minutes on some disks
 LONG = 16  # sides of an image: above it, one a pixel wide could become gigabytes before it is cropped
@@ -84,6 +85,78 @@ class TrainingImages(Dataset):
         image, label = self.source[index]
         pixels = np.array(center_crop_arr(image, self.image_size))        # (size, size, 3)
         return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label if self.num_classes else 0
+
+
+class Replacing(Dataset):
+    """TrainingImages, as (image, class, faults): for one that cannot be read the next of its class that can, whoever reads it,
+    and a list of what is wrong with those that cannot. OSError if these are more than `most`, or the whole class."""
+
+    def __init__(self, images, most):
+        self.images, self.most = images, most
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        faults, labels = [], getattr(self.images.source, "labels", None)
+        for other in (*range(index, len(self)), *range(index)):
+            if labels is None or labels[other] == labels[index]:
+                try:
+                    return *self.images[other], faults
+                except OSError as error:
+                    faults.append(str(error))
+                    if len(faults) > self.most:
+                        break
+        tried = f"{len(faults):,} of its class were tried, and --max-bad-images is {self.most:,}"
+        raise OSError(f"{faults[0]}; none stands in for it: {tried}")
+
+
+def collate(items):
+    """A batch of Replacing: images (B, ...), classes (B,), faults."""
+    images, labels, faults = zip(*items)
+    return *default_collate(list(zip(images, labels))), [fault for some in faults for fault in some]
+
+
+class _Faults(Dataset):
+    """What is wrong with each of these images, "" if nothing is."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            self.images[index]
+            return ""
+        except OSError as error:
+            return str(error)
+
+
+def check_images(images, args, processes, say):
+    """Reads every image once, on all processes and their workers, and tells `say` of each that cannot be read, in order.
+    ValueError if there are more than --max-bad-images, where there is such a flag."""
+    mine = range(processes.rank, len(images), processes.size)
+    loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=readers(args), worker_init_fn=shelter)
+    progress = tqdm(total=len(mine), desc="Checking", unit="image", disable=processes.rank > 0)
+    found = []
+    for faults in read(loader):
+        found += [(mine[progress.n + place], fault) for place, fault in enumerate(faults) if fault]
+        progress.update(len(faults))
+    progress.close()
+    found = sorted(fault for part in processes.gather(found) for fault in part)
+    if processes.rank == 0:
+        for _, fault in found:
+            say(fault)
+    if len(found) > getattr(args, "max_bad_images", 0):
+        way_out = f" or take --max-bad-images {len(found)}" if hasattr(args, "max_bad_images") else ""
+        raise ValueError(f"{len(found):,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
+
+
+def readers(args):
+    """How many processes read images for this one."""
+    return min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
 
 
 def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
@@ -356,6 +429,8 @@ def encode(args, processes):
         print(line)
     if isinstance(images, latents.CachedLatents):
         raise ValueError(f"--data-path {args.data_path} holds latents already")
+    if args.check_data:
+        check_images(images, args, processes, print)
     space.load(processes.device)
     folder, index = Path(args.out), describe(images, space, args)
     if processes.rank == 0:
@@ -419,8 +494,7 @@ def encode_shards(numbers, images, index, space, args, processes):
     n = min(args.batch_size, space.at_once(args.image_size, args.image_size))
     batches = [torch.tensor(latents.shard_images(index, number)).split(n) for number in numbers]
     in_order = [batch.tolist() for shard in batches for batch in shard]
-    workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
-    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers, worker_init_fn=shelter)
+    loader = DataLoader(images, batch_sampler=in_order, num_workers=readers(args), worker_init_fn=shelter)
     progress = tqdm(total=sum(len(batch) for batch in in_order), unit="image", disable=processes.rank > 0)
     read_in_order = read(loader)
     for number, shard in zip(numbers, batches):
@@ -445,6 +519,7 @@ def parse_args(argv=None):
     add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
     add("--held-out", action="store_true", help="the set's own test images, for train.py's --val-path")
     add("--uncond", action="store_true", help="images without classes")
+    add("--check-data", action="store_true", help=CHECK)
     add("--vae", default="ema", help="autoencoder: ema, mse or a local folder")
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
     add("--out", required=True, help="folder for the latents, new or of a run that was stopped; one run at a time")

@@ -59,6 +59,13 @@ class Processes(NamedTuple):
             dist.broadcast_object_list(values)
         return values[0]
 
+    def gather(self, value):
+        """What each process has, in their order, on every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -32,7 +32,7 @@ FREE = {
     "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
     "keep_every", "val_path", "device", "compile", "backend", "grad_checkpointing", "grad_accum", "max_skipped",
     "parallel", "deterministic", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
-    "data", "class_names",  # see changed_images
+    "check_data", "max_bad_images", "data", "class_names",  # for these two see changed_images
 }  # fmt: skip
 WITHOUT_FLAG = {"vae_digest": "the encoder of --vae"}
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder

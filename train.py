@@ -26,7 +26,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import sample
 from checkpoint import initialize
 from cost import peak_flops, peak_memory, training_flops
-from data import DATASETS, center_crop_arr, load_dataset  # noqa: F401  (scripts take center_crop_arr from here)
+from data import CHECK, DATASETS, Replacing, check_images, collate, load_dataset, readers
+from data import center_crop_arr as center_crop_arr  # scripts take it from here
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
@@ -74,6 +75,9 @@ def main(args, processes):
     args.data = dataset.fingerprint()
     if processes.any(args.data != processes.share(args.data))[0]:
         raise ValueError("the processes do not see the same images: --data-path differs from one machine to another")
+    if args.check_data:
+        for images in filter(None, (dataset, held_out)):
+            check_images(images, args, processes, logger.warning)
     probe = open_probe(args, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
@@ -94,6 +98,7 @@ def main(args, processes):
     loader = make_loader(dataset, args, processes)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
     run = find_run(args, processes)
+    args.bad_images = run["args"].get("bad_images", []) if run else []
     first = run["step"] if run else 0
     saved, seen = {first}, processes.share(seen_at(run) if run and processes.rank == 0 else set())
 
@@ -169,7 +174,7 @@ def main(args, processes):
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
     losses, skipped, start = [], 0, perf_counter()
     with rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
-        reader = islice(batches(loader, first, processes, save), max(total - first, 0))
+        reader = islice(batches(loader, first, args, processes, save), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=processes.rank > 0)
         for step, (images, labels) in enumerate(progress, start=first + 1):
             loss = torch.zeros((), device=device)
@@ -224,6 +229,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
         latents.check_vae(args.vae)
+    if args.max_bad_images and isinstance(dataset, CachedLatents):
+        raise ValueError("--max-bad-images is for images; of latents, `data.py encode` makes those again that are damaged")
     if args.compile:
         check_compiler(processes.device)
     if args.objective != "flow" and (args.path or args.times):
@@ -247,13 +254,14 @@ def start_from(checkpoint, model, processes):
 def make_loader(dataset, args, processes):
     """This process's share of every global batch; an epoch's order is the same for any number of processes."""
     sampler = Order(dataset, processes.size, processes.rank, seed=args.global_seed, drop_last=True)
-    workers = min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
+    workers = readers(args)
     return DataLoader(
-        dataset,
+        Replacing(dataset, args.max_bad_images) if args.max_bad_images else dataset,
         batch_size=args.global_batch_size // processes.size,
         sampler=sampler,
         drop_last=True,
         num_workers=workers,
+        collate_fn=collate if args.max_bad_images else None,
         persistent_workers=workers > 0,
         worker_init_fn=shelter,
         pin_memory=processes.device.type == "cuda",
@@ -280,23 +288,26 @@ def epochs(loader, step):
         position = 0
 
 
-def batches(loader, first, processes, save):
+def batches(loader, first, args, processes, save):
     """Batches for all processes alike, beginning after that of step `first`.
 
     When one process cannot read an image or is sent a signal, all of them stop, with what was learnt until then saved.
     """
     reader = epochs(loader, first)
     while True:
-        batch = problem = None
+        faults, problem = [], None
         try:
             with postponed(False):  # images may be long in coming
-                batch = next(reader)
+                images, labels, *faults = next(reader)
         except (Exception, Stopped) as error:
             problem = error
         if came:
             problem = Stopped(" and ".join(came))
         stop = isinstance(problem, Stopped)
-        failed, stopped = processes.any(problem is not None and not stop, stop)
+        failed, stopped, replaced = processes.any(problem is not None and not stop, stop, any(faults))
+        if replaced and not (failed or stopped):
+            problem = note_bad_images([fault for some in faults for fault in some], args, processes)
+            failed = problem is not None
         if (failed or stopped) and processes.size > 1:
             end_readers()
             save()
@@ -304,7 +315,19 @@ def batches(loader, first, processes, save):
         if failed or stopped:
             others = Stopped("a signal to another process") if stopped else OSError(ANOTHER)
             raise problem or others
-        yield batch
+        yield images, labels
+
+
+def note_bad_images(faults, args, processes):
+    """Says what is wrong with images that others stood in for, in all processes, and that is new; the checkpoints know of them.
+    Returns an OSError where --max-bad-images does not allow for more of them."""
+    for fault in dict.fromkeys(fault for part in processes.gather(faults) for fault in part):
+        if fault not in args.bad_images:
+            if len(args.bad_images) >= args.max_bad_images:
+                return OSError(f"{fault}, nor could {len(args.bad_images)} before: all that --max-bad-images allows for")
+            args.bad_images.append(fault)
+            if processes.rank == 0:
+                logger.warning(f"{fault}; another of its class stands in for it, {len(args.bad_images)} of --max-bad-images")
 
 
 def batch_indices(step, loader, args):
@@ -351,11 +374,14 @@ def held_out_loss(model, dataset, args, processes, space):
     objective = create_objective(args.objective, path=args.path or "linear")
     model.eval()  # lest layers of a sharded model, whose weights come and go, keep what they made of older ones
     n = min(len(dataset), HELD_OUT)
-    sums = {}
+    sums, bad = {}, []
+    if args.max_bad_images and not isinstance(dataset, CachedLatents):
+        dataset = Replacing(dataset, args.max_bad_images)
     mine = range(processes.rank, n, processes.size)
     parts = -(-n // (64 * processes.size))  # for every process the same number, as a sharded model needs
     for numbers in (mine[part::parts] for part in range(parts)):
-        images, labels = zip(*(dataset[number * len(dataset) // n] for number in numbers))
+        images, labels, *faults = zip(*(dataset[number * len(dataset) // n] for number in numbers))
+        bad += [fault for some in faults for part in some for fault in part]
         noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
         images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
         x = to_space(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), noise, space)
@@ -365,6 +391,8 @@ def held_out_loss(model, dataset, args, processes, space):
         losses = objective.training_losses(model, x, t, dict(y=labels), noise(x))
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss.sum(dtype=torch.float64)
+    if args.max_bad_images and (problem := note_bad_images(bad, args, processes)):
+        raise problem
     total = torch.stack(list(sums.values())).float()
     if processes.size > 1:
         dist.all_reduce(total)
@@ -471,6 +499,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
     add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
+    add("--check-data", action="store_true", help=CHECK)
+    more = "so many that cannot be read are named, and the next of their class stands in; one more ends the run, saved"
+    add("--max-bad-images", type=not_negative, default=0, metavar="N", help=more)
     add("--val-path", help="held-out images of the same classes (or CIFAR-10), whose loss is logged with every checkpoint")
     add("--results-dir", default="results", help="where the experiment's folder goes")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")

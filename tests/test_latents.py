@@ -242,6 +242,18 @@ def test_latents_of_an_older_version_are_gone_on_with(copy, photos, vae):
     assert len(load_dataset(str(copy), 16)) == 26
 
 
+def test_all_images_are_read_before_they_are_encoded(tmp_path, vae, photos, capsys):
+    bad = Path(shutil.copytree(photos, tmp_path / "photos"))
+    for path in (bad / "class0" / "03.png", bad / "class2" / "05.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^2 of 26 images cannot be read: replace or delete them$"):
+        encode(tmp_path / "a", vae, "--data-path", bad, "--check-data")
+    assert re.findall(r"cannot read the image .*/(\d\d)\.png", capsys.readouterr().out) == ["03", "05"]
+    assert not (tmp_path / "a").exists()
+    whole = encode(tmp_path / "a", vae, "--data-path", photos, "--check-data")
+    assert contents(whole).keys() == {"00000.safetensors", "00001.safetensors", "00002.safetensors", "latents.json"}
+
+
 def missing(path):
     path.unlink()
 
@@ -303,6 +315,7 @@ def readable(dataset, i):
         (["--vae", "none"], "--vae none is not what encoded the latents in .*: that was --vae .*small"),
         (["--vae", "ema"], "--vae ema is not what encoded the latents in .*: that was --vae .*small"),
         (["--num-classes", 2], "the images are of 3 classes, more than --num-classes 2"),
+        (["--max-bad-images", 1], "--max-bad-images is for images; of latents, `data.py encode` makes those again"),
         (["--dataset", "cifar10"], r"the latents in .* are of \(None, False\), not of .*\('cifar10', False\)"),
     ],
 )
