@@ -150,7 +150,7 @@ def check_images(images, args, processes, say):
         for _, fault in found:
             say(fault)
     if len(found) > getattr(args, "max_bad_images", 0):
-        way_out = f" or take --max-bad-images {len(found)}" if hasattr(args, "max_bad_images") else ""
+        way_out = f", or give --max-bad-images {len(found)}" if hasattr(args, "max_bad_images") else ""
         raise ValueError(f"{len(found):,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
 
 

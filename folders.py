@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from heapq import nsmallest
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from torch.utils.data import Dataset
 
 Image.init()
@@ -44,7 +44,9 @@ def read_image(file, name=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        reason = (str(error) or type(error).__name__).replace(repr(str(file)), "it").replace(repr(file), "it")
+        reason = (str(error) or type(error).__name__).replace(repr(str(file)), "it")
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is of no known format"
         raise OSError(f"cannot read the image {name or printable(file)} ({reason})") from error
 
 

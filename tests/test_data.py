@@ -1,5 +1,7 @@
 import io
 import json
+import logging
+import os
 import pickle
 import re
 import shutil
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 import data
 import train
@@ -284,7 +286,7 @@ def test_a_class_without_a_good_image_has_none_to_stand_in(photos):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_all_images_are_read_before_training(tmp_path, spoilt, shallow, caplog, workers):
     flags = [*SMALL, "--data-path", spoilt[1], "--val-path", spoilt[0], "--check-data", "--num-workers", workers]
-    with pytest.raises(ValueError, match="3 of 40 images cannot be read: replace or delete them or take --max-bad-images 3"):
+    with pytest.raises(ValueError, match="3 of 40 images cannot be read: replace or delete them, or give --max-bad-images 3"):
         fit(tmp_path / "r", *flags)
     assert not (tmp_path / "r").exists()
     named = [re.search(r"^cannot read the image .*/(\d/\d\.png) \(.+\)$", line)[1] for line in caplog.messages]
@@ -293,6 +295,31 @@ def test_all_images_are_read_before_training(tmp_path, spoilt, shallow, caplog, 
         fit(tmp_path / "r", *flags, "--max-bad-images", 3)
         fit(tmp_path / "s", *flags, "--val-path", spoilt[1])
         assert learnt(tmp_path / "s")["step"] == learnt(tmp_path / "r")["step"] == 5
+
+
+def test_names_that_no_locale_can_spell_are_logged(tmp_path, photos, shallow, capfd):
+    """In the folder's path and in a class."""
+    folder = bytes(tmp_path) + b"/gr\xfcn"
+    os.rename(photos, folder)
+    os.rename(folder + b"/1", folder + b"/wei\xdf")
+    bad = folder + b"/wei\xdf/7.png"
+    os.truncate(bad, 50)
+    train.log_to(logging.StreamHandler())
+    fit(tmp_path / "r", *SMALL, "--data-path", os.fsdecode(folder), "--max-bad-images", 1)
+    assert "Logging error" not in capfd.readouterr().err
+    log = (tmp_path / "r" / "000-DiT-N-8" / "log.txt").read_text()
+    assert r"Classes: 0, 2, wei\xdf" in log
+    assert r"gr\xfcn/wei\xdf/7.png" in log
+
+
+def test_workers_that_are_not_forked_read_everything(tmp_path, spoilt):
+    write_database(tmp_path / "lmdb", [Image.new("RGB", (9, 8), (i, 0, 0)) for i in range(2)])
+    sources = data.Replacing(load_dataset(spoilt[0], 8), 3), data.TrainingImages(data._Database(tmp_path / "lmdb"), 8, 0, True)
+    together = ConcatDataset(sources)
+    numbers = [0, 15, 40, 41]
+    loader = DataLoader(together, batch_size=None, sampler=numbers, num_workers=1, multiprocessing_context="spawn")
+    for number, (image, *_) in zip(numbers, loader, strict=True):
+        assert torch.equal(image, together[number][0])
 
 
 def write_images(folder, count, classes=1):

@@ -252,8 +252,8 @@ def jpeg2000(depth):
         (saved(Image.fromarray(np.ones((4, 4), np.float32)), "tiff"), "its mode is F, where 8 bits a channel are needed"),
         (saved(Image.fromarray(np.ones((4, 4), np.int32)), "tiff"), "its mode is I, where 8 bits"),
         (png(8, 2)[:60], "image file is truncated|broken"),
-        (b"", "cannot identify"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),  # a program for a printer never runs
+        (b"", "it is of no known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is of no known format"),  # a program, which never runs
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, contents, reason):
