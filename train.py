@@ -9,7 +9,6 @@ All randomness belongs to images and steps, not to processes: the number of proc
 import argparse
 import json
 import logging
-import os
 import re
 from contextlib import nullcontext
 from functools import partial
