@@ -30,7 +30,7 @@ from weights import READ_FROM_UNET, averages_of, load_checkpoint
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
 # Settings that a file may state, and what makes a value one: its type, or that it is a name here.
 STATED = dict(
-    num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str,
+    num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
     model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS,
 )  # fmt: skip
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")

@@ -41,7 +41,7 @@ def main(args, processes):
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise OSError(f"--out {out}: not a file in a folder that can be written")
     prepare_to_sample(model, args, processes.device)
-    space = open_space(settings["vae"]).load(processes.device)
+    space = load_space(settings, args, processes.device)
 
     images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
     save_grid(images, out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
@@ -56,6 +56,17 @@ def create_sampler(args, settings):
         raise ValueError(f"--sampler {name}: the checkpoint's objective is {settings['objective']}, for {', '.join(samplers)}")
     known = {name: settings[name] for name in ("path", "time_scale", "learn_sigma") if name in settings}
     return create_objective(settings["objective"], args.num_sampling_steps, **known), samplers[name]
+
+
+def load_space(settings, args, device):
+    """The space of a checkpoint. ValueError if its autoencoder's folder has another encoder now and --vae does not name it."""
+    space, before = open_space(settings["vae"]).load(device), settings.get("vae_digest")
+    if args.vae is None and settings["vae"] not in ("ema", "mse") and before not in (None, now := space.digest()):
+        raise ValueError(
+            f"the autoencoder in {settings['vae']} has changed since the checkpoint was trained: the digest of its encoder was "
+            f"{before} and is {now}; --vae {settings['vae']} takes it all the same"
+        )
+    return space
 
 
 class Guidance(NamedTuple):

@@ -24,9 +24,9 @@ from features import open_network
 from flags import from_zero, not_negative, positive
 from images import npz_shape, write_npz
 from parallel import launch
-from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, read_guidance, save_png
+from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, load_space, read_guidance, save_png
 from speed import prepare_to_sample
-from vae import DECODER, digest, open_space
+from vae import DECODER, digest
 
 
 def main(args, processes):
@@ -42,7 +42,7 @@ def main(args, processes):
         look_ahead(reference, Source("the samples", None, range(args.num_fid_samples), {}, None), network, processes)
     guidance = read_guidance(args, model.in_channels)
     prepare_to_sample(model, args, processes.device)
-    space = open_space(settings["vae"]).load(processes.device)
+    space = load_space(settings, args, processes.device)
     folder = Path(args.sample_dir) / folder_name(args, settings)
     if processes.rank == 0:
         claim_folder(folder, model, settings["vae"], space, sampler.__name__, guidance, args)
