@@ -195,4 +195,5 @@ def one_line(error):
         return message.splitlines()[-1].partition(": ")[2]
     if isinstance(error, ValueError | OSError) and message:
         return message
-    return f"{type(error).__name__}: {message}".splitlines()[0].removeprefix("RuntimeError: ")
+    kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    return ": ".join(filter(None, [kind, message])).splitlines()[0].removeprefix("RuntimeError: ")

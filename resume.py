@@ -12,8 +12,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,6 +34,7 @@ FREE = {
     "check_data", "max_bad_images", "data", "class_names",  # for these two see changed_images
 }  # fmt: skip
 WITHOUT_FLAG = {"vae_digest": "the encoder of --vae"}
+warned = set()
 KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
 logger = logging.getLogger("train")
 
@@ -191,10 +191,14 @@ def save_run(experiment, learner, args, processes, rounding, alone=False):
         raise OSError(f"cannot write the checkpoint {path}: every process has a part of it, and they have lost each other")
     if alone and not first and (not path.parent.is_dir() or any(path.parent.glob(f"{path.name}*"))):
         return None
-    if sharded:
-        save_sharded(path, tensors(learner), **contents)
-    elif first or alone:
-        save_somewhere(path, **tensors(learner) | dict(opt=learner.opt.state_dict()), **contents)
+    try:
+        if sharded:
+            save_sharded(path, tensors(learner), **contents)
+        elif first or alone:
+            save_somewhere(path, **tensors(learner) | dict(opt=learner.opt.state_dict()), **contents)
+    except Stopped:
+        logger.warning(f"{path} is not written, because Ctrl-C came twice")
+        raise
     if first:
         with best_effort("Deleting older checkpoints"):
             keep(experiment, learner.step, args.keep_last, args.keep_every)
@@ -225,23 +229,29 @@ def rescue(learner, save):
     save(alone=True) saves what `learner` knows. An update that was interrupted is not saved: some of its weights would be those
     of one step, some those of the next.
     """
-    try:
-        yield
-    except BaseException as error:
-        postpone()
-        end_readers()
-        how = f" by {error}" if isinstance(error, Stopped) else f": {explain(error) or one_line(error)}"
-        if learner.step is None:
-            logger.warning(f"Stopped in the middle of an update{how}; what was learnt since the last checkpoint is not saved")
-        else:
-            logger.info(f"Stopped after step {learner.step:,}{how}")
-            try:
-                save(alone=True)
-            except OSError as problem:
-                logger.warning(one_line(problem))
-        if isinstance(error, Stopped):  # all is said
-            raise SystemExit(STATUS) from None
-        raise
+    with ExitStack() as spare:
+        for _ in range(4):  # to write a checkpoint with where no more files can be opened
+            spare.enter_context(open(os.devnull))
+        try:
+            yield
+        except BaseException as error:
+            postpone()
+            spare.close()
+            end_readers()
+            how = f" by {error}" if isinstance(error, Stopped) else f": {explain(error) or one_line(error)}"
+            if learner.step is None:
+                logger.warning(f"Stopped in the middle of an update{how}; nothing is saved that came after the last checkpoint")
+            else:
+                logger.info(f"Stopped after step {learner.step:,}{how}")
+                try:
+                    save(alone=True)
+                except Exception as problem:
+                    if isinstance(error, Stopped):
+                        raise  # whoever starts it again should know
+                    logger.warning(one_line(problem))
+            if isinstance(error, Stopped):  # all is said
+                raise SystemExit(STATUS) from None
+            raise
 
 
 @contextmanager
@@ -253,9 +263,10 @@ def best_effort(what):
         warn_once(f"{what} failed, and training goes on: {one_line(error)}")
 
 
-@cache
 def warn_once(message):
-    logger.warning(message)
+    if message not in warned:
+        warned.add(message)  # first, for the warning may be what cannot be written
+        logger.warning(message)
 
 
 def open_log(folder):

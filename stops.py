@@ -2,7 +2,7 @@
 images for it, and a terminal."""
 
 import errno
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -95,7 +95,10 @@ def read(loader):
         except StopIteration:
             return
         except Exception as error:
-            for ended in (reader.exitcode for reader in readers if reader.exitcode):
+            if isinstance(error, (ConnectionError, EOFError)):  # one has hung up, and will be gone in a moment
+                gone = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=10)
+                [reader.join() for reader in readers if reader.sentinel in gone]
+            for ended in (reader.exitcode for reader in readers if reader.exitcode is not None):
                 if -ended in STOPS:
                     raise Stopped(signal.Signals(-ended).name) from error
                 how = f"by {signal.Signals(-ended).name}" if ended < 0 else f"with status {ended}"
@@ -103,6 +106,22 @@ def read(loader):
                 raise OSError(f"a process that reads images has ended {how}; {advice}") from error
             raise
         yield batch
+
+
+@contextmanager
+def within(seconds, message):
+    """OSError if what happens inside takes longer."""
+
+    def expire(number, frame):
+        raise OSError(message)
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def end_readers():

@@ -40,13 +40,14 @@ from parallel import launch
 from probe import distance, open_probe
 from resume import best_effort, find_run, forget_what_came_after, open_log, record_rounding, rescue, restore, save_run, seen_at
 from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
-from stops import Stopped, came, end_readers, postponed, read, shelter
+from stops import Stopped, came, end_readers, postponed, read, shelter, within
 from tracker import TRACKERS, numbers_of
 from update import create_learner, exchange_gradients, lent, replicate, update
 from vae import draw_latents, open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
 SAMPLING_STEPS = 50  # of the samples that training shows
+PATIENCE = 1800  # seconds that a process waits for its images
 ANOTHER = "stopped, because another process could not read an image"
 logger = logging.getLogger("train")
 
@@ -191,7 +192,7 @@ def main(args, processes):
                 skipped = 0
             else:
                 skipped += 1
-                log_skipped(step, skipped, batch_indices(step, loader, args), args, processes, write_row)
+                log_skipped(step, skipped, batch_indices(step, loader, args), args, processes, write_row, save)
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
             if step % args.log_every == 0 or step == total:
@@ -296,7 +297,7 @@ def batches(loader, first, args, processes, save):
     while True:
         faults, problem = [], None
         try:
-            with postponed(False):  # images may be long in coming
+            with postponed(False), within(PATIENCE, f"no images have come for {PATIENCE:,} seconds: what holds them is stuck"):
                 images, labels, *faults = next(reader)
         except (Exception, Stopped) as error:
             problem = error
@@ -435,12 +436,13 @@ def log_interval(step, losses, seconds, cost, processes, write_row):
         write_row(row)
 
 
-def log_skipped(step, in_a_row, indices, args, processes, write_row):
-    """Says of which images a step made nothing finite. ValueError after too many such steps."""
+def log_skipped(step, in_a_row, indices, args, processes, write_row, save):
+    """Says of which images a step made nothing finite. After too many such steps it saves, and raises ValueError."""
     if processes.rank == 0:
         logger.info(f"(step={step:07d}) Skipped, {in_a_row} in a row: the loss or a gradient is not finite")
         write_row(dict(step=step, skipped=in_a_row, images=indices))
     if in_a_row == args.max_skipped:
+        save()
         some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise ValueError(
             f"steps {step - in_a_row + 1} to {step} had no finite loss and gradient, the last one with images {some} of the "
@@ -486,11 +488,13 @@ def draw_samples(step, ema, args, processes, space, folder, track):
     images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
     if processes.rank == 0:
         path = folder / "samples" / f"{step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        sample.save_grid(images, path, columns=4)
-        logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, drawn {sample.in_words(guidance, ema)}")
-        if track:
-            track(step, {}, path)
+        with best_effort("Writing a grid of samples"):
+            path.parent.mkdir(exist_ok=True)
+            sample.save_grid(images, path, columns=4)
+            logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, drawn {sample.in_words(guidance, ema)}")
+        if track and path.exists():
+            with best_effort("Tracking"):
+                track(step, {}, path)
 
 
 def parse_args(argv=None):

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
 import logging
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pde_ssm
 import pde_ssm_cpu
+import stops
 from checkpoint import save_checkpoint
 from commands import write_photos
 from models import MODELS
@@ -118,6 +120,17 @@ def default_backend():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def default_signals():
+    """launch() leaves them as the end of a process needs them."""
+    before = {number: signal.getsignal(number) for number in [*stops.STOPS, signal.SIGCHLD]}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stops.came.clear()
+    stops._postponed = False
 
 
 @pytest.fixture(autouse=True)
