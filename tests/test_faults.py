@@ -83,12 +83,12 @@ WATCHED = ["held_out_loss", "draw_samples", "distance"]
 
 
 def end_of(command, args):
-    """How a command ends: its status, its last line, or an exception that would show a traceback."""
+    """How a command ends: its status, its last line without its name, or an exception that would show a traceback."""
     try:
         launch(command, args)
         return 0
     except SystemExit as end:
-        return end.code
+        return end.code.partition(": ")[2] if isinstance(end.code, str) else end.code
     except Exception as error:
         return error
 
@@ -237,7 +237,7 @@ SHARED = RuntimeError("unable to open shared memory object </torch_7_8> in read-
 def test_an_error_in_a_step_saves_the_steps_before(calm, flags, tmp_path, monkeypatch, capfd, error):
     in_step(AT, throw(error))(monkeypatch)
     end = end_of_training(*flags)
-    assert end is error if isinstance(error, KeyError) else re.fullmatch(r"pytest: error: \S.+", end)
+    assert end is error if isinstance(error, KeyError) else re.fullmatch(r"error: \S.+", end)
     assert assert_saved_once(calm, tmp_path / "r", capfd.readouterr().err) == AT - 1
 
 
@@ -253,7 +253,7 @@ def test_an_error_in_what_is_shown_comes_after_the_checkpoint(calm, flags, tmp_p
 def test_an_update_that_was_interrupted_is_not_saved(flags, tmp_path, monkeypatch, capfd):
     """The optimiser has made its step, and the averages have not."""
     in_call(update, "update_ema", throw(MemoryError()))(monkeypatch)
-    assert end_of_training(*flags) == "pytest: error: out of memory"
+    assert end_of_training(*flags) == "error: out of memory"
     assert "Stopped in the middle of an update: out of memory; nothing is saved" in capfd.readouterr().err
     assert names(tmp_path / "r") == []
 
@@ -378,7 +378,7 @@ def test_a_folder_that_cannot_be_written_sends_the_checkpoint_elsewhere(calm, fl
         (tmp_path / "t").mkdir()
     in_step(AT, lose)(monkeypatch)
     end = end_of_training(*flags)
-    assert re.match(r"pytest: error: .*File exists: \S*checkpoints", end)
+    assert re.match(r"error: .*File exists: \S*checkpoints", end)
     if lost:
         assert "; and [Errno 2] No such file" in end
         return
@@ -482,5 +482,5 @@ def test_a_stopped_evaluation_says_so(tmp_path, monkeypatch, capfd):
     in_call(evaluate, "see", send(signal.SIGINT))(monkeypatch)
     args = [str(tmp_path / "a.npz")] * 2 + ["--json", str(tmp_path / "out.json"), "--device", "cpu"]
     assert end_of(evaluate.main, evaluate.parse_args(args)) == 75
-    assert capfd.readouterr().err.splitlines()[-1] == "pytest: stopped by SIGINT"
+    assert capfd.readouterr().err.splitlines()[-1].endswith(": stopped by SIGINT")
     assert not Path(tmp_path / "out.json").exists()
