@@ -23,7 +23,7 @@ from parallel import explain, one_line
 from sharded import check_pieces, load_sharded, read_settings, save_sharded
 from speed import rounding
 from stops import STATUS, Stopped, end_readers, postpone
-from update import tensors
+from update import first_not_finite, tensors
 from weights import read_checkpoint
 
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
@@ -130,8 +130,10 @@ def changed_settings(before, now):
     free = FREE | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural, another is not
     names = [name for name in now if name in before and name not in free and before[name] != now[name]]
     called = {name: WITHOUT_FLAG.get(name, f"--{name.replace('_', '-')}") for name in names}
-    changes = [f"{called[name]} was {before[name]} and is {now[name]}" for name in names]
-    return changes + changed_images(before, now)
+    changes = [f"{called[name]} was {before[name]} and is {now[name]}" for name in names] + changed_images(before, now)
+    if changes and any(name in before and before[name] != now[name] for name in ("global_batch_size", "global_seed", "data")):
+        changes.append("so that images may come twice in the epoch that was begun, and others not at all")
+    return changes
 
 
 def changed_images(before, now):
@@ -160,6 +162,8 @@ def restore(learner, run):
         fill(tensors(learner), contents | dict(opt=moments), run["path"])
     if run["scaler"]:  # empty if the run was not in float16
         learner.scaler.load_state_dict(run["scaler"])
+    if spoilt := first_not_finite(learner):
+        raise ValueError(f"{run['path']}: {spoilt} is not finite; to go on from the one before, move it away")
     learner.step = run["step"]
 
 
@@ -182,8 +186,16 @@ def save_run(experiment, learner, args, processes, rounding, alone=False):
     """Writes a checkpoint, deletes those that are not to be kept, and returns its path.
 
     Every process calls it, or, alone, one that cannot wait for the others: it writes what no other writes, and returns None if
-    there is nothing to do. OSError if it cannot be written, or only elsewhere, or not by one process alone.
+    there is nothing to do. ValueError for weights, averages or moments that are not finite, which would take the place of good
+    ones; OSError if it cannot be written, or only elsewhere, or not by one process alone.
     """
+    spoilt = first_not_finite(learner)
+    if spoilt if alone else processes.any(spoilt is not None)[0]:
+        what = spoilt or "a part on another process"
+        raise ValueError(
+            f"after step {learner.step} {what} is not finite, so that nothing of it is saved; the checkpoints before stay, and "
+            "a lower --lr, --max-grad-norm or --precision fp32 may help"
+        )
     contents = dict(args=vars(args), step=learner.step, scaler=learner.scaler.state_dict(), rounding=rounding)
     sharded, first = args.parallel == "fsdp", processes.rank == 0
     path = Path(experiment, "checkpoints", f"{learner.step:07d}.{'dcp' if sharded else 'pt'}")

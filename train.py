@@ -42,7 +42,7 @@ from resume import best_effort, find_run, forget_what_came_after, open_log, reco
 from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
 from stops import Stopped, came, end_readers, postponed, read, shelter, within
 from tracker import TRACKERS, numbers_of
-from update import create_learner, exchange_gradients, lent, replicate, update
+from update import create_learner, exchange_gradients, lent, only_the_scale_falls, replicate, update
 from vae import draw_latents, open_space
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
@@ -172,6 +172,8 @@ def main(args, processes):
     if first:  # what a kill may have come before
         watch(first, due(first) - seen)
     logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
+    parts = f" in {args.grad_accum} parts" if args.grad_accum > 1 else ""
+    logger.info(f"A step has {args.global_batch_size:,} images, {loader.batch_size:,} on each process{parts}")
     losses, skipped, start = [], 0, perf_counter()
     with rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
         reader = islice(batches(loader, first, args, processes, save), max(total - first, 0))
@@ -190,6 +192,8 @@ def main(args, processes):
             if update(learner, loss, step, args.max_grad_norm, args.ema_warmup):
                 losses.append(loss)
                 skipped = 0
+            elif only_the_scale_falls(learner, loss):
+                log_scale(step, learner.scaler.get_scale(), processes, write_row)
             else:
                 skipped += 1
                 log_skipped(step, skipped, batch_indices(step, loader, args), args, processes, write_row, save)
@@ -434,6 +438,13 @@ def log_interval(step, losses, seconds, cost, processes, write_row):
             f"Peak Memory: {row['peak_memory_gb']:.2f} GB"
         )
         write_row(row)
+
+
+def log_scale(step, scale, processes, write_row):
+    """Says of a step that it was skipped for float16's scale, to which it is now."""
+    if processes.rank == 0:
+        logger.info(f"(step={step:07d}) Skipped: float16 cannot hold the scaled gradients, whose scale is now {scale:g}")
+        write_row(dict(step=step, scale=scale))
 
 
 def log_skipped(step, in_a_row, indices, args, processes, write_row, save):

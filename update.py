@@ -84,7 +84,8 @@ def exchange_gradients(replica, now):
 def update(learner, loss, step, max_norm=None, warmup=True):
     """One step of the optimiser and of the averages with the gradients that are there, scaled down to max_norm.
 
-    Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite.
+    Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite. The
+    norm is the root of their squares, so that no gradient passes whose square, which AdamW averages, overflows.
     """
     model, opt, scaler = learner.model, learner.opt, learner.scaler
     scaler.unscale_(opt)
@@ -104,6 +105,23 @@ def update(learner, loss, step, max_norm=None, warmup=True):
         opt.zero_grad()
         learner.step = step
     return finite
+
+
+def only_the_scale_falls(learner, loss):
+    """Whether a step was skipped for nothing but float16's scale, which begins high and is halved until gradients fit in."""
+    return learner.scaler.is_enabled() and bool(loss.isfinite()) and learner.scaler.get_scale() >= 1
+
+
+def first_not_finite(learner):
+    """Names a tensor with NaN or infinity in it, of those that updates change and as far as this process has them; or None."""
+    values = tensors(learner)
+    moments = {f"{name}, {moment}": x for name, state in values.pop("opt").items() for moment, x in state.items()}
+    for part, named in (values | dict(opt=moments)).items():
+        mine = [x.to_local() if isinstance(x, DTensor) else x for x in named.values()]
+        finite = torch.stack([x.isfinite().all() for x in mine]).tolist()
+        if not all(finite):
+            return f"{list(named)[finite.index(False)]} of {part}"
+    return None
 
 
 def decay_at(step, decay):

@@ -270,6 +270,13 @@ def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog
     assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2"]
 
 
+@pytest.mark.parametrize("change", [["--global-batch-size", 10], ["--global-seed", 1]])
+def test_another_order_of_images_is_said_to_show_some_twice(flags, begun, caplog, change):
+    again(flags, "--resume", "auto", "--max-steps", 15, *change, "--allow-changes")
+    assert f"{change[0]} was" in caplog.text
+    assert "so that images may come twice in the epoch that was begun, and others not at all" in caplog.text
+
+
 @pytest.mark.parametrize("more", [["--max-steps", 10], ["--tracker", "tensorboard"], ["--sample-every", 10]])
 def test_a_finished_run_changes_nothing(flags, begun, caplog, more):
     before = {path: path.read_bytes() for path in begun.rglob("*.*")}

@@ -18,6 +18,7 @@ from checkpoint import load_checkpoint, load_model
 from commands import draw, fork, lasting, write_photos
 from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, flipped, names, rows
+from test_update import spoil_weights
 from weights import read_checkpoint
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
@@ -175,6 +176,15 @@ def test_a_full_disk_is_named_and_takes_no_sharded_checkpoint_along(runs, tmp_pa
     reason = "File too large" if spoil is fill_disk_late else ".+"
     assert re.search(rf"error: could not write the checkpoint .*/0000011\.dcp; is the disk full\? .*{reason}\n", errors)
     assert "Traceback" not in errors
+
+
+def test_a_part_that_is_not_finite_is_not_saved(runs, tmp_path, capfd):
+    flags = [*FLAGS, "--parallel", "fsdp", "--data-path", runs / "photos", "--results-dir", tmp_path / "r", "--ckpt-every", 1]
+    assert fork(*flags, processes=2, spoil=lambda rank: spoil_weights("ema", np.nan, 2) if rank == 1 else None) == [1, 1]
+    assert names(tmp_path / "r") == ["0000001.dcp"]
+    errors = capfd.readouterr().err
+    assert "error: after step 2 final_layer.linear.weight of ema is not finite" in errors
+    assert "error: after step 2 a part on another process is not finite" in errors
 
 
 def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):

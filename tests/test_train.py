@@ -2,6 +2,7 @@ import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +179,22 @@ def test_every_epoch_has_an_order_of_its_own():
     (first,), (second,) = next(batches), next(batches)
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
     assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 7])
+def test_going_on_with_other_processes_shows_no_image_twice_in_an_epoch(step):
+    """Five steps an epoch; step 5 is the last of the first."""
+    images, args = torch.utils.data.TensorDataset(torch.arange(43)), train.parse_args(["--global-batch-size", "8"])
+
+    def seen(size, first, last):
+        loaders = [train.make_loader(images, args, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
+        shares = [islice(train.epochs(loader, first), last - first) for loader in loaders]
+        return [sorted(torch.cat([part for (part,) in parts]).tolist()) for parts in zip(*shares)]
+
+    whole = seen(1, 0, 10)
+    assert all(len({number for batch in whole[epoch : epoch + 5] for number in batch}) == 40 for epoch in (0, 5))
+    assert seen(1, 0, step) + seen(2, step, 10) == whole
+    assert seen(4, 0, step) + seen(1, step, 10) == whole
 
 
 def test_what_was_learnt_is_saved_before_a_bad_image_ends_the_run(tmp_path, monkeypatch):

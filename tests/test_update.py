@@ -2,10 +2,12 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import data
 import train
@@ -14,7 +16,7 @@ from checkpoint import parse_args as export_args
 from commands import ALONE, QUICK, draw, draw_many, fit
 from models import MODELS
 from parallel import Processes
-from update import decay_at, update_ema
+from update import create_learner, decay_at, first_not_finite, only_the_scale_falls, tensors, update, update_ema
 from weights import read_checkpoint
 
 
@@ -150,6 +152,71 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_log(tmp_path, monkeyp
     assert all(math.isfinite(row["loss"]) for row in log if "loss" in row)
     if precision == "fp16":
         assert end["scaler"]["scale"] == 2**16 / 2**3
+
+
+def test_steps_that_only_float16s_scale_costs_are_no_faults(tmp_path, monkeypatch, shallow):
+    """A scale so high that more steps than --max-skipped go by until gradients fit in."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**28))
+    flags = ["--model", "DiT-N/8", "--max-steps", 14, "--global-batch-size", 4, "--lr", 1e-2, "--precision", "fp16"]
+    folder = fit(tmp_path, *flags, "--max-skipped", 2, "--mixer", "pdessm-g", "--log-every", 14)
+    *skipped, last = rows(folder)
+    assert len(skipped) > 2
+    assert [row["scale"] for row in skipped] == [2.0 ** (27 - i) for i in range(len(skipped))]
+    assert math.isfinite(last["loss"])
+    assert "Skipped: float16 cannot hold the scaled gradients, whose scale is now 1.34" in (folder / "log.txt").read_text()
+
+
+def learner_of(model):
+    return create_learner(model, train.parse_args(["--ema-decay", "0.5"]), ALONE)
+
+
+@pytest.mark.parametrize(("scale", "loss", "fault"), [(4, 1, False), (2, 1, False), (1, 1, True), (4, math.nan, True)])
+def test_a_fault_in_float16_is_what_no_scale_mends(scale, loss, fault):
+    learner = learner_of(torch.nn.Linear(1, 1))
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=float(scale))
+    learner.scaler.scale(learner.model(torch.full((1, 1), math.inf)).sum()).backward()
+    assert not update(learner, torch.tensor(float(loss)), 1)
+    assert only_the_scale_falls(learner, torch.tensor(float(loss))) == (not fault)
+
+
+@pytest.mark.parametrize(("gradient", "learns"), [(1e18, True), (1e20, False)])
+def test_gradients_whose_squares_overflow_do_not_reach_the_moments(gradient, learns):
+    learner = learner_of(torch.nn.Linear(1, 1))
+    learner.model(torch.full((1, 1), gradient)).sum().backward()
+    assert update(learner, torch.tensor(1.0), 1) == learns
+    assert first_not_finite(learner) is None
+    assert learner.opt.state[learner.model.weight]["exp_avg_sq"].any() == learns
+
+
+def spoil_weights(part, value, step):
+    """Writes that value into a tensor of a learner's right after an update; of a sharded one, into this process's part."""
+
+    def spoilt(learner, *rest, update=train.update):
+        learnt = update(learner, *rest)
+        if rest[1] == step:
+            x = tensors(learner)[part]["final_layer.linear.weight"]
+            x = x["exp_avg_sq"] if part == "opt" else x
+            (x.to_local() if isinstance(x, DTensor) else x)[-1, -1] = value
+        return learnt
+
+    train.update = spoilt
+
+
+@pytest.mark.parametrize(("part", "value"), [("model", math.inf), ("ema", math.nan), ("ema_0.5", -math.inf), ("opt", math.inf)])
+def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, monkeypatch, part, value):
+    monkeypatch.setattr(train, "update", train.update)
+    spoil_weights(part, value, 3)
+    flags = ["--max-steps", 4, "--global-batch-size", 8, "--ckpt-every", 1, "--keep-last", 1, "--ema-decay", 0.9999, 0.5]
+    flags += ["--ema-device", "cpu"]
+    with pytest.raises(ValueError, match=rf"after step 3 final_layer\.linear\.weight\S* .*of {part} is not finite"):
+        fit(tmp_path, *flags)
+    (path,) = (tmp_path / "000-DiT-N-4" / "checkpoints").iterdir()
+    assert path.name == "0000002.pt"
+    contents = torch.load(path)
+    contents["ema"]["final_layer.linear.weight"][0, 0] = math.nan
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match=r"2\.pt: final_layer\.linear\.weight of ema is not finite; to go on from the one"):
+        fit(tmp_path, *flags, "--resume", "auto")
 
 
 def test_too_many_steps_that_are_not_finite_stop_with_the_images(tmp_path, monkeypatch):
