@@ -387,7 +387,7 @@ def test_a_file_system_without_locks_is_warned_of(flags, begun, monkeypatch, cap
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(resume.fcntl, "lockf", refuse)
-    again(flags, "--resume", "auto")
+    again(flags, "--resume", "auto", "--max-steps", 15)
     assert re.search("Nothing keeps a second process out of .*000-DiT-N-8: it cannot be locked .*No locks", caplog.text)
     assert "Done!" in caplog.text
 
