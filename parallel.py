@@ -1,9 +1,11 @@
 """One process or many: what torchrun started, what a command is given, and how it ends."""
 
+import atexit
 import ctypes
 import os
 import re
 import sys
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
@@ -23,6 +25,7 @@ except ImportError as error:
 # Processes wait so long for one another, since some work is for one of them alone: fetching weights, joining a data set's
 # files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
 PATIENCE = timedelta(hours=12)
+FAREWELL = 30  # seconds that a process which leaves the others takes at most to do so
 # What PyTorch says, as a RuntimeError, of a machine that has no more of something.
 SHORT = "t allocate memory|not enough memory|hared memory|unable to mmap|oo many open files|o space left|ancdata"
 
@@ -132,8 +135,8 @@ def explain(error):
 
 
 def leave(end):
-    """Ends this one of several processes at once, with what the exception says: on the usual way out it would wait for the
-    others, who may be waiting for it."""
+    """Ends this one of several processes, with what the exception says. On the usual way out it would wait for the others, who
+    may be waiting for it; what is to be done at the end, such as what wandb has to write, has half a minute."""
     if not isinstance(end, SystemExit):
         sys.excepthook(type(end), end, end.__traceback__)
         end = SystemExit(1)
@@ -141,6 +144,10 @@ def leave(end):
         sys.stderr.write(f"{end.code}\n")  # in one piece: others may be writing theirs
         end = SystemExit(1)
     sys.stdout.flush(), sys.stderr.flush()
+    out = threading.Timer(FAREWELL, os._exit, [end.code or 0])
+    out.daemon = True
+    out.start()
+    atexit._run_exitfuncs()
     os._exit(end.code or 0)
 
 

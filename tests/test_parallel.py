@@ -1,5 +1,6 @@
 """How commands begin and end: with one process, with several, and on a Slurm cluster."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import parallel
 from commands import ROOT
 from parallel import choose_device, launch
 
@@ -81,11 +83,17 @@ def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(capfd, error):
     assert errors.count("error: stopped, because another process did") == 1
 
 
-def test_a_status_is_that_of_all():
+def test_who_leaves_does_what_is_to_be_done_at_the_end_but_does_not_hang_there(tmp_path, monkeypatch):
+    """With the status of all."""
+    monkeypatch.setattr(parallel, "FAREWELL", 0.5)
+
     def command(args, processes):
+        atexit.register(time.sleep, 300)
+        atexit.register((tmp_path / str(processes.rank)).touch)
         raise SystemExit(os.EX_TEMPFAIL)
 
     assert together(command) == [os.EX_TEMPFAIL] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
