@@ -273,6 +273,8 @@ def test_a_folder_of_a_pipeline_and_weights_of_a_variant(tmp_path):
         space = open_space(str(tmp_path / f"{dtype}{variant}")).load("cpu")
         assert {weight.dtype for weight in space.vae.state_dict().values()} == {torch.float32}
         assert torch.equal(space.vae.encoder.conv_in.weight, whole.vae.encoder.conv_in.weight.to(dtype).float())
+    weights_with(quant_conv__bias=torch.ones(8, dtype=torch.float16))(tmp_path / "pipeline" / "vae")
+    assert open_space(str(tmp_path / "pipeline")).load("cpu").vae.quant_conv.bias.dtype == torch.float32
     vae.save_pretrained(folder, variant="fp16")  # beside the others
     assert open_space(folder).load("cpu").digest() == whole.digest()
 
@@ -286,6 +288,8 @@ def test_the_digest_knows_what_latents_depend_on_and_that_alone(tmp_path):
     digests = {name: (space.load("cpu").digest(), space.digest(DECODER)) for name, space in spaces.items()}
     for of_part in zip(*digests.values()):
         assert len(set(of_part)) == len(spaces)
+    spaces["plain"].kind = "VQModel"
+    assert spaces["plain"].digest() != digests["plain"][0]
     weights = spaces["scale"].vae.state_dict()
     known = {name: weight for name, weight in weights.items() if name.startswith(("encoder.", "quant_conv."))}
     assert digests["scale"][0] == digest(known | {"scaling_factor": torch.tensor(0.5)})
