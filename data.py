@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import latents
 from flags import not_negative, positive
-from folders import Folder, digest, printable, read_image
+from folders import Folder, describe_classes, digest, printable, read_image
 from parallel import launch
 from stops import read, shelter
 from vae import open_space
@@ -425,7 +425,8 @@ def encode(args, processes):
     if processes.rank > 0:
         processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
     images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
-    for line in images.remarks if processes.rank == 0 else []:
+    classes = describe_classes(images.classes) if images.num_classes and images.classes else []
+    for line in [*images.remarks, *classes] if processes.rank == 0 else []:
         print(line)
     if isinstance(images, latents.CachedLatents):
         raise ValueError(f"--data-path {args.data_path} holds latents already")

@@ -57,9 +57,10 @@ def _bits(image):
     if image.format == "JPEG2000":
         place = image.fp.tell()
         image.fp.seek(0)
-        start = image.fp.read(2**16)
+        contents = image.fp.read()
         image.fp.seek(place)
-        return (start[start.find(b"\xff\x4f\xff\x51") + 42] & 127) + 1  # of the first channel
+        header = contents.find(b"\xff\x4f\xff\x51")  # of the codestream, which boxes of any length may precede
+        return (contents[header + 42] & 127) + 1 if header >= 0 else 8  # of the first channel
     if image.format in ("PNG", "PPM"):
         how = image.tile[0][3]  # a raw mode, such as RGB;16B, and of PPM perhaps the largest value
         return 16 if ";16" in how else how[-1].bit_length() if isinstance(how, tuple) else 8
@@ -68,6 +69,11 @@ def _bits(image):
 
 def digest(contents):
     return hashlib.sha256(contents).hexdigest()[:16]
+
+
+def hidden(name):
+    """Whether a file or folder is of the system, or hidden, and nobody's data."""
+    return name[0] == "." or name.lower() in SYSTEM
 
 
 def printable(path):
@@ -138,14 +144,14 @@ def _walk(root, labelled):
             found.append((label, folder, real, names))
             with os.scandir(folder) as entries:  # which knows what an entry is, so that only links are looked up
                 for entry in entries:
-                    name, lower = entry.name, entry.name.lower()
-                    if name[0] == "." or lower in SYSTEM:
+                    name = entry.name
+                    if hidden(name):
                         left_out["hidden or of the system"][printable(name)] += 1
                     elif entry.is_symlink() and not os.path.exists(entry.path):
                         leave_out("linked to nothing", entry.path)
                     elif entry.is_file():
-                        if lower[lower.rfind(".") :] not in ENDINGS:
-                            ending = os.path.splitext(lower)[1]
+                        if name[name.rfind(".") :].lower() not in ENDINGS:
+                            ending = os.path.splitext(name)[1].lower()
                             left_out["with other endings"][printable(ending) if ending else "without any"] += 1
                         elif outside:
                             leave_out("beside the class folders", entry.path)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from checkpoint import whole_file
-from folders import digest
+from folders import digest, hidden
 from vae import open_space
 
 INDEX = "latents.json"
@@ -98,7 +98,7 @@ def claim(folder, index):
         differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
         if differences:
             raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
-    elif any(folder.iterdir()):
+    elif not all(hidden(entry.name) for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no cached latents; give another --out")
     else:
         with whole_file(folder / INDEX, "index") as file:

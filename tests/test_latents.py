@@ -367,6 +367,9 @@ def test_places_that_will_not_do(tmp_path, encoded, photos, vae):
         encode(tmp_path / "a", vae, "--data-path", encoded)
     with pytest.raises(ValueError, match=r"is not empty and holds no cached latents"):
         encode(photos, vae, "--data-path", photos)
+    (tmp_path / "new" / "lost+found").mkdir(parents=True)
+    (tmp_path / "new" / ".DS_Store").write_bytes(b"x")
+    assert len(load_dataset(encode(tmp_path / "new", vae, "--data-path", photos), 16)) == 26
     with pytest.raises(OSError, match=r"/proc/a"):
         encode("/proc/a", vae, "--data-path", photos)
     assert not (tmp_path / "a").exists()
