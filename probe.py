@@ -24,7 +24,13 @@ class Probe(NamedTuple):
     name: str
     network: nn.Module
     samples: int
+    images: int
     reference: tuple
+
+    def describe(self):
+        features = len(self.reference[0])
+        few = f"; those are not more than {features} features, which biases it upwards" if self.images <= features else ""
+        return f"{self.name} compares {self.samples:,} samples with {self.images:,} images{few}"
 
 
 def open_probe(args, processes):
@@ -36,27 +42,36 @@ def open_probe(args, processes):
     network = open_network(args.features, args.weights, FEATURES if args.features == "inception" else None)
     network.to(processes.device, memory_format=torch.channels_last)
     images = FolderImages(path, args.image_size, args.dataset, held_out=bool(args.val_path))
-    samples = max(PROBED, processes.size)
-    mine = spread(len(images), min(samples, len(images)))[processes.rank :: processes.size]
-    batches = [mine[start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]
-    reference = statistics(map(np.stack, images.read(batches)), network, processes)
-    return Probe(f"fd{len(reference[0])}_{network.name}_{samples}", network, samples, reference)
+    samples, least = max(PROBED, processes.size), max(2, processes.size)
+    if len(images) < least:
+        raise ValueError(f"--probe-every compares with {least} images or more, one a process; {path} holds {len(images)}")
+    count = min(samples, len(images))
+    mine, sums = spread(len(images), count)[processes.rank :: processes.size], Statistics()
+    for batch in images.read([mine[start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]):
+        add(sums, np.stack(batch), network, processes)
+    reference = in_all(sums, processes)
+    return Probe(f"fd{len(reference[0])}_{network.name}_{samples}", network, samples, count, reference)
 
 
 @torch.no_grad()
-def statistics(batches, network, processes):
-    """Mean and covariance of the first features of all processes' images, in batches of uint8 arrays (n, H, W, 3)."""
-    sums = Statistics()
-    for batch in batches:
-        with full_precision():
-            sums.add(see(network, batch, processes.device)["pool"][:, :FEATURES])
+def add(sums, images, network, processes):
+    """The first features of uint8 images (n, H, W, 3)."""
+    with full_precision():
+        sums.add(see(network, images, processes.device)["pool"][:, :FEATURES])
+
+
+def in_all(sums, processes):
+    """Mean and covariance of all processes' features. ValueError, on all of them, if those are not finite."""
     if processes.size > 1:
         sums.sum_over_processes()
+    if not np.isfinite(sums.mean).all():
+        raise ValueError("features are not finite")
     return sums.mean, sums.covariance
 
 
 def distance(probe, model, space, objective, sampler, processes):
-    """Of samples without guidance, of random classes, the same noise in every call. Every process draws its share."""
+    """Of samples without guidance, of random classes, the same noise in every call. Every process draws its share. ValueError,
+    on all of them, where one has no samples."""
     model.eval()  # which drops kept symbols: sharded parameters change without telling
     mine = range(processes.rank, probe.samples, processes.size)
     parts = -(-probe.samples // (AT_ONCE * processes.size))  # for every process the same number, as a sharded model needs
@@ -66,5 +81,12 @@ def distance(probe, model, space, objective, sampler, processes):
         labels = (noise.rand() * model.trained_classes).long()
         return generate(model, space, objective, sampler, labels, noise, Guidance(1), progress=False).numpy()
 
-    samples = statistics((draw(mine[part::parts]) for part in range(parts)), probe.network, processes)
-    return frechet_distance(*probe.reference, *samples)
+    sums, problem = Statistics(), None
+    for part in range(parts):
+        try:
+            add(sums, draw(mine[part::parts]), probe.network, processes)
+        except (ValueError, RuntimeError) as error:  # others wait for this process's share of a sharded model
+            problem = str(error).partition("\n")[0]
+    if any(processes.any(problem is not None)):
+        raise ValueError(problem or "another process has no samples")
+    return frechet_distance(*probe.reference, *in_all(sums, processes))

@@ -129,6 +129,8 @@ def main(args, processes):
         logger.info(line)
     for line in describe_classes(args.class_names) if args.class_names else []:
         logger.info(line)
+    if probe:
+        logger.info(probe.describe())
     if dataset.num_classes < args.num_classes:
         logger.warning(
             f"The images have {dataset.num_classes} classes, fewer than --num-classes {args.num_classes}: the others will stay "
@@ -167,7 +169,11 @@ def main(args, processes):
             if "samples" in names:
                 draw_samples(step, ema, args, processes, space, folder, track)
             if probe and probe.name in names:
-                log_probe(step, probe, distance(probe, ema, space, *quick_sampler(args), processes), processes, write_row)
+                try:
+                    found = distance(probe, ema, space, *quick_sampler(args), processes)
+                except ValueError as error:  # of these weights, which training goes on to change
+                    found = error
+                log_probe(step, probe, found, processes, write_row)
 
     if first:  # what a kill may have come before
         watch(first, due(first) - seen)
@@ -467,10 +473,12 @@ def log_held_out(step, losses, processes, write_row):
         write_row(dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
 
 
-def log_probe(step, probe, distance, processes, write_row):
+def log_probe(step, probe, found, processes, write_row):
+    """found: the distance, or why there is none."""
+    failed = isinstance(found, ValueError)
     if processes.rank == 0:
-        logger.info(f"(step={step:07d}) Frechet Distance: {distance:.4g} ({probe.name})")
-        write_row({"step": step, probe.name: distance})
+        logger.info(f"(step={step:07d}) Frechet Distance: {f'none, {found}' if failed else f'{found:.4g}'} ({probe.name})")
+        write_row({"step": step, probe.name: None if failed else found})
 
 
 def append_row(folder, track, row):

@@ -1,9 +1,11 @@
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 import probe
 import train
 from commands import ALONE, QUICK, Colours, draw_many, fit, fork
@@ -51,6 +53,69 @@ def test_the_distance_is_that_of_the_checkpoint_s_samples_to_images(tmp_path, fl
         assert found == pytest.approx(frechet_distance(*images, *gaussian(samples)), rel=1e-4)
     assert list(probed(folder)) == [2, 4]
     assert f"(step=0000004) Frechet Distance: {found:.4g} ({NAME})" in (folder / "log.txt").read_text()
+
+
+def test_it_is_what_evaluate_prints_of_the_same_samples(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_network", lambda *_: Colours())
+    folder = fit(tmp_path / "r", *SHORT, "--data-path", photos, "--num-workers", 0, "--num-classes", 3, "--probe-every", 4)
+    samples, out = tmp_path / "samples", tmp_path / "out.json"
+    draw_many(folder / "checkpoints" / "0000004.pt", samples, "--cfg-scale", 1, "--num-fid-samples", 12)
+    flags = [photos, str(next(samples.glob("*.npz"))), "--num", "12", "--image-size", "8", "--json", str(out)]
+    evaluate.main(evaluate.parse_args(flags), ALONE)
+    assert json.loads(out.read_text())["FID"] == pytest.approx(probed(folder)[4], rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fault", ["samples", "features"])
+def test_a_probe_that_fails_ends_no_run(tmp_path, monkeypatch, photos, fault, processes):
+    """On one of the processes; the next probe is made again."""
+    draws = []
+
+    def fail(rank):
+        generate = probe.generate
+
+        def failing(*args, **kwargs):
+            draws.append(rank)
+            if rank == processes - 1 and len(draws) <= 2 and fault == "samples":
+                raise RuntimeError("out of memory\nand a long story")
+            return generate(*args, **kwargs)
+
+        def overflowing(network, batch, device):
+            values = see(network, batch, device)
+            return {"pool": torch.inf * values["pool"]} if rank == processes - 1 and len(draws) in (1, 2) else values
+
+        see = probe.see
+        monkeypatch.setattr(probe, "generate", failing)
+        if fault == "features":
+            monkeypatch.setattr(probe, "see", overflowing)
+
+    flags = [*SHORT, "--data-path", photos, "--num-workers", 0, "--num-classes", 3, "--probe-every", 2]
+    monkeypatch.setattr(probe, "PROBED", 12 * processes)
+    name = f"fd6_inception_{12 * processes}"
+    monkeypatch.setattr(probe, "AT_ONCE", 6)
+    assert fork(*flags, "--results-dir", tmp_path / "r", processes=processes, spoil=fail) == [0] * processes
+    (folder,) = (tmp_path / "r").iterdir()
+    found = {row["step"]: row[name] for row in rows(folder) if name in row}
+    assert list(found) == [2, 4]
+    assert (found[2], found[4] is None) == (None, False)
+    reason = dict(samples="out of memory|another process has no samples", features="features are not finite")[fault]
+    assert re.search(rf"\(step=0000002\) Frechet Distance: none, ({reason}) \({name}\)\n", (folder / "log.txt").read_text())
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_too_few_images_are_said_before_training(tmp_path, photos, images):
+    for path in sorted((tmp_path / "photos").glob("*/*.png"))[images:]:
+        path.unlink()
+    flags = ["--data-path", photos, "--val-path", photos, "--uncond", "--global-batch-size", images, "--max-steps", 1]
+    args = train.parse_args([*QUICK, *map(str, flags), "--results-dir", str(tmp_path / "r"), "--probe-every", "1"])
+    if images == 1:
+        with pytest.raises(SystemExit, match=r"--probe-every compares with 2 images or more, one a process; .*photos holds 1"):
+            launch(train.main, args)
+        assert not (tmp_path / "r").exists()
+    else:
+        launch(train.main, args)
+        line = "compares 12 samples with 5 images; those are not more than 6 features, which biases it upwards"
+        assert line in next(tmp_path.glob("r/*/log.txt")).read_text().partition("Training for")[0]
 
 
 def test_a_probe_does_not_change_the_run(tmp_path):
