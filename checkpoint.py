@@ -108,7 +108,7 @@ def _settings_of_unet(weights):
 def stated_settings(args, path):
     """What a checkpoint's args state in train.py's words, or in SiT's. ValueError for a SiT that is no flow known here."""
     if "path_type" in args or str(args.get("model")).startswith("SiT-"):
-        kind = args.get("path_type"), args.get("prediction")
+        kind = str(args.get("path_type")), str(args.get("prediction"))
         if kind not in SIT_PATHS:
             known = " or ".join(map(" and ".join, SIT_PATHS))
             raise ValueError(f"{path} is SiT's with path_type {kind[0]} and prediction {kind[1]}; what can be sampled: {known}")

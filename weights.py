@@ -35,7 +35,8 @@ def average_names(decays):
 def averages_of(args):
     """The same, from a checkpoint's settings, which may be of another code base."""
     decays = args.get("ema_decay") if isinstance(args, dict) else None
-    return average_names(decays) if isinstance(decays, list) else {}
+    known = isinstance(decays, list) and all(isinstance(decay, float) for decay in decays)
+    return average_names(decays) if known else {}
 
 
 def choose_average(args, decay, path):
@@ -183,5 +184,7 @@ def _check_weights(weights, path):
             if not sums & {(len(written), zlib.crc32(written)), (len(written), 0)}:  # 0 if its writer computed none
                 raise ValueError(f"{path} is damaged ({name})")
             whole.add(storage.data_ptr())
-        if wrong := w.numel() - w.float().isfinite().sum().item():
+        # The extremes tell, for they are NaN where one number is, and are faster than a look at each.
+        if w.numel() and not torch.stack(w.aminmax()).float().isfinite().all():
+            wrong = w.numel() - w.float().isfinite().sum().item()
             raise ValueError(f"{path}: {name} is not finite; {wrong:,} of its {w.numel():,} numbers are NaN or infinite")

@@ -469,7 +469,8 @@ def test_weights_that_are_no_plain_floats_are_refused_by_name(tmp_path, small, s
 
 
 def test_words_that_mean_nothing_here_are_passed_over(tmp_path):
-    args = dict(model="MyDiT", mixer="mamba", vae=None, num_classes=None, image_size="64", objective="eps", path="/data")
+    args = dict(model=["MyDiT"], mixer="mamba", vae=None, num_classes=None, image_size="64", objective="eps", path="/data")
+    args |= dict(ema_decay=[[0.9]], class_names=3)
     write(tmp_path / "a.pt", args=argparse.Namespace(**args))
     assert load_model(tmp_path / "a.pt", flags(), "ema")[1] == SETTINGS
 
