@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ class Replacing(Dataset):
 
     def __getitem__(self, index):
         faults, labels = [], getattr(self.images.source, "labels", None)
-        for other in (*range(index, len(self)), *range(index)):
+        for other in chain(range(index, len(self)), range(index)):
             if labels is None or labels[other] == labels[index]:
                 try:
                     return *self.images[other], faults

@@ -4,6 +4,7 @@ encoding and evaluation; docs/images.md states it."""
 import hashlib
 import os
 from collections import Counter, defaultdict
+from functools import lru_cache
 from heapq import nsmallest
 from pathlib import Path
 
@@ -172,13 +173,21 @@ def _walk(root, labelled):
         if not folders:
             folders, folder_links = sorted(folder_links, key=lambda link: link[1], reverse=True), []
     taken = {os.path.join(real, name) for _, _, real, names in found for name in names} if file_links else set()
+    real_folder = lru_cache(1000)(os.path.realpath)
     for path, names in sorted(file_links, key=lambda link: link[0]):
-        if (real := os.path.realpath(path)) in taken:
+        if (real := _end_of(path, real_folder)) in taken:
             leave_out("linked to what is there already", path)
         else:
             taken.add(real)
             names.append(os.path.basename(path))
     return found, left_out
+
+
+def _end_of(link, real_folder):
+    """The real path of the file that a link leads to, by that of its folder, which many may lead into."""
+    folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
+    path = os.path.join(real_folder(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _holds(folder, path):

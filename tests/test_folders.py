@@ -58,14 +58,15 @@ def other_endings(folder):
 
 
 def linked_twice(folder):
-    """Loops, a link to a file, and two to one folder, of which one is a class."""
+    """Loops, a link to a file and one to that link, and two to one folder, of which one is a class."""
     (folder / "a" / "up").symlink_to("..")
     (folder / "a" / "top").symlink_to("../..")
     (folder / "b" / "deep" / "er" / "self").symlink_to(".")
     (folder / "a" / "2.png").symlink_to("../b/0.png")
+    (folder / "b" / "again.png").symlink_to("../a/2.png")
     (folder / "c").symlink_to("a")
     (folder / "b" / "also").symlink_to("deep")
-    return "6 linked to what is there already (a/2.png, a/top, a/up, ...)"
+    return "7 linked to what is there already (a/2.png, a/top, a/up, ...)"
 
 
 def dangling(folder):
