@@ -79,7 +79,8 @@ def distance(probe, model, space, objective, sampler, processes):
     def draw(numbers):
         noise = PerImageNoise(image_seeds(0, numbers, "sampling"), processes.device)
         labels = (noise.rand() * model.trained_classes).long()
-        return generate(model, space, objective, sampler, labels, noise, Guidance(1), progress=False).numpy()
+        some = dict(progress=False, numbers=numbers)
+        return generate(model, space, objective, sampler, labels, noise, Guidance(1), **some).numpy()
 
     sums, problem = Statistics(), None
     for part in range(parts):

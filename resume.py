@@ -305,14 +305,15 @@ def delete(path):
 
 
 def lock(log, experiment):
-    """Keeps other processes out of an experiment as long as this one has its log open. ValueError if another one has.
+    """Keeps other processes out of a folder, as a rule an experiment, as long as this one has a file of it open, its log.
+    ValueError if another one has.
 
     A lock in the manner of POSIX: kill -9 ends it, and processes that were forked to read images do not hold it.
     """
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"another process is training in {experiment}; wait for its end, or stop it") from error
+        raise ValueError(f"another process is at work in {experiment}; wait for its end, or stop it") from error
     except OSError as error:  # some network file systems have no locks
         logger.warning(f"Nothing keeps a second process out of {experiment}: it cannot be locked ({error})")
 

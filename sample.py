@@ -26,7 +26,7 @@ from parallel import launch
 from speed import add_speed_flags, prepare_to_sample
 from vae import open_space
 
-AT_ONCE = 64     # samples in one batch
+AT_ONCE = 64  # samples in one batch
 SHOWN_SIDE = 64  # smaller samples are enlarged in the grid, smoothly, to about this many pixels
 IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -43,9 +43,10 @@ def main(args, processes):
     prepare_to_sample(model, args, processes.device)
     space = load_space(settings, args, processes.device)
 
+    print(f"Drawing {len(labels)} images: {in_words(model, settings, sampler, args, guidance)}")
     images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
     save_grid(images, out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
-    print(f"{len(labels)} samples are in {out}, drawn {in_words(guidance, model)}")
+    print(f"{len(labels)} samples are in {out}")
 
 
 def create_sampler(args, settings):
@@ -54,6 +55,9 @@ def create_sampler(args, settings):
     name = args.sampler or next(iter(samplers))
     if name not in samplers:
         raise ValueError(f"--sampler {name}: the checkpoint's objective is {settings['objective']}, for {', '.join(samplers)}")
+    most = {"ddpm": 1000, "ddim": 1000, "dpm-solver": 999}.get(name, args.num_sampling_steps)
+    if args.num_sampling_steps > most:
+        raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: {name} takes at most {most} of training's 1000")
     known = {name: settings[name] for name in ("path", "time_scale", "learn_sigma") if name in settings}
     return create_objective(settings["objective"], args.num_sampling_steps, **known), samplers[name]
 
@@ -88,12 +92,24 @@ def read_guidance(args, channels):
     return Guidance(args.cfg_scale, None if guided == "all" else 3, (low, high))
 
 
-def in_words(guidance, model):
+def guidance_in_words(guidance, model):
     if guidance.scale == 1 or model.num_classes == 0:
         return "without guidance"
-    there = model.in_channels
+    low, high = guidance.interval
+    there, part = model.in_channels, "" if (low, high) == (0, 1) else f" from {low:g} to {high:g} of the way"
+    if guidance.scale == 0:
+        return f"without classes{part}"
     which = f"{guidance.channels} of" if guidance.channels and guidance.channels < there else "all"
-    return f"with guidance of strength {guidance.scale:g} on {which} {there} channels"
+    return f"with guidance of strength {guidance.scale:g} on {which} {there} channels{part}"
+
+
+def in_words(model, settings, sampler, args, guidance):
+    """What is drawn and how, for a line of output."""
+    coupling = settings["mixer_options"].get("coupling")
+    mixer = f"{settings['mixer']} ({coupling} coupling)" if coupling else settings["mixer"]
+    steps = "steps of its own" if sampler is FLOW_SAMPLERS["rk45"] else f"{args.num_sampling_steps} steps"
+    how = f"{settings['objective']} by {sampler.__name__.replace('_', '-')} in {steps}, {args.precision}"
+    return f"{settings['model']} with mixer {mixer}, {how}, {guidance_in_words(guidance, model)}"
 
 
 def draw(model, space, objective, sampler, labels, seed, guidance, progress=True):
@@ -102,39 +118,86 @@ def draw(model, space, objective, sampler, labels, seed, guidance, progress=True
     labels = torch.tensor(labels, device=device)
     for numbers in torch.arange(len(labels)).split(AT_ONCE):
         noise = PerImageNoise(image_seeds(seed, numbers.tolist(), "sampling"), device)
-        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance, progress))
+        some = dict(progress=progress, numbers=numbers.tolist())
+        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance, **some))
     return torch.cat(images)
 
 
-def generate(model, space, objective, sampler, labels, noise, guidance, progress=True):
+def generate(model, space, objective, sampler, labels, noise, guidance, progress=True, numbers=None):
     """One sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
-    Without classes there is no guidance. Pixels are kept in range; latents have none.
+    Without classes there is no guidance. Pixels are kept in range; latents have none. ValueError, which calls the images
+    by their numbers (n,), if anything on the way was not finite: clipped to their range, such images would look like others.
     """
-    unguided = guidance.scale == 1 or model.num_classes == 0
-    x = sampler(
-        objective,
-        model if unguided else guided(model, objective, guidance),
-        noise.randn(model.in_channels, *model.input_size),
-        model_kwargs=dict(y=labels),
-        clip_denoised=space.factor == 1,
-        progress=progress,
-        randn_like=noise,
-    )
-    pixels = (127.5 * space.decode(x) + 128).clamp(0, 255)                 # (n, 3, H, W)
+    seen = []  # (where, which of the images were finite there (n,) bool), as it happens
+
+    def see(where, x):  # (n, ...), or (2n, ...) of a doubled batch
+        seen.append((where, x.isfinite().flatten(1).all(1).unflatten(0, (-1, len(labels))).all(0)))
+        return x
+
+    network, unguided = guided(model, objective, guidance), guidance.scale == 1 or model.num_classes == 0
+    hook = model.register_forward_hook(lambda model, inputs, out: see("network", out))
+    try:
+        x = sampler(
+            objective,
+            model if unguided else lambda x, t, y: see("guidance", network(x, t, y)),
+            noise.randn(model.in_channels, *model.input_size),
+            model_kwargs=dict(y=labels),
+            clip_denoised=space.factor == 1,
+            progress=progress,
+            randn_like=noise,
+        )
+    finally:
+        hook.remove()
+    images = see("decoder", space.decode(see("sampler", x)))
+    finite = torch.stack([finite for _, finite in seen])  # (m, n) bool, looked at once: a GPU need not wait
+    if not finite.all():
+        raise ValueError(what_is_not_finite(seen, finite.cpu(), model, numbers))
+    pixels = (127.5 * images + 128).clamp(0, 255)  # (n, 3, H, W)
     return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
 
+REMEDIES = {
+    "network": "--precision fp32, a smaller --cfg-scale or another checkpoint may help",
+    "guidance": "a smaller --cfg-scale may help",
+    "sampler": "a smaller --cfg-scale or more steps may help",
+    "decoder": "a smaller --cfg-scale, more steps or another --vae may help",
+}
+
+
+def what_is_not_finite(seen, finite, model, numbers):
+    """One sentence on a batch of images, from what `generate` has seen: which, from where on, and what may help."""
+    bad = [numbers[i] if numbers else i for i in (~finite.all(0)).nonzero()[:, 0].tolist()]
+    first = int((~finite.all(1)).nonzero()[0])
+    where, calls = seen[first][0], sum(where == "network" for where, _ in seen[: first + 1])
+    cause = REMEDIES[where]
+    for name, weight in model.named_parameters() if where == "network" else ():
+        own = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model
+        if not own.isfinite().all():
+            cause = f"its weights are not finite themselves ({name}): take another checkpoint"
+            break
+    some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    place = f"the {where}'s output at call {calls} of the network"
+    return f"{len(bad)} of {finite.shape[1]} images of a batch are not finite (numbers {some}), first {place}; {cause}"
+
+
 def guided(model, objective, guidance):
-    """The network (x, t, y) with classifier-free guidance: both halves of a doubled batch, of which one is returned."""
+    """The network (x, t, y) with classifier-free guidance: both halves of a doubled batch, of which one is returned. At a
+    strength of 0 it is the network without classes."""
     scale, channels, (low, high) = guidance
     everywhere = (low, high) == (0, 1)
 
     def network(x, t, y):
-        if not everywhere and not low <= objective.progress(t[0].item()) <= high:
+        progress = objective.progress(t.double())
+        here = (low <= progress) & (progress <= high) | everywhere  # (n,) bool: samplers may have a t for each image
+        null = torch.full_like(y, model.num_classes)
+        if scale == 0:
+            return model(x, t, torch.where(here, null, y))
+        if not (everywhere or here.any()):
             return model(x, t, y)
-        y = torch.cat([y, torch.full_like(y, model.num_classes)])
-        return model.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), y, scale, channels or model.in_channels)[: len(x)]
+        strength = scale if everywhere else torch.where(here, scale, 1.0).view(-1, 1, 1, 1)
+        doubled = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])
+        return model.forward_with_cfg(*doubled, strength, channels or model.in_channels)[: len(x)]
 
     return network
 
@@ -172,13 +235,15 @@ def save_grid(images, path, columns):
 
 
 def save_png(pixels, path):
-    """uint8 (H, W, 3) to a PNG that is whole or not there."""
-    partial = f"{path}.{os.getpid()}.partial"  # another run may be writing the same image
+    """uint8 (H, W, 3) to a PNG that is whole or not there. OSError names it if it cannot be written."""
+    partial = Path(f"{path}.{os.getpid()}.partial")  # another run may be writing the same image
     try:
         Image.fromarray(pixels).save(partial, format="png")
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"could not write the image {path}: {error}") from error
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def add_model_flags(add, vae):

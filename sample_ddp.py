@@ -7,8 +7,10 @@ after a stop, it goes on where it was. With --evaluate REF it then prints what e
 """
 
 import argparse
+import glob
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
-from data import read_image
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from evaluate import Source, add_feature_flags, compare, look_ahead, measure, open_source, report
 from features import open_network
 from flags import from_zero, not_negative, positive
+from folders import read_image
 from images import npz_shape, write_npz
 from parallel import launch
+from resume import lock
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, load_space, read_guidance, save_png
 from speed import prepare_to_sample
 from vae import DECODER, digest
@@ -31,6 +34,8 @@ from vae import DECODER, digest
 
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    if args.num_fid_samples > 2**32:
+        raise ValueError(f"--num-fid-samples {args.num_fid_samples:,}: seeds tell 4,294,967,296 images apart, not more")
     if processes.rank == 0:
         find_checkpoint(checkpoint_name(args))  # if it must be fetched, then once
     processes.barrier()
@@ -44,26 +49,29 @@ def main(args, processes):
     prepare_to_sample(model, args, processes.device)
     space = load_space(settings, args, processes.device)
     folder = Path(args.sample_dir) / folder_name(args, settings)
+    size = [side * space.factor for side in model.input_size]
     if processes.rank == 0:
-        claim_folder(folder, model, settings["vae"], space, sampler.__name__, guidance, args)
+        record = claim_folder(folder, model, settings, space, sampler.__name__, guidance, args)  # noqa: F841  it locks
+        check_images(folder, size, args.num_fid_samples)
     processes.barrier()
     batches = unfinished_batches(folder, args)
     mine = batches[processes.rank :: processes.size]
     processes.barrier()  # every process has looked before any writes
     if processes.rank == 0:
         some = f"{sum(map(len, batches)):,} of {args.num_fid_samples:,} images"
-        print(f"Sampling {some} into {folder}, {in_words(guidance, model)}")
+        print(f"Sampling {some} into {folder}: {in_words(model, settings, sampler, args, guidance)}")
 
     model.to(processes.device)
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
         noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
         labels = (noise.rand() * model.trained_classes).long()
-        images = generate(model, space, objective, sampler, labels, noise, guidance, progress=False)
+        some = dict(progress=False, numbers=numbers)
+        images = generate(model, space, objective, sampler, labels, noise, guidance, **some)
         for number, image in zip(numbers, images):
             save_png(image.numpy(), folder / f"{number:06d}.png")
     processes.barrier()
     if processes.rank == 0:
-        print(f"Saved .npz file to {gather_npz(folder, args.num_fid_samples)}")
+        print(f"Saved .npz file to {gather_npz(folder, args.num_fid_samples, size)}")
     processes.barrier()
     if args.evaluate:
         samples = open_source(f"{folder}.npz", network)
@@ -81,31 +89,67 @@ def folder_name(args, settings):
     return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
 
 
-def claim_folder(folder, model, vae, space, sampler, guidance, args):
+def claim_folder(folder, model, trained, space, sampler, guidance, args):
     """Makes the folder, or makes sure that what lies there came from the same weights and settings.
 
     The name does not tell apart two runs' checkpoints of one step, two samplers, or autoencoders that have one name or one
-    folder. ValueError names what differs, and refuses to replace an .npz by a smaller one.
+    folder. ValueError names what differs, and refuses to replace an .npz by a smaller one, or a folder in which another run
+    is drawing: it is this run's as long as the file that is returned stays open.
     """
     settings = dict(weights=digest(model.state_dict()), sampler=sampler, num_sampling_steps=args.num_sampling_steps)
     settings |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(args.cfg_interval))
+    vae = trained["vae"]
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
-    settings |= dict(decoder=space.digest(DECODER), precision=args.precision)
+    settings |= dict(path=trained["path"], time_scale=trained["time_scale"], decoder=space.digest(DECODER), precision=args.precision)
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "settings.json"
-    if not record.exists():
-        if any(folder.glob("*.png")):
-            raise ValueError(f"{folder} holds images of unknown origin; give another --sample-dir")
-        partial = record.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(settings))
-        os.replace(partial, record)
-    before = dict(precision="fp32") | json.loads(record.read_text())  # which older folders do not mention
+    path, drawn = folder / "settings.json", any(folder.glob("*.png"))
+    strange = f"{folder} holds images of unknown origin; give another --sample-dir"
+    if drawn and not path.exists():
+        raise ValueError(strange)
+    record = open(path, "a+")  # noqa: SIM115
+    lock(record, folder)
+    record.seek(0)
+    try:
+        before = dict(precision="fp32") | json.loads(record.read())  # which older folders do not mention
+    except (ValueError, TypeError) as error:  # new, or cut short
+        if drawn:
+            raise ValueError(strange) from error
+        before = settings
+        record.truncate(0)
+        record.write(json.dumps(settings))
+        record.flush()
     settings = {k: v for k, v in settings.items() if before.get(k, v) != v}  # older folders know fewer settings
     if differences := [f"{k} {before[k]} and now {v}" for k, v in settings.items()]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
     npz = Path(f"{folder}.npz")
     if npz.exists() and (count := npz_shape(npz)[0]) > args.num_fid_samples:
         raise ValueError(f"{npz} holds {count:,} images, more than --num-fid-samples {args.num_fid_samples:,}; move it away")
+    return record
+
+
+def check_images(folder, size, count):
+    """Looks at names and first bytes of the images that are there. OSError names one that is none of this run's."""
+    for partial in [*folder.glob("*.partial"), *folder.parent.glob(f"{glob.escape(folder.name)}.npz.*.partial")]:
+        partial.unlink()  # a run that was killed left it
+    more = 0
+    for entry in os.scandir(folder):
+        stem, ending = os.path.splitext(entry.name)
+        if ending == ".png":
+            if not stem.isdecimal() or stem != f"{int(stem):06d}":
+                raise OSError(f"{entry.path} is none of this run's images, which are named by number; move it away")
+            check_png(entry.path, size)
+            more += int(stem) >= count
+    if more:
+        print(f"{more:,} images beyond --num-fid-samples {count:,} stay in {folder} and do not go into the .npz")
+
+
+def check_png(path, size):
+    """OSError unless a file begins as an 8-bit RGB PNG of that size (height, width)."""
+    height, width = size
+    beginning = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBB", 13, b"IHDR", width, height, 8, 2)
+    with open(path, "rb") as file:
+        if file.read(len(beginning)) != beginning:
+            raise OSError(f"{path} is not an 8-bit RGB PNG of {height} x {width} as this run's are; delete it and run again")
 
 
 def unfinished_batches(folder, args):
@@ -116,11 +160,18 @@ def unfinished_batches(folder, args):
     return [batch for batch in batches if any(f"{number:06d}.png" not in there for number in batch)]
 
 
-def gather_npz(folder, count):
-    """Gathers images 0 to count - 1 into <folder>.npz as arr_0, uint8 (count, H, W, 3), one image in memory at a time."""
-    numbers = tqdm(range(count), desc="Building .npz file from samples")
-    pixels = (np.asarray(read_image(folder / f"{n:06d}.png")) for n in numbers)  # a damaged one is named: delete it, run again
-    write_npz(f"{folder}.npz", pixels, count)
+def gather_npz(folder, count, size):
+    """Gathers images 0 to count - 1 into <folder>.npz as arr_0, uint8 (count, *size, 3), one image in memory at a time."""
+
+    def read(number):
+        path = folder / f"{number:06d}.png"
+        check_png(path, size)
+        try:
+            return np.asarray(read_image(path))
+        except OSError as error:
+            raise OSError(f"{error}; delete it and run again") from error
+
+    write_npz(f"{folder}.npz", map(read, tqdm(range(count), desc="Building .npz file from samples")), count)
     return f"{folder}.npz"
 
 

@@ -504,13 +504,18 @@ def draw_samples(step, ema, args, processes, space, folder, track):
     settings, (objective, sampler) = sample.parse_args([]), quick_sampler(args)
     classes, guidance = sample.class_labels(settings, ema), sample.read_guidance(settings, ema.in_channels)
     labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
-    images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
+    try:
+        images = sample.draw(ema, space, objective, sampler, labels, settings.seed, guidance, progress=False)
+    except ValueError as error:  # of these weights, which training goes on to change
+        logger.info(f"(step={step:07d}) No samples: {error}")
+        return
     if processes.rank == 0:
         path = folder / "samples" / f"{step:07d}.png"
         with best_effort("Writing a grid of samples"):
             path.parent.mkdir(exist_ok=True)
             sample.save_grid(images, path, columns=4)
-            logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, drawn {sample.in_words(guidance, ema)}")
+            drawn = f"drawn {sample.guidance_in_words(guidance, ema)}"
+            logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, {drawn}")
         if track and path.exists():
             with best_effort("Tracking"):
                 track(step, {}, path)

@@ -22,7 +22,8 @@ class Backbone(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
         """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
 
-        Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through.
+        Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through. cfg_scale
+        is a number, or one for each image (n, 1, 1, 1).
         """
         n = len(x) // 2
         out = self(x[:n].repeat(2, 1, 1, 1), t, y)                         # (2n, out_channels, H, W)

@@ -50,7 +50,13 @@ def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=100
 
 def create_objective(name, num_timesteps=None, path="linear", times="uniform", time_scale=1000, learn_sigma=True):
     """The objective that a --objective flag names, "diffusion" or "flow", with num_timesteps to sample; by default
-    those of training. path, times and time_scale are the flow's, learn_sigma is diffusion's."""
+    those of training. path, times and time_scale are the flow's, learn_sigma is diffusion's.
+
+    One step of diffusion starts from pure noise; create_diffusion("1") visits timestep 0, as its public counterpart does,
+    where nearly no noise is left.
+    """
+    if name == "diffusion" and num_timesteps == 1:
+        return GaussianDiffusion(beta_schedule("linear", 1000), [999], learn_sigma=learn_sigma)
     if name == "diffusion":
         return create_diffusion("" if num_timesteps is None else str(num_timesteps), learn_sigma=learn_sigma)
     return create_flow(num_timesteps or 1, path, times, time_scale)

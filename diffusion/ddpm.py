@@ -55,7 +55,10 @@ class GaussianDiffusion:
     """What `create_diffusion` returns. Timesteps t (B,) count the visited steps, 0 the cleanest; the network is shown
     `timestep_map[t]`. Tables are float64 tensors, (num_timesteps,)."""
 
-    def __init__(self, betas, timestep_map, *, predict_xstart, learn_sigma, sigma_small, use_kl, rescale_bound):
+    def __init__(
+        self, betas, timestep_map, *, predict_xstart=False, learn_sigma=True, sigma_small=False, use_kl=False,
+        rescale_bound=False,
+    ):  # fmt: skip
         self.predict_xstart, self.learn_sigma, self.sigma_small = predict_xstart, learn_sigma, sigma_small
         self.use_kl, self.rescale_bound = use_kl, rescale_bound
         self.timestep_map = list(timestep_map)

@@ -60,11 +60,11 @@ def randomize():
 def checkpoint(tmp_path, randomize):
     """The path of an untrained model whose samples depend on everything."""
 
-    def write(mixer="pdessm", num_classes=10, name="a.pt"):
+    def write(mixer="pdessm", num_classes=10, name="a.pt", objective="diffusion"):
         torch.manual_seed(1)
-        network = MODELS["DiT-N/4"](input_size=8, in_channels=3, num_classes=num_classes, mixer=mixer)
-        state = randomize(network).state_dict()
-        args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=num_classes, image_size=8)
+        options = dict(num_classes=num_classes, learn_sigma=objective == "diffusion", mixer=mixer)
+        state = randomize(MODELS["DiT-N/4"](input_size=8, in_channels=3, **options)).state_dict()
+        args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=num_classes, image_size=8, objective=objective)
         save_checkpoint(tmp_path / name, model=state, ema=state, opt={}, args=args)
         return str(tmp_path / name)
 

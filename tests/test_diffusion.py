@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diffusion import create_diffusion, spaced_timesteps
-from diffusion.samplers import PerImageNoise, ddim, dpm_solver, image_seeds
+from diffusion import create_diffusion, create_objective, spaced_timesteps
+from diffusion.samplers import SAMPLERS, PerImageNoise, ddim, dpm_solver, image_seeds
 
 
 def network(x, t):
@@ -118,6 +118,35 @@ def test_classifier_guidance_shifts_the_mean(loop):
     assert x.mean() == pytest.approx(strength, abs=0.05)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
+@pytest.mark.parametrize("steps", [1, 2, 3, 999, 1000])
+def test_every_number_of_steps_begins_at_noise(sampler, steps):
+    """One step, too: the public timesteps of "1" are another matter."""
+    if sampler is dpm_solver and steps == 1000:
+        pytest.skip("refused")
+    shown = []
+
+    def asked(x, t):
+        shown.append(t)
+        return network(x, t)
+
+    x = sampler(create_objective("diffusion", steps), asked, torch.randn(2, 3, 2, 2))
+    shown = torch.stack(shown)
+    assert shown.shape == (steps, 2)
+    assert shown[0].tolist() == [999, 999]
+    assert (shown.diff(dim=0) < 0).all()
+    assert x.isfinite().all()
+    assert x.abs().max() <= 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", ["2", "3", "10"])
+def test_ddim_as_noisy_as_ddpm_is_finite(schedule, steps):
+    """Nothing may be left for the predicted noise, and rounding must not make that less than nothing."""
+    diffusion = create_diffusion(steps, noise_schedule=schedule)
+    assert diffusion.ddim_sample_loop(network, (1, 3, 2, 2), device="cpu", eta=1.0).isfinite().all()
+
+
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_one_step_goes_straight_to_the_clean_image(loop):
     diffusion, x = create_diffusion("1"), torch.randn(2, 3, 4, 4)
@@ -149,6 +178,8 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch():
     assert len({x.item() for x in PerImageNoise(image_seeds(0, range(1000), "sampling"), "cpu").randn()}) == 1000
     assert image_seeds(0, range(5), "sampling") != image_seeds(0, range(5), "training")
     assert image_seeds(0, range(5), "sampling") != image_seeds(1, range(5), "sampling")
+    assert image_seeds(0, range(5), "sampling") != image_seeds(2**32, range(5), "sampling")
+    assert len(PerImageNoise(image_seeds(2**63 - 1, [0, 2**32 - 1, 2**40], "sampling"), "cpu").randn(1)) == 3
 
 
 def test_dpm_solver_needs_few_steps():

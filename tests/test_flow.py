@@ -17,7 +17,7 @@ def exact(flow, means, std):
 
     def network(x, t):
         alpha, sigma, d_alpha, d_sigma = flow.coefficients(t / 1000, x)
-        variance = (alpha * std) ** 2 + sigma**2                           # (B, 1, 1, 1)
+        variance = (alpha * std) ** 2 + sigma**2  # (B, 1, 1, 1)
         offset = x[:, None] - alpha[:, None] * means.view(1, -1, 2, 1, 1)  # (B, modes, 2, 1, 1)
         share = (-offset.square().sum(2, keepdim=True) / variance[:, None] / 2).softmax(1)
         u = means.view(1, -1, 2, 1, 1) + (alpha * std**2 / variance)[:, None] * offset
@@ -93,6 +93,43 @@ def test_adaptive_steps_meet_their_tolerance(tolerance):
     x = start()
     error = run(rk45, "linear", 1, MEANS[:1], x, rtol=tolerance, atol=tolerance) - (MEANS[0].view(1, 2, 1, 1) + 0.4 * x)
     assert error.square().mean().sqrt() < 5 * tolerance
+
+
+def test_adaptive_steps_are_an_image_s_own():
+    """Of images for which they are of another length, and beside one that is not finite."""
+    flow = create_flow()
+    speeds = torch.tensor([1, 3, 5, math.nan, 0.1], dtype=f64).view(-1, 1, 1, 1)
+    x, calls = start(5), []
+
+    def network(x, t, speed):
+        calls.append(t)
+        return speed * torch.sin(5 * speed * x + 0.01 * t.view(-1, 1, 1, 1))
+
+    together = rk45(flow, network, x, clip_denoised=False, model_kwargs=dict(speed=speeds))
+    asked = len(calls)
+    alone = [rk45(flow, network, x[i : i + 1], clip_denoised=False, model_kwargs=dict(speed=speeds[i])) for i in range(5)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-9, equal_nan=True)
+    assert together.isfinite().all((1, 2, 3)).tolist() == [True, True, True, False, True]
+    assert torch.stack(calls[:asked]).std(1).max() > 10  # thousandths of the way: they are not at one place
+    assert len(calls) - asked > 1.5 * asked  # the slowest decides how many, not all of them together
+
+
+def test_adaptive_steps_pass_over_a_jump():
+    x = start(3)
+    end = rk45(create_flow(), lambda x, t: (t < 700).to(x).view(-1, 1, 1, 1).expand_as(x), x, clip_denoised=False)
+    torch.testing.assert_close(end, x + 0.7, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", [sampler for sampler in FLOW_SAMPLERS.values() if sampler is not rk45])
+@pytest.mark.parametrize("steps", [1, 2, 3, 999, 1000, 1001])
+def test_every_number_of_steps_leads_from_noise_to_the_image(sampler, steps):
+    asked = []
+    x = sampler(create_flow(steps), lambda x, t: asked.append(t) or -x, torch.randn(2, 1, 2, 2))
+    asked = torch.stack(asked)
+    assert asked.shape == (steps * (1 + (sampler is heun)), 2)
+    assert asked.min() == asked[0, 0] == 0
+    assert asked.max() <= 1000
+    assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -372,7 +372,7 @@ def test_a_folder_is_for_one_process_at_a_time(calm, flags, tmp_path, monkeypatc
         before = {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()}
         try:
             for named in ("auto", tmp_path / "r" / "000-DiT-N-8"):
-                with pytest.raises(ValueError, match=r"another process is training in .*000-DiT-N-8; wait for its end"):
+                with pytest.raises(ValueError, match=r"another process is at work in .*000-DiT-N-8; wait for its end"):
                     again(flags, "--resume", named)
         finally:
             os.kill(int(there.read_text()), signal.SIGKILL)

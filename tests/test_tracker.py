@@ -169,3 +169,13 @@ def test_a_model_without_classes_is_drawn_too(tmp_path, monkeypatch):
     monkeypatch.setattr("train.SAMPLING_STEPS", 2)
     folder = fit(tmp_path, *SHORT, "--uncond", "--sample-every", 4)
     assert pixels(folder / "samples" / "0000004.png").shape == (2 + 4 * 66, 2 + 4 * 66, 3)
+
+
+def test_samples_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("vae.PixelSpace.decode", lambda self, x: x / 0)
+    folder = fit(tmp_path, *SHORT, "--sample-every", 2)
+    log = (folder / "log.txt").read_text()
+    assert "(step=0000002) No samples: 10 of 10 images of a batch are not finite (numbers 0, 1, 2" in log
+    assert (folder / "checkpoints" / "0000004.pt").exists()
+    assert not (folder / "samples").exists()
