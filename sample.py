@@ -152,7 +152,7 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     images = see("decoder", space.decode(see("sampler", x)))
     finite = torch.stack([finite for _, finite in seen])  # (m, n) bool, looked at once: a GPU need not wait
     if not finite.all():
-        raise ValueError(what_is_not_finite(seen, finite.cpu(), model, numbers))
+        raise ValueError(what_is_not_finite(seen, finite.cpu(), numbers))
     pixels = (127.5 * images + 128).clamp(0, 255)  # (n, 3, H, W)
     return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
@@ -165,20 +165,14 @@ REMEDIES = {
 }
 
 
-def what_is_not_finite(seen, finite, model, numbers):
+def what_is_not_finite(seen, finite, numbers):
     """One sentence on a batch of images, from what `generate` has seen: which, from where on, and what may help."""
     bad = [numbers[i] if numbers else i for i in (~finite.all(0)).nonzero()[:, 0].tolist()]
     first = int((~finite.all(1)).nonzero()[0])
     where, calls = seen[first][0], sum(where == "network" for where, _ in seen[: first + 1])
-    cause = REMEDIES[where]
-    for name, weight in model.named_parameters() if where == "network" else ():
-        own = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model
-        if not own.isfinite().all():
-            cause = f"its weights are not finite themselves ({name}): take another checkpoint"
-            break
     some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-    place = f"the {where}'s output at call {calls} of the network"
-    return f"{len(bad)} of {finite.shape[1]} images of a batch are not finite (numbers {some}), first {place}; {cause}"
+    which = f"{len(bad)} of {finite.shape[1]} images of a batch are not finite (numbers {some})"
+    return f"{which}, first the {where}'s output at call {calls} of the network; {REMEDIES[where]}"
 
 
 def guided(model, objective, guidance):

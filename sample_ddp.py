@@ -100,7 +100,8 @@ def claim_folder(folder, model, trained, space, sampler, guidance, args):
     settings |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(args.cfg_interval))
     vae = trained["vae"]
     settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
-    settings |= dict(path=trained["path"], time_scale=trained["time_scale"], decoder=space.digest(DECODER), precision=args.precision)
+    settings |= dict(path=trained["path"], time_scale=trained["time_scale"])
+    settings |= dict(decoder=space.digest(DECODER), precision=args.precision)
     folder.mkdir(parents=True, exist_ok=True)
     path, drawn = folder / "settings.json", any(folder.glob("*.png"))
     strange = f"{folder} holds images of unknown origin; give another --sample-dir"
