@@ -26,7 +26,7 @@ from parallel import launch
 from speed import add_speed_flags, prepare_to_sample
 from vae import open_space
 
-AT_ONCE = 64  # samples in one batch
+AT_ONCE = 64     # samples in one batch
 SHOWN_SIDE = 64  # smaller samples are enlarged in the grid, smoothly, to about this many pixels
 IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -131,7 +131,7 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     """
     seen = []  # (where, which of the images were finite there (n,) bool), as it happens
 
-    def see(where, x):  # (n, ...), or (2n, ...) of a doubled batch
+    def see(where, x):                                                     # (n, ...), or (2n, ...) of a doubled batch
         seen.append((where, x.isfinite().flatten(1).all(1).unflatten(0, (-1, len(labels))).all(0)))
         return x
 
@@ -150,10 +150,10 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     finally:
         hook.remove()
     images = see("decoder", space.decode(see("sampler", x)))
-    finite = torch.stack([finite for _, finite in seen])  # (m, n) bool, looked at once: a GPU need not wait
+    finite = torch.stack([finite for _, finite in seen])                   # (m, n) bool, looked at once: a GPU need not wait
     if not finite.all():
         raise ValueError(what_is_not_finite(seen, finite.cpu(), numbers))
-    pixels = (127.5 * images + 128).clamp(0, 255)  # (n, 3, H, W)
+    pixels = (127.5 * images + 128).clamp(0, 255)                          # (n, 3, H, W)
     return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
 
@@ -183,7 +183,7 @@ def guided(model, objective, guidance):
 
     def network(x, t, y):
         progress = objective.progress(t.double())
-        here = (low <= progress) & (progress <= high) | everywhere  # (n,) bool: samplers may have a t for each image
+        here = (low <= progress) & (progress <= high) | everywhere         # (n,) bool: samplers may have a t for each image
         null = torch.full_like(y, model.num_classes)
         if scale == 0:
             return model(x, t, torch.where(here, null, y))

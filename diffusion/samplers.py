@@ -75,7 +75,7 @@ def ddim(
         abar, before = diffusion.table("abar", t, x), diffusion.table("abar_prev", t, x)
         sigma = eta * ((1 - before) / (1 - abar) * (1 - abar / before)).sqrt()
         noise = randn_like(x)
-        rest = (1 - before - sigma**2).clamp(min=0).sqrt()  # at eta = 1 it may be 0, but for rounding
+        rest = (1 - before - sigma**2).clamp(min=0).sqrt()                # at eta = 1 it may be 0, but for rounding
         x = before.sqrt() * x_start + rest * predicted + (t[0] > 0) * sigma * noise
     return x
 
@@ -153,7 +153,7 @@ def rk45(
     Every image has steps of its own, so that it does not depend on its neighbours, and waits at t = 1 for the last one.
     """
 
-    def velocity(x, left):  # (B, C, H, W), (B,)
+    def velocity(x, left):                                                 # (B, C, H, W), (B,)
         return flow.velocity(model, x, (1 - left).to(x.dtype), model_kwargs)
 
     left = torch.ones(len(x), dtype=torch.float64, device=x.device)  # (B,) of the way from noise to image
@@ -168,7 +168,7 @@ def rk45(
         error = dt * sum(w * v for w, v in zip(DIFFERENCE, velocities))
         error = (error / (atol + rtol * torch.maximum(x.abs(), end.abs()))).flatten(1).square().mean(1).sqrt().double()
         error = error.nan_to_num(0, 0)  # what is not finite gets no better by shorter steps
-        taken = (error <= 1) | (step <= SHORTEST)  # (B,)
+        taken = (error <= 1) | (step <= SHORTEST)                          # (B,)
         left = torch.where(taken, left - step, left)
         here = taken.view(dt.shape)
         x, velocities = torch.where(here, end, x), [torch.where(here, velocities[-1], velocities[0])]

@@ -17,7 +17,7 @@ def exact(flow, means, std):
 
     def network(x, t):
         alpha, sigma, d_alpha, d_sigma = flow.coefficients(t / 1000, x)
-        variance = (alpha * std) ** 2 + sigma**2  # (B, 1, 1, 1)
+        variance = (alpha * std) ** 2 + sigma**2                           # (B, 1, 1, 1)
         offset = x[:, None] - alpha[:, None] * means.view(1, -1, 2, 1, 1)  # (B, modes, 2, 1, 1)
         share = (-offset.square().sum(2, keepdim=True) / variance[:, None] / 2).softmax(1)
         u = means.view(1, -1, 2, 1, 1) + (alpha * std**2 / variance)[:, None] * offset
