@@ -260,7 +260,7 @@ def read_statistics(path, network):
             keys = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
             statistics = {name: tuple(arrays[k] for k in pair) for name, pair in keys.items() if pair[0] in arrays}
     except Exception as error:  # damaged bytes raise nearly anything
-        raise OSError(f"cannot read the statistics in {path} ({error})") from error
+        raise OSError(f"cannot read the statistics in {path} ({_reason(error)})") from error
     for name, (mu, sigma) in statistics.items():
         if problem := _no_gaussian(mu, sigma):
             raise ValueError(f"{path}: {name} statistics {problem}; they are a mean (D,) and its covariance (D, D)")
@@ -268,6 +268,10 @@ def read_statistics(path, network):
     if (features, dim) != (network.name, network.dim):
         return {}, None, f"statistics of {dim} features of {features}, not of {network.dim} of {network.name}"
     return statistics, counted, None
+
+
+def _reason(error):
+    return "it holds Python objects, not numbers" if "allow_pickle" in str(error) else error
 
 
 def _no_gaussian(mu, sigma):
@@ -526,7 +530,7 @@ def read_features(path, names_):
             try:
                 pool = arrays[name]
             except Exception as error:  # damaged bytes raise nearly anything
-                raise OSError(f"cannot read {name} in {path} ({error})") from error
+                raise OSError(f"cannot read {name} in {path} ({_reason(error)})") from error
             if pool.ndim != 2 or 0 in pool.shape or pool.dtype.kind != "f" or pool.dtype.itemsize > 8:
                 raise ValueError(f"{name} in {path} is {pool.dtype} {pool.shape}; features are floats of up to 64 bits (N, D)")
             if not np.isfinite(pool).all():

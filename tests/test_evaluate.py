@@ -1,4 +1,5 @@
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 import evaluate
-from commands import Colours, forked
+from commands import Colours, draw_many, forked
 from evaluate import Statistics, compare, frechet_distance, inception_score, measure, open_source, precision_recall
 from parallel import ALONE, Processes, launch
 
@@ -547,7 +548,8 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "none.npz"], "none.npz: no such file or folder"),
         (["a.npz", "empty"], "empty is empty"),
         (["a.npz", "text.npz"], "text.npz is not an .npz"),
-        (["a.npz", "text.png"], "text.png is not an .npz"),
+        (["a.npz", "photo.png"], "photo.png is not an .npz"),
+        (["array.npy", "a.npz"], r"array.npy is not an .npz, .*; np.savez writes an .npz"),
         (["a.npz", "other.npz"], "holds neither images .* nor statistics .*; it has x"),
         (["a.npz", "broken.npz"], r"pool statistics are float64 \(3,\) and float64 \(2, 2\); they are a mean \(D,\) and"),
         (["a.npz", "a.npz", "--num", "6"], "holds 5 images, fewer than --num 6"),
@@ -569,7 +571,8 @@ def test_a_user_s_mistakes_end_in_one_line_before_the_work(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("text.npz").write_text("text")
-    Path("text.png").write_text("text")
+    Image.fromarray(images(1)[0]).save("photo.png")
+    np.save("array.npy", images(5))
     np.savez("a.npz", arr_0=images(5))
     np.savez("one.npz", arr_0=images(1))
     np.savez("other.npz", x=np.zeros(3))
@@ -578,6 +581,129 @@ def test_a_user_s_mistakes_end_in_one_line_before_the_work(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match=message) as end:
         run(*flags)
     assert "\n" not in str(end.value)
+
+
+GAUSSIAN = dict(mu=np.zeros(6), sigma=np.eye(6))
+PLAIN = dict(mu=np.arange(6.0), sigma=np.diag(np.arange(6.0)))
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        dict(sigma=PLAIN["sigma"].astype(np.float32)),
+        dict(mu=PLAIN["mu"].astype(">f8"), sigma=PLAIN["sigma"].astype(">f4")),
+        dict(mu=np.arange(6), sigma=np.asfortranarray(PLAIN["sigma"])),
+        dict(arr_1=np.zeros(3), features="inception"),
+    ],
+    ids=["float32", "big-endian", "integers", "others beside"],
+)
+def test_unusual_statistics_are_read_rightly(tmp_path, images, run, statistics):
+    np.savez(tmp_path / "samples.npz", arr_0=images(5))
+    np.savez(tmp_path / "plain.npz", **PLAIN)
+    np.savez(tmp_path / "unusual.npz", **PLAIN | statistics)
+    plain, unusual = (run(tmp_path / f"{name}.npz", tmp_path / "samples.npz") for name in ("plain", "unusual"))
+    assert unusual["FID"] == pytest.approx(plain["FID"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        (dict(mu=np.zeros((1, 6))), r"\(1, 6\) and float64 \(6, 6\); they are a mean \(D,\) and its covariance \(D, D\)"),
+        (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), r"are float64 \(0,\)"),
+        (dict(mu=np.array("text")), r"are <U4 \(\)"),
+        (dict(mu=np.array([None] * 6)), r"cannot read the statistics in .* \(it holds Python objects, not numbers\)"),
+        (dict(mu=np.full(6, np.nan)), "pool statistics are not finite"),
+        (dict(sigma=np.full((6, 6), np.inf)), "pool statistics are not finite"),
+        (dict(sigma=1j * np.eye(6)), r"and complex128 \(6, 6\)"),
+        (dict(sigma=-np.eye(6)), "have no covariance: eigenvalues from -1 to -1"),
+        (dict(sigma=np.triu(np.ones((6, 6)))), "have no covariance: .* 1 off symmetry"),
+        (dict(mu_s=np.zeros(4), sigma_s=np.eye(3)), r"spatial statistics are float64 \(4,\) and float64 \(3, 3\)"),
+        (dict(mu_s=np.zeros(4)), "cannot read the statistics in .*sigma_s"),
+        (dict(count=np.arange(3)), "cannot read the statistics in"),
+    ],
+)
+def test_statistics_that_are_none_end_in_one_line(tmp_path, images, run, statistics, message):
+    np.savez(tmp_path / "samples.npz", arr_0=images(5))
+    np.savez(tmp_path / "statistics.npz", **GAUSSIAN | statistics)
+    with pytest.raises(SystemExit, match=message) as end:
+        run(tmp_path / "statistics.npz", tmp_path / "samples.npz", network=Unwanted())
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.astype(">f8"), None),
+        (lambda x: x.astype(np.float32), None),
+        (np.asfortranarray, None),
+        (lambda x: x.astype(object), r"cannot read b in .* \(it holds Python objects, not numbers\)"),
+        (lambda x: x.astype(np.int64), r"b in .* is int64 \(9, 4\); features are floats of up to 64 bits \(N, D\)"),
+        (lambda x: x.astype(np.longdouble), "features are floats of up to 64 bits"),
+        (lambda x: x.astype(complex), r"is complex128 \(9, 4\)"),
+        (lambda x: x[0], r"is float64 \(4,\)"),
+        (lambda x: x[:0], r"is float64 \(0, 4\)"),
+        (lambda x: x / 0, "holds numbers that are not finite"),
+        (lambda x: x[:, :3], "features of different sizes, 3 and 4"),
+        (lambda x: x[:1], "FD-file: not without 2 images .* holds 1 image; Precision-file, Recall-file: not without 4 images"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_unusual_features_are_read_rightly_or_end_in_one_line(tmp_path, run, rng, change, message):
+    features = rng.normal(size=(9, 4))
+    np.savez(tmp_path / "f.npz", a=features, b=change(features))
+    if message:
+        with pytest.raises(SystemExit, match=message) as end:
+            run("a", "b", "--features", tmp_path / "f.npz")
+        assert "\n" not in str(end.value)
+    else:
+        row = run("a", "b", "--features", tmp_path / "f.npz")
+        assert row["FD-file"] == pytest.approx(0, abs=1e-9)
+        assert (row["Precision-file"], row["Recall-file"]) == (1, 1)
+
+
+def test_damaged_features_end_in_one_line(tmp_path, run, rng):
+    np.savez(tmp_path / "f.npz", a=rng.normal(size=(9, 4)))
+    whole = (tmp_path / "f.npz").read_bytes()
+    (tmp_path / "f.npz").write_bytes(whole[:300] + bytes(9) + whole[309:])
+    with pytest.raises(SystemExit, match=r"cannot read a in .*CRC"):
+        run("a", "a", "--features", tmp_path / "f.npz")
+
+
+def test_the_same_samples_in_any_form_give_the_same_numbers(tmp_path, checkpoint, images, run):
+    drawn = draw_many(checkpoint(), tmp_path / "s", "--num-fid-samples", 21, "--per-proc-batch-size", 8)
+    (folder,) = (path for path in (tmp_path / "s").iterdir() if path.is_dir())
+    np.savez_compressed(tmp_path / "other.npz", arr_0=drawn, arr_1=np.arange(21))
+    np.savez(tmp_path / "ref.npz", arr_0=images(30))
+    rows = [run(tmp_path / "ref.npz", samples) for samples in (f"{folder}.npz", folder, tmp_path / "other.npz")]
+    numbers = [{name: row[name] for name in FIVE} for row in rows]
+    assert numbers[1:] == numbers[:1] * 2
+    size = "references of 6 x 6 and samples of 8 x 8; all are resized for the network"
+    assert all(size in row["warnings"] for row in rows)
+
+
+def test_what_is_interrupted_leaves_no_half_file(tmp_path, images, run, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=images(20))
+    (tmp_path / "ref.npz").write_text("older")
+    (tmp_path / "out.json").write_text("older")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for flags in ([tmp_path / "a.npz", tmp_path / "a.npz"], ["--make-ref", tmp_path / "a.npz", tmp_path / "ref.npz"]):
+        with pytest.raises(SystemExit, match=r"could not write the (metrics .*out.json|images .*ref.npz): .*No space"):
+            run(*flags)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "ref.npz", "out.json"}
+    assert {(tmp_path / name).read_text() for name in ("ref.npz", "out.json")} == {"older"}
+
+
+def test_a_reference_of_an_npz_with_statistics_is_of_its_images(tmp_path, images):
+    np.savez(tmp_path / "a.npz", arr_0=images(20), **GAUSSIAN)
+    source = open_source(tmp_path / "a.npz", Colours())
+    evaluate.make_reference(source, tmp_path / "ref.npz", Colours(), ALONE)
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert int(arrays["count"]) == 20
+        assert arrays["mu"].min() > 0
 
 
 def test_memory_grows_with_features_only(tmp_path):

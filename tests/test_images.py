@@ -1,3 +1,4 @@
+import os
 import tracemalloc
 import zipfile
 
@@ -29,6 +30,15 @@ def test_an_npz_is_read_in_any_batches(tmp_path, pixels, save):
     assert np.array_equal(np.concatenate(some), pixels[[1, 2, 5, 10]])
 
 
+@pytest.mark.parametrize("version", [(2, 0), (3, 0)])
+def test_headers_of_other_versions_and_arrays_beside_are_read(tmp_path, pixels, version):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name, array in dict(arr_1=np.arange(11), arr_0=pixels).items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array, version)
+    assert np.array_equal(everything(open_images(tmp_path / "a.npz"), 4), pixels)
+
+
 def test_what_is_written_follows_adms_conventions(tmp_path, pixels):
     write_npz(tmp_path / "a.npz", iter(pixels), 11, mu=np.arange(3.0))
     with np.load(tmp_path / "a.npz") as arrays:
@@ -43,6 +53,31 @@ def test_nothing_is_written_where_sizes_differ(tmp_path, pixels):
     with pytest.raises(ValueError, match="image 1 is 7 x 5, image 0 5 x 7"):
         write_npz(tmp_path / "a.npz", [pixels[0], pixels[1].transpose(1, 0, 2)], 2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["images", "arrays", "disk"])
+def test_what_is_interrupted_leaves_the_file_that_was_there(tmp_path, pixels, monkeypatch, moment):
+    (tmp_path / "a.npz").write_text("older")
+
+    def stop():
+        raise KeyboardInterrupt if moment == "arrays" else OSError(28, "No space left on device")
+
+    class Stopping:
+        def __array__(self, *_, **__):
+            stop()
+
+    def images():
+        yield from pixels
+        if moment == "images":
+            stop()
+
+    if moment == "disk":
+        monkeypatch.setattr(os, "fsync", lambda *_: stop())
+    arrays = dict(mu=Stopping()) if moment == "arrays" else {}
+    with pytest.raises((OSError, KeyboardInterrupt)) as end:
+        write_npz(tmp_path / "a.npz", images(), 11, **arrays)
+    assert moment == "arrays" or f"could not write the images {tmp_path}/a.npz: " in str(end.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
 
 
 def test_reading_takes_the_memory_of_a_batch(tmp_path):
@@ -61,7 +96,13 @@ def test_reading_takes_the_memory_of_a_batch(tmp_path):
     [
         (dict(images=np.zeros((2, 4, 4, 3), np.uint8)), "has no arr_0, only images"),
         (dict(arr_0=np.full((2, 4, 4, 3), 0.5, np.float32)), r"is float32 from 0\.5 to 0\.5; images are uint8 from 0 to 255"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), np.float16)), r"is float16 from 0 to 0; images are uint8 from 0 to 255"),
         (dict(arr_0=np.zeros((2, 4, 4, 3), np.int64)), "is int64; images are uint8"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), ">u2")), "is >u2; images are uint8"),
+        (dict(arr_0=np.zeros((2, 4, 4, 3), bool)), "is bool; images are uint8"),
+        (dict(arr_0=np.array([b"", None])), "is object; images are uint8"),
+        (dict(arr_0=np.uint8(0)), r"shape \(\); images are"),
+        (dict(arr_0=np.zeros((2, 4, 4, 4), np.uint8)), r"shape \(2, 4, 4, 4\); images are \(N, height, width, 3\)"),
         (dict(arr_0=np.zeros((2, 3, 4, 4), np.uint8)), r"shape \(2, 3, 4, 4\); images are \(N, height, width, 3\)"),
         (dict(arr_0=np.zeros((2, 4, 4), np.uint8)), r"shape \(2, 4, 4\)"),
         (dict(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), r"shape \(0, 4, 4, 3\)"),
@@ -83,12 +124,18 @@ def test_damaged_files_are_named(tmp_path, pixels):
     (tmp_path / "a.npz").write_bytes(whole[:500] + bytes(50) + whole[550:])
     with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged \(Bad CRC-32"):
         everything(open_images(tmp_path / "a.npz"), 4)
+    encrypted = bytearray(whole)
+    for place in (6, whole.rindex(b"PK\1\2") + 8):  # the flags of the file and of the index
+        encrypted[place] |= 1
+    (tmp_path / "a.npz").write_bytes(encrypted)
+    with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged \(.*encrypted"):
+        open_images(tmp_path / "a.npz")
     header = dict(descr="|u1", fortran_order=False, shape=(12, 5, 7, 3))  # one more than there are
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(pixels.tobytes())
-    with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged"):
-        list(open_images(tmp_path / "a.npz").read([range(12)]))
+    with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged: it has 1,155 bytes of pixels, not 1,260"):
+        open_images(tmp_path / "a.npz")
 
 
 def test_a_folder_of_all_kinds_of_images(tmp_path, pixels):
