@@ -50,10 +50,11 @@ def center_crop_arr(image, image_size):
     scaled = round(width * scale), round(height * scale)
     left, top = (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2
     square = (left, top, left + image_size, top + image_size)
-    if max(scaled) <= LONG * image_size:
-        return image.resize(scaled, resample=Image.Resampling.BICUBIC).crop(square)
-    box = [place * side / scaled_side for place, side, scaled_side in zip(square, 2 * (width, height), 2 * scaled)]
-    return image.resize((image_size, image_size), resample=Image.Resampling.BICUBIC, box=box)
+    box = None
+    if max(scaled) > LONG * image_size:
+        box = [place * side / scaled_side for place, side, scaled_side in zip(square, 2 * (width, height), 2 * scaled)]
+        scaled, square = (image_size, image_size), (0, 0, image_size, image_size)
+    return image.resize(scaled, resample=Image.Resampling.BICUBIC, box=box).crop(square)
 
 
 class TrainingImages(Dataset):

@@ -347,7 +347,8 @@ def broken_exif():
 
 
 def broken_xmp():
-    return "jpeg", dict(xmp=b"\xa8\xff<x:xmpmeta")
+    packet = b"http://ns.adobe.com/xap/1.0/\0\xa8\xff<x:xmpmeta"
+    return "jpeg", dict(extra=b"\xff\xe1" + struct.pack(">H", len(packet) + 2) + packet)
 
 
 def a_long_text():
