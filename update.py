@@ -117,10 +117,12 @@ def first_not_finite(learner):
     values = tensors(learner)
     moments = {f"{name}, {moment}": x for name, state in values.pop("opt").items() for moment, x in state.items()}
     for part, named in (values | dict(opt=moments)).items():
-        mine = [x.to_local() if isinstance(x, DTensor) else x for x in named.values()]
-        finite = torch.stack([x.isfinite().all() for x in mine]).tolist()
+        mine = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in named.items()}
+        # By their extremes, which NaN is among: to ask every number takes 15 times as long on CPUs.
+        extremes = {name: torch.stack(x.aminmax()).float() for name, x in mine.items() if x.numel()}
+        finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
         if not all(finite):
-            return f"{list(named)[finite.index(False)]} of {part}"
+            return f"{list(extremes)[finite.index(False)]} of {part}"
     return None
 
 
