@@ -13,6 +13,7 @@ import re
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 
@@ -132,7 +133,7 @@ def main(args, processes):
     if probe:
         logger.info(probe.describe())
     if dataset.num_classes < args.num_classes:
-        logger.warning(
+        logger.info(
             f"The images have {dataset.num_classes} classes, fewer than --num-classes {args.num_classes}: the others will stay "
             f"untrained, {dataset.num_classes} to {args.num_classes - 1}"
         )
@@ -146,7 +147,7 @@ def main(args, processes):
             forget_what_came_after(run)
         logger.info("; ".join([f"Going on after step {first:,}, from {run['path']}", *run["changes"]]))
         if otherwise:
-            logger.warning(otherwise)
+            logger.info(otherwise)
         run = None  # it holds as much as the learner
     if args.tracker and processes.rank == 0:
         track = TRACKERS[args.tracker](folder, vars(args), first)
@@ -470,7 +471,7 @@ def log_skipped(step, in_a_row, indices, args, processes, write_row, save):
 def log_held_out(step, losses, processes, write_row):
     if processes.rank == 0:
         logger.info(f"(step={step:07d}) Held-out Loss: {losses['loss']:.4f}")
-        write_row(dict(step=step) | {f"held_out_{name}": loss for name, loss in losses.items()})
+        write_row(dict(step=step) | {f"held_out_{name}": loss if isfinite(loss) else None for name, loss in losses.items()})
 
 
 def log_probe(step, probe, found, processes, write_row):

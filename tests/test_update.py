@@ -219,6 +219,12 @@ def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, monkeypatch, pa
         fit(tmp_path, *flags, "--resume", "auto")
 
 
+def test_a_held_out_loss_that_is_not_finite_is_none_in_the_log():
+    written = []
+    train.log_held_out(3, dict(loss=math.inf, mse=1.5, vb=math.nan), ALONE, written.append)
+    assert written == [dict(step=3, held_out_loss=None, held_out_mse=1.5, held_out_vb=None)]
+
+
 def test_too_many_steps_that_are_not_finite_stop_with_the_images(tmp_path, monkeypatch):
     spoil_steps(monkeypatch, 2, 3)
     seen = []
