@@ -50,7 +50,11 @@ def weights_and_biases(folder, settings, first=0):
     for before in folder.glob("wandb/offline-run-*") if mode in ("offline", "dryrun") else []:
         os.renames(before, folder / "wandb-before" / before.name)  # where `wandb sync` does not look
     known = dict(id=identity.read_text(), resume="allow")
-    run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode, **known)
+    try:
+        run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode, **known)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"--tracker wandb does not begin: {reason}; WANDB_MODE=offline keeps the run in its folder") from error
     begun = run.step
 
     def track(step, numbers, picture=None):

@@ -158,6 +158,15 @@ def test_a_kill_shows_tensorboard_no_step_twice(tmp_path, monkeypatch):
     assert [event.step for event in events.Images("samples")] == [2, 4, 6, 8]
 
 
+def test_an_account_that_does_not_answer_is_named_in_one_line(tmp_path, monkeypatch):
+    def init(**given):
+        raise RuntimeError("no answer\n  after 90 seconds")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: True, init=init))
+    with pytest.raises(OSError, match="--tracker wandb does not begin: no answer after 90 seconds; WANDB_MODE=offline keeps"):
+        fit(tmp_path, *SHORT, "--tracker", "wandb")
+
+
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
 def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
