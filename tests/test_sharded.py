@@ -122,7 +122,7 @@ def test_two_processes_that_save_memory_end_with_the_weights_of_one_that_does_no
 
         train.save_run = save_and_keep
 
-    flags = [*EQUAL, "--max-steps", 3, "--lr", 1e-4, *flags, "--data-path", photos]
+    flags = [*EQUAL, "--global-batch-size", 4, "--max-steps", 2, "--lr", 1e-4, *flags, "--data-path", photos]
     plain = [flag for flag in flags if flag != "--compile"]
     assert fork(*plain, "--results-dir", tmp_path / "one", spoil=keep_weights) == [0]
     more = ["--grad-checkpointing", "--grad-accum", 2, "--results-dir", tmp_path / "two"]
