@@ -16,19 +16,24 @@ This file needs nothing but torch.
 import math
 from contextlib import nullcontext
 from functools import cache, lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 TERMS = ("diffusion", "convection", "reaction")
 SYMBOL_ROWS = ("r", "Kxx", "Kxy", "Kyy", "bx", "by", "gx", "gy", "g0")  # of (9, C): tau times the first six, and the embedding
 EXPONENTS = 6        # the first of those rows
-R_MAX = 1.0          # r <= R_MAX, so that no mode grows by more than exp(tau R_MAX)
+R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX, so that no mode grows by more than exp(R_MAX)
+LARGEST_LOG_TAU = 15  # so that tau times other numbers is finite in float32, wherever an optimiser sends log_tau
 CHUNK = 2**20        # entries of a matrix symbol that exist at once in training
-KEPT = 2**25         # entries of the largest matrix symbol that evaluation keeps between calls
-GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps
+LARGEST_WHOLE = 2**25  # entries of the largest matrix symbol that evaluation computes at once, and may keep
+GRIDS_KEPT = 2       # grid sizes whose symbols evaluation keeps of a layer
+KEPT = 2**31         # bytes that it keeps of all layers together
+COMPARED = 2**9     # entries of each parameter by which it sees writes that PyTorch does not count
 LONGEST_MATRIX = 32  # sides up to which products with Fourier matrices are no slower than an FFT on CPU
 MOST_AT_ONCE = 64    # tokens up to which one matrix for both sides beats two
 LEAST_GROWTH = -80   # the exponential of less is nothing in float32, but takes ten times as long where it underflows
@@ -140,9 +145,13 @@ def green_symbol(K, b, r, tau, h, w):
     even, odd = on_grid(wave_monomials, h, w, K)
     r, Kxx, Kxy, Kyy, bx, by = torch.broadcast_tensors(r, K[..., 0, 0], K[..., 0, 1], K[..., 1, 1], *b.unbind(-1))
     growth = polynomial(even, torch.stack([r, Kxx, Kxy, Kyy], dim=-1)[..., None])           # (..., f, 1)
-    phase = polynomial(odd, torch.stack([bx, by], dim=-1)[..., None])
-    tau = tau[..., None, None]
-    return torch.polar(torch.exp(tau * growth), tau * phase).unflatten(-2, (h, w // 2 + 1)).squeeze(-1)
+    phase = polynomial(odd, within_a_turn(tau[..., None] * torch.stack([bx, by], dim=-1))[..., None])
+    return torch.polar(torch.exp(tau[..., None, None] * growth), phase).unflatten(-2, (h, w // 2 + 1)).squeeze(-1)
+
+
+def within_a_turn(shift):
+    """The same shift of the unit torus, of at most half its side, whose product with wave numbers is rounded less."""
+    return shift - shift.round()
 
 
 def embedding_symbol(g0, gx, gy, h, w):
@@ -187,18 +196,24 @@ def convolve(v, symbol):
         return field(multiply_over(symbol, spectrum(_widen(v))), *v.shape[1:3]).to(v.dtype)
     if _compiled_for_cpu(v):
         return field_op(multiply(symbol, spectrum_op(_widen(v))), *v.shape[1:3]).to(v.dtype)
-    v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1))                      # (B, C, h, w // 2 + 1)
-    return torch.fft.irfft2(_as_complex(symbol) * v_hat, s=v.shape[1:3]).movedim(1, -1).to(v.dtype)
+    v_hat = torch.fft.rfft2(_widen(v).movedim(-1, 1).contiguous())         # (B, C, h, w // 2 + 1)
+    # Contiguous, here and elsewhere: for other layouts complex transforms of MKL may write beyond their memory.
+    return torch.fft.irfft2(_as_complex(symbol).contiguous() * v_hat, s=v.shape[1:3]).movedim(1, -1).to(v.dtype)
 
 
 def _traced(*tensors):
     """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation, a mode that
     sees them (as counters of operations do), or tensors of another class (fake, distributed)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if _observed():
         return True
     if any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _observed():
+    """The part of it that is no matter of the tensors."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
 
 
 def _exporting():
@@ -338,10 +353,13 @@ field_op.register_autograd(_field_backward, setup_context=_keep_for_field)
 
 def real_spectrum(v):
     """rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
+    B, h, w, C = v.shape
+    if B == 0:
+        return v.reshape(B, 2, h, w // 2 + 1, C)                           # no view of complex numbers: those have no gradient
     if _compiled_for_cpu(v) or _by_products(v):
         v_hat = (spectrum_op if _compiled_for_cpu(v) else spectrum)(v)
         return torch.view_as_real(v_hat).permute(0, 4, 2, 3, 1) if v_hat.is_complex() else v_hat
-    return torch.view_as_real(torch.fft.rfft2(v, dim=(1, 2))).movedim(-1, 1)
+    return torch.view_as_real(torch.fft.rfft2(v.movedim(-1, 1).contiguous())).permute(0, 4, 2, 3, 1)
 
 
 def from_real_spectrum(v_hat, h, w):
@@ -349,7 +367,7 @@ def from_real_spectrum(v_hat, h, w):
     if _compiled_for_cpu(v_hat) or _by_products(v_hat):
         v_hat = _as_complex(v_hat) if by_channel(h, w) else v_hat
         return (field_op if _compiled_for_cpu(v_hat) else field)(v_hat, h, w)
-    return torch.fft.irfft2(torch.complex(*v_hat.unbind(1)), s=(h, w), dim=(1, 2))
+    return torch.fft.irfft2(_as_complex(v_hat), s=(h, w)).movedim(1, -1)
 
 
 # Complex numbers are complex tensors, or real ones (..., 2, h, w // 2 + 1, C).
@@ -454,7 +472,8 @@ def embedded_green(h, w, rows):
     vector, and no sine.
     """
     f, (monomials, ky) = w // 2 + 1, on_grid(axis_monomials, h, w, rows)
-    coefficients, g0 = rows.split([8, 1], dim=-2)
+    growth, shift, gradient, g0 = rows.split([4, 2, 2, 1], dim=-2)
+    coefficients = torch.cat([growth, within_a_turn(shift), gradient], dim=-2)
     if by_channel(h, w):
         parts, axis, g0, number = polynomial_by_channel(monomials, coefficients), -1, g0.mT[..., None], torch.complex
     else:
@@ -525,18 +544,23 @@ class SymbolRows(torch.autograd.Function):
     def backward(ctx, gradient):                                           # (..., 9, C)
         log_tau, log_lx, log_ly, shear, b, r_slack, rows = ctx.saved_tensors
         log_lx_grad = log_ly_grad = shear_grad = b_grad = r_slack_grad = None
-        tau, products = _widen(log_tau).exp(), (gradient * rows)[..., :EXPONENTS, :]
+        tau, products = bounded_tau(log_tau), (gradient * rows)[..., 1:EXPONENTS, :]
+        log_tau_grad = products.sum(-2)
         if log_lx is not None:                                             # tau K = tau (lx^2, lx shear ly, (1 + shear^2) ly^2)
-            _, xx, xy, yy, _, _ = products.unbind(-2)
+            xx, xy, yy, _, _ = products.unbind(-2)
             log_lx_grad, log_ly_grad = torch.add(xy, xx, alpha=2), torch.add(xy, yy, alpha=2)
             lx, ly, shear = _widen(log_lx).exp(), _widen(log_ly).exp(), _widen(shear)
             shear_grad = tau * ly * torch.addcmul(lx * gradient[..., 2, :], shear * ly, gradient[..., 3, :], value=2)
         if b is not None:
             b_grad = (tau[..., None, :] * gradient[..., 4:EXPONENTS, :]).mT
         if r_slack is not None:
-            r_slack_grad = -tau * gradient[..., 0, :] * torch.sigmoid(_widen(r_slack))
+            r, r_grad = rows.select(-2, 0), gradient.select(-2, 0)         # times tau; at its bound it depends on nothing,
+            r_grad = r_grad.masked_fill(r > R_MAX * (1 - 1e-6), 0)         # and there may be less by rounding
+            log_tau_grad = torch.addcmul(log_tau_grad, r, r_grad)
+            r_slack_grad = -tau * r_grad * torch.sigmoid(_widen(r_slack))
         embedding = gradient[..., EXPONENTS:, :].unbind(-2)
-        return None, products.sum(-2), log_lx_grad, log_ly_grad, shear_grad, b_grad, r_slack_grad, *embedding
+        log_tau_grad = log_tau_grad * (log_tau <= LARGEST_LOG_TAU)
+        return None, log_tau_grad, log_lx_grad, log_ly_grad, shear_grad, b_grad, r_slack_grad, *embedding
 
 
 class Evolution(torch.autograd.Function):
@@ -561,6 +585,10 @@ class Evolution(torch.autograd.Function):
         return None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[1:])
 
 
+def bounded_tau(log_tau):
+    return _widen(log_tau).clamp_max(LARGEST_LOG_TAU).exp()
+
+
 def sum_of_components(symbol):
     """G(k) B(k) of several PDEs together: ([B], n, 2, h, w // 2 + 1, C), or complex ([B], n, C, h, w // 2 + 1)."""
     return symbol.sum(-4 if symbol.is_complex() else -5)
@@ -573,6 +601,22 @@ def evolve_by_kernels(kernels, v, rows):
     return Evolution.apply(kernels, v, rows) if torch.is_grad_enabled() else kernels.evolve(v, rows)
 
 
+_kept = WeakKeyDictionary()  # what evaluation keeps between calls: by layer, by grid; see `Diagonal.kept`
+
+
+def forget(*_):
+    """Drops all that evaluation has kept, of every layer: training goes on, which changes parameters and needs the memory."""
+    if not torch.compiler.is_compiling() and _kept:
+        _kept.clear()
+
+
+register_optimizer_step_post_hook(forget)
+
+
+def _bytes_kept():
+    return sum(entry[0].nbytes for layer in _kept.data.copy().values() for entry in layer.copy().values())
+
+
 def symmetric(A):
     return (A + A.mT) / 2
 
@@ -581,8 +625,11 @@ class Diagonal(nn.Module):
     """Each of `dim` channels follows a PDE of its own, or, with `components`, is the sum of so many that do.
 
     Parameters, (dim,) unless said otherwise: g0, gx, gy; log_tau; log_lx, log_ly and shear, which give K = L L^T with
-    L = [[lx, 0], [shear ly, ly]]; b (dim, 2); r = R_MAX - softplus(r_slack). So K is positive definite and r <= R_MAX
-    whatever an optimiser does. Those of absent terms do not exist. With one token's width 1 / max(h, w), they start at
+    L = [[lx, 0], [shear ly, ly]]; b (dim, 2); r_slack, which gives r = min(R_MAX - softplus(r_slack), R_MAX / tau). So K is
+    positive definite and tau r <= R_MAX whatever an optimiser does: |G(k)| <= exp(R_MAX), or exp(e^2 R_MAX) in a conditioned
+    layer, whose time goes up to e^2 tau. The bound is a minimum, which leaves every r below it as it is; where it acts, which
+    takes tau > 1, r_slack has no gradient. tau itself ends at e^LARGEST_LOG_TAU. Those of absent terms do not exist.
+    With one token's width 1 / max(h, w), they start at
 
     - tau = 1, r = 0, g0 = 1, gx = gy = 0: a contraction that keeps the mean;
     - K isotropic, its Gaussian (variance 2 tau K) with a standard deviation that runs log-uniformly over the channels
@@ -600,7 +647,6 @@ class Diagonal(nn.Module):
     def __init__(self, dim, groups, components, grid_size, terms):
         super().__init__()
         self.dim, self.groups, self.components, self.terms = dim, groups, components, terms
-        self._symbols = {}
         self.create_parameters(1 / max(grid_size))
         self._names = tuple(self._parameters)
 
@@ -638,7 +684,7 @@ class Diagonal(nn.Module):
 
     def scalars(self):
         """r, Kxx, Kxy, Kyy, bx, by and tau."""
-        tau = _widen(self.log_tau).exp()
+        tau = bounded_tau(self.log_tau)
         r = Kxx = Kxy = Kyy = bx = by = self.zero()
         if "diffusion" in self.terms:
             lx, ly, shear = _widen(self.log_lx).exp(), _widen(self.log_ly).exp(), _widen(self.shear)
@@ -648,6 +694,7 @@ class Diagonal(nn.Module):
             bx, by = _widen(self.b).unbind(-1)
         if "reaction" in self.terms:
             r = R_MAX - nn.functional.softplus(_widen(self.r_slack))
+            r = torch.minimum(r, R_MAX * (tau if tau.ndim == r.ndim else tau[:, None, None]).reciprocal())
         return r, Kxx, Kxy, Kyy, bx, by, tau
 
     def zero(self):
@@ -664,40 +711,47 @@ class Diagonal(nn.Module):
 
     def kept(self, compute, *grid):
         """compute(*grid), which depends on parameters alone: evaluation without gradients computes it once per grid size and
-        reuses it until a parameter changes.
+        reuses it until a parameter changes, an optimiser steps or a forward pass has gradients.
 
-        (Writing through `parameter.data` escapes PyTorch's version counter, and so ours; train() or eval() afterwards
-        drops what was kept.)
+        A write through `parameter.data` escapes PyTorch's version counter. On CPUs the first entries of each parameter are
+        compared, too; on other devices, where that would wait for them, train() or eval() makes such a write known.
         """
-        parameters = list(self._parameters.values())
-        state = None
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            state = self._state(parameters)
-        if state is None:
+        if self.training or torch.is_grad_enabled() or _observed():
             return compute(*grid)
-        entry = self._symbols.get(grid)
-        if entry is None or entry[0] != state:
-            # The entry holds the parameters: as long as they live, no other can have their identity.
-            entry = self._symbols[grid] = state, parameters, compute(*grid)
-            if len(self._symbols) > GRIDS_KEPT:
-                self._symbols.pop(next(iter(self._symbols)))
-        return entry[2]
+        entry, state = _kept.get(self, {}).get(grid), self._state()
+        if entry is None or entry[1] != state or not all(map(torch.equal, *entry[2])):
+            entry = compute(*grid), state
+            self._keep(grid, *entry)
+        return entry[0]
 
-    def _state(self, parameters):
-        """What changes whenever a parameter does; None where that cannot be told."""
-        if tuple(self._parameters) != self._names or any(p.is_inference() for p in parameters):
-            return None  # parametrised or replicated: the values live elsewhere; inference tensors count no versions
+    def _state(self):
+        """What changes with every change of a parameter that PyTorch counts; None where that cannot be told."""
         try:
-            return [(id(p), p.data_ptr(), p._version) for p in parameters]
-        except RuntimeError:  # tensors of torch.func have no address
+            return [(id(p), p.data_ptr(), p._version) for p in self._parameters.values()]
+        except RuntimeError:  # inference tensors count no versions, and some tensors have no address
             return None
+
+    def _keep(self, grid, result, state):
+        """Adds to `_kept` if there is room, at the expense of this layer's other grids alone: layers that take turns would
+        throw out each other's for ever."""
+        own, parameters = _kept.setdefault(self, {}), list(self._parameters.values())
+        own.pop(grid, None)
+        if state is None or tuple(self._parameters) != self._names or _traced(*parameters):
+            return  # inference tensors; parametrised or replicated, with values elsewhere; of another class
+        while own and (len(own) == GRIDS_KEPT or _bytes_kept() + result.nbytes > KEPT):
+            own.pop(next(iter(own)))
+        if _bytes_kept() + result.nbytes > KEPT:
+            return
+        # As long as the parameters and their memory are held, no others can have their identity and their address.
+        values = [p.data.flatten()[:COMPARED] if p.is_contiguous() else p.data for p in parameters]
+        compared = values if result.device.type == "cpu" else []
+        own[grid] = result, state, (compared, [x.clone() for x in compared]), (parameters, values)
 
     def plain_rows(self):
         """`SYMBOL_ROWS` of these parameters, (..., 9, C)."""
         *scalars, tau = self.scalars()
         exponents = tau[..., None, :] * torch.stack(scalars, dim=-2)
-        embedding = torch.stack([_widen(x) for x in (self.gx, self.gy, self.g0)], dim=-2)
-        return torch.cat([exponents, embedding], dim=-2)
+        return torch.cat([exponents, *(_widen(x).unsqueeze(-2) for x in (self.gx, self.gy, self.g0))], dim=-2)
 
     def compute_rows(self, time_scale=None):
         """The same, by the faster way to its gradients if they are wanted; one for each image with time_scale (B, dim)."""
@@ -732,17 +786,13 @@ class Diagonal(nn.Module):
     def kernel(self, h, w):
         return torch.fft.irfft2(green_symbol(*self.coefficients(), h, w), s=(h, w))
 
-    # What could make a kept symbol stale without a new parameter version: new storage, a new mode, a copy.
-    def _apply(self, fn, recurse=True):
-        self._symbols.clear()
+    def _apply(self, fn, recurse=True):                                    # new storage
+        _kept.pop(self, None)
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
-        self._symbols.clear()
+        _kept.pop(self, None)
         return super().train(mode)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_symbols": {}}
 
 
 # Complex matrices and their products are real ones, with real parts before imaginary ones along an axis: real products
@@ -751,7 +801,8 @@ class Diagonal(nn.Module):
 
 def multiply_by_matrices(G, v):
     """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, c, B)."""
-    products = (G @ v.mT).unflatten(3, (2, -1)).unflatten(2, (2, -1))      # (groups, f, 2, c, 2, B)
+    B, c = v.shape[2] // 2, v.shape[3]  # said, as there may be no images
+    products = (G @ v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))        # (groups, f, 2, c, 2, B)
     (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
     return torch.stack([rr - ii, ri + ir], dim=2)
 
@@ -807,7 +858,11 @@ class Pairwise(Diagonal):
     def exponents(self):
         """tau times the coefficients of growth, (groups, 4, c c), and of phase, (groups, 2, c c)."""
         *scalars, tau = self.scalars()
-        return (tau[:, None, None] * torch.stack(scalars, dim=1).flatten(2)).split([4, 2], dim=1)
+        growth, shift = (tau[:, None, None] * torch.stack(scalars, dim=1).flatten(2)).split([4, 2], dim=1)
+        return growth, self.shortest(shift)
+
+    def shortest(self, shift):
+        return within_a_turn(shift)
 
     def compute_symbol(self, h, w):
         """G(k) at all wave vectors; see `symbol_at`."""
@@ -818,7 +873,7 @@ class Pairwise(Diagonal):
         h, w = v.shape[1:3]
         even, odd = on_grid(wave_monomials, h, w, _widen(self.g0))
         embedded = self.embed(real_spectrum(_widen(v)), odd)               # (groups, f, 2 B, c)
-        if not torch.is_grad_enabled() and len(even) * self.g0.numel() <= KEPT:
+        if not torch.is_grad_enabled() and len(even) * self.g0.numel() <= LARGEST_WHOLE:
             states = multiply_by_matrices(self.symbol(h, w), embedded)     # (groups, f, 2, c, B)
         else:
             at_once, exponents = max(1, CHUNK // self.g0.numel()), self.exponents()
@@ -841,7 +896,7 @@ class Pairwise(Diagonal):
         g = torch.cat([_widen(self.g0), _widen(self.gx), _widen(self.gy)], dim=1)     # (groups, 3 c, c)
         v_hat = v_hat.flatten(2, 3).unflatten(-1, (self.groups, -1)).permute(3, 2, 1, 0, 4)
         parts = v_hat.flatten(1, 3) @ g.mT                                 # (groups, f 2 B, 3 c)
-        v, v_x, v_y = parts.view(*v_hat.shape[:-1], -1).chunk(3, dim=-1)   # (groups, f, 2, B, c)
+        v, v_x, v_y = parts.view(*v_hat.shape[:-1], g.shape[1]).chunk(3, dim=-1)     # (groups, f, 2, B, c)
         kx, ky = odd[:, :, None, None, None].unbind(1)
         (real, imag), (dx_real, dx_imag) = v.unbind(2), (kx * v_x + ky * v_y).unbind(2)
         return torch.cat([real - dx_imag, imag + dx_real], dim=2)
@@ -857,9 +912,10 @@ class Coupled(Pairwise):
 
     With c = dim / groups, matrices (groups, c, c) unless said otherwise: g0, gx, gy; log_tau (groups,); lx, ly and
     shear, of which K(k) = P P^T with P = [kx lx + ky shear, ky ly], the matrix form of the Cholesky factor of
-    `Diagonal`; bx and by, of which the symmetric parts count; r = R_MAX - r_root r_root^T. K(k) is positive
-    semi-definite, i k . b is anti-Hermitian and r <= R_MAX, so the 2-norm of G(k) is at most exp(tau R_MAX).
-    Starts as `Diagonal` does, without coupling.
+    `Diagonal`; bx and by, of which the symmetric parts count; r = R_MAX - r_root r_root^T, minus what is needed to bring
+    its eigenvalues, as far out as Gershgorin's circles may have them, below R_MAX / tau. K(k) is positive semi-definite,
+    i k . b is anti-Hermitian and tau r <= R_MAX, so the 2-norm of G(k) is at most exp(R_MAX), but for rounding, which
+    grows with the size of tau k . b. Starts as `Diagonal` does, without coupling.
     """
 
     def create_parameters(self, token):
@@ -882,7 +938,7 @@ class Coupled(Pairwise):
             self.r_root = nn.Parameter(math.sqrt(R_MAX) * own)
 
     def scalars(self):
-        tau = _widen(self.log_tau).exp()
+        tau = bounded_tau(self.log_tau)
         r = Kxx = Kxy = Kyy = bx = by = self.zero()
         if "diffusion" in self.terms:
             lx, ly, shear = _widen(self.lx), _widen(self.ly), _widen(self.shear)
@@ -891,8 +947,15 @@ class Coupled(Pairwise):
             bx, by = symmetric(_widen(self.bx)), symmetric(_widen(self.by))
         if "reaction" in self.terms:
             root = _widen(self.r_root)
-            r = R_MAX * torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
+            one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+            r = R_MAX * one - root @ root.mT
+            own = r.diagonal(dim1=-2, dim2=-1)
+            largest = (own + r.abs().sum(-1) - own.abs()).amax(-1)         # no eigenvalue is larger
+            r = r - (largest.clamp_max(R_MAX) - R_MAX / tau).clamp_min(0)[:, None, None] * one
         return r, Kxx, Kxy, Kyy, bx, by, tau
+
+    def shortest(self, shift):
+        return shift  # entries of a matrix under an exponential have no period
 
     def exponential(self, growth, phase):
         G = torch.linalg.matrix_exp(torch.complex(growth, phase).unflatten(-1, self.g0.shape[1:])).flatten(-2)
@@ -924,7 +987,8 @@ class PDESSM(nn.Module):
     coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
     groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
                  pairwise, as in the paper, and groups of 8 channels for coupled, whose exponential costs O(c^3).
-    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. `expand` gives it in multiples of dim.
+    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back.
+    expand:      the same in multiples of dim, where state_dim is not given.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
     components:  not the paper's: so many PDEs per channel, whose states are summed. For the diagonal coupling alone.
     activation:  not the paper's: silu(R u + bias) in place of R u.
@@ -950,6 +1014,8 @@ class PDESSM(nn.Module):
             raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")
         if components < 1 or (components > 1 and coupling != "diagonal"):
             raise ValueError(f"components is {components}, with coupling {coupling!r}; it is 1, or more if diagonal")
+        if coupling == "diagonal" and groups not in (None, 1):
+            raise ValueError(f"groups is {groups}, with coupling 'diagonal', which has a PDE for each channel and no groups")
         C = round(expand * dim) if state_dim is None else state_dim
         if groups is None:
             groups = C // math.gcd(C, 8) if coupling == "coupled" else 1
@@ -976,6 +1042,8 @@ class PDESSM(nn.Module):
             raise ValueError(f"PDESSM has conditioned={self.conditioned} and got {'no vector' if c is None else 'a vector'} c")
         if c is not None and (c.ndim != 2 or c.shape[0] != u.shape[0] or c.shape[1] != self.dim):
             raise ValueError(f"c is {tuple(c.shape)}, not one vector per image, {(len(u), self.dim)}")
+        if torch.is_grad_enabled():
+            forget()
         u = u.movedim(1, -1)                                               # (B, h, w, D)
         v = self.R(u)                                                      # (B, h, w, C)
         if self.activation:
@@ -1213,4 +1281,4 @@ def _full_precision(x):
 
 
 def _widen(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))

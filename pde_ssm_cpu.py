@@ -419,7 +419,7 @@ extern "C" void evolve_backward(const float *gradient, const float *v, const flo
 
 def serves(v):
     """Whether the kernels can take these tokens (B, h, w, C): of at most 32 bits, on a CPU, on a grid of SIDES."""
-    if v.device.type != "cpu" or v.dtype not in (torch.float32, torch.bfloat16, torch.float16) or v.numel() == 0:
+    if v.device.type != "cpu" or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return v.shape[1] in SIDES and v.shape[2] in SIDES and built()
 
@@ -475,7 +475,7 @@ def sizes(v, rows):
     if not {*v.shape[1:3]} <= SIDES:
         limits = f"sides from 1 to {MAX_SIDE} without prime factors above {LARGEST_PRIME}"
         raise ValueError(f"the kernels need {limits}; they got {v.shape[1]} x {v.shape[2]} tokens")
-    own = rows[0].numel() if rows.ndim == 4 else 0
+    own = rows.shape[-3:].numel() if rows.ndim == 4 else 0
     return *v.shape, rows.shape[-3], shares(v, rows), own, torch.get_num_threads()
 
 

@@ -26,8 +26,9 @@ def reference(v, symbol):
     """v (B, h, w, C), symbol (2, h, w // 2 + 1, C), its real and imaginary part -> (B, h, w, C), in v's type, computed in
     float32."""
     h, w = v.shape[1:3]
-    v_hat = torch.fft.rfft2(v.float(), dim=(1, 2))
-    return torch.fft.irfft2(torch.complex(*symbol) * v_hat, s=(h, w), dim=(1, 2)).to(v.dtype)
+    v_hat = torch.fft.rfft2(v.float().movedim(-1, 1).contiguous())         # MKL is not safe with other layouts
+    G = torch.complex(*symbol).movedim(-1, 0).contiguous()
+    return torch.fft.irfft2(G * v_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
 
 
 def evolve(v, symbol):

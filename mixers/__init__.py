@@ -42,10 +42,18 @@ def add_pde_flags(add):
 
 
 def mixer_options(args):
-    """The --pde-* flags that were given, as options of the mixer."""
+    """The --pde-* flags that were given, as options of the mixer. ValueError for those that mean nothing beside others."""
     given = {name: value for name, value in vars(args).items() if name.startswith("pde_")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if given and args.mixer == "attention":
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{flags} means nothing to --mixer attention")
+    coupling = given.get("pde_coupling", "diagonal")
+    if coupling == "diagonal" and "pde_groups" in given:
+        raise ValueError("--pde-groups means nothing to the diagonal coupling; choose another with --pde-coupling")
+    if coupling != "diagonal" and (given.get("pde_components", 1) > 1 or "pde_conditioned" in given):
+        flag = "--pde-conditioned" if "pde_conditioned" in given else "--pde-components"
+        raise ValueError(f"{flag} means nothing to --pde-coupling {coupling}; it needs the diagonal one")
+    if {"pde_state_dim", "pde_expand"} <= given.keys():
+        raise ValueError("--pde-state-dim and --pde-expand say the same; give one of them")
     return {name.removeprefix("pde_"): value for name, value in given.items()}

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def derivative(n):
@@ -57,3 +58,16 @@ def random_rows(*shape, dtype=torch.float32):
     K = K @ K.mT
     rows[..., 1:4, :] = torch.stack([K[..., 0, 0], K[..., 0, 1], K[..., 1, 1]], dim=-2)
     return rows * torch.tensor([0.3, 1, 1, 1, 0.1, 0.1, 0.02, 0.02, 1], dtype=dtype)[:, None]
+
+
+class FourierTransforms(TorchDispatchMode):
+    """The axes of the complex ones that PyTorch is asked for, and whether the numbers lie in memory one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_fft" in str(function) and args[0].is_complex():
+            self.seen.append((args[0].ndim, list(args[1]), args[0].is_contiguous()))
+        return function(*args, **kwargs or {})

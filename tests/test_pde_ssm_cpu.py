@@ -21,7 +21,7 @@ f64 = torch.float64
 def evolve_plainly(v, rows):
     symbol, _ = pde_ssm.embedded_green(*v.shape[1:3], rows)
     symbol = pde_ssm._as_complex(symbol).sum(-4)                           # ([B], C, h, w // 2 + 1)
-    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1)), s=v.shape[1:3]).movedim(1, -1)
+    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1).contiguous()), s=v.shape[1:3]).movedim(1, -1)
 
 
 def assert_close(mine, exact, of_largest, dim=None):
@@ -87,6 +87,24 @@ def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, gr
     for theirs, mine in zip(*results):
         assert mine.dtype == dtype
         assert (mine - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-6) * theirs.abs().max()
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (6, 35)], ids=str)
+def test_shifts_of_many_turns_are_those_of_the_torus_on_both_paths(grid):
+    """And those of an equation that starts a whole number of turns nearer."""
+    pde, (u, direction) = PDESSM(5), torch.randn(2, 2, 5, *grid)
+    turns, results = torch.tensor([[0, 0], [1, -2], [40, 1000], [-1024, 7], [3, 512]]), []
+    wanted = [p for name, p in pde.named_parameters() if name != "equation.log_tau"]       # which turns the shift by more
+    near = torch.randint(-128, 128, (5, 2)) / 256                          # binary: sums with turns are exact
+    for backend, shift in (("torch", near), ("torch", near + turns), ("cpp", near + turns)):
+        pde_ssm.set_backend(backend)
+        with torch.no_grad():
+            pde.equation.b.copy_(shift)
+        out = pde(u)
+        results.append((out, *torch.autograd.grad(out, wanted, direction)))
+    for plain, far, kernels in zip(*results):
+        assert_close(far, plain, 1e-6)
+        assert_close(kernels, plain, 1e-5)
 
 
 @pytest.mark.parametrize("components", [1, 2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pde_ssm
+from oracle import FourierTransforms
 from pde_ssm import PDESSM
 
 pytest.importorskip("triton")
@@ -51,6 +52,14 @@ def assert_like_the_plain_path(v, symbol):
     assert_close(mine, expected, dtype)
     for theirs, ours in zip(*(torch.autograd.grad(out, (v, symbol), gradient) for out in (expected, mine))):
         assert_close(ours, theirs, dtype)
+
+
+def test_the_plain_path_transforms_images_that_lie_in_one_piece():
+    """As in tests/test_pde_ssm.py, where the reason is."""
+    v, symbol = random_problem((3, 129), torch.float32, B=1)
+    with FourierTransforms() as transforms:
+        pde_ssm_triton.reference(v, symbol).backward(torch.randn_like(v))
+    assert transforms.seen == 2 * [(4, [2, 3], True)]
 
 
 @types
