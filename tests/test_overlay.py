@@ -214,10 +214,10 @@ def test_layers_keep_device_type_and_mode(tmp_path):
     ("flags", "message"),
     [
         (["--mixer", "attention", "--pde-gate"], "--pde-gate means nothing to --mixer attention"),
-        (["--pde-groups", "0"], "--pde-groups means nothing to --mixer attention"),
+        (["--pde-groups", "2"], "--pde-groups means nothing to --mixer attention"),
         (["--mixer", "attention", "--attention-class", "a:B"], "--attention-class means nothing to --mixer attention"),
         ([*PDE, "--attention-class", "SelfAttention"], "it is module:Class"),
-        ([*PDE, "--pde-components", "0"], "components is 0"),
+        ([*PDE, "--pde-groups", "2"], "--pde-groups means nothing to the diagonal coupling"),
         ([*PDE, "--pde-coupling", "pairwise", "--pde-groups", "7"], "96 channels cannot be split into 7"),
         ([*PDE, "--model", "Strip"], "2 tokens on the grid; it expects a square number"),
     ],

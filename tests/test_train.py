@@ -26,6 +26,7 @@ from vae import open_space
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("model", "mixer", "num_classes", "image_size", "vae")  # of flags that a checkpoint decides
+COUPLED = ["--mixer", "pdessm", "--pde-coupling", "coupled"]
 
 
 def load(folder, step):
@@ -351,8 +352,11 @@ def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
         (["--val-path", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--val-path", "digits"], "the digits have no held-out images"),
         (["--pde-gate", "--pde-groups", "2"], "--pde-groups, --pde-gate means nothing to --mixer attention"),
-        (["--mixer", "pdessm", "--pde-coupling", "coupled", "--pde-groups", "7"], "96 channels cannot be split into 7"),
-        (["--mixer", "pdessm", "--pde-coupling", "coupled", "--pde-conditioned"], "conditioned needs coupling='diagonal'"),
+        ([*COUPLED, "--pde-groups", "7"], "96 channels cannot be split into 7"),
+        ([*COUPLED, "--pde-conditioned"], "--pde-conditioned means nothing to --pde-coupling coupled"),
+        ([*COUPLED, "--pde-components", "2"], "--pde-components means nothing to --pde-coupling coupled"),
+        (["--mixer", "pdessm", "--pde-groups", "1"], "--pde-groups means nothing to the diagonal coupling"),
+        (["--mixer", "pdessm", "--pde-state-dim", "64", "--pde-expand", "2"], "--pde-state-dim and --pde-expand say the same"),
         (["--device", "gpu"], "--device gpu is none of cpu, cuda and cuda:N"),
     ],
 )
