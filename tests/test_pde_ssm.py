@@ -313,6 +313,30 @@ def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("backend", "coupling", "shapes"),
+    [
+        ("cpp", "diagonal", [(2, 3, 7, 13), (1, 3, 35, 4)]),
+        ("torch", "diagonal", [(2, 3, 7, 13), (1, 3, 35, 4)]),
+        ("torch", "pairwise", [(2, 3, 7, 13)]),
+        ("torch", "coupled", [(1, 3, 35, 4)]),
+    ],
+)
+def test_after_a_compiled_convolution_that_runs_channels_last(backend, coupling, shapes):
+    pde_ssm.set_backend(backend)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), PDESSM(16, coupling=coupling))
+    net.to(memory_format=torch.channels_last)
+    torch.compiler.reset()
+    compiled = torch.compile(net, dynamic=True, backend="aot_eager")
+    for shape in shapes:
+        u = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+        expected, mine, direction = net(u), compiled(u), torch.randn(shape[0], 16, *shape[2:])
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+        gradients = (torch.autograd.grad(out, [u, *net.parameters()], direction) for out in (mine, expected))
+        for ours, theirs in zip(*gradients):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
 @backends
@@ -811,6 +835,28 @@ def test_results_can_be_changed_in_place(side, backend):
     out.square().sum().backward()
     (expected,) = torch.autograd.grad((pde(u) + u).square().sum(), [pde.R.weight])
     torch.testing.assert_close(pde.R.weight.grad, expected)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 13), (40, 3)], ids=str)      # one matrix, two, an FFT
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
+@backends
+def test_deterministic_algorithms_are_all_there_is(options, grid, backend, deterministic):
+    pde_ssm.set_backend(backend)
+    pde, u, c = PDESSM(16, **options), torch.randn(2, 16, *grid, requires_grad=True), torch.randn(2, 16)
+    runs = []
+    for _ in range(2):
+        out = pde(u, *[c] * pde.conditioned)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), [u, *pde.parameters()])])
+    assert all(map(torch.equal, *runs))
+    with torch.no_grad():
+        pde.eval()(u, *[c] * pde.conditioned)
 
 
 no_empty_fft = pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 cannot transform no images")
