@@ -44,7 +44,7 @@ def test_imports_flow_one_way(name):
     assert imported & set(ORDER) <= set(ORDER[: ORDER.index(name)])
     if name == "pde_ssm":
         kernels = {"pde_ssm_cpu", "pde_ssm_triton"}                        # for speed, imported where they run
-        assert imported == {"contextlib", "functools", "math", "torch", "weakref"} | kernels
+        assert imported == {"contextlib", "copy", "functools", "math", "torch", "weakref"} | kernels
     if name == "diffusion":
         assert not imported & set(ORDER)
 

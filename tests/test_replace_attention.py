@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import timm
 import torch
+from timm.models import beit, davit, swin_transformer, xcit
 from timm.models.vision_transformer import Attention
 from torch import nn
 
@@ -134,8 +135,8 @@ def test_cross_attention_stays():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no self-attention layer"),
-        (timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), {}, "no self-attention layer"),
+        (nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no layer of self-attention"),
+        (timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), {}, "no layer of self-attention"),
         (our_dit()[0], dict(mixer="attention"), "unknown mixer 'attention'; known: pdessm"),
         (our_dit()[0], dict(conditioned=True), "conditioned needs blocks that pass"),
         (our_dit()[0], dict(coupling="pairwise", groups=5), "32 channels cannot be split into 5"),
@@ -144,3 +145,34 @@ def test_cross_attention_stays():
 def test_mistakes_are_named(model, options, message):
     with pytest.raises(ValueError, match=message):
         replace_attention(model, **options)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        davit.ChannelAttention(32, num_heads=4),
+        xcit.XCA(32, num_heads=4),
+        swin_transformer.WindowAttention(32, 2, window_size=(2, 2)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_attention_that_is_not_over_all_tokens_stays(layer):
+    with pytest.raises(ValueError, match="no layer of self-attention over all tokens"):
+        replace_attention(torch.nn.Sequential(layer))
+
+
+def test_attention_over_all_tokens_with_a_bias_is_replaced():
+    model = torch.nn.Sequential(beit.Attention(32, 2, window_size=(3, 5)))
+    replace_attention(model, grid_size=(3, 5), prefix_tokens=1)
+    assert isinstance(model[0], PDESSMBlock)
+    assert model(torch.randn(2, 16, 32)).shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "cait_xxs24_224"])
+def test_tokens_that_are_not_on_one_grid_are_refused_and_the_model_stays(name):
+    """One merges tokens on the way, the other joins its class token after most layers."""
+    model = timm.create_model(name)
+    before = [type(layer) for layer in model.modules()]
+    with pytest.raises(ValueError, match=r"not on one grid in all layers of attention: PDESSMBlock got \d+ tokens"):
+        replace_attention(model)
+    assert [type(layer) for layer in model.modules()] == before
