@@ -189,13 +189,6 @@ def save_run(experiment, learner, args, processes, rounding, alone=False):
     there is nothing to do. ValueError for weights, averages or moments that are not finite, which would take the place of good
     ones; OSError if it cannot be written, or only elsewhere, or not by one process alone.
     """
-    spoilt = first_not_finite(learner)
-    if spoilt if alone else processes.any(spoilt is not None)[0]:
-        what = spoilt or "a part on another process"
-        raise ValueError(
-            f"after step {learner.step} {what} is not finite, so that nothing of it is saved; the checkpoints before stay, and "
-            "a lower --lr, --max-grad-norm or --precision fp32 may help"
-        )
     contents = dict(args=vars(args), step=learner.step, scaler=learner.scaler.state_dict(), rounding=rounding)
     sharded, first = args.parallel == "fsdp", processes.rank == 0
     path = Path(experiment, "checkpoints", f"{learner.step:07d}.{'dcp' if sharded else 'pt'}")
@@ -203,6 +196,13 @@ def save_run(experiment, learner, args, processes, rounding, alone=False):
         raise OSError(f"cannot write the checkpoint {path}: every process has a part of it, and they have lost each other")
     if alone and not first and (not path.parent.is_dir() or any(path.parent.glob(f"{path.name}*"))):
         return None
+    spoilt = first_not_finite(learner)
+    if processes.any(spoilt is not None)[0] if sharded else spoilt:        # unless they share them, all have the same
+        what = spoilt or "a part on another process"
+        raise ValueError(
+            f"after step {learner.step} {what} is not finite, so that nothing of it is saved; the checkpoints before stay, and "
+            "a lower --lr, --max-grad-norm or --precision fp32 may help"
+        )
     try:
         if sharded:
             save_sharded(path, tensors(learner), **contents)

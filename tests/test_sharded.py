@@ -17,7 +17,7 @@ import train
 from checkpoint import load_checkpoint, load_model
 from commands import draw, fork, lasting, write_photos
 from sharded import Index, read_whole
-from test_resume import TINY, assert_same, at_update, flipped, names, rows
+from test_resume import TINY, assert_same, at_update, die, flipped, names, rows
 from test_update import spoil_weights
 from update import tensors
 from weights import read_checkpoint
@@ -133,6 +133,17 @@ def test_two_processes_that_save_memory_end_with_the_weights_of_one_that_does_no
         for name, x in one[part].items():
             torch.testing.assert_close(first[part][name], x, rtol=0, atol=rounding, msg=lambda m, name=name: f"{name}: {m}")
     assert max(moment.abs().max() for moment in one["moments"].values()) > 1e-3
+
+
+def test_a_checkpoint_needs_no_other_process(tmp_path):
+    """One dies when the other begins to write: at the end of step 4, which is saved all the same."""
+
+    def die_before_saving(rank):
+        if rank == 1:
+            train.save_run = lambda *_: die()
+
+    assert fork(*EQUAL, "--results-dir", tmp_path, processes=2, spoil=die_before_saving) == [1, -9]
+    assert names(tmp_path) == ["0000004.pt"]
 
 
 def test_a_sharded_model_learns_as_a_whole_one(runs):
