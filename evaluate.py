@@ -629,7 +629,7 @@ def parse_args(argv=None):
     add("--image-size", type=positive, help="crop a folder's images to squares of that side, as training does")
     add("--halves", action="store_true", help="compare REF's images of even and of odd number: the internal FID")
     add("--kid", action="store_true", help="also the kernel distance, by torch-fidelity")
-    add("--exact-distances", action="store_true", help="precision and recall from float32 distances, where ADM has float16")
+    add("--exact-distances", action="store_true", help="precision and recall from float64 distances, where ADM has float16")
     add("--make-ref", nargs=2, metavar=("FOLDER", "OUT.npz"), help="write a reference: images and statistics")
     add("--json", metavar="FILE", help="write the numbers there as JSON; - prints nothing else")
     add("--batch-size", type=positive, help="images at a time and process; by default 64 on CUDA and 16 on CPUs")
