@@ -25,6 +25,8 @@ from commands import write_photos
 from models import MODELS
 
 HERE = Path(__file__).parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored by what they start in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 
 
 @pytest.fixture
