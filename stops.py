@@ -76,6 +76,7 @@ def _raise_noted():
 def shelter(worker):
     """For processes that read images: a signal that announces an end is for the one they read for, which ends them."""
     os.setpgid(0, 0)
+    sys.excepthook = lambda *error: None  # of the thread that hands images over, when that one hangs up on it
     for number in STOPS:
         if number != signal.SIGTERM:  # by which that one ends them
             signal.signal(number, signal.SIG_IGN)
