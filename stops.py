@@ -9,7 +9,8 @@ import sys
 from contextlib import contextmanager, suppress
 
 # By these users, terminals and clusters announce an end.
-STOPS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOPS = [number for number in signal.Signals if number.name in NAMES]
 STATUS = 75  # of a command that one of them ended: os.EX_TEMPFAIL, which says that it may be started again
 came = []  # the names of those that this process has received
 _postponed = False
