@@ -243,7 +243,7 @@ def rows(results):
     return [lasting(json.loads(line)) for line in Path(results, "000-DiT-N-8", "log.jsonl").read_text().splitlines()]
 
 
-def test_another_of_its_class_stands_in_for_a_bad_image(tmp_path, spoilt, shallow, caplog):
+def test_another_of_its_class_stands_in_for_a_bad_image(tmp_path, spoilt, shallow, caplog, one_thread):
     """In training and held out, on one process and on two."""
     for name, photos in zip(("a", "b"), spoilt):
         flags = [*SMALL, "--data-path", photos, "--val-path", photos, "--max-bad-images", 3, "--ckpt-every", 4]
