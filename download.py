@@ -2,7 +2,7 @@
 
 import os
 
-from weights import load_checkpoint
+from checkpoints.read import load_checkpoint
 
 PRETRAINED = "https://dl.fbaipublicfiles.com/DiT/models/"
 pretrained_models = {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}

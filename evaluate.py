@@ -23,12 +23,12 @@ import torch.distributed as dist
 from scipy.special import rel_entr
 from tqdm import tqdm
 
-from checkpoint import whole_file
-from data import DATASETS
-from features import NETWORKS, open_network
-from flags import positive
-from images import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
-from parallel import ALONE, launch
+from evaluation.features import NETWORKS, open_network
+from images.named import DATASETS
+from images.samples import ArrayImages, FolderImages, NpzImages, names, open_npz, write_npz
+from machine.files import whole_file
+from machine.flags import positive
+from machine.processes import ALONE, launch
 
 NEAREST = 3      # of the neighbours whose distance is a radius in precision and recall
 BLOCK = 10_000   # rows and columns of distances at a time, ADM's

@@ -33,7 +33,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cost import forward_flops
+from machine.cost import forward_flops
 from mixers import MIXERS, add_pde_flags, build_mixer, mixer_options
 from pde_ssm import options_from_weights
 
@@ -296,7 +296,7 @@ class Operator:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        return PathFinder.find_spec(name, [str(HERE)]) if name.startswith("pde_ssm") else None
+        return PathFinder.find_spec(name, path or [str(HERE)]) if name.startswith("pde_ssm") else None
 
 
 def lies_in(module, folder):
@@ -427,8 +427,8 @@ def check(folder):
     their_models, their_diffusion, their_train = load(folder, "models", "diffusion", "train")
     if not hasattr(their_models, "DiT_models"):
         raise ValueError(f"models.py of {folder} has no DiT_models: --check is for DiT and its like, --diff for any child")
-    from data import center_crop_arr
     from diffusion import create_diffusion
+    from images.dataset import center_crop_arr
     from models import DiT_models
 
     rows = []
@@ -565,7 +565,8 @@ def parse_args(argv):
 def is_ours(error):
     """Whether an exception was raised in this repository's code, and not in a script or a library."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).resolve().parent in (HERE, HERE / "mixers")
+    rooms = {HERE, *(package.parent for package in HERE.glob("*/__init__.py"))}
+    return Path(frame.f_code.co_filename).resolve().parent in rooms
 
 
 if __name__ == "__main__":

@@ -565,7 +565,7 @@ class SymbolRows(torch.autograd.Function):
 
 
 class Evolution(torch.autograd.Function):
-    """What pde_ssm_cpu evolves, with its gradients: v (B, h, w, C), rows ([B], n, 9, C) -> (B, h, w, C)."""
+    """What pde_ssm_kernels.cpu evolves, with its gradients: v (B, h, w, C), rows ([B], n, 9, C) -> (B, h, w, C)."""
 
     @staticmethod
     def forward(ctx, kernels, v, rows):
@@ -596,7 +596,7 @@ def sum_of_components(symbol):
 
 
 def evolve_by_kernels(kernels, v, rows):
-    """What `convolve` makes of v (B, h, w, C), by pde_ssm_cpu; rows ([B], n, 9, C)."""
+    """What `convolve` makes of v (B, h, w, C), by pde_ssm_kernels.cpu; rows ([B], n, 9, C)."""
     if torch.compiler.is_compiling():
         return kernels.evolve_op(v, rows)
     return Evolution.apply(kernels, v, rows) if torch.is_grad_enabled() else kernels.evolve(v, rows)
@@ -1278,10 +1278,10 @@ BACKENDS = ("default", "torch", "cpp", "triton", "auto")
 def set_backend(name):
     """What runs the diagonal coupling. Results agree up to rounding.
 
-    default: on CPUs the C++ kernels of pde_ssm_cpu.py where they can, PyTorch elsewhere
+    default: on CPUs the C++ kernels of pde_ssm_kernels where they can, PyTorch elsewhere
     torch:   PyTorch
     cpp:     the C++ kernels, or an error where they cannot
-    triton:  the kernels of pde_ssm_triton.py, for GPUs, or an error where they cannot; not for conditioned layers
+    triton:  the Triton kernels of pde_ssm_kernels, for GPUs, or an error where they cannot; not for conditioned layers
     auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
     """
     global _backend
@@ -1291,22 +1291,22 @@ def set_backend(name):
 
 
 def _triton_kernels(v):
-    """The module pde_ssm_triton if it is to evolve v (B, h, w, C)."""
+    """The module pde_ssm_kernels.gpu if it is to evolve v (B, h, w, C)."""
     if _backend not in ("triton", "auto"):
         return None
     try:
-        import pde_ssm_triton as kernels
+        from pde_ssm_kernels import gpu as kernels
     except ImportError:
         kernels = None
     return _if_they_can("triton", kernels, v)
 
 
 def _cpp_kernels(v):
-    """The module pde_ssm_cpu if it is to evolve v (B, h, w, C). Not in exported programs, which go where no compiler is."""
+    """The module pde_ssm_kernels.cpu if it is to evolve v (B, h, w, C); not in exported programs, which need no compiler."""
     if _backend in ("torch", "triton") or _exporting() or _triton_kernels(v):
         return None
     try:
-        import pde_ssm_cpu as kernels
+        from pde_ssm_kernels import cpu as kernels
     except ImportError:
         kernels = None
     return _if_they_can("cpp", kernels, v)

@@ -15,16 +15,16 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from checkpoint import load_model
+from checkpoints.build import load_model
 from diffusion import OBJECTIVES, PATHS, create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise, image_seeds
 from download import find_checkpoint
-from flags import decay, from_zero, image_size, not_negative, positive, share
+from images.autoencoder import open_space
+from machine.flags import decay, from_zero, image_size, not_negative, positive, share
+from machine.processes import launch
 from mixers import MIXERS
+from mixers.running import add_speed_flags, prepare_to_sample
 from models import MODELS
-from parallel import launch
-from speed import add_speed_flags, prepare_to_sample
-from vae import open_space
 
 AT_ONCE = 64     # samples in one batch
 SHOWN_SIDE = 64  # smaller samples are enlarged in the grid, smoothly, to about this many pixels

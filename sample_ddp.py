@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoints.build import load_model
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
 from evaluate import Source, add_feature_flags, compare, look_ahead, measure, open_source, report
-from features import open_network
-from flags import from_zero, not_negative, positive
-from folders import read_image
-from images import npz_shape, write_npz
-from parallel import launch
-from resume import lock
+from evaluation.features import open_network
+from images.autoencoder import DECODER, digest
+from images.folders import read_image
+from images.samples import npz_shape, write_npz
+from machine.files import lock
+from machine.flags import from_zero, not_negative, positive
+from machine.processes import launch
+from mixers.running import prepare_to_sample
 from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, load_space, read_guidance, save_png
-from speed import prepare_to_sample
-from vae import DECODER, digest
 
 
 def main(args, processes):

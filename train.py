@@ -24,27 +24,39 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sample
-from checkpoint import initialize
-from cost import peak_flops, peak_memory, training_flops
-from data import CHECK, DATASETS, Replacing, check_images, collate, load_dataset, readers
-from data import center_crop_arr as center_crop_arr  # scripts take it from here
+from checkpoints.build import initialize
+from checkpoints.resume import (
+    best_effort,
+    find_run,
+    forget_what_came_after,
+    open_log,
+    record_rounding,
+    rescue,
+    restore,
+    save_run,
+    seen_at,
+)
 from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
-from features import NETWORKS
-from flags import Default, above_zero, decay, not_negative, positive
-from folders import describe_classes
-from latents import CachedLatents
+from evaluation.features import NETWORKS
+from images.autoencoder import draw_latents, open_space
+from images.dataset import CHECK, Replacing, check_images, collate, load_dataset, readers
+from images.dataset import center_crop_arr as center_crop_arr
+from images.folders import describe_classes
+from images.latents import CachedLatents
+from images.named import DATASETS
+from machine.cost import peak_flops, peak_memory, training_flops
+from machine.flags import Default, above_zero, decay, not_negative, positive
+from machine.precision import be_deterministic, check_compiler, in_precision
+from machine.processes import launch
+from machine.stops import Stopped, came, end_readers, postponed, read, shelter, within
 from mixers import MIXERS, add_pde_flags, mixer_options
+from mixers.running import add_speed_flags, choose_backend
 from models import MODELS, stride
-from parallel import launch
-from probe import distance, open_probe
-from resume import best_effort, find_run, forget_what_came_after, open_log, record_rounding, rescue, restore, save_run, seen_at
-from speed import add_speed_flags, be_deterministic, check_compiler, choose_backend, in_precision
-from stops import Stopped, came, end_readers, postponed, read, shelter, within
-from tracker import TRACKERS, numbers_of
-from update import create_learner, exchange_gradients, lent, only_the_scale_falls, replicate, update
-from vae import draw_latents, open_space
+from training.learner import create_learner, exchange_gradients, lent, only_the_scale_falls, replicate, update
+from training.probe import distance, open_probe
+from training.trackers import TRACKERS, numbers_of
 
 HELD_OUT = 2560  # images of --val-path that a validation loss takes
 SAMPLING_STEPS = 50  # of the samples that training shows
@@ -241,7 +253,7 @@ def check(args, processes, dataset, held_out, space):
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
         latents.check_vae(args.vae)
     if args.max_bad_images and isinstance(dataset, CachedLatents):
-        raise ValueError("--max-bad-images is for images; of latents, `data.py encode` makes those again that are damaged")
+        raise ValueError("--max-bad-images is for images; `python -m images.encode` makes damaged latents again")
     if args.compile:
         check_compiler(processes.device)
     if args.objective != "flow" and (args.path or args.times):

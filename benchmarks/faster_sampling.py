@@ -13,7 +13,7 @@ import torch._inductor.config
 
 from benchmarks.sampling import sampling_run
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, rounded, time_in_turns
-from flags import positive
+from machine.flags import positive
 from models import SIZES
 
 STEPS = 2

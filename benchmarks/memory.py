@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.sides import SIDES, layer_pass, training_step
 from benchmarks.timing import Report, is_out_of_memory, limit_memory, lines_of, parse_args, proc_value, release_memory, rounded
-from parallel import return_freed_memory
+from machine.processes import return_freed_memory
 from pde_ssm import set_backend
 
 BATCH, CHANNELS, HEADS = 4, 384, 6

@@ -13,10 +13,10 @@ from benchmarks.sides import SIDES, build_model
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
 from diffusion import create_diffusion
 from diffusion.samplers import ddpm
-from flags import positive
+from machine.flags import positive
+from mixers.running import prepare_to_sample
 from models import SIZES
 from sample import guided
-from speed import prepare_to_sample
 
 STEPS = 50
 NAMES = ("attention", "pdessm", "floor")

@@ -8,7 +8,7 @@ from functools import partial
 
 from benchmarks.sides import Floor, training_step
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
-from flags import positive
+from machine.flags import positive
 from models import SIZES
 
 SIZE = "S"

@@ -12,7 +12,7 @@ from functools import partial
 
 from benchmarks.sides import SIDES, count_parameters, training_step
 from benchmarks.timing import Report, columns_beside_paper, lines_of, lines_of_paper, parse_args, time_in_turns
-from flags import positive
+from machine.flags import positive
 
 # (image, patch): seconds of attention and of PDE-SSM in the paper
 PAPER = {

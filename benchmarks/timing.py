@@ -23,10 +23,10 @@ from time import perf_counter
 
 import torch
 
-from flags import above_zero, positive
-from parallel import choose_device, keep_freed_memory
+from machine.flags import above_zero, positive
+from machine.precision import processor
+from machine.processes import choose_device, keep_freed_memory
 from pde_ssm import set_backend
-from speed import processor
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_MS = 5.0   # a sample is at least as long

@@ -7,7 +7,7 @@ from functools import partial
 
 from timm.models.vision_transformer import Attention
 
-from flags import above_zero, positive
+from machine.flags import above_zero, positive
 from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock
 
 MIXERS = {"attention": Attention} | {name: partial(PDESSMBlock, **options) for name, options in PRESETS.items()}

@@ -15,11 +15,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import pde_ssm_cpu
 from benchmarks.sides import layer_pass, training_step
+from machine.precision import processor
+from machine.processes import keep_freed_memory
 from models import SIZES
-from parallel import keep_freed_memory
-from speed import processor
+from pde_ssm_kernels import cpu
 
 MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are
 LEAST_SHARE = 0.006  # operations with less are added up
@@ -63,13 +63,13 @@ def report(title, run, calls):
 
 def show_kernels():
     """Kernels under a name of their own: to the profiler they are no operations."""
-    run = pde_ssm_cpu.run
+    run = cpu.run
 
     def recorded(name, *tensors, **sizes):
         with record_function(f"pde_ssm_cpu.{name}"):
             run(name, *tensors, **sizes)
 
-    pde_ssm_cpu.run = recorded
+    cpu.run = recorded
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate import Side, Statistics, compare, measure, open_source
-from features import Inception
-from flags import positive
+from evaluation.features import Inception
+from machine.flags import positive
 
 
 def network(args):

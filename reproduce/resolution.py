@@ -12,11 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from checkpoint import load_model
-from data import load_dataset
+from checkpoints.build import load_model
+from images.autoencoder import PixelSpace
+from images.dataset import load_dataset
+from machine.processes import Processes
 from models import grid_embedding
-from parallel import Processes
-from vae import PixelSpace
 
 path, images, *sides = sys.argv[1:]
 train.HELD_OUT = 640

@@ -15,7 +15,7 @@ from PIL import Image
 import sample
 import sample_ddp
 import train
-from parallel import ALONE, launch
+from machine.processes import ALONE, launch
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
@@ -59,11 +59,12 @@ def draw_many(path, folder, *flags):
 
 
 def torchrun(processes, script, *flags, fails=False):
-    """Runs a command on that many processes of one thread each; returns what it printed."""
+    """Runs a command, a file or a module, on that many processes of one thread each; returns what it printed."""
     assert_one_thread()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command += [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode != 0) == fails, done.stderr
     return done.stderr
 

@@ -18,11 +18,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pde_ssm
-import pde_ssm_cpu
-import stops
-from checkpoint import save_checkpoint
+from checkpoints.build import save_checkpoint
 from commands import write_photos
+from machine import stops
 from models import MODELS
+from pde_ssm_kernels import cpu
 
 HERE = Path(__file__).parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored by what they start in the background
@@ -110,7 +110,7 @@ def compilations(monkeypatch):
 @pytest.fixture(autouse=True, scope="session")
 def kernels():
     """Built before a test names another compiler."""
-    pde_ssm_cpu.built()
+    cpu.built()
 
 
 @pytest.fixture(autouse=True)

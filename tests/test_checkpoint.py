@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-import checkpoint
 import sample
-from checkpoint import initialize, load_checkpoint, load_model, load_weights, save_checkpoint, settings_from_weights
+from checkpoints import export
+from checkpoints.build import initialize, load_model, load_weights, save_checkpoint, settings_from_weights
+from checkpoints.read import load_checkpoint, read_checkpoint
 from commands import ALONE, draw, draw_many, fit
 from download import find_model
-from models import DiT, DiT_models, grid_embedding
-from parallel import launch
+from images.autoencoder import open_space
+from machine.processes import launch
+from models import MODELS, DiT, DiT_models, grid_embedding
 from pde_ssm import TERMS
-from weights import read_checkpoint
 
 PIXELS = dict(input_size=16, in_channels=3, num_classes=10)
 PAPERS = dict(
@@ -277,7 +278,7 @@ def test_weights_with_a_prefix_serve_every_command(tmp_path, randomized):
     model = randomized()
     torch.save(dict(state_dict=prefixed("module._orig_mod.")(model)), tmp_path / "a.pt")
     draw(tmp_path / "a.pt", tmp_path / "a.png", "--class-labels", 3)
-    export(tmp_path / "a.pt", "--format", "safetensors")
+    write_as(tmp_path / "a.pt", "--format", "safetensors")
     assert load_checkpoint(tmp_path / "a.safetensors")[0].keys() == model.state_dict().keys()
     count = len(model.state_dict())
     assert initialize(DiT_models["DiT-N/4"](**PIXELS), tmp_path / "a.pt")[0].endswith(f"{count} of the model's {count} tensors")
@@ -329,7 +330,7 @@ def folder_of(*names):
 )
 def test_what_other_tools_wrote_is_named(tmp_path, make, message):
     make(tmp_path / "a.pt")
-    for use in (lambda path: load_model(path, flags(), "ema"), lambda path: export(path, "--format", "pt", "--out", "b.pt")):
+    for use in (lambda path: load_model(path, flags(), "ema"), lambda path: write_as(path, "--format", "pt", "--out", "b.pt")):
         with pytest.raises(ValueError, match=message) as error:
             use(tmp_path / "a.pt")
         assert "\n" not in str(error.value)
@@ -364,7 +365,7 @@ def test_weights_that_are_not_finite_leave_no_command(tmp_path, monkeypatch, bad
     for use in (
         lambda: draw("a.pt", "a.png", "--ema", 0.5),
         lambda: draw_many("a.pt", "s", "--ema", 0.5),
-        lambda: export("a.pt", "--format", "safetensors", "--ema", 0.5),
+        lambda: write_as("a.pt", "--format", "safetensors", "--ema", 0.5),
     ):
         with pytest.raises(ValueError, match=say):
             use()
@@ -450,7 +451,7 @@ def test_weights_of_other_floats_are_read_as_float32(tmp_path, small, dtype, end
     state = {name: w.to(dtype) for name, w in small.state_dict().items()}
     torch.save(dict(ema=state, args=dict(objective="diffusion")), tmp_path / "a.pt")
     if ending == "safetensors":
-        export(tmp_path / "a.pt", "--format", ending)
+        write_as(tmp_path / "a.pt", "--format", ending)
     model = load_model(tmp_path / f"a.{ending}", flags(), "ema")[0]
     begun = DiT_models["DiT-N/16"](**PIXELS)
     initialize(begun, tmp_path / f"a.{ending}")
@@ -646,8 +647,8 @@ def test_a_size_without_a_name_is_refused():
         settings_from_weights(DiT(8, hidden_size=32, depth=1, num_heads=1).state_dict())
 
 
-def export(path, *flags):
-    checkpoint.export(checkpoint.parse_args([str(path), *map(str, flags)]), ALONE)
+def write_as(path, *flags):
+    export.export(export.parse_args([str(path), *map(str, flags)]), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -655,8 +656,8 @@ def export(path, *flags):
 )
 def test_safetensors_there_and_back(tmp_path, mixer, options):
     written = write(tmp_path / "a.pt", mixer, options).state_dict()
-    export(tmp_path / "a.pt", "--format", "safetensors")
-    export(tmp_path / "a.safetensors", "--format", "pt", "--out", tmp_path / "b.pt")
+    write_as(tmp_path / "a.pt", "--format", "safetensors")
+    write_as(tmp_path / "a.safetensors", "--format", "pt", "--out", tmp_path / "b.pt")
     expected, settings = load_model(tmp_path / "a.pt", flags(), "ema")
     for name in ("a.safetensors", "b.pt"):
         model, read = load_model(tmp_path / name, flags(), "ema")
@@ -675,7 +676,7 @@ def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
     args = argparse.Namespace(model="DiT-N/4", image_size=16, num_classes=10, vae="none")
     args.path, args.odd = ("data", 3), {(1, 2): 3}
     torch.save(dict(model=model, ema=average, opt={}, args=args), tmp_path / "a.pt")
-    export(tmp_path / "a.pt", "--format", "safetensors", "--out", tmp_path / "b.safetensors")
+    write_as(tmp_path / "a.pt", "--format", "safetensors", "--out", tmp_path / "b.safetensors")
     weights, settings = load_checkpoint(tmp_path / "b.safetensors")
     assert all(torch.equal(weights[name], average[name]) for name in average)
     assert settings == dict(model="DiT-N/4", image_size=16, num_classes=10, vae="none", path=["data", 3], odd={})
@@ -723,9 +724,9 @@ SPOILT_SAFETENSORS = [truncated, half, text, empty, garbage, no_header, huge_hea
 @pytest.mark.parametrize("spoil", SPOILT_SAFETENSORS, ids=lambda f: f.__name__)
 def test_spoilt_safetensors_are_named_and_run_nothing(tmp_path, spoil):
     write(tmp_path / "a.pt")
-    export(tmp_path / "a.pt", "--format", "safetensors")
+    write_as(tmp_path / "a.pt", "--format", "safetensors")
     spoil(tmp_path / "a.safetensors")
-    for use in (lambda path: load_model(path, flags(), "ema"), lambda path: export(path, "--format", "pt", "--out", "b.pt")):
+    for use in (lambda path: load_model(path, flags(), "ema"), lambda path: write_as(path, "--format", "pt", "--out", "b.pt")):
         with pytest.raises(ValueError, match=r"a\.safetensors is not a whole checkpoint"):
             use(tmp_path / "a.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.safetensors"]
@@ -739,7 +740,7 @@ def test_a_hostile_autoencoder_does_not_run(tmp_path):
     for write_to in (lambda value: torch.save(value, weights), lambda value: weights.write_bytes(pickle.dumps(value))):
         write_to(dict(a=Hostile(str(tmp_path / "owned"))))
         with pytest.raises(OSError, match=r"the VAE .* could not be loaded"):
-            checkpoint.open_space(str(tmp_path / "vae")).load("cpu")
+            open_space(str(tmp_path / "vae")).load("cpu")
     assert os.listdir(tmp_path) == ["vae"]
 
 
@@ -758,7 +759,7 @@ def test_an_export_that_cannot_be_says_why(tmp_path, monkeypatch, given, message
     write(tmp_path / "a.pt")
     before = (tmp_path / "a.pt").read_bytes()
     with pytest.raises((ValueError, OSError), match=message):
-        export("a.pt", *given)
+        write_as("a.pt", *given)
     assert os.listdir() == ["a.pt"]
     assert (tmp_path / "a.pt").read_bytes() == before
 
@@ -820,7 +821,7 @@ def test_an_option_more_of_the_same_mixer_leaves_the_rest_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("other", ["DiT-Ti/4", "UNet-N"])
 def test_a_network_of_which_nothing_fits_is_no_beginning(tmp_path, other):
-    old = checkpoint.MODELS[other](input_size=16, in_channels=3, num_classes=10)
+    old = MODELS[other](input_size=16, in_channels=3, num_classes=10)
     new = DiT_models["DiT-N/4"](**PIXELS)
     before = {name: value.clone() for name, value in new.state_dict().items()}
     with pytest.raises(ValueError, match="is of another network or size"):
@@ -829,7 +830,7 @@ def test_a_network_of_which_nothing_fits_is_no_beginning(tmp_path, other):
 
 
 def test_a_unet_keeps_its_null_class(tmp_path):
-    old, new = (checkpoint.MODELS["UNet-N"](input_size=16, in_channels=3, num_classes=n) for n in (4, 2))
+    old, new = (MODELS["UNet-N"](input_size=16, in_channels=3, num_classes=n) for n in (4, 2))
     report = initialize(new, saved(tmp_path / "a.pt", old))
     assert torch.equal(new.net.class_embedding.weight[2], old.net.class_embedding.weight[4])
     assert torch.equal(new.net.conv_in.weight, old.net.conv_in.weight)
@@ -842,7 +843,7 @@ def test_training_begins_where_another_run_ended(tmp_path, ending):
     quick = ["--global-batch-size", 2, "--max-steps", 1, "--log-every", 1]
     path = fit(tmp_path / "a", *quick, "--lr", 1e-2) / "checkpoints" / "0000001.pt"
     if ending == "safetensors":
-        export(path, "--format", "safetensors")
+        write_as(path, "--format", "safetensors")
         path = path.with_suffix(".safetensors")
     folder = fit(tmp_path / "b", *quick, "--lr", 1e-9, "--mixer", "pdessm", "--init-from", path)
     old, new = load_checkpoint(path)[0], torch.load(folder / "checkpoints" / "0000001.pt")
@@ -872,7 +873,7 @@ def test_a_full_disk_leaves_no_half_export(tmp_path, form):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, unlimited[1]))
     try:
         with pytest.raises(OSError, match=rf"could not write the checkpoint .*b\.{form}: .*File too large"):
-            export(tmp_path / "a.pt", "--format", form, "--out", tmp_path / f"b.{form}")
+            write_as(tmp_path / "a.pt", "--format", form, "--out", tmp_path / f"b.{form}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert os.listdir(tmp_path) == ["a.pt"]

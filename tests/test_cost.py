@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import cost
-from cost import forward_flops, peak_flops, training_flops
+from machine import cost
+from machine.cost import forward_flops, peak_flops, training_flops
 from models import MODELS
 
 

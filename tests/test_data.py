@@ -15,10 +15,10 @@ from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import ConcatDataset, DataLoader
 
-import data
 import train
 from commands import ALONE, fit, fork, lasting
-from data import center_crop_arr, load_dataset
+from images import dataset, named
+from images.dataset import center_crop_arr, load_dataset
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_extreme_images_are_cropped_without_enlarging_all_of_them(size, monkeypa
     assert cropped.shape == (32, 32, 3)
     assert max(image.width * image.height for image in sizes) <= max(image.width * image.height, 16 * 32**2)
     if max(size) < 2000:
-        monkeypatch.setattr(data, "LONG", 10**6)
+        monkeypatch.setattr(dataset, "LONG", 10**6)
         assert np.abs(cropped - np.asarray(center_crop_arr(image, 32))).max() <= 2
 
 
@@ -96,8 +96,8 @@ def test_classes_can_be_ignored():
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_cifar10_as_torchvision_unpacks_it(tmp_path, monkeypatch, inside):
-    monkeypatch.setattr("data.CIFAR10._check_integrity", lambda self: True)
-    monkeypatch.setattr("data.CIFAR10._load_meta", lambda self: None)
+    monkeypatch.setattr("images.named.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("images.named.CIFAR10._load_meta", lambda self: None)
     root = tmp_path / "cifar-10-batches-py"
     root.mkdir()
     for i in range(1, 6):
@@ -276,7 +276,7 @@ def test_one_bad_image_too_many_ends_the_run_and_more_may_be_allowed_for(tmp_pat
 def test_a_class_without_a_good_image_has_none_to_stand_in(photos):
     for path in Path(photos, "1").iterdir():
         path.write_bytes(b"")
-    images = data.Replacing(load_dataset(photos, 8), 100)
+    images = dataset.Replacing(load_dataset(photos, 8), 100)
     with pytest.raises(OSError, match=r"/1/10\.png .*; none stands in for it: 13 of its class were tried, .* is 100"):
         images[15]
     assert images[0][1:] == (0, [])
@@ -315,7 +315,8 @@ def test_names_that_no_locale_can_spell_are_logged(tmp_path, photos, shallow, ca
 
 def test_workers_that_are_not_forked_read_everything(tmp_path, spoilt):
     write_database(tmp_path / "lmdb", [Image.new("RGB", (9, 8), (i, 0, 0)) for i in range(2)])
-    sources = data.Replacing(load_dataset(spoilt[0], 8), 3), data.TrainingImages(data._Database(tmp_path / "lmdb"), 8, 0, True)
+    database = dataset.TrainingImages(named._Database(tmp_path / "lmdb"), 8, 0, True)
+    sources = dataset.Replacing(load_dataset(spoilt[0], 8), 3), database
     together = ConcatDataset(sources)
     numbers = [0, 15, 40, 41]
     loader = DataLoader(together, batch_size=None, sampler=numbers, num_workers=1, multiprocessing_context="spawn")
@@ -342,7 +343,7 @@ def write_batches(folder, suffix, prefix="train_data_batch_"):
 
 
 def expect(monkeypatch, name, images, held_out=0):
-    monkeypatch.setitem(data.DATASETS, name, data.DATASETS[name]._replace(images=images, held_out=held_out))
+    monkeypatch.setitem(named.DATASETS, name, named.DATASETS[name]._replace(images=images, held_out=held_out))
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz"])
@@ -409,9 +410,9 @@ def test_flowers_are_all_three_splits(tmp_path, monkeypatch):
         Image.new("RGB", (8, 8), colour).save(base / "jpg" / f"image_{number:05d}.jpg", quality=95)
     savemat(base / "setid.mat", dict(trnid=[[1]], valid=[[2]], tstid=[[3, 4]]))
     savemat(base / "imagelabels.mat", dict(labels=[[5, 6, 7, 8]]))
-    monkeypatch.setattr(data.Flowers102, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(named.Flowers102, "_check_integrity", lambda self: True)
     # torchvision reads one image's number as a number, not as a list
-    monkeypatch.setattr(data.Flowers102, "_splits_map", dict(train="tstid", val="tstid", test="tstid"))
+    monkeypatch.setattr(named.Flowers102, "_splits_map", dict(train="tstid", val="tstid", test="tstid"))
     expect(monkeypatch, "flowers102", 6)
     images = load_dataset(str(tmp_path), 8, name="flowers102")
     assert images.num_classes == 0
@@ -456,7 +457,7 @@ def test_flat_imagenet_without_classes(tmp_path, monkeypatch):
         load_dataset(str(tmp_path), 8, name="imagenet256")
 
 
-@pytest.mark.parametrize("name", data.DATASETS)
+@pytest.mark.parametrize("name", named.DATASETS)
 def test_a_missing_set_says_where_to_get_it(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=rf"{name} in .*empty is not whole .* it takes .*https://"):

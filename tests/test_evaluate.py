@@ -13,7 +13,7 @@ from scipy.linalg import sqrtm
 import evaluate
 from commands import Colours, draw_many, forked
 from evaluate import Statistics, compare, frechet_distance, inception_score, measure, open_source, precision_recall
-from parallel import ALONE, Processes, launch
+from machine.processes import ALONE, Processes, launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,21 +21,19 @@ import pytest
 import torch
 from torch.utils.data import dataloader
 
-import data
 import evaluate
-import latents
-import probe
-import resume
 import sample
 import sample_ddp
-import stops
 import train
-import update
+from checkpoints import resume
 from commands import FEW_STEPS, QUICK, Colours, fork, write_photos
-from images import write_npz
-from parallel import launch
+from images import dataset, encode, latents
+from images.samples import write_npz
+from machine import stops
+from machine.processes import launch
 from test_resume import TINY, assert_same, learnt, names
 from test_vae import save_autoencoder
+from training import learner, probe
 
 STEPS = 8
 AT = 4  # the step in which something is lost
@@ -137,7 +135,7 @@ def reader():
     return multiprocessing.active_children()[0].pid
 
 
-def hang(patch, get=data.TrainingImages.__getitem__):
+def hang(patch, get=dataset.TrainingImages.__getitem__):
     """The process that reads images has its run stopped, and reads no more."""
     read = []
 
@@ -148,7 +146,7 @@ def hang(patch, get=data.TrainingImages.__getitem__):
             time.sleep(1000)
         return get(self, index)
 
-    patch.setattr(data.TrainingImages, "__getitem__", wrapped)
+    patch.setattr(dataset.TrainingImages, "__getitem__", wrapped)
 
 
 def assert_saved_once(calm, folder, log, processes=1):
@@ -172,7 +170,7 @@ def test_a_signal_in_a_step_saves_the_steps_before(calm, flags, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("spoil", "flag"),
-    [(hang, "--num-workers=1"), (in_call(update, "update_ema", send(signal.SIGTERM)), ""),
+    [(hang, "--num-workers=1"), (in_call(learner, "update_ema", send(signal.SIGTERM)), ""),
      (in_call(torch, "save", send(signal.SIGTERM)), ""), (in_call(torch, "save", send(signal.SIGHUP, signal.SIGTERM)), ""),
      *((in_call(train, name, send(signal.SIGINT)), "") for name in WATCHED)],
     ids=["reading", "update", "checkpoint", "checkpoint, twice", *WATCHED],
@@ -254,7 +252,7 @@ def test_an_error_in_what_is_shown_comes_after_the_checkpoint(calm, flags, tmp_p
 
 def test_an_update_that_was_interrupted_is_not_saved(flags, tmp_path, monkeypatch, capfd):
     """The optimiser has made its step, and the averages have not."""
-    in_call(update, "update_ema", throw(MemoryError()))(monkeypatch)
+    in_call(learner, "update_ema", throw(MemoryError()))(monkeypatch)
     assert end_of_training(*flags) == "error: out of memory"
     assert "Stopped in the middle of an update: out of memory; nothing is saved" in capfd.readouterr().err
     assert names(tmp_path / "r") == []
@@ -457,7 +455,7 @@ def test_what_no_process_has_alone_is_said_not_to_be_saved(flags, tmp_path, capf
 def shards(tmp_path, images):
     vae = save_autoencoder(tmp_path / "vae", levels=3, channels=4)
     flags = ["--data-path", images, "--vae", vae, "--out", tmp_path / "l", "--image-size", 8, "--shard-size", 10]
-    return data.parse_args(["encode", *map(str, flags), "--device", "cpu", "--num-workers", "1"])
+    return encode.parse_args([*map(str, flags), "--device", "cpu", "--num-workers", "1"])
 
 
 @pytest.mark.parametrize("end", [75, "ended by SIGKILL"])
@@ -470,13 +468,13 @@ def test_an_encoder_keeps_its_whole_shards(shards, tmp_path, monkeypatch, capfd,
     monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     monkeypatch.setattr(latents, "write_shard", write)
     monkeypatch.setattr(shards, "batch_size", 1)  # so many batches are not read ahead
-    how = end_of(data.encode, shards)
+    how = end_of(encode.encode, shards)
     assert how == 75 if end == 75 else end in how
     kept = 1 if end == 75 else 2
     assert sorted(os.listdir(tmp_path / "l")) == [*(f"0000{i}.safetensors" for i in range(kept)), "latents.json"]
     monkeypatch.undo()
     stops.came.clear()
-    assert end_of(data.encode, shards) == 0
+    assert end_of(encode.encode, shards) == 0
     assert f"Encoding {4 - kept} of 4 shards" in capfd.readouterr().out
 
 

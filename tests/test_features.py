@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import features
-from features import EfficientNetLite0, Inception, open_network
+from evaluation import features
+from evaluation.features import EfficientNetLite0, Inception, open_network
 
 
 @pytest.fixture(scope="module")

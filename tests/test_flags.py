@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-import flags
+from machine import flags
 
 COMMANDS = {name: [] for name in ("train", "sample", "sample_ddp", "evaluate", "checkpoint", "data")}
 COMMANDS |= {"overlay": [[]], "benchmarks.timing": ["about"]}

@@ -13,11 +13,10 @@ from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import IFDRational
 
-import data
-import folders
-from data import load_dataset
-from folders import ENDINGS, Folder, describe_classes, read_image
-from images import FolderImages
+from images import folders
+from images.dataset import load_dataset
+from images.folders import ENDINGS, Folder, describe_classes, read_image
+from images.samples import FolderImages
 
 
 def write(path, size=(6, 5), seed=0, **how):
@@ -206,7 +205,7 @@ def test_names_and_sizes_tell_images_from_others(photos, tmp_path, change):
 
 
 def test_of_many_images_some_sizes_are_looked_up(photos, monkeypatch):
-    monkeypatch.setattr(data, "SIZES", 2)
+    monkeypatch.setattr("images.dataset.SIZES", 2)
     looked_up, images = [], load_dataset(str(photos), 4)
     monkeypatch.setattr(os, "stat", lambda path, stat=os.stat: looked_up.append(os.path.relpath(path, photos)) or stat(path))
     assert images.fingerprint()["images"] == 4

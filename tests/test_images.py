@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import ArrayImages, FolderImages, NpzImages, npz_shape, open_images, write_npz
+from images.samples import ArrayImages, FolderImages, NpzImages, npz_shape, open_images, write_npz
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
-import data
 import train
 from commands import ALONE, fit, forked, lasting, torchrun
-from data import load_dataset
 from diffusion import create_diffusion
-from latents import CachedLatents
+from images import encode
+from images.autoencoder import LatentSpace, open_space
+from images.dataset import load_dataset
+from images.latents import CachedLatents
 from test_vae import save_autoencoder
-from vae import LatentSpace, open_space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,15 +45,15 @@ def photos(tmp_path_factory):
     return str(folder)
 
 
-def encode(out, vae, *flags):
+def encode_to(out, vae, *flags):
     flags = ["--out", out, "--vae", vae, "--image-size", 16, "--shard-size", 10, "--device", "cpu", "--num-workers", 0, *flags]
-    data.encode(data.parse_args(["encode", *map(str, flags)]), ALONE)
+    encode.encode(encode.parse_args([*map(str, flags)]), ALONE)
     return str(out)
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, vae, photos):
-    return encode(tmp_path_factory.mktemp("latents") / "a", vae, "--data-path", photos)
+    return encode_to(tmp_path_factory.mktemp("latents") / "a", vae, "--data-path", photos)
 
 
 @pytest.fixture
@@ -128,15 +128,15 @@ def test_held_out_images_need_not_be_encoded_too(tmp_path, encoded, photos, vae)
 
 def test_training_needs_no_autoencoder(tmp_path, photos):
     """Of a name on the hub nothing but the name is read, and ema and mse have the same encoder."""
-    folder = encode(tmp_path / "a", save_autoencoder(tmp_path / "vae", levels=4, channels=4), "--data-path", photos)
+    folder = encode_to(tmp_path / "a", save_autoencoder(tmp_path / "vae", levels=4, channels=4), "--data-path", photos)
     index = json.loads(read(folder, "latents.json"))
     (tmp_path / "a" / "latents.json").write_text(json.dumps(index | {"vae": "ema"}))
     train_on(folder, tmp_path / "r", "mse", "--val-path", folder)
 
 
 def test_digits_are_not_mirrored_and_halves_take_half(tmp_path, vae):
-    whole = encode(tmp_path / "a", vae, "--shard-size", 1000)
-    half = encode(tmp_path / "b", vae, "--shard-size", 1000, "--half")
+    whole = encode_to(tmp_path / "a", vae, "--shard-size", 1000)
+    half = encode_to(tmp_path / "b", vae, "--shard-size", 1000, "--half")
     (moments, label), (rounded, _) = load_dataset(whole, 16)[1500], load_dataset(half, 16)[1500]
     assert moments.shape == rounded.shape == (1, 2, 4, 4, 4)
     assert label == load_dataset(None, 16)[1500][1]
@@ -157,10 +157,10 @@ def test_workers_read_latents(encoded):
 
 def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_path, vae):
     """Killed while it writes, it leaves whole shards and perhaps a partial file; run again, it makes the rest alone."""
-    out, whole = tmp_path / "killed", encode(tmp_path / "whole", vae, *(digits := ["--image-size", 8, "--shard-size", 30]))
-    flags = ["encode", "--out", out, "--vae", vae, "--device", "cpu", *digits]
+    out, whole = tmp_path / "killed", encode_to(tmp_path / "whole", vae, *(digits := ["--image-size", 8, "--shard-size", 30]))
+    flags = ["--out", out, "--vae", vae, "--device", "cpu", *digits]
 
-    killed = forked(encode, out, vae, *digits)
+    killed = forked(encode_to, out, vae, *digits)
     killed.start()
     while len(list(out.glob("*.safetensors"))) < 3 and killed.is_alive():
         time.sleep(0.002)
@@ -172,7 +172,7 @@ def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_pat
         load_dataset(str(out), 8)
     made = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 3 <= len(made) < 60
-    torchrun(2, "data.py", *flags)
+    torchrun(2, "images.encode", *flags)
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
     assert read(out, "latents.json") == read(whole, "latents.json")
@@ -186,11 +186,11 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path, vae, photos, encod
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, unlimited[1]))  # a shard has 10,712 bytes
     try:
         with pytest.raises(OSError, match=r"could not write the shard .*00000\.safetensors: .*File too large"):
-            encode(tmp_path / "a", vae, "--data-path", photos)
+            encode_to(tmp_path / "a", vae, "--data-path", photos)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert os.listdir(tmp_path / "a") == ["latents.json"]
-    assert contents(encode(tmp_path / "a", vae, "--data-path", photos)) == contents(encoded)
+    assert contents(encode_to(tmp_path / "a", vae, "--data-path", photos)) == contents(encoded)
 
 
 def test_an_image_that_cannot_be_read_leaves_the_whole_shards(tmp_path, vae, photos, encoded):
@@ -200,10 +200,10 @@ def test_an_image_that_cannot_be_read_leaves_the_whole_shards(tmp_path, vae, pho
     whole = path.read_bytes()
     path.write_bytes(whole[:300])
     with pytest.raises(OSError, match=rf"cannot read the image .*{path.name}"):
-        encode(tmp_path / "a", vae, "--data-path", bad)
+        encode_to(tmp_path / "a", vae, "--data-path", bad)
     assert sorted(os.listdir(tmp_path / "a")) == ["00000.safetensors", "latents.json"]
     path.write_bytes(whole)
-    encode(tmp_path / "a", vae, "--data-path", bad)
+    encode_to(tmp_path / "a", vae, "--data-path", bad)
     images = contents(tmp_path / "a"), contents(encoded)
     assert [images[0][name] == images[1][name] for name in sorted(images[0])] == [True, True, True, False]  # another source
 
@@ -212,21 +212,21 @@ def test_images_that_have_changed_since(tmp_path, vae, photos, encoded, capsys):
     """A file that was replaced has its shard made again, also of two of which one is missing; others names are refused."""
     changed = Path(shutil.copytree(photos, tmp_path / "photos"))
     one = sorted(changed.glob("*/*.png"))[12]
-    out = Path(encode(tmp_path / "a", vae, "--data-path", changed))
+    out = Path(encode_to(tmp_path / "a", vae, "--data-path", changed))
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     known = CachedLatents(out).fingerprint()
     Image.new("RGB", (20, 20), "red").save(one)
     capsys.readouterr()
-    encode(out, vae, "--data-path", changed)
+    encode_to(out, vae, "--data-path", changed)
     assert re.search("other sizes now, which are made again: 1\nEncoding 1 of 3 shards", capsys.readouterr().out)
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert [name for name in before if before[name] != after[name]] == ["00001.safetensors"]
-    anew = encode(tmp_path / "b", vae, "--data-path", changed)
+    anew = encode_to(tmp_path / "b", vae, "--data-path", changed)
     assert read(out, "00001.safetensors") == read(anew, "00001.safetensors")
     assert {name for name in known if known[name] != CachedLatents(out).fingerprint()[name]} == {"sizes"}
     one.rename(one.parent / "x.png")
     with pytest.raises(ValueError, match=r"holds latents made with names \w+ and now \w+; give another --out"):
-        encode(out, vae, "--data-path", changed)
+        encode_to(out, vae, "--data-path", changed)
 
 
 def test_latents_of_an_older_version_are_gone_on_with(copy, photos, vae):
@@ -237,7 +237,7 @@ def test_latents_of_an_older_version_are_gone_on_with(copy, photos, vae):
         save_file(load_file(path), path)
     (copy / "00001.safetensors").unlink()
     before = contents(copy)
-    encode(copy, vae, "--data-path", photos)
+    encode_to(copy, vae, "--data-path", photos)
     assert before.items() < contents(copy).items()
     assert len(load_dataset(str(copy), 16)) == 26
 
@@ -247,10 +247,10 @@ def test_all_images_are_read_before_they_are_encoded(tmp_path, vae, photos, caps
     for path in (bad / "class0" / "03.png", bad / "class2" / "05.png"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"^2 of 26 images cannot be read: replace or delete them$"):
-        encode(tmp_path / "a", vae, "--data-path", bad, "--check-data")
+        encode_to(tmp_path / "a", vae, "--data-path", bad, "--check-data")
     assert re.findall(r"cannot read the image .*/(\d\d)\.png", capsys.readouterr().out) == ["03", "05"]
     assert not (tmp_path / "a").exists()
-    whole = encode(tmp_path / "a", vae, "--data-path", photos, "--check-data")
+    whole = encode_to(tmp_path / "a", vae, "--data-path", photos, "--check-data")
     assert contents(whole).keys() == {"00000.safetensors", "00001.safetensors", "00002.safetensors", "latents.json"}
 
 
@@ -277,11 +277,11 @@ def of_another_set(path):
 @pytest.mark.parametrize("spoil", [missing, truncated, empty, hostile, of_another_set], ids=lambda f: f.__name__)
 def test_a_shard_that_cannot_be_used_is_named_and_made_again(copy, encoded, photos, vae, spoil):
     spoil(copy / "00001.safetensors")
-    with pytest.raises(OSError, match=r"^1 of 3 shards cannot be used \(.*00001\.safetensors.*\); run `data.py encode` again"):
+    with pytest.raises(OSError, match=r"^1 of 3 shards cannot be used \(.*00001\.saf.*\); run `python -m images\.encode`"):
         load_dataset(str(copy), 16)
     before = {name: value for name, value in contents(copy).items() if name != "00001.safetensors"}
     stamp = (copy / "00000.safetensors").stat().st_mtime_ns
-    encode(copy, vae, "--data-path", photos)
+    encode_to(copy, vae, "--data-path", photos)
     assert contents(copy) == contents(encoded)
     assert before.items() < contents(copy).items()
     assert (copy / "00000.safetensors").stat().st_mtime_ns == stamp
@@ -315,7 +315,7 @@ def readable(dataset, i):
         (["--vae", "none"], "--vae none is not what encoded the latents in .*: that was --vae .*small"),
         (["--vae", "ema"], "--vae ema is not what encoded the latents in .*: that was --vae .*small"),
         (["--num-classes", 2], "the images are of 3 classes, more than --num-classes 2"),
-        (["--max-bad-images", 1], "--max-bad-images is for images; of latents, `data.py encode` makes those again"),
+        (["--max-bad-images", 1], "--max-bad-images is for images; `python -m images.encode` makes damaged latents again"),
         (["--dataset", "cifar10"], r"the latents in .* are of \(None, False\), not of .*\('cifar10', False\)"),
     ],
 )
@@ -358,20 +358,20 @@ def test_another_autoencoder_is_told_by_its_encoder(tmp_path, encoded, vae):
 def test_encoding_with_other_flags_touches_nothing(copy, photos, vae, flags, message):
     before = contents(copy)
     with pytest.raises(ValueError, match=message):
-        encode(copy, vae, "--data-path", photos, *flags)
+        encode_to(copy, vae, "--data-path", photos, *flags)
     assert contents(copy) == before
 
 
 def test_places_that_will_not_do(tmp_path, encoded, photos, vae):
     with pytest.raises(ValueError, match=r"holds latents already"):
-        encode(tmp_path / "a", vae, "--data-path", encoded)
+        encode_to(tmp_path / "a", vae, "--data-path", encoded)
     with pytest.raises(ValueError, match=r"is not empty and holds no cached latents"):
-        encode(photos, vae, "--data-path", photos)
+        encode_to(photos, vae, "--data-path", photos)
     (tmp_path / "new" / "lost+found").mkdir(parents=True)
     (tmp_path / "new" / ".DS_Store").write_bytes(b"x")
-    assert len(load_dataset(encode(tmp_path / "new", vae, "--data-path", photos), 16)) == 26
+    assert len(load_dataset(encode_to(tmp_path / "new", vae, "--data-path", photos), 16)) == 26
     with pytest.raises(OSError, match=r"/proc/a"):
-        encode("/proc/a", vae, "--data-path", photos)
+        encode_to("/proc/a", vae, "--data-path", photos)
     assert not (tmp_path / "a").exists()
 
 
@@ -386,8 +386,8 @@ def test_images_are_read_as_few_at_a_time_as_the_autoencoder_takes_them(tmp_path
     taken = []
     moments = LatentSpace.moments
     monkeypatch.setattr(LatentSpace, "moments", lambda space, images: taken.append(len(images)) or moments(space, images))
-    monkeypatch.setattr("vae.AT_ONCE", 4 * 16 * 16)
-    few = load_dataset(encode(tmp_path / "a", vae, "--data-path", photos, "--batch-size", 64), 16)
+    monkeypatch.setattr("images.autoencoder.AT_ONCE", 4 * 16 * 16)
+    few = load_dataset(encode_to(tmp_path / "a", vae, "--data-path", photos, "--batch-size", 64), 16)
     assert taken == [4, 4, 4, 4, 2, 2] * 2 + [4, 4, 2, 2]  # of 10, 10 and 6 images and their mirror images
     for (moments, label), (expected, expected_label) in zip(few, load_dataset(encoded, 16), strict=True):
         torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-6)
@@ -395,7 +395,8 @@ def test_images_are_read_as_few_at_a_time_as_the_autoencoder_takes_them(tmp_path
 
 
 def test_latents_that_are_not_finite_are_not_kept(tmp_path, photos, vae, monkeypatch):
-    monkeypatch.setattr("vae.LatentSpace.moments", lambda space, images: torch.full((len(images), 2, 4, 4, 4), 1e5))
+    huge = torch.full((2, 4, 4, 4), 1e5)
+    monkeypatch.setattr(LatentSpace, "moments", lambda space, images: huge.expand(len(images), -1, -1, -1, -1))
     with pytest.raises(ValueError, match=r"00000\.safetensors are not finite in torch\.float16"):
-        encode(tmp_path / "a", vae, "--data-path", photos, "--half")
+        encode_to(tmp_path / "a", vae, "--data-path", photos, "--half")
     assert os.listdir(tmp_path / "a") == ["latents.json"]

@@ -15,7 +15,7 @@ from torch import nn
 
 import models
 import overlay
-from checkpoint import load_model, save_checkpoint
+from checkpoints.build import load_model, save_checkpoint
 from commands import ROOT, torchrun
 from mixers import MIXERS, PRESETS
 from models import DiT_models
@@ -167,11 +167,11 @@ def test_afterwards_all_is_as_it_was(checkout):
 
 def test_of_this_repository_a_script_finds_the_operator_alone(checkout, tmp_path, monkeypatch):
     with overlay.imports_of(checkout):
-        assert find_spec("parallel") is None
+        assert find_spec("checkpoints") is None
         assert find_spec("models").origin == str(checkout / "models.py")
         monkeypatch.setattr(overlay, "HERE", ready(tmp_path / "ours", pde_ssm_kernels="fast = True"))
         assert import_module("pde_ssm_kernels").fast  # as pde_ssm imports what it needs on some devices only
-    assert find_spec("parallel").origin == str(ROOT / "parallel.py")
+    assert find_spec("checkpoints").origin == str(ROOT / "checkpoints" / "__init__.py")
 
 
 def test_an_attention_of_ones_own(checkout):
@@ -333,11 +333,11 @@ def test_diff_of_what_it_cannot_compare(checkout):
 def copy(tmp_path, monkeypatch):
     """A checkout that is this repository with one model, and a function (file, old, new) that changes it."""
     monkeypatch.setattr(overlay, "SIDE", 16)
-    folder = ready(tmp_path / "copy", train="from data import center_crop_arr")
+    folder = ready(tmp_path / "copy", train="from images.dataset import center_crop_arr")
     for path in ROOT.glob("*.py"):
-        if path.name not in ("train.py", "pde_ssm.py", "pde_ssm_triton.py"):
+        if path.name not in ("train.py", "pde_ssm.py"):
             shutil.copy(path, folder)
-    for name in ("backbones", "mixers", "diffusion"):
+    for name in ("backbones", "mixers", "diffusion", "images", "machine"):
         shutil.copytree(ROOT / name, folder / name)
 
     def change(file, old, new):
@@ -361,7 +361,7 @@ def test_check_finds_differences(copy, capsys):
     folder, change = copy
     change("backbones/__init__.py", "channels=3)", "channels=4)")
     change("diffusion/__init__.py", "sigma_small=sigma_small", "sigma_small=False")
-    change("data.py", "Resampling.BICUBIC", "Resampling.BILINEAR")
+    change("images/dataset.py", "Resampling.BICUBIC", "Resampling.BILINEAR")
     with pytest.raises(ValueError, match=r"^5 of 22 comparisons disagree: DiT-S/8: guided forward, create_diffusion"):
         overlay.main(["--check", str(folder), "--json"])
     wrong = [row["what"] for row in json.loads(capsys.readouterr().out) if not row["agrees"]]

@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import parallel
 from commands import ROOT
-from parallel import choose_device, launch
+from machine.processes import choose_device, launch
 
 
 def together(command, spoil=None):
@@ -85,7 +84,7 @@ def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(capfd, error):
 
 def test_who_leaves_does_what_is_to_be_done_at_the_end_but_does_not_hang_there(tmp_path, monkeypatch):
     """With the status of all."""
-    monkeypatch.setattr(parallel, "FAREWELL", 0.5)
+    monkeypatch.setattr("machine.processes.FAREWELL", 0.5)
 
     def command(args, processes):
         atexit.register(time.sleep, 300)

@@ -8,12 +8,12 @@ import torch
 from torch.autograd import forward_ad
 
 import pde_ssm
-import pde_ssm_cpu
 from oracle import random_rows
 from pde_ssm import PDESSM
-from pde_ssm_cpu import MAX_SIDE, SIDES, evolve, evolve_backward
+from pde_ssm_kernels import cpu
+from pde_ssm_kernels.cpu import MAX_SIDE, SIDES, evolve, evolve_backward
 
-KERNELS, REASON = pde_ssm_cpu.library()
+KERNELS, REASON = cpu.library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
 f64 = torch.float64
 
@@ -63,7 +63,7 @@ def test_sides_have_no_larger_prime_factors():
     def primes(n):
         return [p for p in range(2, n + 1) if n % p == 0 and all(p % q for q in range(2, p))]
 
-    assert {n for n in range(1, MAX_SIDE + 1) if max(primes(n), default=1) <= pde_ssm_cpu.LARGEST_PRIME} == SIDES
+    assert {n for n in range(1, MAX_SIDE + 1) if max(primes(n), default=1) <= cpu.LARGEST_PRIME} == SIDES
 
 
 OPTIONS = [{}, {"components": 3, "gate": True, "activation": True}, {"conditioned": True}, {"terms": "convection"}]
@@ -218,9 +218,9 @@ def test_sides_that_do_not_fit_are_named(grid):
 def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
     v, rows = torch.randn(2, 3, 4, 5, requires_grad=True), random_rows(1, 5).requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(pde_ssm_cpu.evolve_op, (v, rows), test_utils=tests)
-    torch.library.opcheck(pde_ssm_cpu.evolve_backward_op, (torch.randn(2, 3, 4, 5), v, rows), test_utils="test_faketensor")
-    mine = torch.autograd.grad(pde_ssm_cpu.evolve_op(v, rows).square().sum(), (v, rows))
+    torch.library.opcheck(cpu.evolve_op, (v, rows), test_utils=tests)
+    torch.library.opcheck(cpu.evolve_backward_op, (torch.randn(2, 3, 4, 5), v, rows), test_utils="test_faketensor")
+    mine = torch.autograd.grad(cpu.evolve_op(v, rows).square().sum(), (v, rows))
     torch.testing.assert_close(mine, evolve_backward(2 * evolve(v.detach(), rows.detach()), v.detach(), rows.detach()))
 
 
@@ -253,24 +253,24 @@ def test_what_they_cannot_is_done_by_pytorch(shape, dtype):
 def builds(monkeypatch, tmp_path):
     """Another machine, with an empty cache: the sizes of the files that are built there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build, sizes = pde_ssm_cpu.build, []
+    build, sizes = cpu.build, []
 
     def watched(command, path):
         build(command, path)
         sizes.append(path.stat().st_size)
 
-    monkeypatch.setattr(pde_ssm_cpu, "build", watched)
+    monkeypatch.setattr(cpu, "build", watched)
     return sizes
 
 
 def test_kernels_are_built_once_for_each_kind_of_processor(builds, tmp_path, monkeypatch):
-    library = pde_ssm_cpu.library.__wrapped__
+    library = cpu.library.__wrapped__
     for _ in range(2):
         kernels, reason = library()
         assert reason is None
         assert kernels.evolve.argtypes
     assert len(builds) == 1
-    monkeypatch.setattr(pde_ssm_cpu, "processor", lambda: "another one")
+    monkeypatch.setattr(cpu, "processor", lambda: "another one")
     library()
     assert len(builds) == 2
     assert {path.suffix for path in (tmp_path / "cache").rglob("*")} == {"", ".so"}
@@ -295,7 +295,7 @@ def with_a_cache_that_is_a_file(monkeypatch, tmp_path):
 
 
 def with_a_broken_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(pde_ssm_cpu, "build", lambda command, path: os.makedirs(path))
+    monkeypatch.setattr(cpu, "build", lambda command, path: os.makedirs(path))
 
 
 TROUBLES = {
@@ -313,7 +313,7 @@ def test_without_kernels_pytorch_does_the_work_and_says_why(builds, trouble, tmp
     pde_ssm.set_backend("torch")
     expected = pde(u)
     pde_ssm.set_backend("default")
-    monkeypatch.setattr(pde_ssm_cpu, "library", lambda found=[]: found or found.extend(LIBRARY()) or found)
+    monkeypatch.setattr(cpu, "library", lambda found=[]: found or found.extend(LIBRARY()) or found)
     trouble(monkeypatch, tmp_path)
     with pytest.warns(UserWarning, match=f"{TROUBLES[trouble]}.*; PDEs on CPUs run by PyTorch's operations"):
         assert torch.equal(pde(u), expected)
@@ -321,4 +321,4 @@ def test_without_kernels_pytorch_does_the_work_and_says_why(builds, trouble, tmp
         evolve(torch.randn(1, 2, 2, 1), random_rows(1, 1))
 
 
-LIBRARY = pde_ssm_cpu.library.__wrapped__
+LIBRARY = cpu.library.__wrapped__

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import evaluate
-import probe
 import train
 from commands import ALONE, QUICK, Colours, draw_many, fit, fork
-from data import load_dataset
 from evaluate import frechet_distance
-from parallel import launch
+from images.dataset import load_dataset
+from machine.processes import launch
+from training import probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,7 +162,7 @@ def test_a_tracker_shows_it(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_missing_shows_before_anything_is_done(tmp_path, monkeypatch, flags, message):
-    from features import open_network
+    from evaluation.features import open_network
 
     pytest.importorskip("torch_fidelity")
     monkeypatch.setattr(probe, "open_network", open_network)

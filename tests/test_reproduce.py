@@ -13,7 +13,7 @@ import evaluate
 import sample_ddp
 import train
 from commands import ROOT
-from data import DATASETS
+from images.named import DATASETS
 from models import MODELS
 from reproduce import mixers_table
 

@@ -15,13 +15,12 @@ from functools import cache
 import pytest
 import torch
 
-import checkpoint
-import data
-import probe
-import resume
 import train
+from checkpoints import resume
+from checkpoints.read import read_checkpoint
 from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
-from weights import read_checkpoint
+from images import dataset
+from training import probe
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 1, "--lr", 1e-3]
 STEPS = 14
@@ -58,7 +57,7 @@ def half_written(number, share):
             file.truncate(int(share * file.tell()))
             die()
 
-        checkpoint.torch.save = wrapped
+        torch.save = wrapped
 
     return spoil
 
@@ -213,8 +212,8 @@ def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, num
 
 def test_images_that_were_seen_are_not_read_again(flags, begun, monkeypatch):
     read = []
-    get = data.TrainingImages.__getitem__
-    monkeypatch.setattr(data.TrainingImages, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    get = dataset.TrainingImages.__getitem__
+    monkeypatch.setattr(dataset.TrainingImages, "__getitem__", lambda self, index: read.append(index) or get(self, index))
     again(flags, "--resume", begun / "000-DiT-N-8", "--max-steps", 16)
     assert len(read) == 2 * 8
 
@@ -326,7 +325,7 @@ def test_the_log_is_that_of_the_weights(flags, begun):
 def test_what_was_learnt_is_saved_when_another_process_meets_a_bad_image(flags, tmp_path, capfd):
     """Batch 6 is read by the process that does not write checkpoints."""
 
-    def spoil(rank, get=data.TrainingImages.__getitem__):
+    def spoil(rank, get=dataset.TrainingImages.__getitem__):
         reads = []
 
         def read(self, index):
@@ -335,7 +334,7 @@ def test_what_was_learnt_is_saved_when_another_process_meets_a_bad_image(flags, 
                 raise OSError("cannot read the image x.png")
             return get(self, index)
 
-        data.TrainingImages.__getitem__ = read
+        dataset.TrainingImages.__getitem__ = read
 
     assert fork(*flags, processes=2, spoil=spoil) == [1, 1]
     assert names(tmp_path / "r") == ["0000004.pt", "0000005.pt"]

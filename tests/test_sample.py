@@ -20,9 +20,9 @@ import sample_ddp
 from commands import ALONE, FEW_STEPS, Colours, draw, draw_many, torchrun
 from diffusion import create_diffusion, create_flow
 from diffusion.samplers import FLOW_SAMPLERS
+from images.autoencoder import PixelSpace
+from machine.processes import launch
 from models import DiT_models
-from parallel import launch
-from vae import PixelSpace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import sharded
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoints import sharded
+from checkpoints.build import load_model
+from checkpoints.read import load_checkpoint, read_checkpoint
+from checkpoints.resume import tensors
+from checkpoints.sharded import Index, read_whole
 from commands import draw, fork, lasting, write_photos
-from sharded import Index, read_whole
 from test_resume import TINY, assert_same, at_update, die, flipped, names, rows
 from test_update import spoil_weights
-from update import tensors
-from weights import read_checkpoint
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
 FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
@@ -231,7 +231,7 @@ def test_a_part_that_is_not_finite_is_not_saved(runs, tmp_path, capfd):
 def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
     nothing = SimpleNamespace(**dict.fromkeys(("model", "mixer", "num_classes", "image_size", "vae")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("checkpoint.DiT_models", {"DiT-N/8": train.MODELS["DiT-N/8"]})
+        patch.setattr("checkpoints.build.DiT_models", {"DiT-N/8": train.MODELS["DiT-N/8"]})
         model, settings = load_model(final(runs / "fsdp"), nothing, "ema")
         assert draw(final(runs / "fsdp"), tmp_path / "a.png", "--class-labels", 2).shape == (64, 64, 3)
     assert settings["mixer"] == "pdessm"

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 import pde_ssm
-import pde_ssm_triton
 import sample
 import sample_ddp
 import train
 from commands import FEW_STEPS, QUICK, ROOT, draw, draw_many, fit
 from diffusion import create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise
+from machine.precision import PRECISIONS, compile_whole
+from machine.processes import launch
+from mixers.running import prepare_to_sample
 from models import MODELS, DiT_models
-from parallel import launch
-from speed import PRECISIONS, compile_whole, prepare_to_sample
+from pde_ssm_kernels import gpu
 
 CPU = torch.device("cpu")
 PLAIN = dict(precision="fp32", compile=False, backend="torch", deterministic=False)
@@ -198,7 +199,7 @@ def test_a_folder_keeps_its_precision(tmp_path, checkpoint):
 def test_what_a_machine_cannot_do_ends_in_one_line(tmp_path, monkeypatch, checkpoint, command, flags, message):
     """Before anything is written."""
     monkeypatch.setenv("CXX", "/no/compiler")
-    monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     inputs = [*QUICK, "--mixer", "pdessm", "--max-steps", "1"] if command is train else ["--ckpt", checkpoint(), *FEW_STEPS]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as end:
@@ -217,7 +218,7 @@ def test_without_triton_there_are_no_kernels(randomize, monkeypatch):
 
 def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatch, checkpoint):
     """It is no option of the mixer, and a run goes on with another."""
-    monkeypatch.setattr(pde_ssm_triton, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     path = checkpoint()
     plain = draw(path, tmp_path / "a.png")
     assert np.array_equal(draw(path, tmp_path / "a.png", "--pde-backend", "auto"), plain)

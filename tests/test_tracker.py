@@ -45,13 +45,13 @@ def test_looking_at_a_run_does_not_change_it(tmp_path, monkeypatch):
 
 def test_latents_are_decoded(tmp_path, monkeypatch):
     """Also where training itself needs no autoencoder."""
-    import data
     from commands import ALONE
+    from images import encode
 
     monkeypatch.setattr("train.SAMPLING_STEPS", 2)
     vae = save_autoencoder(tmp_path / "vae", levels=3, channels=4)
     flags = ["--vae", vae, "--image-size", "16"]
-    data.encode(data.parse_args(["encode", "--out", str(tmp_path / "latents"), "--device", "cpu", *flags]), ALONE)
+    encode.encode(encode.parse_args(["--out", str(tmp_path / "latents"), "--device", "cpu", *flags]), ALONE)
     flags += ["--data-path", tmp_path / "latents", "--num-workers", 0, "--sample-every", 4]
     folder = fit(tmp_path / "r", *SHORT, *flags)
     assert pixels(folder / "samples" / "0000004.png").shape == (2 + 3 * 66, 2 + 4 * 66, 3)
@@ -182,7 +182,7 @@ def test_a_model_without_classes_is_drawn_too(tmp_path, monkeypatch):
 
 def test_samples_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("train.SAMPLING_STEPS", 2)
-    monkeypatch.setattr("vae.PixelSpace.decode", lambda self, x: x / 0)
+    monkeypatch.setattr("images.autoencoder.PixelSpace.decode", lambda self, x: x / 0)
     folder = fit(tmp_path, *SHORT, "--sample-every", 2)
     log = (folder / "log.txt").read_text()
     assert "(step=0000002) No samples: 10 of 10 images of a batch are not finite (numbers 0, 1, 2" in log

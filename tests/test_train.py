@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-import probe
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoints.build import load_model
+from checkpoints.read import load_checkpoint
+from checkpoints.resume import find_checkpoint
 from commands import ALONE, QUICK, Colours, draw, draw_many, fit, fork, torchrun
-from cost import training_flops
-from data import DATASETS, load_dataset
 from diffusion import create_diffusion
 from diffusion.samplers import FLOW_SAMPLERS
-from parallel import Processes, launch
+from images.autoencoder import open_space
+from images.dataset import load_dataset
+from images.named import DATASETS
+from machine.cost import training_flops
+from machine.processes import Processes, launch
 from pde_ssm import TERMS
-from resume import find_checkpoint
-from vae import open_space
+from training import probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-import data
 import train
-from checkpoint import export, load_checkpoint
-from checkpoint import parse_args as export_args
+from checkpoints.export import export
+from checkpoints.export import parse_args as export_args
+from checkpoints.read import load_checkpoint, read_checkpoint
+from checkpoints.resume import first_not_finite, tensors
 from commands import ALONE, QUICK, draw, draw_many, fit
+from images import dataset
+from machine.processes import Processes
 from models import MODELS
-from parallel import Processes
-from update import create_learner, decay_at, first_not_finite, only_the_scale_falls, tensors, update, update_ema
-from weights import read_checkpoint
+from training.learner import create_learner, decay_at, only_the_scale_falls, update, update_ema
 
 
 def rows(folder):
@@ -228,8 +229,8 @@ def test_a_held_out_loss_that_is_not_finite_is_none_in_the_log():
 def test_too_many_steps_that_are_not_finite_stop_with_the_images(tmp_path, monkeypatch):
     spoil_steps(monkeypatch, 2, 3)
     seen = []
-    get = data.TrainingImages.__getitem__
-    monkeypatch.setattr(data.TrainingImages, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
+    get = dataset.TrainingImages.__getitem__
+    monkeypatch.setattr(dataset.TrainingImages, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
     with pytest.raises(ValueError, match="steps 2 to 3 had no finite loss and gradient, the last one with images") as error:
         fit(tmp_path, "--max-steps", 6, "--global-batch-size", 4, "--max-skipped", 2, "--ckpt-every", 1)
     assert f"images {', '.join(map(str, seen[8:]))} of the data set" in str(error.value)

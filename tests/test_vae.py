@@ -16,14 +16,14 @@ from diffusers.models import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
 import train
-from checkpoint import save_checkpoint
+from checkpoints.build import save_checkpoint
 from commands import ALONE, draw, draw_many, fit
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
+from images import encode
+from images.autoencoder import DECODER, KINDS, LatentSpace, PixelSpace, digest, open_space
 from models import MODELS
-from vae import DECODER, KINDS, LatentSpace, PixelSpace, digest, open_space
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -222,9 +222,9 @@ def test_latents_are_scaled_and_shifted_as_diffusers_does(tmp_path, monkeypatch,
     kind, channels, config, shape, scaled, unscaled = FORMULAS[name]
     space = open_space(save_autoencoder(tmp_path, 3, channels, kind, **config)).load("cpu")
     assert (space.channels, space.factor) == shape
-    vae, encode, decode = space.vae, space.vae.encode, space.vae.decode
+    vae, plain, decode = space.vae, space.vae.encode, space.vae.decode
     encoded, given = [], []
-    monkeypatch.setattr(vae, "encode", lambda *args, **names: encoded.append(encode(*args, **names)) or encoded[0])
+    monkeypatch.setattr(vae, "encode", lambda *args, **names: encoded.append(plain(*args, **names)) or encoded[0])
     monkeypatch.setattr(vae, "decode", lambda z: given.append(z) or decode(z))
     images = torch.rand(2, 3, 16, 24) * 2 - 1
     mean, std = space.moments(images).unbind(1)
@@ -251,7 +251,7 @@ def test_many_images_are_taken_a_few_at_a_time_and_come_out_the_same(tmp_path, m
     for part in (space.vae.encoder, space.vae.decoder):
         part.register_forward_pre_hook(lambda part, inputs: taken.append(len(inputs[0])))
     for limit, parts in ((3 * 16 * 16, [3, 3, 1]), (100, [1] * 7)):
-        monkeypatch.setattr("vae.AT_ONCE", limit)
+        monkeypatch.setattr("images.autoencoder.AT_ONCE", limit)
         for values, whole in ((space.moments(images), moments), (space.decode(moments[:, 0]), decoded)):
             torch.testing.assert_close(values, whole, rtol=0, atol=1e-12)
         assert taken == 2 * parts
@@ -391,7 +391,7 @@ def test_a_broken_autoencoder_is_refused_in_one_line(tmp_path, small, caplog, ca
 def test_a_class_that_only_a_newer_diffusers_has(small, tmp_path, monkeypatch):
     folder = shutil.copytree(small, tmp_path / "vae")
     config_of(_class_name="AutoencoderOfTomorrow")(folder)
-    monkeypatch.setattr("vae.KINDS", (*KINDS, "AutoencoderOfTomorrow"))
+    monkeypatch.setattr("images.autoencoder.KINDS", (*KINDS, "AutoencoderOfTomorrow"))
     with pytest.raises(ValueError, match="is of the class AutoencoderOfTomorrow, which needs a newer diffusers"):
         open_space(str(folder))
 
@@ -403,15 +403,15 @@ def test_an_autoencoder_that_changed_is_named(tmp_path, small, photos):
     fit(tmp_path / "r", *flags, "--max-steps", 1)
     folder = tmp_path / "r" / "000-DiT-N-2"
     resume = [*flags, "--resume", folder, "--max-steps"]
-    encode = ["encode", "--out", tmp_path / "latents", "--data-path", photos, "--vae", vae, "--image-size", 8]
-    encode = data.parse_args([*map(str, encode), "--device", "cpu", "--num-workers", "0"])
-    data.encode(encode, ALONE)
+    latents = ["--out", tmp_path / "latents", "--data-path", photos, "--vae", vae, "--image-size", 8]
+    latents = encode.parse_args([*map(str, latents), "--device", "cpu", "--num-workers", "0"])
+    encode.encode(latents, ALONE)
     draws = folder / "checkpoints" / "0000001.pt", tmp_path / "s", "--num-fid-samples"
     draw_many(*draws, 1)
 
     change(vae, "decoder")
     fit(tmp_path / "r", *resume, 2)
-    data.encode(encode, ALONE)
+    encode.encode(latents, ALONE)
     with pytest.raises(ValueError, match=r"holds images made with decoder \w{16} and now \w{16}; give another --sample-dir"):
         draw_many(*draws, 2)
     record = next((tmp_path / "s").glob("*/settings.json"))
@@ -422,7 +422,7 @@ def test_an_autoencoder_that_changed_is_named(tmp_path, small, photos):
     with pytest.raises(ValueError, match=r"the encoder of --vae was \w{16} and is \w{16}; --allow-changes goes on"):
         fit(tmp_path / "r", *resume, 3)
     with pytest.raises(ValueError, match=r"holds latents made with vae_digest \w{16} and now \w{16}"):
-        data.encode(encode, ALONE)
+        encode.encode(latents, ALONE)
     path = folder / "checkpoints" / "0000002.pt"
     with pytest.raises(ValueError, match=r"has changed since .* its encoder was \w{16} and is \w{16}; --vae .* all"):
         draw(path, tmp_path / "a.png")

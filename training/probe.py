@@ -9,9 +9,9 @@ from torch import nn
 
 from diffusion.samplers import PerImageNoise, image_seeds
 from evaluate import Statistics, frechet_distance, full_precision, see, spread
-from features import open_network
-from images import FolderImages
-from latents import holds_latents
+from evaluation.features import open_network
+from images.latents import holds_latents
+from images.samples import FolderImages
 from sample import AT_ONCE, Guidance, generate
 
 PROBED = 256  # samples, and as many images if there are

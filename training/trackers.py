@@ -8,7 +8,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from checkpoint import whole_file
+from machine.files import whole_file
 
 
 def tensorboard(folder, settings, first=0):

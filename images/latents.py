@@ -16,15 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from checkpoint import whole_file
-from folders import digest, hidden
-from vae import open_space
+from images.autoencoder import open_space
+from images.folders import digest, hidden
+from machine.files import whole_file
 
 INDEX = "latents.json"
 KINDS = dict(
     vae=str, vae_digest=str, source=str, image_size=int, images=int, shard_size=int, num_classes=int, flip=bool, shape=list
 )  # fmt: skip
-AGAIN = "run `data.py encode` again with the same flags, which makes what is missing"
+AGAIN = "run `python -m images.encode` again with the same flags, which makes what is missing"
 
 
 class CachedLatents(Dataset):

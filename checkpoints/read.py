@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from sharded import SETTINGS, check_pieces, read_settings, read_whole
+from checkpoints.sharded import SETTINGS, check_pieces, read_settings, read_whole
 
 # Where weights are in a file, the average first; after DiT's two names those of other tools.
 CONTAINERS = (

@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from stops import postponed
-from weights import average_names
+from machine.stops import postponed
 
 
 @dataclass(eq=False)
@@ -67,13 +66,6 @@ def replicate(model, args, processes):
     return DistributedDataParallel(model) if processes.size > 1 and args.parallel == "ddp" else model
 
 
-def tensors(learner):
-    """All tensors that updates change, by name, as they lie in memory: who writes into them changes the learner."""
-    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner.averages).items()}
-    moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
-    return dict(model=learner.model.state_dict(), **averages, opt=moments)
-
-
 def exchange_gradients(replica, now):
     """A context for forward and backward passes, in which processes add up their gradients now, or keep them for later."""
     if isinstance(replica, FSDPModule):
@@ -110,20 +102,6 @@ def update(learner, loss, step, max_norm=None, warmup=True):
 def only_the_scale_falls(learner, loss):
     """Whether a step was skipped for nothing but float16's scale, which begins high and is halved until gradients fit in."""
     return learner.scaler.is_enabled() and bool(loss.isfinite()) and learner.scaler.get_scale() >= 1
-
-
-def first_not_finite(learner):
-    """Names a tensor with NaN or infinity in it, of those that updates change and as far as this process has them; or None."""
-    values = tensors(learner)
-    moments = {f"{name}, {moment}": x for name, state in values.pop("opt").items() for moment, x in state.items()}
-    for part, named in (values | dict(opt=moments)).items():
-        mine = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in named.items()}
-        # By their extremes, which NaN is among: to ask every number takes 15 times as long on CPUs.
-        extremes = {name: torch.stack(x.aminmax()).float() for name, x in mine.items() if x.numel()}
-        finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
-        if not all(finite):
-            return f"{list(extremes)[finite.index(False)]} of {part}"
-    return None
 
 
 def decay_at(step, decay):

@@ -5,26 +5,19 @@ so do safetensors, with the weights and, as JSON in their metadata, the args. As
     python checkpoint.py results/000-DiT-S-4/checkpoints/0050000.pt --format safetensors
 """
 
-import argparse
-import json
 import math
-import os
 import re
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save
 
+from checkpoints.read import READ_FROM_UNET, load_checkpoint
 from diffusion import OBJECTIVES, PATHS
-from flags import decay
+from images.autoencoder import open_space
+from machine.files import whole_file
 from mixers import MIXERS, build_mixer, mixer_options
 from models import MODELS, DiT_models, UNets, stride
-from parallel import launch
 from pde_ssm import PRESETS, options_from_weights
-from vae import open_space
-from weights import READ_FROM_UNET, averages_of, load_checkpoint
 
 # The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
@@ -34,25 +27,6 @@ STATED = dict(
     model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS,
 )  # fmt: skip
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")
-
-
-@contextmanager
-def whole_file(path, what):
-    """A file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        # Where the disk is full, PyTorch's writer speaks of positions, after the OSError that says so.
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"could not write the {what} {path}: {reason}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def save_checkpoint(path, **contents):
@@ -323,38 +297,3 @@ def _by_kind(names):
     """Names that differ in a number alone, such as a block's, once, with how many there are."""
     kinds = [re.sub(r"\b\d+\b", "*", name) for name in names]
     return ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
-
-
-def export(args, processes):
-    """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
-    weights, settings = load_checkpoint(args.ckpt, args.ema)
-    if averages := averages_of(settings):
-        settings = settings | dict(ema_decay=[args.ema or next(iter(averages))])
-    out = Path(args.out or Path(args.ckpt).with_suffix(f".{args.format}"))
-    if out.exists():
-        raise ValueError(f"{out} is there already; give another --out")
-    if (out.suffix == ".safetensors") != (args.format == "safetensors"):
-        raise ValueError(f"--out {out} should end in .{args.format}")
-    if args.format == "pt":
-        save_checkpoint(out, ema=weights, args=settings)
-    else:
-        whole = {name: w.clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
-        metadata = dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True))
-        with whole_file(out, "checkpoint") as file:
-            file.write(save(whole, metadata))
-    print(f"{len(weights)} tensors are in {out}")
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Write the weights of a checkpoint in another format.")
-    parser.set_defaults(device="cpu")
-    add = parser.add_argument
-    add("ckpt", help="checkpoint of train.py or of this command")
-    add("--format", choices=["safetensors", "pt"], required=True, help="pt is what DiT's own code loads")
-    add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
-    add("--out", help="by default the checkpoint's name with the format's ending")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    launch(export, parse_args())

@@ -3,7 +3,6 @@
 Nothing but a checkpoint is needed to go on to the bit: what is random belongs to images and steps, and so does their order.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -15,16 +14,17 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from checkpoint import save_checkpoint
-from folders import listed
-from parallel import explain, one_line
-from sharded import check_pieces, load_sharded, read_settings, save_sharded
-from speed import rounding
-from stops import STATUS, Stopped, end_readers, postpone
-from update import first_not_finite, tensors
-from weights import read_checkpoint
+from checkpoints.build import save_checkpoint
+from checkpoints.read import average_names, read_checkpoint
+from checkpoints.sharded import check_pieces, load_sharded, read_settings, save_sharded
+from images.folders import listed
+from machine.files import lock
+from machine.precision import rounding
+from machine.processes import explain, one_line
+from machine.stops import STATUS, Stopped, end_readers, postpone
 
 # Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
 FREE = {
@@ -304,20 +304,6 @@ def delete(path):
     return shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def lock(log, experiment):
-    """Keeps other processes out of a folder, as a rule an experiment, as long as this one has a file of it open, its log.
-    ValueError if another one has.
-
-    A lock in the manner of POSIX: kill -9 ends it, and processes that were forked to read images do not hold it.
-    """
-    try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"another process is at work in {experiment}; wait for its end, or stop it") from error
-    except OSError as error:  # some network file systems have no locks
-        logger.warning(f"Nothing keeps a second process out of {experiment}: it cannot be locked ({error})")
-
-
 def rows_until(run):
     """The lines of log.jsonl up to the checkpoint's step."""
     log = run["path"].parent.parent / "log.jsonl"
@@ -344,3 +330,24 @@ def forget_what_came_after(run):
     partial = Path(f"{log}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows_until(run)))
     os.replace(partial, log)
+
+
+def tensors(learner):
+    """All tensors that updates change, by name, as they lie in memory: who writes into them changes the learner."""
+    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner.averages).items()}
+    moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
+    return dict(model=learner.model.state_dict(), **averages, opt=moments)
+
+
+def first_not_finite(learner):
+    """Names a tensor with NaN or infinity in it, of those that updates change and as far as this process has them; or None."""
+    values = tensors(learner)
+    moments = {f"{name}, {moment}": x for name, state in values.pop("opt").items() for moment, x in state.items()}
+    for part, named in (values | dict(opt=moments)).items():
+        mine = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in named.items()}
+        # By their extremes, which NaN is among: to ask every number takes 15 times as long on CPUs.
+        extremes = {name: torch.stack(x.aminmax()).float() for name, x in mine.items() if x.numel()}
+        finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
+        if not all(finite):
+            return f"{list(extremes)[finite.index(False)]} of {part}"
+    return None

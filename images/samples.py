@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from checkpoint import whole_file
-from data import center_crop_arr, load_dataset
-from stops import read, shelter
+from images.dataset import center_crop_arr, load_dataset
+from machine.files import whole_file
+from machine.stops import read, shelter
 
 
 def open_images(path):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from stops import Stopped, catch, end_readers, outlived_terminal, postpone
+from machine.stops import Stopped, catch, end_readers, outlived_terminal, postpone
 
 try:
     import fcntl  # noqa: F401

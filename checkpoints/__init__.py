@@ -1,0 +1,1 @@
+"""Models in files: reading, building, sharding, going on."""

@@ -1,0 +1,188 @@
+"""Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
+[-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
+
+import os
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from images import latents
+from images.folders import Folder
+from images.named import CIFAR10_FOLDER, DATASETS, read_cifar10, read_digits, read_named
+from machine.stops import read, shelter
+
+CHECK = "first read every image once, name those that cannot be read, and end if there are any"
+SIZES = 10_000  # files whose sizes a run compares, evenly spread: to look up those of a million takes minutes on some disks
+LONG = 16  # sides of an image: above it, one a pixel wide could become gigabytes before it is cropped
+
+
+def center_crop_arr(image, image_size):
+    """ADM's centre crop: the largest centred square of a PIL image, scaled to image_size.
+
+    Halves by averaging while the shorter side stays at or above image_size, then resamples once, bicubically: the whole
+    image, or, where it is longer than LONG times its width, the square alone, as the whole could take gigabytes.
+    """
+    width, height = image.size
+    while min(width, height) >= 2 * image_size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), resample=Image.Resampling.BOX)
+    scale = image_size / min(width, height)
+    scaled = round(width * scale), round(height * scale)
+    left, top = (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2
+    square = (left, top, left + image_size, top + image_size)
+    box = None
+    if max(scaled) > LONG * image_size:
+        box = [place * side / scaled_side for place, side, scaled_side in zip(square, 2 * (width, height), 2 * scaled)]
+        scaled, square = (image_size, image_size), (0, 0, image_size, image_size)
+    return image.resize(scaled, resample=Image.Resampling.BICUBIC, box=box).crop(square)
+
+
+class TrainingImages(Dataset):
+    """source: a sequence of (PIL image, class). num_classes: 0 if classes are to be ignored. flip: whether a mirrored
+    image is as good as the image."""
+
+    def __init__(self, source, image_size, num_classes, flip):
+        self.source, self.image_size, self.num_classes, self.flip = source, image_size, num_classes, flip
+        self.classes = getattr(source, "classes", None) or [str(label) for label in range(num_classes)]
+        self.remarks = getattr(source, "remarks", [])
+
+    def __len__(self):
+        return len(self.source)
+
+    def names(self):
+        """A digest of the images' names, None if they have none."""
+        return self.source.names() if hasattr(self.source, "names") else None
+
+    def sizes(self, numbers):
+        """A digest of the sizes of these images' files, None if they are not files."""
+        return self.source.sizes(numbers) if hasattr(self.source, "sizes") else None
+
+    def fingerprint(self):
+        """What tells these images from others: how many they are, all their names, and the sizes of SIZES of their files."""
+        count = min(len(self), SIZES)
+        return dict(images=len(self), names=self.names(), sizes=self.sizes(i * len(self) // count for i in range(count)))
+
+    def __getitem__(self, index):
+        image, label = self.source[index]
+        pixels = np.array(center_crop_arr(image, self.image_size))        # (size, size, 3)
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label if self.num_classes else 0
+
+
+class Replacing(Dataset):
+    """TrainingImages, as (image, class, faults): for one that cannot be read the next of its class that can, whoever reads it,
+    and a list of what is wrong with those that cannot. OSError if these are more than `most`, or the whole class."""
+
+    def __init__(self, images, most):
+        self.images, self.most = images, most
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        faults, labels = [], getattr(self.images.source, "labels", None)
+        for other in chain(range(index, len(self)), range(index)):
+            if labels is None or labels[other] == labels[index]:
+                try:
+                    return *self.images[other], faults
+                except OSError as error:
+                    faults.append(str(error))
+                    if len(faults) > self.most:
+                        break
+        tried = f"{len(faults):,} of its class were tried, and --max-bad-images is {self.most:,}"
+        raise OSError(f"{faults[0]}; none stands in for it: {tried}")
+
+
+def collate(items):
+    """A batch of Replacing: images (B, ...), classes (B,), faults."""
+    images, labels, faults = zip(*items)
+    return *default_collate(list(zip(images, labels))), [fault for some in faults for fault in some]
+
+
+class _Faults(Dataset):
+    """What is wrong with each of these images, "" if nothing is."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            self.images[index]
+            return ""
+        except OSError as error:
+            return str(error)
+
+
+def check_images(images, args, processes, say):
+    """Reads every image once, on all processes and their workers, and tells `say` of each that cannot be read, in order.
+    ValueError if there are more than --max-bad-images, where there is such a flag."""
+    mine = range(processes.rank, len(images), processes.size)
+    loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=readers(args), worker_init_fn=shelter)
+    progress = tqdm(total=len(mine), desc="Checking", unit="image", disable=processes.rank > 0)
+    found = []
+    for faults in read(loader):
+        found += [(mine[progress.n + place], fault) for place, fault in enumerate(faults) if fault]
+        progress.update(len(faults))
+    progress.close()
+    found = sorted(fault for part in processes.gather(found) for fault in part)
+    if processes.rank == 0:
+        for _, fault in found:
+            say(fault)
+    if len(found) > getattr(args, "max_bad_images", 0):
+        way_out = f", or give --max-bad-images {len(found)}" if hasattr(args, "max_bad_images") else ""
+        raise ValueError(f"{len(found):,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
+
+
+def readers(args):
+    """How many processes read images for this one."""
+    return min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
+
+
+def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
+    """The training images at `path`, cropped to image_size; with held_out, those of a set's own test split.
+
+    A folder that `images.encode` made gives a latents.CachedLatents; ValueError if it was made for other arguments than these.
+
+    name:   one of DATASETS, whose files are expected at `path`, all of them; without it, the folder is taken as it is.
+    path:   None or "digits" for the 1,797 handwritten digits that scikit-learn carries; a folder that holds CIFAR-10
+            as torchvision unpacks it; or a folder with one folder of images per class.
+    uncond: every image is of class 0; a folder may then hold images at any depth.
+
+    OSError that names the folder or file if there are no images to be had, or not as many as the named set has;
+    ValueError for held-out images of a set that has none.
+    """
+    if path is not None and latents.holds_latents(path):
+        return _cached(path, image_size, uncond, held_out, name)
+    if name is not None:
+        source, num_classes, flip = read_named(name, path, held_out, uncond), DATASETS[name].num_classes, True
+    elif path is None or (path == "digits" and not Path(path).exists()):
+        if held_out:
+            raise ValueError("the digits have no held-out images")
+        source, num_classes, flip = read_digits(), 10, False  # a mirrored digit is no digit
+    elif (folder := Path(path)).name == CIFAR10_FOLDER or (folder / CIFAR10_FOLDER).is_dir():
+        source, num_classes, flip = read_cifar10(folder, train=not held_out), 10, True
+    elif folder.is_dir():
+        if not any(folder.iterdir()):
+            raise FileNotFoundError(f"{path} is empty")
+        source, flip = Folder(folder, labelled=not uncond), True
+        num_classes = len(source.classes)
+    else:
+        raise FileNotFoundError(f"{path}: {'not a folder' if folder.exists() else 'no such folder'}")
+    return TrainingImages(source, image_size, 0 if uncond else num_classes, flip)
+
+
+def _cached(folder, image_size, uncond, held_out, name):
+    cached = latents.CachedLatents(folder, uncond)
+    if cached.image_size != image_size:
+        raise ValueError(f"the latents in {folder} are for --image-size {cached.image_size}, not {image_size}")
+    made_of = (cached.index.get("dataset"), cached.index.get("held_out"))
+    if name is not None and made_of != (name, held_out):
+        raise ValueError(f"the latents in {folder} are of {made_of}, not of (dataset, held out) {(name, held_out)}")
+    return cached

@@ -1,0 +1,141 @@
+"""Encodes images, once, to train on their latents; run again after a stop, it goes on where it was:
+
+    torchrun --nproc_per_node=8 -m images.encode --data-path imagenet/train --vae ema --out latents
+    torchrun --nproc_per_node=8 train.py --data-path latents
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from images import latents
+from images.autoencoder import open_space
+from images.folders import describe_classes
+from images.named import DATASETS
+from images.training import CHECK, check_images, load_dataset, readers
+from machine.flags import not_negative, positive
+from machine.processes import launch
+from machine.stops import read, shelter
+
+
+def encode(args, processes):
+    """Writes the latents of every image, and of its mirror image, to --out: a process makes whole shards, of its own."""
+    torch.set_float32_matmul_precision("high")  # as in training
+    space = open_space(args.vae)
+    if args.vae == "none":
+        raise ValueError("--vae none is to work on pixels, which need no encoding")
+    if args.image_size % space.factor:
+        raise ValueError(f"--image-size {args.image_size} is not divisible by {space.factor}, the factor of the VAE")
+    if processes.rank > 0:
+        processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
+    images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
+    classes = describe_classes(images.classes) if images.num_classes and images.classes else []
+    for line in [*images.remarks, *classes] if processes.rank == 0 else []:
+        print(line)
+    if isinstance(images, latents.CachedLatents):
+        raise ValueError(f"--data-path {args.data_path} holds latents already")
+    if args.check_data:
+        check_images(images, args, processes, print)
+    space.load(processes.device)
+    folder, index = Path(args.out), describe(images, space, args)
+    if processes.rank == 0:
+        latents.claim(folder, index)
+        processes.barrier()
+    missing, changed = processes.share(shards_to_make(folder, index, images) if processes.rank == 0 else None)
+    shards = sorted(missing + changed)
+    if processes.rank == 0:
+        if changed:
+            print(f"Shards of files that have other sizes now, which are made again: {len(changed):,}")
+        total = f"{latents.shard_count(index):,} shards of {len(images):,} images"
+        print(f"Encoding {len(shards):,} of {total} into {folder}")
+    mine = shards[processes.rank :: processes.size]
+    dtype = torch.float16 if args.half else torch.float32
+    for number, moments, classes in encode_shards(mine, images, index, space, args, processes):
+        path = latents.shard_path(folder, number)
+        latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
+    processes.barrier()
+    if processes.rank == 0:
+        flags = f"--data-path {folder} --vae {args.vae} --image-size {args.image_size}"
+        print(f"The latents are whole: train.py {flags}")
+
+
+def shards_to_make(folder, index, images):
+    """(those that are missing or damaged, those that are whole but of files that have changed since)."""
+    missing = latents.unfinished_shards(folder, index)
+    whole = sorted({*range(latents.shard_count(index))} - {*missing})
+    then = {number: latents.open_shard(folder, number, index).metadata() for number in whole}
+    return missing, [number for number in whole if then[number] and then[number] != made_of(images, index, number)]
+
+
+def made_of(images, index, number):
+    """What a shard keeps of the files of its images: {name: text}, None if they are not files."""
+    sizes = images.sizes(latents.shard_images(index, number))
+    return dict(sizes=sizes) if sizes else None
+
+
+def describe(images, space, args):
+    """The index of the latents to be made."""
+    side = args.image_size // space.factor
+    return dict(
+        vae=str(Path(args.vae).resolve()) if not space.on_hub else args.vae,
+        vae_digest=space.digest(),
+        source=str(Path(args.data_path).resolve()) if args.data_path else "digits",
+        dataset=args.dataset,
+        held_out=args.held_out,
+        image_size=args.image_size,
+        images=len(images),
+        names=images.names(),
+        num_classes=images.num_classes,
+        classes=images.classes if images.num_classes else None,
+        flip=images.flip,
+        shape=[space.channels, side, side],
+        dtype="float16" if args.half else "float32",
+        shard_size=args.shard_size,
+    )
+
+
+def encode_shards(numbers, images, index, space, args, processes):
+    """Yields (number, moments (n, flips, 2, C, h, w), classes (n,)) of each of these shards, on the CPU."""
+    n = min(args.batch_size, space.at_once(args.image_size, args.image_size))
+    batches = [torch.tensor(latents.shard_images(index, number)).split(n) for number in numbers]
+    in_order = [batch.tolist() for shard in batches for batch in shard]
+    loader = DataLoader(images, batch_sampler=in_order, num_workers=readers(args), worker_init_fn=shelter)
+    progress = tqdm(total=sum(len(batch) for batch in in_order), unit="image", disable=processes.rank > 0)
+    read_in_order = read(loader)
+    for number, shard in zip(numbers, batches):
+        moments, classes = [], []
+        for pixels, labels in islice(read_in_order, len(shard)):
+            pixels = pixels.to(processes.device)
+            views = [pixels, pixels.flip(3)] if images.flip else [pixels]
+            moments.append(torch.stack([space.moments(view) for view in views], dim=1).cpu())
+            classes.append(labels)
+            progress.update(len(labels))
+        yield number, torch.cat(moments), torch.cat(classes)
+
+
+def parse_args(argv=None):
+    about = "Keep the latents of a data set, for train.py's --data-path."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data-path", help="what train.py would be given: a folder of images; without it, the digits of scikit-learn")
+    add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
+    add("--held-out", action="store_true", help="the set's own test images, for train.py's --val-path")
+    add("--uncond", action="store_true", help="images without classes")
+    add("--check-data", action="store_true", help=CHECK)
+    add("--vae", default="ema", help="autoencoder: ema, mse or a local folder")
+    add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
+    add("--out", required=True, help="folder for the latents, new or of a run that was stopped; one run at a time")
+    add("--half", action="store_true", help="keep float16, which takes half the space and rounds by 5e-4")
+    add("--shard-size", type=positive, default=1024, help="images in a file")
+    add("--batch-size", type=positive, default=64, help="images encoded at once, per process; fewer if large")
+    add("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
+    add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    launch(encode, parse_args())

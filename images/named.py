@@ -1,0 +1,237 @@
+"""Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
+[-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process.
+
+As a command it encodes images, once, to train on their latents; run again after a stop, it goes on where it was:
+
+    torchrun --nproc_per_node=8 data.py encode --data-path imagenet/train --vae ema --out latents
+    torchrun --nproc_per_node=8 train.py --data-path latents
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset
+from torchvision.datasets import CIFAR10, Flowers102
+from tqdm import tqdm
+
+from images.folders import Folder, digest, printable, read_image
+
+CIFAR10_FOLDER = "cifar-10-batches-py"
+
+
+def read_digits():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)         # (1797, 8, 8), from 0 to 16
+    return [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(images, digits.target)]
+
+
+def read_cifar10(folder, train):
+    root = folder.parent if folder.name == CIFAR10_FOLDER else folder
+    try:
+        return CIFAR10(root, train)
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged: {error}") from error
+
+
+class _Unlabelled(Dataset):
+    """The images of other sources, one after the other, as if they had no classes."""
+
+    def __init__(self, *sources):
+        self.images = ConcatDataset(sources)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index][0], 0
+
+
+class _Downsampled(Dataset):
+    """Images in a memory-mapped .npy file (N, 3, side, side), uint8, without classes."""
+
+    def __init__(self, path):
+        self.path, self.array = path, np.load(path, mmap_mode="r")
+
+    def __reduce__(self):  # a worker maps the file again instead of getting a copy
+        return _Downsampled, (self.path,)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        return Image.fromarray(np.ascontiguousarray(self.array[index].transpose(1, 2, 0))), 0
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads dicts and lists of numpy arrays, and nothing that could run."""
+
+    def find_class(self, module, name):
+        known = {"_reconstruct", "_frombuffer", "ndarray", "dtype"} if module.partition(".")[0] == "numpy" else set()
+        if name in known or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def _imagenet64(folder, held_out, uncond):
+    """A folder of images, or the batches of downsampled images, of which an array beside them is made once."""
+    pattern, name = ("val_data*", "val") if held_out else ("train_data_batch_*", "train")
+    parts = sorted(path for path in Path(folder).glob(pattern) if path.suffix in ("", ".npz"))
+    array = Path(folder, f"{name}.npy")
+    if not parts and not array.exists():
+        return Folder(folder, labelled=False)
+    if not array.exists():
+        _join(parts, array, DATASETS["imagenet64"].held_out if held_out else DATASETS["imagenet64"].images)
+    return _Downsampled(array)
+
+
+def _join(parts, path, expected):
+    """Writes the "data" of all parts, rows of 3 x 64 x 64, into one .npy file, one part in memory at a time."""
+    count = sum(len(_read_part(part)) for part in tqdm(parts, desc="Counting", unit="file"))
+    if count != expected:
+        raise OSError(f"the {len(parts)} files of {path.parent} hold {count:,} images, not {expected:,}")
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
+            for part in tqdm(parts, desc=f"Building {path}", unit="file"):
+                file.write(_read_part(part).tobytes())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_part(path):
+    try:
+        with open(path, "rb") as file:
+            rows = np.load(file)["data"] if path.suffix == ".npz" else _Arrays(file, encoding="latin1").load()["data"]
+        return np.asarray(rows, dtype=np.uint8).reshape(len(rows), 3, 64, 64)
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise OSError(f"cannot read {path} as downsampled ImageNet ({error})") from error
+
+
+def _imagenet256(folder, held_out, uncond):
+    return Folder(folder, labelled=not uncond)
+
+
+def _celeba_hq(folder, held_out, uncond):
+    if held_out:
+        raise ValueError("celeba-hq has no held-out images of its own")
+    return Folder(folder, labelled=False)
+
+
+def _lsun_church(folder, held_out, uncond):
+    database = Path(folder, f"church_outdoor_{'val' if held_out else 'train'}_lmdb")
+    return _Database(database) if database.is_dir() else Folder(folder, labelled=False)
+
+
+class _Database(Dataset):
+    """The images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself."""
+
+    def __init__(self, path):
+        self.path, self.opened_by = str(path), None
+        with self._open() as environment, environment.begin() as transaction:
+            self.keys = list(transaction.cursor().iternext(values=False))
+
+    def _open(self):
+        try:
+            import lmdb
+        except ImportError as error:
+            raise OSError(f"{self.path} is an LMDB database: pip install lmdb") from error
+        try:
+            return lmdb.open(self.path, readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise OSError(f"cannot read the database {self.path} ({error})") from error
+
+    def __len__(self):
+        return len(self.keys)
+
+    def names(self):
+        return digest(b"\0".join(self.keys))
+
+    def __getitem__(self, index):
+        if self.opened_by != os.getpid():
+            self.environment, self.opened_by = self._open(), os.getpid()
+        with self.environment.begin() as transaction:
+            key = self.keys[index]
+            return read_image(io.BytesIO(transaction.get(key)), f"{printable(key)} of {self.path}"), 0
+
+    def __reduce__(self):
+        return _Database, (self.path,)
+
+
+def _flowers102(folder, held_out, uncond):
+    if held_out:
+        raise ValueError("flowers102 has no held-out images here: training takes all of its three splits, as the paper does")
+    splits = [Flowers102(folder, split) for split in ("train", "val", "test")]
+    if missing := [file for split in splits for file in split._image_files if not file.is_file()]:
+        raise OSError(f"{len(missing):,} images are missing, such as {missing[0]}")
+    return _Unlabelled(*splits)
+
+
+class Named(NamedTuple):
+    """A data set of the paper: how many images it has for training and held out, its classes (0 where it is trained
+    without), where its files come from, and read(folder, held_out, uncond), which returns a sequence of (PIL image, class)."""
+
+    images: int
+    held_out: int
+    num_classes: int
+    where: str
+    read: Callable
+
+
+DATASETS = {
+    "cifar10": Named(
+        50_000, 10_000, 10,
+        "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked there",
+        lambda folder, held_out, uncond: read_cifar10(Path(folder), train=not held_out),
+    ),
+    "imagenet64": Named(
+        1_281_167, 50_000, 0,
+        "the batches of Imagenet64_train_part1.zip and _part2.zip of https://image-net.org/download-images.php, or ImageNet's "
+        "training images in folders",
+        _imagenet64,
+    ),
+    "imagenet256": Named(
+        1_281_167, 50_000, 1000,
+        "ImageNet's training images (held out: validation) of https://image-net.org/challenges/LSVRC/2012, a folder per class",
+        _imagenet256,
+    ),
+    "celeba-hq": Named(
+        30_000, 0, 0,
+        "the images that https://github.com/tkarras/progressive_growing_of_gans makes, as files at any depth",
+        _celeba_hq,
+    ),
+    "lsun-church": Named(
+        126_227, 300, 0,
+        "church_outdoor_train_lmdb of https://github.com/fyu/lsun, unpacked, or its images as files",
+        _lsun_church,
+    ),
+    "flowers102": Named(
+        8_189, 0, 0,
+        "102flowers.tgz, unpacked to flowers-102/jpg, and imagelabels.mat and setid.mat beside it in flowers-102, of "
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        _flowers102,
+    ),
+}  # fmt: skip
+
+
+def read_named(name, folder, held_out, uncond):
+    """OSError says what is missing, and where it comes from."""
+    named = DATASETS[name]
+    if folder is None or not Path(folder).is_dir():
+        raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
+    try:
+        source, expected = named.read(folder, held_out, uncond), named.held_out if held_out else named.images
+        if len(source) != expected:
+            raise OSError(f"it has {len(source):,} images, not {expected:,}")
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{name} in {folder} is not whole ({error}); it takes {named.where}") from error
+    return source

@@ -1,0 +1,42 @@
+"""Files that are whole or not there, and folders for one process at a time."""
+
+import fcntl
+import logging
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+logger = logging.getLogger("train")
+
+
+@contextmanager
+def whole_file(path, what):
+    """A file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full, PyTorch's writer speaks of positions, after the OSError that says so.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"could not write the {what} {path}: {reason}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def lock(log, experiment):
+    """Keeps other processes out of a folder, as a rule an experiment, as long as this one has a file of it open, its log.
+    ValueError if another one has.
+
+    A lock in the manner of POSIX: kill -9 ends it, and processes that were forked to read images do not hold it.
+    """
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"another process is at work in {experiment}; wait for its end, or stop it") from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning(f"Nothing keeps a second process out of {experiment}: it cannot be locked ({error})")
