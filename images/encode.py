@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from images import latents
 from images.autoencoder import open_space
+from images.dataset import CHECK, check_images, load_dataset, readers
 from images.folders import describe_classes
 from images.named import DATASETS
-from images.training import CHECK, check_images, load_dataset, readers
 from machine.flags import not_negative, positive
 from machine.processes import launch
 from machine.stops import read, shelter
