@@ -20,8 +20,9 @@ from tqdm import tqdm
 from checkpoints.build import load_model
 from diffusion.samplers import PerImageNoise, image_seeds
 from download import find_checkpoint
-from evaluate import Source, add_feature_flags, compare, look_ahead, measure, open_source, report
-from evaluation.features import open_network
+from evaluation.features import add_feature_flags, open_network
+from evaluation.report import compare, look_ahead, report
+from evaluation.sides import Source, measure, open_source
 from images.autoencoder import DECODER, digest
 from images.folders import read_image
 from images.samples import npz_shape, write_npz

@@ -18,6 +18,13 @@ INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-20
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
 
 
+def add_feature_flags(add):
+    """Adds the flags that evaluate.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
+    others = "an .npz of features from elsewhere, whose arrays REF and SAMPLES name"
+    add("--features", default="inception", metavar="NAME", help=f"{', '.join(NETWORKS)}, or {others}")
+    add("--weights", metavar="FILE", help="of Inception; by default the file in PyTorch's hub cache")
+
+
 def open_network(name, weights=None, dim=None):
     """A network of NETWORKS with its weights, for evaluation.
 

@@ -28,6 +28,12 @@ def whole_file(path, what):
             partial.unlink()
 
 
+def check_writable(path, flag):
+    """OSError, which names the flag that gave the path, unless a file can be written there."""
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise OSError(f"{flag} {path}: not a file in a folder that can be written")
+
+
 def lock(log, experiment):
     """Keeps other processes out of a folder, as a rule an experiment, as long as this one has a file of it open, its log.
     ValueError if another one has.

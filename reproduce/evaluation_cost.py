@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from evaluate import Side, Statistics, compare, measure, open_source
 from evaluation.features import Inception
+from evaluation.metrics import Statistics
+from evaluation.report import compare
+from evaluation.sides import Side, measure, open_source
 from machine.flags import positive
 
 

@@ -12,7 +12,10 @@ from scipy.linalg import sqrtm
 
 import evaluate
 from commands import Colours, draw_many, forked
-from evaluate import Statistics, compare, frechet_distance, inception_score, measure, open_source, precision_recall
+from evaluation import metrics, report, sides
+from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.report import compare
+from evaluation.sides import measure, open_source
 from machine.processes import ALONE, Processes, launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -312,8 +315,8 @@ def test_features_that_are_not_finite_end_every_process(tmp_path, images, featur
 
 
 def test_some_of_the_images_are_evenly_spread(images):
-    assert evaluate.spread(10, 4) == [0, 2, 5, 7]
-    assert evaluate.spread(4) == [0, 1, 2, 3]
+    assert sides.evenly_spread(10, 4) == [0, 2, 5, 7]
+    assert sides.evenly_spread(4) == [0, 1, 2, 3]
     array = images(10)
     side = measure(open_source(array, Colours(), num=4, part=slice(1, None, 2)), Colours())
     whole = measure(open_source(array, Colours()), Colours())
@@ -324,9 +327,9 @@ def test_fewer_images_than_processes(tmp_path, images):
     few, many = (open_source(images(n), Colours()) for n in (2, 9))
     three = Processes(1, 3, torch.device("cpu"))
     with pytest.raises(ValueError, match="the 2 images of images in memory are fewer than the 3 processes"):
-        evaluate.look_ahead(many, few, Colours(), three)
+        report.look_ahead(many, few, Colours(), three)
     with pytest.raises(ValueError, match="takes at least 2, and 1 for each of 3 processes; images in memory holds 2 images"):
-        evaluate.make_reference(few, tmp_path / "ref.npz", Colours(), three)
+        sides.make_reference(few, tmp_path / "ref.npz", Colours(), three)
 
 
 def test_a_reference_of_one_s_own(tmp_path, images, run):
@@ -365,7 +368,7 @@ def test_a_reference_stores_some_of_its_images_and_statistics_of_all(tmp_path, i
     for number, image in enumerate(shown):
         Image.fromarray(image).save(tmp_path / "photos" / f"{number:02}.png")
     np.savez(tmp_path / "sample.npz", arr_0=images(25, 0.8))
-    monkeypatch.setattr(evaluate, "STORED", 10)
+    monkeypatch.setattr(sides, "STORED", 10)
     of_all = run(tmp_path / "photos", tmp_path / "sample.npz")
     evaluate.main(evaluate.parse_args(["--make-ref", str(tmp_path / "photos"), str(tmp_path / "ref.npz")]), ALONE)
     with np.load(tmp_path / "ref.npz") as arrays:
@@ -484,7 +487,7 @@ def test_sets_of_no_variety(tmp_path, images, run):
 def test_a_number_that_is_not_finite_is_no_result(tmp_path, images, run, monkeypatch, capsys):
     """The others are printed and written."""
     np.savez(tmp_path / "a.npz", arr_0=images(20))
-    monkeypatch.setattr(evaluate, "kernel_distance", lambda *_: (np.nan, 0.0))
+    monkeypatch.setattr(metrics, "kernel_distance", lambda *_: (np.nan, 0.0))
     with pytest.raises(SystemExit, match="error: KID is nan: no number to report"):
         run(tmp_path / "a.npz", tmp_path / "a.npz", "--kid")
     written = json.loads((tmp_path / "out.json").read_text())
@@ -495,7 +498,7 @@ def test_a_number_that_is_not_finite_is_no_result(tmp_path, images, run, monkeyp
 
 def test_a_last_split_of_few_images_is_said(tmp_path, images, run, monkeypatch):
     np.savez(tmp_path / "a.npz", arr_0=images(21))
-    monkeypatch.setattr(evaluate, "SPLIT", 10)
+    monkeypatch.setattr(report, "SPLIT", 10)
     warning = "the last split of the Inception Score has 1 of 10 images and counts as much as the others"
     for number, said in ((21, True), (20, False), (9, False), (16, False)):
         row = run(tmp_path / "a.npz", tmp_path / "a.npz", "--num", number)
@@ -700,7 +703,7 @@ def test_what_is_interrupted_leaves_no_half_file(tmp_path, images, run, monkeypa
 def test_a_reference_of_an_npz_with_statistics_is_of_its_images(tmp_path, images):
     np.savez(tmp_path / "a.npz", arr_0=images(20), **GAUSSIAN)
     source = open_source(tmp_path / "a.npz", Colours())
-    evaluate.make_reference(source, tmp_path / "ref.npz", Colours(), ALONE)
+    sides.make_reference(source, tmp_path / "ref.npz", Colours(), ALONE)
     with np.load(tmp_path / "ref.npz") as arrays:
         assert int(arrays["count"]) == 20
         assert arrays["mu"].min() > 0

@@ -27,6 +27,7 @@ import sample_ddp
 import train
 from checkpoints import resume
 from commands import FEW_STEPS, QUICK, Colours, fork, write_photos
+from evaluation import sides
 from images import dataset, encode, latents
 from images.samples import write_npz
 from machine import stops
@@ -496,7 +497,7 @@ def test_a_stopped_evaluation_says_so(tmp_path, monkeypatch, capfd):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
     write_npz(tmp_path / "a.npz", pixels, len(pixels))
     monkeypatch.setattr(evaluate, "open_network", lambda *_: Colours())
-    in_call(evaluate, "see", send(signal.SIGINT))(monkeypatch)
+    in_call(sides, "features_of", send(signal.SIGINT))(monkeypatch)
     args = [str(tmp_path / "a.npz")] * 2 + ["--json", str(tmp_path / "out.json"), "--device", "cpu"]
     assert end_of(evaluate.main, evaluate.parse_args(args)) == 75
     assert capfd.readouterr().err.splitlines()[-1].endswith(": stopped by SIGINT")

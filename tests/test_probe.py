@@ -8,7 +8,7 @@ import torch
 import evaluate
 import train
 from commands import ALONE, QUICK, Colours, draw_many, fit, fork
-from evaluate import frechet_distance
+from evaluation.metrics import frechet_distance
 from images.dataset import load_dataset
 from machine.processes import launch
 from training import probe
@@ -81,13 +81,13 @@ def test_a_probe_that_fails_ends_no_run(tmp_path, monkeypatch, photos, fault, pr
             return generate(*args, **kwargs)
 
         def overflowing(network, batch, device):
-            values = see(network, batch, device)
+            values = features(network, batch, device)
             return {"pool": torch.inf * values["pool"]} if rank == processes - 1 and len(draws) in (1, 2) else values
 
-        see = probe.see
+        features = probe.features_of
         monkeypatch.setattr(probe, "generate", failing)
         if fault == "features":
-            monkeypatch.setattr(probe, "see", overflowing)
+            monkeypatch.setattr(probe, "features_of", overflowing)
 
     flags = [*SHORT, "--data-path", photos, "--num-workers", 0, "--num-classes", 3, "--probe-every", 2]
     monkeypatch.setattr(probe, "PROBED", 12 * processes)

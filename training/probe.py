@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from diffusion.samplers import PerImageNoise, image_seeds
-from evaluate import Statistics, frechet_distance, full_precision, see, spread
 from evaluation.features import open_network
+from evaluation.metrics import Statistics, frechet_distance
+from evaluation.sides import evenly_spread, features_of, full_precision
 from images.latents import holds_latents
 from images.samples import FolderImages
 from sample import AT_ONCE, Guidance, generate
@@ -46,7 +47,7 @@ def open_probe(args, processes):
     if len(images) < least:
         raise ValueError(f"--probe-every compares with {least} images or more, one a process; {path} holds {len(images)}")
     count = min(samples, len(images))
-    mine, sums = spread(len(images), count)[processes.rank :: processes.size], Statistics()
+    mine, sums = evenly_spread(len(images), count)[processes.rank :: processes.size], Statistics()
     for batch in images.read([mine[start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]):
         add(sums, np.stack(batch), network, processes)
     reference = in_all(sums, processes)
@@ -57,7 +58,7 @@ def open_probe(args, processes):
 def add(sums, images, network, processes):
     """The first features of uint8 images (n, H, W, 3)."""
     with full_precision():
-        sums.add(see(network, images, processes.device)["pool"][:, :FEATURES])
+        sums.add(features_of(network, images, processes.device)["pool"][:, :FEATURES])
 
 
 def in_all(sums, processes):
