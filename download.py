@@ -8,8 +8,16 @@ PRETRAINED = "https://dl.fbaipublicfiles.com/DiT/models/"
 pretrained_models = {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
 
 
+def public_checkpoint(model=None, mixer=None, image_size=None, num_classes=None):
+    """Names the public checkpoint of these settings, None being its own. ValueError if there is none of them."""
+    wanted = (model or "DiT-XL/2", mixer or "attention", image_size or 256, num_classes or 1000)
+    if wanted not in {("DiT-XL/2", "attention", size, 1000) for size in (256, 512)}:
+        raise ValueError("without --ckpt there is only DiT-XL/2 with attention, 1000 classes, at --image-size 256 or 512")
+    return f"DiT-XL-2-{wanted[2]}x{wanted[2]}.pt"
+
+
 def find_checkpoint(name):
-    """The path of a checkpoint: `name` itself, or for one of pretrained_models its file under pretrained_models/,
+    """Returns the path of a checkpoint: `name` itself, or for one of pretrained_models its file under pretrained_models/,
     fetched if it is not there. OSError if it cannot be fetched."""
     if name not in pretrained_models:
         return name
@@ -26,7 +34,7 @@ def find_checkpoint(name):
 
 
 def find_model(model_name):
-    """The state dict of a pre-trained model by name, or of a checkpoint by path (of its EMA, if it has one)."""
+    """Reads the state dict of a pre-trained model by name, or of a checkpoint by path (of its EMA, if it has one)."""
     return load_checkpoint(find_checkpoint(model_name))[0]
 
 

@@ -7,72 +7,70 @@ after a stop, it goes on where it was. With --evaluate REF it then prints what e
 """
 
 import argparse
-import glob
-import json
-import os
-import struct
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoints.build import load_model
-from diffusion.samplers import PerImageNoise, image_seeds
-from download import find_checkpoint
+from diffusion import create_sampler
+from diffusion.drawing import draw_numbered
+from diffusion.guidance import create_guidance
+from download import find_checkpoint, public_checkpoint
 from evaluation.features import add_feature_flags, open_network
 from evaluation.report import compare, look_ahead, report
 from evaluation.sides import Source, measure, open_source
-from images.autoencoder import DECODER, digest
-from images.folders import read_image
-from images.samples import npz_shape, write_npz
-from machine.files import lock
+from images.autoencoder import DECODER, digest, load_trained_space
+from images.numbered import check_folder, claim_folder, gather_npz, image_path, unfinished_batches
+from images.samples import save_png
 from machine.flags import from_zero, not_negative, positive
 from machine.processes import launch
 from mixers.running import prepare_to_sample
-from sample import add_model_flags, checkpoint_name, create_sampler, generate, in_words, load_space, read_guidance, save_png
+from sample import add_model_flags, in_words, trained
 
 
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    if args.num_fid_samples > 2**32:
-        raise ValueError(f"--num-fid-samples {args.num_fid_samples:,}: seeds tell 4,294,967,296 images apart, not more")
+    count = args.num_fid_samples
+    if count > 2**32:
+        raise ValueError(f"--num-fid-samples {count:,}: seeds tell 4,294,967,296 images apart, not more")
+    name = args.ckpt or public_checkpoint(args.model, args.mixer, args.image_size, args.num_classes)
     if processes.rank == 0:
-        find_checkpoint(checkpoint_name(args))  # if it must be fetched, then once
+        find_checkpoint(name)  # if it must be fetched, then once
     processes.barrier()
-    model, settings = load_model(find_checkpoint(checkpoint_name(args)), args, "ema", args.ema)
-    objective, sampler = create_sampler(args, settings)
+    model, settings = load_model(find_checkpoint(name), args, "ema", args.ema)
+    objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **trained(settings))
     if args.evaluate:  # what is missing for it shows before the work
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)
-        look_ahead(reference, Source("the samples", None, range(args.num_fid_samples), {}, None), network, processes)
-    guidance = read_guidance(args, model.in_channels)
+        look_ahead(reference, Source("the samples", None, range(count), {}, None), network, processes)
+    guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
     prepare_to_sample(model, args, processes.device)
-    space = load_space(settings, args, processes.device)
-    folder = Path(args.sample_dir) / folder_name(args, settings)
+    space = load_trained_space(settings["vae"], processes.device, None if args.vae else settings.get("vae_digest"))
+    folder = Path(args.sample_dir) / folder_name(settings, args.ckpt, args.cfg_scale, args.global_seed)
     size = [side * space.factor for side in model.input_size]
     if processes.rank == 0:
-        record = claim_folder(folder, model, settings, space, sampler.__name__, guidance, args)  # noqa: F841  it locks
-        check_images(folder, size, args.num_fid_samples)
+        drawn = dict(sampler=sampler.__name__, num_sampling_steps=args.num_sampling_steps)
+        drawn |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(guidance.interval))
+        made_with = settings_of_images(model, settings, space, drawn, args.precision)
+        record = claim_folder(folder, made_with, count)  # noqa: F841  which locks it as long as it is open
+        check_folder(folder, size, count)
     processes.barrier()
-    batches = unfinished_batches(folder, args)
+    batches = unfinished_batches(folder, args.per_proc_batch_size, count)
     mine = batches[processes.rank :: processes.size]
     processes.barrier()  # every process has looked before any writes
     if processes.rank == 0:
-        some = f"{sum(map(len, batches)):,} of {args.num_fid_samples:,} images"
-        print(f"Sampling {some} into {folder}: {in_words(model, settings, sampler, args, guidance)}")
+        drawn = in_words(model, settings, sampler, args.num_sampling_steps, args.precision, guidance)
+        print(f"Sampling {sum(map(len, batches)):,} of {count:,} images into {folder}: {drawn}")
 
     model.to(processes.device)
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
-        noise = PerImageNoise(image_seeds(args.global_seed, numbers, "sampling"), processes.device)
-        labels = (noise.rand() * model.trained_classes).long()
-        some = dict(progress=False, numbers=numbers)
-        images = generate(model, space, objective, sampler, labels, noise, guidance, **some)
+        images = draw_numbered(model, space, objective, sampler, numbers, args.global_seed, guidance)
         for number, image in zip(numbers, images):
-            save_png(image.numpy(), folder / f"{number:06d}.png")
+            save_png(image.numpy(), image_path(folder, number))
     processes.barrier()
     if processes.rank == 0:
-        print(f"Saved .npz file to {gather_npz(folder, args.num_fid_samples, size)}")
+        print(f"Saved .npz file to {gather_npz(folder, count, size)}")
     processes.barrier()
     if args.evaluate:
         samples = open_source(f"{folder}.npz", network)
@@ -81,100 +79,31 @@ def main(args, processes):
             report(compare(*sides, network, progress=True), *sides, network, f"{folder}.json")
 
 
-def folder_name(args, settings):
-    """As DiT names it, which is where scripts look."""
+def folder_name(settings, checkpoint, cfg_scale, seed):
+    """Names the folder as DiT does, where scripts look for it."""
     model = settings["model"].replace("/", "-")
-    checkpoint = Path(args.ckpt).stem if args.ckpt else "pretrained"
+    checkpoint = Path(checkpoint).stem if checkpoint else "pretrained"
     vae = Path(settings["vae"]).name
     size = settings["image_size"] if isinstance(settings["image_size"], int) else "{}x{}".format(*settings["image_size"])
-    return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    return f"{model}-{checkpoint}-size-{size}-vae-{vae}-cfg-{cfg_scale}-seed-{seed}"
 
 
-def claim_folder(folder, model, trained, space, sampler, guidance, args):
-    """Makes the folder, or makes sure that what lies there came from the same weights and settings.
+def settings_of_images(model, settings, space, drawn, precision):
+    """Collects all that decides the images of a folder. Its name does not tell apart two runs' checkpoints of one step, two
+    samplers, or autoencoders that have one name or one folder.
 
-    The name does not tell apart two runs' checkpoints of one step, two samplers, or autoencoders that have one name or one
-    folder. ValueError names what differs, and refuses to replace an .npz by a smaller one, or a folder in which another run
-    is drawing: it is this run's as long as the file that is returned stays open.
+    settings: the checkpoint's, as `load_model` returns them. drawn: those of sampler and guidance.
     """
-    settings = dict(weights=digest(model.state_dict()), sampler=sampler, num_sampling_steps=args.num_sampling_steps)
-    settings |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(args.cfg_interval))
-    vae = trained["vae"]
-    settings["vae"] = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
-    settings |= dict(path=trained["path"], time_scale=trained["time_scale"])
-    settings |= dict(decoder=space.digest(DECODER), precision=args.precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, drawn = folder / "settings.json", any(folder.glob("*.png"))
-    strange = f"{folder} holds images of unknown origin; give another --sample-dir"
-    if drawn and not path.exists():
-        raise ValueError(strange)
-    record = open(path, "a+")  # noqa: SIM115
-    lock(record, folder)
-    record.seek(0)
-    try:
-        before = dict(precision="fp32") | json.loads(record.read())  # which older folders do not mention
-    except (ValueError, TypeError) as error:  # new, or cut short
-        if drawn:
-            raise ValueError(strange) from error
-        before = settings
-        record.truncate(0)
-        record.write(json.dumps(settings))
-        record.flush()
-    settings = {k: v for k, v in settings.items() if before.get(k, v) != v}  # older folders know fewer settings
-    if differences := [f"{k} {before[k]} and now {v}" for k, v in settings.items()]:
-        raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
-    npz = Path(f"{folder}.npz")
-    if npz.exists() and (count := npz_shape(npz)[0]) > args.num_fid_samples:
-        raise ValueError(f"{npz} holds {count:,} images, more than --num-fid-samples {args.num_fid_samples:,}; move it away")
-    return record
-
-
-def check_images(folder, size, count):
-    """Looks at names and first bytes of the images that are there. OSError names one that is none of this run's."""
-    for partial in [*folder.glob("*.partial"), *folder.parent.glob(f"{glob.escape(folder.name)}.npz.*.partial")]:
-        partial.unlink()  # a run that was killed left it
-    more = 0
-    for entry in os.scandir(folder):
-        stem, ending = os.path.splitext(entry.name)
-        if ending == ".png":
-            if not stem.isdecimal() or stem != f"{int(stem):06d}":
-                raise OSError(f"{entry.path} is none of this run's images, which are named by number; move it away")
-            check_png(entry.path, size)
-            more += int(stem) >= count
-    if more:
-        print(f"{more:,} images beyond --num-fid-samples {count:,} stay in {folder} and do not go into the .npz")
-
-
-def check_png(path, size):
-    """OSError unless a file begins as an 8-bit RGB PNG of that size (height, width)."""
-    height, width = size
-    beginning = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBB", 13, b"IHDR", width, height, 8, 2)
-    with open(path, "rb") as file:
-        if file.read(len(beginning)) != beginning:
-            raise OSError(f"{path} is not an 8-bit RGB PNG of {height} x {width} as this run's are; delete it and run again")
-
-
-def unfinished_batches(folder, args):
-    """The numbers of the images of every batch that is not whole. An image belongs to the same batch in every run."""
-    there = {entry.name for entry in os.scandir(folder)}
-    n, total = args.per_proc_batch_size, args.num_fid_samples
-    batches = [range(start, min(start + n, total)) for start in range(0, total, n)]
-    return [batch for batch in batches if any(f"{number:06d}.png" not in there for number in batch)]
-
-
-def gather_npz(folder, count, size):
-    """Gathers images 0 to count - 1 into <folder>.npz as arr_0, uint8 (count, *size, 3), one image in memory at a time."""
-
-    def read(number):
-        path = folder / f"{number:06d}.png"
-        check_png(path, size)
-        try:
-            return np.asarray(read_image(path))
-        except OSError as error:
-            raise OSError(f"{error}; delete it and run again") from error
-
-    write_npz(f"{folder}.npz", map(read, tqdm(range(count), desc="Building .npz file from samples")), count)
-    return f"{folder}.npz"
+    vae = settings["vae"]
+    return dict(
+        weights=digest(model.state_dict()),
+        **drawn,
+        vae=str(Path(vae).resolve()) if Path(vae).is_dir() else vae,
+        path=settings["path"],
+        time_scale=settings["time_scale"],
+        decoder=space.digest(DECODER),
+        precision=precision,
+    )
 
 
 def parse_args(argv=None):

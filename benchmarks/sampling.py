@@ -12,11 +12,11 @@ import torch
 from benchmarks.sides import SIDES, build_model
 from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
 from diffusion import create_diffusion
+from diffusion.guidance import guided
 from diffusion.samplers import ddpm
 from machine.flags import positive
 from mixers.running import prepare_to_sample
 from models import SIZES
-from sample import guided
 
 STEPS = 50
 NAMES = ("attention", "pdessm", "floor")

@@ -2,6 +2,7 @@
 
 from .ddpm import GaussianDiffusion, beta_schedule, spaced_timesteps
 from .flow import PATHS, TIMES, FlowMatching
+from .samplers import FLOW_SAMPLERS, MOST_STEPS, SAMPLERS
 
 
 # fmt: off
@@ -10,7 +11,7 @@ def create_diffusion(
     learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000,
 ):
     # fmt: on
-    """A Gaussian diffusion over `diffusion_steps` steps, visiting those that `timestep_respacing` keeps.
+    """Makes a Gaussian diffusion over `diffusion_steps` steps, visiting those that `timestep_respacing` keeps.
 
     timestep_respacing:     "" for all of them, "250" for 250 spread evenly, "10,15,20" for so many in each third,
                             "ddim50" for 50 at an integer stride; see `spaced_timesteps`.
@@ -33,7 +34,7 @@ def create_diffusion(
 
 
 def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=1000):
-    """Flow matching with the interface of `create_diffusion`.
+    """Makes flow matching with the interface of `create_diffusion`.
 
     num_timesteps: steps of the samplers; training knows none.
     path:          "linear", the paper's, or "cosine", which keeps the variance.
@@ -49,7 +50,7 @@ def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=100
 
 
 def create_objective(name, num_timesteps=None, path="linear", times="uniform", time_scale=1000, learn_sigma=True):
-    """The objective that a --objective flag names, "diffusion" or "flow", with num_timesteps to sample; by default
+    """Makes the objective that a --objective flag names, "diffusion" or "flow", with num_timesteps to sample; by default
     those of training. path, times and time_scale are the flow's, learn_sigma is diffusion's.
 
     One step of diffusion starts from pure noise; create_diffusion("1") visits timestep 0, as its public counterpart does,
@@ -60,6 +61,24 @@ def create_objective(name, num_timesteps=None, path="linear", times="uniform", t
     if name == "diffusion":
         return create_diffusion("" if num_timesteps is None else str(num_timesteps), learn_sigma=learn_sigma)
     return create_flow(num_timesteps or 1, path, times, time_scale)
+
+
+def create_sampler(objective, sampler=None, steps=250, **settings):
+    """Makes what samples from a trained network: (the objective in that many steps, the sampler's function).
+
+    objective: its name, one of OBJECTIVES, for which the network was trained.
+    sampler:   a name among SAMPLERS or FLOW_SAMPLERS; without it, ddpm for diffusion and euler for flows.
+    settings:  of `create_objective`: path, time_scale and learn_sigma, as the network was trained.
+
+    ValueError for a sampler of the other objective, or more steps than it takes.
+    """
+    samplers = SAMPLERS if objective == "diffusion" else FLOW_SAMPLERS
+    sampler = sampler or next(iter(samplers))
+    if sampler not in samplers:
+        raise ValueError(f"--sampler {sampler}: the checkpoint's objective is {objective}, for {', '.join(samplers)}")
+    if steps > MOST_STEPS.get(sampler, steps):
+        raise ValueError(f"--num-sampling-steps {steps}: {sampler} takes at most {MOST_STEPS[sampler]} of training's 1000")
+    return create_objective(objective, steps, **settings), samplers[sampler]
 
 
 OBJECTIVES = ("diffusion", "flow")

@@ -1,44 +1,14 @@
-"""Samplers: functions of a diffusion, a network (x, t, **model_kwargs) and noise x (B, C, H, W) that return images.
+"""Samplers: functions of an objective, a network (x, t, **model_kwargs) and noise x (B, C, H, W) that return images like x.
 
-Those that draw noise draw `randn_like(x)` once per step, the last one included, whatever else they do: the same generator
-state gives the same images. Pass `PerImageNoise` to make each image depend on a seed of its own and not on its batch.
+Samplers that draw noise call `randn_like(x)` once per step, the last one included, whatever else they do: the same generator
+state gives the same images. Pass a `PerImageNoise` to make each image depend on a seed of its own and not on its batch.
 """
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-
-class PerImageNoise:
-    """A source of noise with one generator per image, so that an image does not depend on what it is batched with.
-
-    seeds: one integer per image. Called with a tensor (B, ...) it returns standard normal noise like it.
-    """
-
-    def __init__(self, seeds, device):
-        self.device = device
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def randn(self, *shape):
-        """(B, *shape) standard normal numbers."""
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
-
-    def rand(self, *shape):
-        """(B, *shape) uniform numbers in [0, 1)."""
-        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators])
-
-    def __call__(self, x):
-        return self.randn(*x.shape[1:]).to(x.dtype)
-
-
-def image_seeds(seed, numbers, purpose):
-    """One seed per image, from a run's seed and the images' numbers in it; distinct for distinct numbers below 2^32.
-
-    Seeds count up from a start that depends on `seed` and on `purpose` ("training" or "sampling"), in 32 bits because
-    PyTorch's generator on CPUs uses no more.
-    """
-    start = int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])
-    return [(start + number) % 2**32 for number in numbers]
+from .noise import PerImageNoise as PerImageNoise
+from .noise import image_seeds as image_seeds
 
 
 @torch.no_grad()
@@ -204,3 +174,4 @@ def _clip(x, clip_denoised):
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm-solver": dpm_solver}
 FLOW_SAMPLERS = {"euler": euler, "heun": heun, "rk45": rk45, "sde": sde}
+MOST_STEPS = {"ddpm": 1000, "ddim": 1000, "dpm-solver": 999}  # of training's 1000; others take any number

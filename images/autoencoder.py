@@ -235,6 +235,20 @@ def digest(weights):
     return digest.hexdigest()[:16]
 
 
+def load_trained_space(vae, device, trained_digest=None):
+    """Loads the space in which a model was trained. trained_digest: of its encoder then, None if it does not matter.
+
+    ValueError if the autoencoder's folder has another encoder now. Those of "ema" and "mse" are the same for good.
+    """
+    space = open_space(vae).load(device)
+    if vae not in ("ema", "mse") and trained_digest not in (None, now := space.digest()):
+        raise ValueError(
+            f"the autoencoder in {vae} has changed since the checkpoint was trained: the digest of its encoder was "
+            f"{trained_digest} and is {now}; --vae {vae} takes it all the same"
+        )
+    return space
+
+
 def open_space(vae):
     """The space that a --vae flag names: "none" is pixels."""
     return PixelSpace() if vae == "none" else LatentSpace(vae)

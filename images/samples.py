@@ -1,4 +1,4 @@
-"""Finished images, uint8 from 0 to 255: folders of them, and ADM's .npz, read and written as streams."""
+"""Finished images, uint8 from 0 to 255: PNG files, grids, folders, and ADM's .npz, read and written as streams."""
 
 import math
 import os
@@ -9,11 +9,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import make_grid
 
 from images.dataset import center_crop_arr, load_dataset
 from machine.files import whole_file
 from machine.stops import read, shelter
+
+SHOWN_SIDE = 64  # a grid enlarges smaller images, smoothly, to about this many pixels
+
+
+def save_png(pixels, path):
+    """Writes uint8 (H, W, 3) to a PNG that is whole or not there. OSError names it if it cannot be written."""
+    with whole_file(path, "image") as file:
+        Image.fromarray(pixels).save(file, format="png")
+
+
+def save_grid(images, path, columns):
+    """Writes a tensor uint8 (n, H, W, 3) as one PNG, `columns` images to a row."""
+    scale = max(1, SHOWN_SIDE // images.shape[1])
+    shown = interpolate(images.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="bicubic")
+    grid = make_grid(shown.round().clamp(0, 255).byte(), nrow=columns, pad_value=255)
+    save_png(grid.permute(1, 2, 0).numpy(), path)
 
 
 def open_images(path):

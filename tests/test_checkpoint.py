@@ -17,6 +17,7 @@ from checkpoints import export
 from checkpoints.build import initialize, load_model, load_weights, save_checkpoint, settings_from_weights
 from checkpoints.read import load_checkpoint, read_checkpoint
 from commands import ALONE, draw, draw_many, fit
+from diffusion import create_sampler
 from download import find_model
 from images.autoencoder import open_space
 from machine.processes import launch
@@ -165,7 +166,7 @@ def test_sits_flows_are_sampled_in_their_own_time(tmp_path, randomized, path_typ
     torch.save(dict(ema=network.state_dict(), args=argparse.Namespace(**SIT | dict(path_type=path_type))), tmp_path / "a.pt")
     model, settings = load_model(tmp_path / "a.pt", flags(), "ema")
     assert (settings["objective"], settings["path"], settings["model"]) == ("flow", path, "DiT-N/4")
-    objective, sampler = sample.create_sampler(sample.parse_args(["--num-sampling-steps", "4"]), settings)
+    objective, sampler = create_sampler("flow", steps=4, path=settings["path"], time_scale=settings["time_scale"])
     noise, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 10])
     x = noise
     for t in (0, 0.25, 0.5, 0.75):  # from noise to image: the network sees t itself

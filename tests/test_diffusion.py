@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from diffusion import create_diffusion, create_objective, spaced_timesteps
-from diffusion.samplers import SAMPLERS, PerImageNoise, ddim, dpm_solver, image_seeds
+from diffusion.noise import PerImageNoise, image_seeds
+from diffusion.samplers import SAMPLERS, ddim, dpm_solver
 
 
 def network(x, t):

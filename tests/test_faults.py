@@ -22,7 +22,6 @@ import torch
 from torch.utils.data import dataloader
 
 import evaluate
-import sample
 import sample_ddp
 import train
 from checkpoints import resume
@@ -480,7 +479,7 @@ def test_an_encoder_keeps_its_whole_shards(shards, tmp_path, monkeypatch, capfd,
 
 
 def test_a_stopped_sampler_keeps_its_whole_images(tmp_path, monkeypatch, capfd, checkpoint):
-    def save(pixels, path, save=sample.save_png):
+    def save(pixels, path, save=sample_ddp.save_png):
         if path.name == "000002.png":
             in_call(os, "replace", send(signal.SIGTERM))(monkeypatch)
         return save(pixels, path)

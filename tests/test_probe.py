@@ -8,6 +8,7 @@ import torch
 import evaluate
 import train
 from commands import ALONE, QUICK, Colours, draw_many, fit, fork
+from diffusion import drawing
 from evaluation.metrics import frechet_distance
 from images.dataset import load_dataset
 from machine.processes import launch
@@ -72,7 +73,7 @@ def test_a_probe_that_fails_ends_no_run(tmp_path, monkeypatch, photos, fault, pr
     draws = []
 
     def fail(rank):
-        generate = probe.generate
+        generate = drawing.generate
 
         def failing(*args, **kwargs):
             draws.append(rank)
@@ -85,7 +86,7 @@ def test_a_probe_that_fails_ends_no_run(tmp_path, monkeypatch, photos, fault, pr
             return {"pool": torch.inf * values["pool"]} if rank == processes - 1 and len(draws) in (1, 2) else values
 
         features = probe.features_of
-        monkeypatch.setattr(probe, "generate", failing)
+        monkeypatch.setattr(drawing, "generate", failing)
         if fault == "features":
             monkeypatch.setattr(probe, "features_of", overflowing)
 

@@ -18,9 +18,13 @@ import evaluate
 import sample
 import sample_ddp
 from commands import ALONE, FEW_STEPS, Colours, draw, draw_many, torchrun
-from diffusion import create_diffusion, create_flow
+from diffusion import create_diffusion, create_flow, drawing
+from diffusion.guidance import Guidance, guided
 from diffusion.samplers import FLOW_SAMPLERS
+from download import public_checkpoint
 from images.autoencoder import PixelSpace
+from images.numbered import gather_npz
+from images.samples import save_grid
 from machine.processes import launch
 from models import DiT_models
 
@@ -72,7 +76,7 @@ def test_sizes_that_are_none(text, capsys):
 
 def test_large_samples_are_shown_as_they_are(tmp_path):
     images = torch.randint(0, 256, (3, 64, 96, 3), dtype=torch.uint8)
-    sample.save_grid(images, tmp_path / "grid.png", columns=2)
+    save_grid(images, tmp_path / "grid.png", columns=2)
     with Image.open(tmp_path / "grid.png") as grid:
         shown = np.asarray(grid)
     assert np.array_equal(shown[2:66, 2:98], images[0])
@@ -116,7 +120,7 @@ def test_guidance_on_a_part_of_the_way_and_on_all_channels(randomize):
     flow, null = create_flow(), torch.full((2,), 10)
 
     def network(t, *settings):
-        return sample.guided(model, flow, sample.Guidance(2.5, *settings))(x, t, y)
+        return guided(model, flow, Guidance(2.5, *settings))(x, t, y)
 
     t = torch.full((2,), 400.0)
     plain, without = model(x, t, y), model(x, t, null)
@@ -131,7 +135,7 @@ def test_guidance_on_a_part_of_the_way_and_on_all_channels(randomize):
     expected = torch.stack([without[0] + 2.5 * (plain - without)[0], plain[1]])
     torch.testing.assert_close(network(t, None, (0.3, 0.5)), expected)
     expected = torch.stack([without[0], plain[1]])
-    half = sample.guided(model, flow, sample.Guidance(0, None, (0.3, 0.5)))
+    half = guided(model, flow, Guidance(0, None, (0.3, 0.5)))
     torch.testing.assert_close(half(x, t, y), expected)
     diffusion = create_diffusion("10")
     assert [diffusion.progress(t) for t in (1000, 250, 0)] == [0, 0.75, 1]
@@ -190,8 +194,8 @@ def test_a_stopped_run_goes_on(tmp_path, checkpoint, monkeypatch):
     (folder / "000005.png").unlink()
     (folder / "000009.png").rename(folder / "000009.png.partial")
     drawn = []
-    generate = sample.generate
-    monkeypatch.setattr(sample_ddp, "generate", lambda *a, **k: drawn.append(len(a[4])) or generate(*a, **k))
+    generate = drawing.generate
+    monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.append(len(a[4])) or generate(*a, **k))
     assert np.array_equal(draw_many(path, tmp_path / "s", *flags), whole)
     assert drawn == [4, 2]
 
@@ -302,11 +306,11 @@ def test_an_image_of_another_kind_is_named_before_any_is_drawn(tmp_path, monkeyp
     draw_many(path, tmp_path / "s", "--num-fid-samples", 1)
     folder = next(entry for entry in (tmp_path / "s").iterdir() if entry.is_dir())
     save(folder / "000001.png")
-    monkeypatch.setattr(sample_ddp, "generate", None)
+    monkeypatch.setattr(drawing, "generate", None)
     with pytest.raises(OSError, match=r"000001\.png is not an 8-bit RGB PNG of 8 x 8 as this run's are; delete it"):
         draw_many(path, tmp_path / "s", "--num-fid-samples", 3)
     with pytest.raises(OSError, match=r"000001\.png is not"):  # it may have come later
-        sample_ddp.gather_npz(folder, 2, (8, 8))
+        gather_npz(folder, 2, (8, 8))
     (folder / "000001.png").rename(folder / "1.png")
     with pytest.raises(OSError, match=r"1\.png is none of this run's images, which are named by number; move it away"):
         draw_many(path, tmp_path / "s", "--num-fid-samples", 3)
@@ -370,8 +374,8 @@ def limit_files(size):
 def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch, checkpoint, size, named):
     """A limit on the size of files stands for it."""
     path = checkpoint()
-    claim = sample_ddp.check_images
-    monkeypatch.setattr(sample_ddp, "check_images", lambda *a: claim(*a) or limit_files(size))
+    check = sample_ddp.check_folder
+    monkeypatch.setattr(sample_ddp, "check_folder", lambda *a: check(*a) or limit_files(size))
     try:
         flags = ["--ckpt", path, *FEW_STEPS, "--sample-dir", tmp_path / "s", "--num-fid-samples", 8]
         said = error_of(sample_ddp, *flags)
@@ -422,8 +426,8 @@ def test_samples_are_evaluated_in_one_go(tmp_path, checkpoint, monkeypatch, caps
 
 def test_labels_and_seed_vary_the_images(tmp_path, checkpoint, monkeypatch):
     drawn = []
-    generate = sample.generate
-    monkeypatch.setattr(sample_ddp, "generate", lambda *a, **k: drawn.extend(a[4].tolist()) or generate(*a, **k))
+    generate = drawing.generate
+    monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.extend(a[4].tolist()) or generate(*a, **k))
     path = checkpoint()
     first = draw_many(path, tmp_path / "s", "--num-fid-samples", 40)
     assert set(drawn) == set(range(10))
@@ -438,7 +442,7 @@ def test_the_npz_takes_no_memory(tmp_path):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i:06d}.png", compress_level=0)
     tracemalloc.start()
-    sample_ddp.gather_npz(folder, 2000, (32, 32))
+    gather_npz(folder, 2000, (32, 32))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6
@@ -449,7 +453,7 @@ def test_the_npz_takes_no_memory(tmp_path):
 def test_many_samples_are_drawn_in_parts(tmp_path, checkpoint, monkeypatch):
     path, flags = checkpoint(), ["--class-labels", 1, 2, 3, "--samples-per-class", 2]
     whole = draw(path, tmp_path / "a.png", *flags)
-    monkeypatch.setattr(sample, "AT_ONCE", 4)
+    monkeypatch.setattr(drawing, "AT_ONCE", 4)
     assert np.abs(whole.astype(int) - draw(path, tmp_path / "b.png", *flags)).max() <= 1
 
 
@@ -462,8 +466,8 @@ def test_flags_of_the_public_scripts_keep_their_defaults():
     )  # fmt: skip
     assert public.items() <= lots.items()
     assert sample_ddp.parse_args(["--no-tf32"]).tf32 is False
-    assert sample.checkpoint_name(sample.parse_args([])) == "DiT-XL-2-256x256.pt"
-    assert sample.checkpoint_name(sample.parse_args(["--image-size", "512"])) == "DiT-XL-2-512x512.pt"
+    assert public_checkpoint() == "DiT-XL-2-256x256.pt"
+    assert public_checkpoint(image_size=512) == "DiT-XL-2-512x512.pt"
 
 
 @pytest.mark.parametrize(
@@ -493,17 +497,16 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, checkpoint, command, fl
 @pytest.mark.parametrize("flags", [["--model", "DiT-S/2"], ["--mixer", "pdessm"], ["--image-size", "64"]])
 def test_without_a_checkpoint_there_is_one_model(flags):
     with pytest.raises(ValueError, match="without --ckpt there is only DiT-XL/2"):
-        sample.checkpoint_name(sample.parse_args(flags))
+        sample.main(sample.parse_args(flags), ALONE)
 
 
 def test_only_classes_that_were_trained_are_drawn(tmp_path, checkpoint, monkeypatch):
     """The model has 10, and there were images of 2."""
-    path, drawn, generate = checkpoint(), [], sample.generate
+    path, drawn, generate = checkpoint(), [], drawing.generate
     contents = torch.load(path)
     contents["args"]["class_names"] = ["cat", "dog"]
     torch.save(contents, path)
-    for command in (sample, sample_ddp):
-        monkeypatch.setattr(command, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
+    monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
     draw(path, tmp_path / "a.png")
     draw_many(path, tmp_path / "s", "--num-fid-samples", 12, "--per-proc-batch-size", 12)
     draw(path, tmp_path / "a.png", "--class-labels", 1, 10)

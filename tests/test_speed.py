@@ -16,7 +16,10 @@ import sample_ddp
 import train
 from commands import FEW_STEPS, QUICK, ROOT, draw, draw_many, fit
 from diffusion import create_objective
-from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PerImageNoise
+from diffusion.drawing import generate
+from diffusion.guidance import Guidance
+from diffusion.noise import PerImageNoise
+from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
 from machine.precision import PRECISIONS, compile_whole
 from machine.processes import launch
 from mixers.running import prepare_to_sample
@@ -61,7 +64,7 @@ def samples(model, sampler, *guidance, n=2, steps=4):
     space, labels = Pixels(), torch.arange(n, device=device) % 10
     function = (SAMPLERS | FLOW_SAMPLERS)[sampler]
     noise = PerImageNoise(range(n), device)
-    sample.generate(model, space, objective, function, labels, noise, sample.Guidance(*guidance), progress=False)
+    generate(model, space, objective, function, labels, noise, Guidance(*guidance), progress=False)
     return space.kept
 
 

@@ -15,7 +15,7 @@ from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint
 from checkpoints.resume import find_checkpoint
 from commands import ALONE, QUICK, Colours, draw, draw_many, fit, fork, torchrun
-from diffusion import create_diffusion
+from diffusion import create_diffusion, drawing
 from diffusion.samplers import FLOW_SAMPLERS
 from images.autoencoder import open_space
 from images.dataset import load_dataset
@@ -265,9 +265,8 @@ def test_flow_matching_from_training_to_samples(tmp_path, mixer):
 
 
 def test_grids_and_probes_of_a_run_draw_only_classes_that_it_sees(tmp_path, photos, monkeypatch):
-    drawn, generate = [], train.sample.generate
-    for module in (train.sample, probe):
-        monkeypatch.setattr(module, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
+    drawn, generate = [], drawing.generate
+    monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
     monkeypatch.setattr(train, "SAMPLING_STEPS", 1)
     monkeypatch.setattr(probe, "PROBED", 32)
     monkeypatch.setattr(probe, "open_network", lambda *_: Colours())

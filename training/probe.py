@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion.samplers import PerImageNoise, image_seeds
+from diffusion.drawing import AT_ONCE, draw_numbered
+from diffusion.guidance import Guidance
 from evaluation.features import open_network
 from evaluation.metrics import Statistics, frechet_distance
 from evaluation.sides import evenly_spread, features_of, full_precision
 from images.latents import holds_latents
 from images.samples import FolderImages
-from sample import AT_ONCE, Guidance, generate
 
 PROBED = 256  # samples, and as many images if there are
 FEATURES = 64
@@ -77,16 +77,11 @@ def distance(probe, model, space, objective, sampler, processes):
     mine = range(processes.rank, probe.samples, processes.size)
     parts = -(-probe.samples // (AT_ONCE * processes.size))  # for every process the same number, as a sharded model needs
 
-    def draw(numbers):
-        noise = PerImageNoise(image_seeds(0, numbers, "sampling"), processes.device)
-        labels = (noise.rand() * model.trained_classes).long()
-        some = dict(progress=False, numbers=numbers)
-        return generate(model, space, objective, sampler, labels, noise, Guidance(1), **some).numpy()
-
     sums, problem = Statistics(), None
     for part in range(parts):
         try:
-            add(sums, draw(mine[part::parts]), probe.network, processes)
+            images = draw_numbered(model, space, objective, sampler, mine[part::parts], 0, Guidance(1))
+            add(sums, images.numpy(), probe.network, processes)
         except (ValueError, RuntimeError) as error:  # others wait for this process's share of a sharded model
             problem = str(error).partition("\n")[0]
     if any(processes.any(problem is not None)):

@@ -1,0 +1,104 @@
+"""From labels to finished images, by any model, space, objective and sampler that are given.
+
+A model has in_channels, input_size (height, width), num_classes, which is also the number of its null class, and
+trained_classes, of how many classes it has seen images. A space has a factor, and decode(x) (images/autoencoder.py).
+"""
+
+import torch
+
+from .guidance import guided
+from .noise import PerImageNoise, image_seeds
+
+AT_ONCE = 64  # samples in one batch
+IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
+REMEDIES = {
+    "network": "--precision fp32, a smaller --cfg-scale or another checkpoint may help",
+    "guidance": "a smaller --cfg-scale may help",
+    "sampler": "a smaller --cfg-scale or more steps may help",
+    "decoder": "a smaller --cfg-scale, more steps or another --vae may help",
+}
+
+
+def choose_classes(model, wanted=None):
+    """Returns the classes that are wanted, or else the first ones that were trained, or eight of ImageNet's 1000.
+
+    A model without classes has only the null class, 0. ValueError for classes that there are not, or that were not trained.
+    """
+    num_classes, trained = model.num_classes, model.trained_classes
+    classes = wanted or (IMAGENET_FAVOURITES if trained == 1000 else list(range(max(min(trained, 16), 1))))
+    if num_classes == 0 and wanted:
+        raise ValueError("the checkpoint was trained without classes, so --class-labels means nothing to it")
+    if wrong := [label for label in classes if not 0 <= label <= num_classes]:
+        raise ValueError(f"class {wrong[0]} is out of range: the checkpoint has 0 to {num_classes - 1}, {num_classes} is none")
+    if wrong := [label for label in classes if trained <= label < num_classes]:
+        raise ValueError(f"class {wrong[0]} was not trained: there were images of 0 to {trained - 1}; {num_classes} is none")
+    return classes
+
+
+def draw(model, space, objective, sampler, labels, seed, guidance, progress=True):
+    """Draws one sample per label of a list, each from a seed of its own: uint8 (n, H, W, 3) on the CPU."""
+    device, images = next(model.parameters()).device, []
+    labels = torch.tensor(labels, device=device)
+    for numbers in torch.arange(len(labels)).split(AT_ONCE):
+        noise = PerImageNoise(image_seeds(seed, numbers.tolist(), "sampling"), device)
+        some = dict(progress=progress, numbers=numbers.tolist())
+        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance, **some))
+    return torch.cat(images)
+
+
+def draw_numbered(model, space, objective, sampler, numbers, seed, guidance):
+    """Draws the images of a run that have these numbers: uint8 (n, H, W, 3) on the CPU.
+
+    The seed of an image decides its label, from the classes that were trained, and its noise.
+    """
+    noise = PerImageNoise(image_seeds(seed, numbers, "sampling"), next(model.parameters()).device)
+    labels = (noise.rand() * model.trained_classes).long()
+    return generate(model, space, objective, sampler, labels, noise, guidance, progress=False, numbers=numbers)
+
+
+def generate(model, space, objective, sampler, labels, noise, guidance, progress=True, numbers=None):
+    """Draws one sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
+
+    A model without classes is not guided. Pixels are kept in range at every step; latents have no range. ValueError, which
+    names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images would look
+    like others.
+    """
+    checked = []  # (where, which of the images were finite there (n,) bool), in the order of the calls
+
+    def check(where, x):                                                   # (n, ...), or (2n, ...) of a doubled batch
+        checked.append((where, x.isfinite().flatten(1).all(1).unflatten(0, (-1, len(labels))).all(0)))
+        return x
+
+    network, unguided = guided(model, objective, guidance), guidance.scale == 1 or model.num_classes == 0
+    hook = model.register_forward_hook(lambda model, inputs, out: check("network", out))
+    try:
+        x = sampler(
+            objective,
+            model if unguided else lambda x, t, y: check("guidance", network(x, t, y)),
+            noise.randn(model.in_channels, *model.input_size),
+            model_kwargs=dict(y=labels),
+            clip_denoised=space.factor == 1,
+            progress=progress,
+            randn_like=noise,
+        )
+    finally:
+        hook.remove()
+    images = check("decoder", space.decode(check("sampler", x)))
+    finite = torch.stack([finite for _, finite in checked])                # (m, n) bool, looked at once: a GPU need not wait
+    if not finite.all():
+        raise ValueError(what_is_not_finite([where for where, _ in checked], finite.cpu(), numbers))
+    pixels = (127.5 * images + 128).clamp(0, 255)                          # (n, 3, H, W)
+    return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+
+
+def what_is_not_finite(places, finite, numbers):
+    """Says in one sentence which images of a batch are not finite, from where on, and what may help.
+
+    places: where each check was made, a key of REMEDIES. finite: which images were finite there, (checks, n) bool.
+    """
+    bad = [numbers[i] if numbers else i for i in (~finite.all(0)).nonzero()[:, 0].tolist()]
+    first = int((~finite.all(1)).nonzero()[0])
+    where, calls = places[first], places[: first + 1].count("network")
+    some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    which = f"{len(bad)} of {finite.shape[1]} images of a batch are not finite (numbers {some})"
+    return f"{which}, first the {where}'s output at call {calls} of the network; {REMEDIES[where]}"
