@@ -1,4 +1,4 @@
-"""Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
+"""Training images: a folder by its path, or a data set by its name. Each yields (image, class): float (3, size, size) in
 [-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
 
 import os
@@ -22,10 +22,10 @@ LONG = 16  # sides of an image: above it, one a pixel wide could become gigabyte
 
 
 def center_crop_arr(image, image_size):
-    """ADM's centre crop: the largest centred square of a PIL image, scaled to image_size.
+    """Crops a PIL image as ADM does: to its largest centred square, scaled to image_size.
 
     Halves by averaging while the shorter side stays at or above image_size, then resamples once, bicubically: the whole
-    image, or, where it is longer than LONG times its width, the square alone, as the whole could take gigabytes.
+    image, or the square alone if the image is longer than LONG times its width, as the whole could take gigabytes.
     """
     width, height = image.size
     while min(width, height) >= 2 * image_size:
@@ -43,8 +43,11 @@ def center_crop_arr(image, image_size):
 
 
 class TrainingImages(Dataset):
-    """source: a sequence of (PIL image, class). num_classes: 0 if classes are to be ignored. flip: whether a mirrored
-    image is as good as the image."""
+    """Crops the images of a source and scales their pixels to [-1, 1].
+
+    source: a sequence of (PIL image, class). num_classes: 0 if classes are to be ignored. flip: whether a mirrored image is
+    as good as the image.
+    """
 
     def __init__(self, source, image_size, num_classes, flip):
         self.source, self.image_size, self.num_classes, self.flip = source, image_size, num_classes, flip
@@ -55,15 +58,16 @@ class TrainingImages(Dataset):
         return len(self.source)
 
     def names(self):
-        """A digest of the images' names, None if they have none."""
+        """Returns a digest of the images' names, None if they have none."""
         return self.source.names() if hasattr(self.source, "names") else None
 
     def sizes(self, numbers):
-        """A digest of the sizes of these images' files, None if they are not files."""
+        """Returns a digest of the sizes of these images' files, None if they are not files."""
         return self.source.sizes(numbers) if hasattr(self.source, "sizes") else None
 
     def fingerprint(self):
-        """What tells these images from others: how many they are, all their names, and the sizes of SIZES of their files."""
+        """Returns what tells these images from others: how many there are, all their names, and the sizes of SIZES of their
+        files."""
         count = min(len(self), SIZES)
         return dict(images=len(self), names=self.names(), sizes=self.sizes(i * len(self) // count for i in range(count)))
 
@@ -74,8 +78,9 @@ class TrainingImages(Dataset):
 
 
 class Replacing(Dataset):
-    """TrainingImages, as (image, class, faults): for one that cannot be read the next of its class that can, whoever reads it,
-    and a list of what is wrong with those that cannot. OSError if these are more than `most`, or the whole class."""
+    """Yields TrainingImages as (image, class, faults): in place of an image that cannot be read, the next of its class that can
+    be, and a list of what is wrong with those that cannot. It is the same one whichever process reads. OSError if more than
+    `most` images, or a whole class, cannot be read."""
 
     def __init__(self, images, most):
         self.images, self.most = images, most
@@ -98,13 +103,13 @@ class Replacing(Dataset):
 
 
 def collate(items):
-    """A batch of Replacing: images (B, ...), classes (B,), faults."""
+    """Makes a batch of the items of Replacing: images (B, ...), classes (B,), faults."""
     images, labels, faults = zip(*items)
     return *default_collate(list(zip(images, labels))), [fault for some in faults for fault in some]
 
 
 class _Faults(Dataset):
-    """What is wrong with each of these images, "" if nothing is."""
+    """Yields what is wrong with each of these images, "" if nothing is."""
 
     def __init__(self, images):
         self.images = images
@@ -120,11 +125,11 @@ class _Faults(Dataset):
             return str(error)
 
 
-def check_images(images, args, processes, say):
-    """Reads every image once, on all processes and their workers, and tells `say` of each that cannot be read, in order.
-    ValueError if there are more than --max-bad-images, where there is such a flag."""
+def check_readable(images, processes, say, workers=0, most=None):
+    """Reads every image once, on all processes and their workers, and calls `say` with what is wrong with each that cannot be
+    read, in order. ValueError if there are more than `most`, or any at all for None."""
     mine = range(processes.rank, len(images), processes.size)
-    loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=readers(args), worker_init_fn=shelter)
+    loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=workers, worker_init_fn=shelter)
     progress = tqdm(total=len(mine), desc="Checking", unit="image", disable=processes.rank > 0)
     found = []
     for faults in read(loader):
@@ -135,18 +140,26 @@ def check_images(images, args, processes, say):
     if processes.rank == 0:
         for _, fault in found:
             say(fault)
-    if len(found) > getattr(args, "max_bad_images", 0):
-        way_out = f", or give --max-bad-images {len(found)}" if hasattr(args, "max_bad_images") else ""
+    if len(found) > (most or 0):
+        way_out = "" if most is None else f", or give --max-bad-images {len(found)}"
         raise ValueError(f"{len(found):,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
 
 
+def worker_count(wanted, path):
+    """Returns how many processes read images from `path` for this one: at most one a core, and none for the digits."""
+    return min(wanted, os.cpu_count() or 1) if path else 0
+
+
+def check_images(images, args, processes, say):  # train.py's calls, until it gives values
+    check_readable(images, processes, say, worker_count(args.num_workers, args.data_path), args.max_bad_images)
+
+
 def readers(args):
-    """How many processes read images for this one."""
-    return min(args.num_workers, os.cpu_count() or 1) if args.data_path else 0
+    return worker_count(args.num_workers, args.data_path)
 
 
 def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
-    """The training images at `path`, cropped to image_size; with held_out, those of a set's own test split.
+    """Opens the training images at `path`, cropped to image_size; with held_out, those of a data set's own test split.
 
     A folder that `images.encode` made gives a latents.CachedLatents; ValueError if it was made for other arguments than these.
 

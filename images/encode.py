@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from images import latents
 from images.autoencoder import open_space
-from images.dataset import CHECK, check_images, load_dataset, readers
+from images.dataset import CHECK, check_readable, load_dataset, worker_count
 from images.folders import describe_classes
 from images.named import DATASETS
 from machine.flags import not_negative, positive
@@ -32,6 +32,7 @@ def encode(args, processes):
         raise ValueError(f"--image-size {args.image_size} is not divisible by {space.factor}, the factor of the VAE")
     if processes.rank > 0:
         processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
+    workers = worker_count(args.num_workers, args.data_path)
     images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
     classes = describe_classes(images.classes) if images.num_classes and images.classes else []
     for line in [*images.remarks, *classes] if processes.rank == 0 else []:
@@ -39,9 +40,11 @@ def encode(args, processes):
     if isinstance(images, latents.CachedLatents):
         raise ValueError(f"--data-path {args.data_path} holds latents already")
     if args.check_data:
-        check_images(images, args, processes, print)
+        check_readable(images, processes, print, workers)
     space.load(processes.device)
-    folder, index = Path(args.out), describe(images, space, args)
+    made_from = dict(vae=args.vae, source=args.data_path, dataset=args.dataset, held_out=args.held_out)
+    dtype = torch.float16 if args.half else torch.float32
+    folder, index = Path(args.out), index_of(images, space, args.image_size, dtype, args.shard_size, **made_from)
     if processes.rank == 0:
         latents.claim(folder, index)
         processes.barrier()
@@ -53,8 +56,7 @@ def encode(args, processes):
         total = f"{latents.shard_count(index):,} shards of {len(images):,} images"
         print(f"Encoding {len(shards):,} of {total} into {folder}")
     mine = shards[processes.rank :: processes.size]
-    dtype = torch.float16 if args.half else torch.float32
-    for number, moments, classes in encode_shards(mine, images, index, space, args, processes):
+    for number, moments, classes in encode_shards(mine, images, index, space, processes, args.batch_size, workers):
         path = latents.shard_path(folder, number)
         latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
     processes.barrier()
@@ -64,7 +66,7 @@ def encode(args, processes):
 
 
 def shards_to_make(folder, index, images):
-    """(those that are missing or damaged, those that are whole but of files that have changed since)."""
+    """Lists the numbers of shards (missing or damaged, whole but made of files that have changed since)."""
     missing = latents.unfinished_shards(folder, index)
     whole = sorted({*range(latents.shard_count(index))} - {*missing})
     then = {number: latents.open_shard(folder, number, index).metadata() for number in whole}
@@ -72,38 +74,40 @@ def shards_to_make(folder, index, images):
 
 
 def made_of(images, index, number):
-    """What a shard keeps of the files of its images: {name: text}, None if they are not files."""
+    """Returns what a shard keeps of the files of its images: {name: text}, None if they are not files."""
     sizes = images.sizes(latents.shard_images(index, number))
     return dict(sizes=sizes) if sizes else None
 
 
-def describe(images, space, args):
-    """The index of the latents to be made."""
-    side = args.image_size // space.factor
+def index_of(images, space, image_size, dtype, shard_size, vae, source, dataset, held_out):
+    """Makes the index of latents that are to be made (images/latents.py). vae, source and dataset: the autoencoder, the path
+    of the images (None for the digits) and the data set there, as the flags name them."""
+    side = image_size // space.factor
     return dict(
-        vae=str(Path(args.vae).resolve()) if not space.on_hub else args.vae,
+        vae=vae if space.on_hub else str(Path(vae).resolve()),
         vae_digest=space.digest(),
-        source=str(Path(args.data_path).resolve()) if args.data_path else "digits",
-        dataset=args.dataset,
-        held_out=args.held_out,
-        image_size=args.image_size,
+        source=str(Path(source).resolve()) if source else "digits",
+        dataset=dataset,
+        held_out=held_out,
+        image_size=image_size,
         images=len(images),
         names=images.names(),
         num_classes=images.num_classes,
         classes=images.classes if images.num_classes else None,
         flip=images.flip,
         shape=[space.channels, side, side],
-        dtype="float16" if args.half else "float32",
-        shard_size=args.shard_size,
+        dtype=str(dtype).removeprefix("torch."),
+        shard_size=shard_size,
     )
 
 
-def encode_shards(numbers, images, index, space, args, processes):
-    """Yields (number, moments (n, flips, 2, C, h, w), classes (n,)) of each of these shards, on the CPU."""
-    n = min(args.batch_size, space.at_once(args.image_size, args.image_size))
+def encode_shards(numbers, images, index, space, processes, batch_size, workers):
+    """Yields (number, moments (n, flips, 2, C, h, w), classes (n,)) of each of these shards, on the CPU. batch_size: images
+    encoded at once, or as few as the autoencoder takes. workers: processes that read them."""
+    n = min(batch_size, space.at_once(index["image_size"], index["image_size"]))
     batches = [torch.tensor(latents.shard_images(index, number)).split(n) for number in numbers]
     in_order = [batch.tolist() for shard in batches for batch in shard]
-    loader = DataLoader(images, batch_sampler=in_order, num_workers=readers(args), worker_init_fn=shelter)
+    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers, worker_init_fn=shelter)
     progress = tqdm(total=sum(len(batch) for batch in in_order), unit="image", disable=processes.rank > 0)
     read_in_order = read(loader)
     for number, shard in zip(numbers, batches):

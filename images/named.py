@@ -1,11 +1,5 @@
-"""Training images: a folder by its path, or a set by its name. Each yields (image, class): float (3, size, size) in
-[-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process.
-
-As a command it encodes images, once, to train on their latents; run again after a stop, it goes on where it was:
-
-    torchrun --nproc_per_node=8 data.py encode --data-path imagenet/train --vae ema --out latents
-    torchrun --nproc_per_node=8 train.py --data-path latents
-"""
+"""The paper's data sets by name. Each stands here in one place: how many images it has, where its files come from, and the
+function that reads them as a sequence of (PIL image, class). `DATASETS` holds them all; a new one is one more function."""
 
 import io
 import os
@@ -21,11 +15,55 @@ from torchvision.datasets import CIFAR10, Flowers102
 from tqdm import tqdm
 
 from images.folders import Folder, digest, printable, read_image
+from machine.files import whole_file
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
+DATASETS = {}
+
+
+class Named(NamedTuple):
+    """Describes a data set of the paper.
+
+    images, held_out: how many images it has for training, and held out.
+    num_classes:      how many classes, 0 where the paper trains without.
+    where:            where its files come from.
+    read:             a function (folder, held_out, uncond) that returns a sequence of (PIL image, class).
+    """
+
+    images: int
+    held_out: int
+    num_classes: int
+    where: str
+    read: Callable
+
+
+def dataset(name, images, held_out, num_classes, where):
+    """Enters the function below it into DATASETS, as what reads the data set of that name."""
+
+    def enter(read):
+        DATASETS[name] = Named(images, held_out, num_classes, where, read)
+        return read
+
+    return enter
+
+
+def read_named(name, folder, held_out, uncond):
+    """Reads a data set of DATASETS from its folder. OSError says what is missing, and where it comes from; ValueError that it
+    has no held-out images."""
+    named = DATASETS[name]
+    if folder is None or not Path(folder).is_dir():
+        raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
+    try:
+        source, expected = named.read(folder, held_out, uncond), named.held_out if held_out else named.images
+        if len(source) != expected:
+            raise OSError(f"it has {len(source):,} images, not {expected:,}")
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{name} in {folder} is not whole ({error}); it takes {named.where}") from error
+    return source
 
 
 def read_digits():
+    """Returns the 1,797 handwritten digits that scikit-learn carries: a list of (RGB image of 8 x 8, class)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -33,7 +71,11 @@ def read_digits():
     return [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(images, digits.target)]
 
 
+# CIFAR-10
+
+
 def read_cifar10(folder, train):
+    """Reads CIFAR-10 as torchvision unpacks it, in `folder` or in CIFAR10_FOLDER inside it. OSError if it is not whole."""
     root = folder.parent if folder.name == CIFAR10_FOLDER else folder
     try:
         return CIFAR10(root, train)
@@ -41,17 +83,32 @@ def read_cifar10(folder, train):
         raise OSError(f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged: {error}") from error
 
 
-class _Unlabelled(Dataset):
-    """The images of other sources, one after the other, as if they had no classes."""
+@dataset(
+    "cifar10", 50_000, 10_000, 10,
+    "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked there",
+)  # fmt: skip
+def _cifar10(folder, held_out, uncond):
+    return read_cifar10(Path(folder), train=not held_out)
 
-    def __init__(self, *sources):
-        self.images = ConcatDataset(sources)
 
-    def __len__(self):
-        return len(self.images)
+# ImageNet at 64 x 64: downsampled, or ImageNet's own images
 
-    def __getitem__(self, index):
-        return self.images[index][0], 0
+
+@dataset(
+    "imagenet64", 1_281_167, 50_000, 0,
+    "the batches of Imagenet64_train_part1.zip and _part2.zip of https://image-net.org/download-images.php, or ImageNet's "
+    "training images in folders",
+)  # fmt: skip
+def _imagenet64(folder, held_out, uncond):
+    """Reads a folder of images, or the batches of downsampled images, which are joined once into one array beside them."""
+    pattern, name = ("val_data*", "val") if held_out else ("train_data_batch_*", "train")
+    batches = sorted(path for path in Path(folder).glob(pattern) if path.suffix in ("", ".npz"))
+    array = Path(folder, f"{name}.npy")
+    if not batches and not array.exists():
+        return Folder(folder, labelled=False)
+    if not array.exists():
+        _join(batches, array, DATASETS["imagenet64"].held_out if held_out else DATASETS["imagenet64"].images)
+    return _Downsampled(array)
 
 
 class _Downsampled(Dataset):
@@ -70,6 +127,27 @@ class _Downsampled(Dataset):
         return Image.fromarray(np.ascontiguousarray(self.array[index].transpose(1, 2, 0))), 0
 
 
+def _join(batches, path, expected):
+    """Writes the images of all batches into one .npy file uint8 (N, 3, 64, 64), one batch in memory at a time."""
+    count = sum(len(_read_batch(batch)) for batch in tqdm(batches, desc="Counting", unit="file"))
+    if count != expected:
+        raise OSError(f"the {len(batches)} files of {path.parent} hold {count:,} images, not {expected:,}")
+    with whole_file(path, "images") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
+        for batch in tqdm(batches, desc=f"Building {path}", unit="file"):
+            file.write(_read_batch(batch).tobytes())
+
+
+def _read_batch(path):
+    """Reads the images of one batch, uint8 (n, 3, 64, 64), from an .npz or a pickle. OSError if that cannot be done."""
+    try:
+        with open(path, "rb") as file:
+            rows = np.load(file)["data"] if path.suffix == ".npz" else _Arrays(file, encoding="latin1").load()["data"]
+        return np.asarray(rows, dtype=np.uint8).reshape(len(rows), 3, 64, 64)
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise OSError(f"cannot read {path} as downsampled ImageNet ({error})") from error
+
+
 class _Arrays(pickle.Unpickler):
     """Reads dicts and lists of numpy arrays, and nothing that could run."""
 
@@ -80,60 +158,45 @@ class _Arrays(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
-def _imagenet64(folder, held_out, uncond):
-    """A folder of images, or the batches of downsampled images, of which an array beside them is made once."""
-    pattern, name = ("val_data*", "val") if held_out else ("train_data_batch_*", "train")
-    parts = sorted(path for path in Path(folder).glob(pattern) if path.suffix in ("", ".npz"))
-    array = Path(folder, f"{name}.npy")
-    if not parts and not array.exists():
-        return Folder(folder, labelled=False)
-    if not array.exists():
-        _join(parts, array, DATASETS["imagenet64"].held_out if held_out else DATASETS["imagenet64"].images)
-    return _Downsampled(array)
+# ImageNet at 256 x 256
 
 
-def _join(parts, path, expected):
-    """Writes the "data" of all parts, rows of 3 x 64 x 64, into one .npy file, one part in memory at a time."""
-    count = sum(len(_read_part(part)) for part in tqdm(parts, desc="Counting", unit="file"))
-    if count != expected:
-        raise OSError(f"the {len(parts)} files of {path.parent} hold {count:,} images, not {expected:,}")
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
-            for part in tqdm(parts, desc=f"Building {path}", unit="file"):
-                file.write(_read_part(part).tobytes())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read_part(path):
-    try:
-        with open(path, "rb") as file:
-            rows = np.load(file)["data"] if path.suffix == ".npz" else _Arrays(file, encoding="latin1").load()["data"]
-        return np.asarray(rows, dtype=np.uint8).reshape(len(rows), 3, 64, 64)
-    except Exception as error:  # damaged bytes raise nearly anything
-        raise OSError(f"cannot read {path} as downsampled ImageNet ({error})") from error
-
-
+@dataset(
+    "imagenet256", 1_281_167, 50_000, 1000,
+    "ImageNet's training images (held out: validation) of https://image-net.org/challenges/LSVRC/2012, a folder per class",
+)  # fmt: skip
 def _imagenet256(folder, held_out, uncond):
     return Folder(folder, labelled=not uncond)
 
 
+# CelebA-HQ
+
+
+@dataset(
+    "celeba-hq", 30_000, 0, 0,
+    "the images that https://github.com/tkarras/progressive_growing_of_gans makes, as files at any depth",
+)  # fmt: skip
 def _celeba_hq(folder, held_out, uncond):
     if held_out:
         raise ValueError("celeba-hq has no held-out images of its own")
     return Folder(folder, labelled=False)
 
 
+# LSUN's churches
+
+
+@dataset(
+    "lsun-church", 126_227, 300, 0,
+    "church_outdoor_train_lmdb of https://github.com/fyu/lsun, unpacked, or its images as files",
+)  # fmt: skip
 def _lsun_church(folder, held_out, uncond):
     database = Path(folder, f"church_outdoor_{'val' if held_out else 'train'}_lmdb")
     return _Database(database) if database.is_dir() else Folder(folder, labelled=False)
 
 
 class _Database(Dataset):
-    """The images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself."""
+    """The images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself: torchvision's
+    reader would write a pickle into the working directory."""
 
     def __init__(self, path):
         self.path, self.opened_by = str(path), None
@@ -167,6 +230,14 @@ class _Database(Dataset):
         return _Database, (self.path,)
 
 
+# Oxford's flowers
+
+
+@dataset(
+    "flowers102", 8_189, 0, 0,
+    "102flowers.tgz, unpacked to flowers-102/jpg, and imagelabels.mat and setid.mat beside it in flowers-102, of "
+    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+)  # fmt: skip
 def _flowers102(folder, held_out, uncond):
     if held_out:
         raise ValueError("flowers102 has no held-out images here: training takes all of its three splits, as the paper does")
@@ -176,62 +247,14 @@ def _flowers102(folder, held_out, uncond):
     return _Unlabelled(*splits)
 
 
-class Named(NamedTuple):
-    """A data set of the paper: how many images it has for training and held out, its classes (0 where it is trained
-    without), where its files come from, and read(folder, held_out, uncond), which returns a sequence of (PIL image, class)."""
+class _Unlabelled(Dataset):
+    """The images of other sources, one after the other, as if they had no classes."""
 
-    images: int
-    held_out: int
-    num_classes: int
-    where: str
-    read: Callable
+    def __init__(self, *sources):
+        self.images = ConcatDataset(sources)
 
+    def __len__(self):
+        return len(self.images)
 
-DATASETS = {
-    "cifar10": Named(
-        50_000, 10_000, 10,
-        "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked there",
-        lambda folder, held_out, uncond: read_cifar10(Path(folder), train=not held_out),
-    ),
-    "imagenet64": Named(
-        1_281_167, 50_000, 0,
-        "the batches of Imagenet64_train_part1.zip and _part2.zip of https://image-net.org/download-images.php, or ImageNet's "
-        "training images in folders",
-        _imagenet64,
-    ),
-    "imagenet256": Named(
-        1_281_167, 50_000, 1000,
-        "ImageNet's training images (held out: validation) of https://image-net.org/challenges/LSVRC/2012, a folder per class",
-        _imagenet256,
-    ),
-    "celeba-hq": Named(
-        30_000, 0, 0,
-        "the images that https://github.com/tkarras/progressive_growing_of_gans makes, as files at any depth",
-        _celeba_hq,
-    ),
-    "lsun-church": Named(
-        126_227, 300, 0,
-        "church_outdoor_train_lmdb of https://github.com/fyu/lsun, unpacked, or its images as files",
-        _lsun_church,
-    ),
-    "flowers102": Named(
-        8_189, 0, 0,
-        "102flowers.tgz, unpacked to flowers-102/jpg, and imagelabels.mat and setid.mat beside it in flowers-102, of "
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
-        _flowers102,
-    ),
-}  # fmt: skip
-
-
-def read_named(name, folder, held_out, uncond):
-    """OSError says what is missing, and where it comes from."""
-    named = DATASETS[name]
-    if folder is None or not Path(folder).is_dir():
-        raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
-    try:
-        source, expected = named.read(folder, held_out, uncond), named.held_out if held_out else named.images
-        if len(source) != expected:
-            raise OSError(f"it has {len(source):,} images, not {expected:,}")
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{name} in {folder} is not whole ({error}); it takes {named.where}") from error
-    return source
+    def __getitem__(self, index):
+        return self.images[index][0], 0
