@@ -16,7 +16,7 @@ def ddpm(
     diffusion, model, x, *, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, progress=False,
     randn_like=torch.randn_like,
 ):  # fmt: skip
-    """Ancestral sampling (Ho et al., 2020). cond_fn(x, t, **model_kwargs), the gradient of log p(y | x), guides."""
+    """Draws by ancestral sampling (Ho et al., 2020). cond_fn(x, t, **model_kwargs), the gradient of log p(y | x), guides."""
     kwargs = model_kwargs or {}
     for t in _countdown(diffusion, x, progress):
         p = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, kwargs)
@@ -33,7 +33,7 @@ def ddim(
     diffusion, model, x, *, eta=0.0, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
     progress=False, randn_like=torch.randn_like,
 ):  # fmt: skip
-    """DDIM (Song et al., 2021, Eq. 12): deterministic at eta = 0. cond_fn as in `ddpm`, applied to the noise."""
+    """Draws by DDIM (Song et al., 2021, Eq. 12), deterministic at eta = 0. cond_fn as in `ddpm`, applied to the noise."""
     kwargs = model_kwargs or {}
     for t in _countdown(diffusion, x, progress):
         x_start = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, kwargs)["pred_xstart"]
@@ -52,9 +52,9 @@ def ddim(
 
 @torch.no_grad()
 def dpm_solver(diffusion, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
-    """DPM-Solver++ of second order (Lu et al., 2022), through diffusers' scheduler: few steps without noise.
+    """Draws by DPM-Solver++ of second order (Lu et al., 2022), through diffusers' scheduler: few steps without noise.
 
-    Visits num_timesteps of the timesteps of training, chosen by the scheduler.
+    Visits num_timesteps of the timesteps of training, chosen by the scheduler. ValueError if those are all.
     """
     from diffusers import DPMSolverMultistepScheduler
 
@@ -74,7 +74,7 @@ def dpm_solver(diffusion, model, x, *, clip_denoised=True, model_kwargs=None, pr
 
 
 def _countdown(diffusion, x, progress):
-    """The timesteps of a batch from the noisiest to 0, each (B,)."""
+    """Yields the timesteps of a batch from the noisiest to 0, each (B,)."""
     for step in tqdm(reversed(range(diffusion.num_timesteps)), total=diffusion.num_timesteps, disable=not progress):
         yield torch.full((len(x),), step, device=x.device)
 
@@ -90,7 +90,7 @@ def euler(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=Fal
 
 @torch.no_grad()
 def heun(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
-    """As euler, with the mean of the velocities at both ends of a step, two calls of the network each: second order."""
+    """Follows the mean of the velocities at both ends of each step, two calls of the network each: second order."""
     dt = 1 / flow.num_timesteps
     for t in _count_up(flow, x, progress):
         here = flow.velocity(model, x, t, model_kwargs)
@@ -110,7 +110,7 @@ STAGES = (
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 DIFFERENCE = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-SHORTEST = 1e-6  # step of rk45, which is taken whatever its error: velocities may jump, where guidance begins or ends
+SHORTEST = 1e-4  # step of rk45, which is taken whatever its error: velocities may jump, where guidance begins or ends
 
 
 @torch.no_grad()
@@ -118,9 +118,11 @@ def rk45(
     flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like,
     rtol=1e-5, atol=1e-5,
 ):  # fmt: skip
-    """Dormand and Prince's method with adaptive steps, six calls of the network each; num_timesteps means nothing to it.
+    """Follows the velocity by Dormand and Prince's method with adaptive steps, six calls of the network each; num_timesteps
+    means nothing to it.
 
-    Every image has steps of its own, so that it does not depend on its neighbours, and waits at t = 1 for the last one.
+    Every image has steps of its own, so that it does not depend on its neighbours, and waits at t = 1 for the last one. Steps
+    are not shorter than SHORTEST, but for the last one, which goes what is left of the way.
     """
 
     def velocity(x, left):                                                 # (B, C, H, W), (B,)
@@ -142,13 +144,13 @@ def rk45(
         left = torch.where(taken, left - step, left)
         here = taken.view(dt.shape)
         x, velocities = torch.where(here, end, x), [torch.where(here, velocities[-1], velocities[0])]
-        step = step * (0.9 * error**-0.2).clamp(0.2, 10)
+        step = (step * (0.9 * error**-0.2).clamp(0.2, 10)).clamp(min=SHORTEST)
     return _clip(x, clip_denoised)
 
 
 @torch.no_grad()
 def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
-    """The stochastic process with the flow's marginals, by Euler and Maruyama: dx = (v + sigma s / 2) dt + sqrt(sigma) dW.
+    """Follows the stochastic process of the flow's marginals by Euler and Maruyama, dx = (v + sigma s / 2) dt + sqrt(sigma) dW.
 
     s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds. The last
     step goes to the clean image, for no later one would take its noise away.
@@ -163,7 +165,7 @@ def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False
 
 
 def _count_up(flow, x, progress):
-    """The times at which the steps begin, each (B,)."""
+    """Yields the times at which the steps begin, each (B,)."""
     for step in tqdm(range(flow.num_timesteps), disable=not progress):
         yield torch.full((len(x),), step / flow.num_timesteps, device=x.device, dtype=x.dtype)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion import PATHS, create_flow
-from diffusion.samplers import FLOW_SAMPLERS, euler, heun, rk45, sde
+from diffusion.samplers import FLOW_SAMPLERS, SHORTEST, euler, heun, rk45, sde
 
 f64 = torch.float64
 MEANS = torch.tensor([[1.5, -0.5], [-1.0, 0.75]], dtype=f64)  # of two modes; the first is the Gaussian's
@@ -112,6 +112,31 @@ def test_adaptive_steps_are_an_image_s_own():
     assert together.isfinite().all((1, 2, 3)).tolist() == [True, True, True, False, True]
     assert torch.stack(calls[:asked]).std(1).max() > 10  # thousandths of the way: they are not at one place
     assert len(calls) - asked > 1.5 * asked  # the slowest decides how many, not all of them together
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_adaptive_steps_end_where_torchdiffeq_s_do(path):
+    """Of a smooth field, to ten times the tolerance of both."""
+    odeint = pytest.importorskip("torchdiffeq").odeint
+    flow, x = create_flow(path=path), start()
+    network = exact(flow, MEANS, 0.4)
+    tolerance = dict(rtol=1e-7, atol=1e-7)
+    ends = torch.tensor([0, 1], dtype=f64)
+    expected = odeint(lambda t, x: flow.velocity(network, x, t.expand(len(x))), x, ends, method="dopri5", **tolerance)[1]
+    torch.testing.assert_close(rk45(flow, network, x, clip_denoised=False, **tolerance), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_adaptive_steps_end_where_none_is_short_enough():
+    """Of a velocity that points to zero from both sides, so that it jumps in every step once zero is reached."""
+    asked, x = [], torch.tensor([0.1, -0.2], dtype=f64).view(2, 1, 1, 1)
+
+    def network(x, t):
+        asked.append(t)
+        return torch.where(t.view(-1, 1, 1, 1) < 900, 0, -10 * x.sign())
+
+    end = rk45(create_flow(), network, x, clip_denoised=False)
+    torch.testing.assert_close(end, torch.zeros_like(x), rtol=0, atol=10 * SHORTEST)
+    assert len(asked) < 2 * 6 * 0.1 / SHORTEST  # of a tenth of the way in the shortest steps
 
 
 def test_adaptive_steps_pass_over_a_jump():

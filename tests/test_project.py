@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,12 @@ def test_imports_flow_one_way(name):
     if name == "pde_ssm":
         kernels = {"pde_ssm_kernels"}                                      # for speed, imported where they run
         assert imported == {"contextlib", "copy", "functools", "math", "torch", "weakref"} | kernels
+
+
+def test_who_reads_images_needs_no_network():
+    command = "import sys, images.folders; print({'pde_ssm', 'models', 'mixers', 'timm'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_the_readmes_tree_is_the_tree():
