@@ -5,8 +5,10 @@
 
 from functools import partial
 
+from benchmarks.flags import parse_args
+from benchmarks.report import Report, lines_of, milliseconds
 from benchmarks.sides import training_step
-from benchmarks.timing import Report, lines_of, milliseconds, parse_args, time_in_turns
+from benchmarks.timing import time_in_turns
 from models import MODELS
 
 MIXERS = {
@@ -32,7 +34,8 @@ def main(args):
     report = Report("every_mixer", args, COLUMNS, input_size=32, in_channels=3, num_classes=10)
     for name, batch in MODELS_AND_BATCHES.items():
         options = MODELS[name].keywords | dict(input_size=32, in_channels=3, num_classes=10)
-        times = time_in_turns({m: partial(training_step, args, batch, **options, **MIXERS[m]) for m in MIXERS}, args)
+        step = partial(training_step, args.device, batch, compile=args.compile, **options)
+        times = time_in_turns({mixer: partial(step, **how) for mixer, how in MIXERS.items()}, args.device, args.seconds)
         report.add(model=name, tokens=(32 // options["patch_size"]) ** 2, batch=batch, sides=times)
     report.finish({"training step, DiT-N": lines_of(report.contents["rows"], MIXERS)})
 

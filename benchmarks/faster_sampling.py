@@ -1,4 +1,4 @@
-"""What --compile and --precision bf16 bring for samples: two steps of DDPM with guidance, by the same model in four ways:
+"""Times --compile and --precision bf16 of sample.py: two steps of DDPM with guidance, by the same model in four ways:
 
     python -m benchmarks.faster_sampling --quick                    DiT-S/2, on 2 CPU cores within 10 minutes
     python -m benchmarks.faster_sampling                            DiT-XL/2, as CUDA graphs on a GPU
@@ -11,8 +11,10 @@ from time import perf_counter
 
 import torch._inductor.config
 
+from benchmarks.flags import parse_args
+from benchmarks.report import Report, lines_of, milliseconds, ratio
 from benchmarks.sampling import sampling_run
-from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, rounded, time_in_turns
+from benchmarks.timing import rounded, time_in_turns
 from machine.flags import positive
 from models import SIZES
 
@@ -42,9 +44,10 @@ def main(args):
         for side in inputs:
             options = dict(mixer=mixer, input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
             first = {}
-            sides = {way: partial(first_timed, way, first, args, batch, STEPS, how, **options) for way, how in WAYS.items()}
+            run = partial(sampling_run, args.device, args.backend, batch, STEPS, **options)
+            sides = {way: partial(first_timed, way, first, partial(run, **how)) for way, how in WAYS.items()}
             with torch._inductor.config.patch(force_disable_caches=True):
-                times = time_in_turns(sides, args)
+                times = time_in_turns(sides, args.device, args.seconds)
             row = dict(model=f"DiT-{size}/2", mixer=mixer, tokens=(side // 2) ** 2, batch=batch, sides=times)
             ran = [way for way in WAYS if milliseconds(way)(row)]
             report.add(**row, first_s={way: rounded(first[way] - milliseconds(way)(row) / 1e3) for way in ran})
@@ -53,9 +56,9 @@ def main(args):
     report.finish({f"{STEPS} steps, DiT-{size}/2, {mixer}, batch {batch}": lines for mixer, lines in panels.items()})
 
 
-def first_timed(way, first, *options, **more):
-    """A sampling run that has run once, for so many seconds: first[way]."""
-    run = sampling_run(*options, **more)
+def first_timed(way, first, build):
+    """Builds a sampling run and runs it once; the seconds of that go to first[way]."""
+    run = build()
     start = perf_counter()
     run()
     first[way] = perf_counter() - start

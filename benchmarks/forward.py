@@ -1,9 +1,10 @@
-"""What Tables 8 and 9 of the paper share: the forward pass of DiT models, beside attention in both its forms."""
+"""Times the forward pass of DiT models, beside attention in both its forms: what Tables 8 and 9 of the paper share."""
 
 from functools import partial
 
+from benchmarks.report import Report, columns_beside_paper
 from benchmarks.sides import SIDES, count_parameters, forward_pass
-from benchmarks.timing import Report, columns_beside_paper, time_in_turns
+from benchmarks.timing import time_in_turns
 from models import SIZES
 
 COLUMNS = {
@@ -22,8 +23,8 @@ def measure(table, args, cells):
     for (size, patch), (attention, pdessm) in cells.items():
         hidden, depth, heads = SIZES[size]
         options = dict(input_size=side, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads)
-        model = partial(forward_pass, args, batch, **options)
-        times = time_in_turns({name: partial(model, mixer=mixer) for name, mixer in SIDES.items()}, args)
+        model = partial(forward_pass, args.device, batch, compile=args.compile, **options)
+        times = time_in_turns({name: partial(model, mixer=mixer) for name, mixer in SIDES.items()}, args.device, args.seconds)
         report.add(
             model=f"DiT-{size}/{patch}", tokens=(side // patch) ** 2, parameters=count_parameters(**options), sides=times,
             paper=dict(attention_ms=1e3 * attention, pdessm_ms=1e3 * pdessm),

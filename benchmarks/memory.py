@@ -10,14 +10,17 @@ the C library hands back at once what is freed: what it would keep varies by a q
 
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from math import isqrt
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from benchmarks.flags import limit_memory, parse_args, proc_value
+from benchmarks.report import Report, lines_of
 from benchmarks.sides import SIDES, layer_pass, training_step
-from benchmarks.timing import Report, is_out_of_memory, limit_memory, lines_of, parse_args, proc_value, release_memory, rounded
+from benchmarks.timing import is_out_of_memory, release_memory, rounded
 from machine.processes import return_freed_memory
 from pde_ssm import set_backend
 
@@ -26,13 +29,13 @@ TOKENS = [16, 64, 256, 1024, 4096, 16384]
 QUICK_TOKENS = 4096
 
 
-def layer(side, args, n):
-    return layer_pass(args, SIDES[side], BATCH, CHANNELS, HEADS, (n, n), training=True)
+def layer(mixer, device, compile, n):
+    return layer_pass(device, mixer, BATCH, CHANNELS, HEADS, (n, n), training=True, compile=compile)
 
 
-def model(side, args, n):
+def model(mixer, device, compile, n):
     sizes = dict(hidden_size=CHANNELS, depth=3, num_heads=HEADS)
-    return training_step(args, BATCH, mixer=SIDES[side], input_size=2 * n, patch_size=2, **sizes)
+    return training_step(device, BATCH, mixer=mixer, input_size=2 * n, patch_size=2, compile=compile, **sizes)
 
 
 WHAT = {"layer": layer, "model": model}
@@ -59,13 +62,19 @@ def main(args):
     if args.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise SystemExit("peak memory on CPUs is read from /proc, which only Linux has")
     report = Report("memory", args, COLUMNS, batch=BATCH, channels=CHANNELS, heads=HEADS)
-    measure = peak_on_gpu if args.device.type == "cuda" else peak_of_process
-    for what in WHAT:
+    for what, build in WHAT.items():
         for tokens in TOKENS:
             if args.quick and tokens > QUICK_TOKENS:
                 print(f"{what:>9}  {tokens:>9,}  left out by --quick")
                 continue
-            report.add(what=what, tokens=tokens, sides={name: measure(what, name, args, isqrt(tokens)) for name in SIDES})
+            sides = {}
+            for name, mixer in SIDES.items():
+                of_side = partial(build, mixer, args.device, args.compile)
+                if args.device.type == "cuda":
+                    sides[name] = peak_on_gpu(of_side, isqrt(tokens), args.device)
+                else:
+                    sides[name] = peak_of_process(of_side, isqrt(tokens), args.threads, args.backend)
+            report.add(what=what, tokens=tokens, sides=sides)
     rows = report.contents["rows"]
     panels = {}
     for what in WHAT:
@@ -74,40 +83,40 @@ def main(args):
     report.finish(panels, unit="megabytes at the peak")
 
 
-def peak_on_gpu(what, side, args, n):
-    release_memory(args.device)
-    before = torch.cuda.memory_allocated(args.device)
-    torch.cuda.reset_peak_memory_stats(args.device)
-    return run(what, side, args, n) or dict(peak_mb=rounded((torch.cuda.max_memory_allocated(args.device) - before) / 1e6))
+def peak_on_gpu(build, n, device):
+    """Returns dict(peak_mb) of two steps on n x n tokens, or the words that say that they do not fit."""
+    release_memory(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return two_steps(build, n) or dict(peak_mb=rounded((torch.cuda.max_memory_allocated(device) - before) / 1e6))
 
 
-def peak_of_process(what, side, args, n):
-    """In a process of its own, since an allocator keeps what it once had."""
+def peak_of_process(build, n, threads, backend):
+    """Returns the same on a CPU, from a process of its own, since an allocator keeps what it once had."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.sides"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(grow, what, side, args, n).result()
+            return pool.submit(grow, build, n, threads, backend).result()
         except BrokenProcessPool:
             return "does not fit into memory: its process was killed"
 
 
-def grow(what, side, args, n):
-    torch.set_num_threads(args.threads)
-    set_backend(args.backend)
+def grow(build, n, threads, backend):
+    torch.set_num_threads(threads)
+    set_backend(backend)
     limit_memory()
-    run(what, side, args, 2)  # what comes once: threads, imports, kernels
-    release_memory(args.device)
+    two_steps(build, 2)  # threads, imports and kernels come once
     return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = proc_value("/proc/self/status", "VmRSS")
-    return run(what, side, args, n) or dict(peak_mb=rounded((proc_value("/proc/self/status", "VmHWM") - before) * 1.024e-3))
+    return two_steps(build, n) or dict(peak_mb=rounded((proc_value("/proc/self/status", "VmHWM") - before) * 1.024e-3))
 
 
-def run(what, side, args, n):
-    """Two steps, of which the second has the optimiser's moments; returns what went wrong."""
+def two_steps(build, n):
+    """Takes two steps, of which the second has the optimiser's moments; returns words if they do not fit into memory."""
     try:
-        step = WHAT[what](side, args, n)
+        step = build(n)
         step()
         step()
     except RuntimeError as error:

@@ -8,8 +8,10 @@ Batch 4; 384 channels (6 heads, as in DiT-S) and 1152 (16 heads, as in DiT-XL); 
 
 from functools import partial
 
+from benchmarks.flags import parse_args
+from benchmarks.report import Report, lines_of, milliseconds, ratio
 from benchmarks.sides import Floor, NaiveAttention, layer_pass
-from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
+from benchmarks.timing import time_in_turns
 from pde_ssm import COUPLINGS
 
 BATCH = 4
@@ -44,8 +46,9 @@ def main(args):
                 if not sides:
                     continue
                 name = "forward and backward" if training else "forward"
-                layer = dict(batch=BATCH, dim=dim, heads=heads, grid=grid, training=training)
-                times = time_in_turns({side: partial(layer_pass, args, **layer, **SIDES[side]) for side in sides}, args)
+                how = dict(batch=BATCH, dim=dim, heads=heads, grid=grid, training=training, compile=args.compile)
+                layer = partial(layer_pass, args.device, **how)
+                times = time_in_turns({side: partial(layer, **SIDES[side]) for side in sides}, args.device, args.seconds)
                 report.add(channels=dim, grid=grid, tokens=grid[0] * grid[1], **{"pass": name}, sides=times)
     rows = report.contents["rows"]
     panels = {}

@@ -9,8 +9,10 @@ from functools import partial
 
 import torch
 
+from benchmarks.flags import parse_args
+from benchmarks.report import Report, lines_of, milliseconds, ratio
 from benchmarks.sides import SIDES, build_model
-from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
+from benchmarks.timing import time_in_turns
 from diffusion import create_diffusion
 from diffusion.guidance import guided
 from diffusion.samplers import ddpm
@@ -47,20 +49,22 @@ def main(args):
     for side in inputs:
         hidden, depth, heads = SIZES[size]
         options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
-        sides = {name: partial(sampling_run, args, batch, STEPS, how, mixer=SIDES[name], **options) for name in NAMES}
-        times = time_in_turns(sides, args)
+        run = partial(sampling_run, args.device, args.backend, batch, STEPS, **how, **options)
+        sides = {name: partial(run, mixer=SIDES[name]) for name in NAMES}
+        times = time_in_turns(sides, args.device, args.seconds)
         report.add(model=f"DiT-{size}/2", tokens=(side // 2) ** 2, batch=batch, sides=times)
     lines = lines_of(report.contents["rows"], NAMES, value=rate)
     report.finish({f"{STEPS} steps, DiT-{size}/2, batch {batch}": lines}, unit="images per second")
 
 
-def sampling_run(args, batch, steps, how, **options):
-    """All steps from noise to images, ready to be timed; `how` are --precision and --compile, by name."""
-    model = build_model(Namespace(device=args.device, compile=None), **options).eval().requires_grad_(False)
-    prepare_to_sample(model, Namespace(backend=args.backend, deterministic=False, **how), args.device)
+def sampling_run(device, backend, batch, steps, precision, compile, **options):
+    """Returns a function that takes all steps from noise to images. precision, compile and backend: the flags of sample.py;
+    options: those of build_model."""
+    model = build_model(device, **options).eval().requires_grad_(False)
+    prepare_to_sample(model, Namespace(backend=backend, deterministic=False, precision=precision, compile=compile), device)
     diffusion = create_diffusion(str(steps))
-    noise = torch.randn(batch, model.in_channels, *model.input_size, device=args.device)
-    labels = torch.randint(model.num_classes, (batch,), device=args.device)
+    noise = torch.randn(batch, model.in_channels, *model.input_size, device=device)
+    labels = torch.randint(model.num_classes, (batch,), device=device)
     network = guided(model, diffusion, GUIDANCE)
     return partial(ddpm, diffusion, network, noise, clip_denoised=False, model_kwargs=dict(y=labels))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks compare: whole models and layers that differ in the mixer alone, and what is done with them."""
+"""The sides that benchmarks compare: whole models and layers that differ in the mixer alone, ready to be timed."""
 
 import torch
 from timm.models.vision_transformer import Attention
@@ -55,70 +55,70 @@ class PlainBlock(nn.Module):
 SIDES = {"attention": "attention", "naive": NaiveAttention, "pdessm": "pdessm", "floor": Floor}
 
 
-def build_model(args, mixer, timms_blocks=False, **options):
-    """A DiT on args.device; with timms_blocks its blocks are PlainBlocks."""
+def build_model(device, mixer, compile=None, timms_blocks=False, **options):
+    """Builds a DiT on a device; with timms_blocks its blocks are PlainBlocks. compile: a mode of torch.compile, or None."""
     torch.manual_seed(0)
-    with args.device:
+    with device:
         model = DiT(mixer=mixer, **options)
     if timms_blocks:
         model.blocks = nn.ModuleList(PlainBlock(block) for block in model.blocks)
-    return compiled(fill_zeros(model), args)
+    return compiled(fill_zeros(model), compile)
 
 
 def count_parameters(**options):
-    """Those of the model with attention and with a PDE per channel."""
+    """Counts the parameters of a DiT with attention and with a PDE per channel."""
     with torch.device("meta"):
         models = {side: DiT(mixer=side, **options) for side in ("attention", "pdessm")}
     return {side: sum(p.numel() for p in model.parameters()) for side, model in models.items()}
 
 
 def fill_zeros(model):
-    """Random values where initialisation has zeros: some processors are faster on zeros, and nobody uses them."""
+    """Replaces the zeros of initialisation by random values, since some processors are faster on zeros."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def compiled(module, args):
-    if args.compile:
-        module.forward = torch.compile(module.forward, mode=args.compile, dynamic=False)
+def compiled(module, mode):
+    if mode:
+        module.forward = torch.compile(module.forward, mode=mode, dynamic=False)
     return module
 
 
-def precision(args):
-    """float32 on CPUs, bfloat16 autocast on GPUs."""
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda")
+def precision(device):
+    """Returns the context of a pass: float32 on CPUs, bfloat16 autocast on GPUs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def random_batch(model, batch, args):
-    """Images, timesteps and classes."""
-    x = torch.randn(batch, model.in_channels, *model.input_size, device=args.device)
-    t, y = (torch.randint(n, (batch,), device=args.device) for n in (1000, model.num_classes))
+def random_batch(model, batch, device):
+    """Draws images, timesteps and classes."""
+    x = torch.randn(batch, model.in_channels, *model.input_size, device=device)
+    t, y = (torch.randint(n, (batch,), device=device) for n in (1000, model.num_classes))
     return x, t, y
 
 
-def forward_pass(args, batch, **options):
-    """The forward pass of a DiT for evaluation, ready to be timed."""
-    model = build_model(args, **options).eval()
-    inputs = random_batch(model, batch, args)
+def forward_pass(device, batch, **options):
+    """Returns a function that runs the forward pass of a DiT for evaluation. options: those of build_model."""
+    model = build_model(device, **options).eval()
+    inputs = random_batch(model, batch, device)
 
     @torch.no_grad()
     def run():
-        with precision(args):
+        with precision(device):
             model(*inputs)
 
     return run
 
 
-def training_step(args, batch, **options):
-    """Forward, backward and AdamW on a DiT, ready to be timed. The optimiser is that of train.py."""
-    model = build_model(args, **options).train()
+def training_step(device, batch, **options):
+    """Returns a function that runs forward, backward and AdamW, as train.py has it, on a DiT. options: those of build_model."""
+    model = build_model(device, **options).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    inputs = random_batch(model, batch, args)
+    inputs = random_batch(model, batch, device)
 
     def run():
-        with precision(args):
+        with precision(device):
             loss = model(*inputs).float().square().mean()
         optimiser.zero_grad()
         loss.backward()
@@ -127,18 +127,19 @@ def training_step(args, batch, **options):
     return run
 
 
-def layer_pass(args, mixer, batch, dim, heads, grid, training, **options):
-    """One mixer layer on the tokens of a grid: the forward pass for evaluation, or forward and backward."""
+def layer_pass(device, mixer, batch, dim, heads, grid, training, compile=None, **options):
+    """Returns a function that runs one mixer layer on the tokens of a grid: the forward pass for evaluation, or with
+    `training` forward and backward. options: those of the mixer."""
     torch.manual_seed(0)
-    tokens = torch.randn(batch, grid[0] * grid[1], dim, device=args.device, requires_grad=training)
-    with args.device:
+    tokens = torch.randn(batch, grid[0] * grid[1], dim, device=device, requires_grad=training)
+    with device:
         layer = fill_zeros(build_mixer(mixer, dim, heads, grid, **options)).train(training)
-    layer = compiled(layer, args)
+    layer = compiled(layer, compile)
     inputs = [tokens, *layer.parameters()]
-    gradient = torch.randn_like(tokens, dtype=torch.bfloat16 if args.device.type == "cuda" else tokens.dtype)
+    gradient = torch.randn_like(tokens, dtype=torch.bfloat16 if device.type == "cuda" else tokens.dtype)
 
     def run():
-        with precision(args), torch.set_grad_enabled(layer.training):
+        with precision(device), torch.set_grad_enabled(layer.training):
             out = layer(tokens)
         if layer.training:
             torch.autograd.grad(out, inputs, gradient)

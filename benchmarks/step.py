@@ -6,8 +6,10 @@
 
 from functools import partial
 
+from benchmarks.flags import parse_args
+from benchmarks.report import Report, lines_of, milliseconds, ratio
 from benchmarks.sides import Floor, training_step
-from benchmarks.timing import Report, lines_of, milliseconds, parse_args, ratio, time_in_turns
+from benchmarks.timing import time_in_turns
 from machine.flags import positive
 from models import SIZES
 
@@ -38,7 +40,8 @@ def main(args):
         batch = max(1, args.tokens_per_step // tokens)
         options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
         names = [name for name in SIDES if not (args.quick and name == "timm" and tokens > 1024)]
-        times = time_in_turns({name: partial(training_step, args, batch, **options, **SIDES[name]) for name in names}, args)
+        step = partial(training_step, args.device, batch, compile=args.compile, **options)
+        times = time_in_turns({name: partial(step, **SIDES[name]) for name in names}, args.device, args.seconds)
         report.add(input=side, tokens=tokens, batch=batch, sides=times)
     lines = lines_of(report.contents["rows"], SIDES, value=milliseconds_per_image)
     report.finish({f"training step of DiT-{SIZE}/2, an image's share": lines})

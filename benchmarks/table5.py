@@ -10,8 +10,10 @@ and in parameters (12.76 to 13.27 million; see docs/paper.md), so its ratio is n
 
 from functools import partial
 
+from benchmarks.flags import parse_args
+from benchmarks.report import Report, columns_beside_paper, lines_of, lines_of_paper
 from benchmarks.sides import SIDES, count_parameters, training_step
-from benchmarks.timing import Report, columns_beside_paper, lines_of, lines_of_paper, parse_args, time_in_turns
+from benchmarks.timing import time_in_turns
 from machine.flags import positive
 
 # (image, patch): seconds of attention and of PDE-SSM in the paper
@@ -39,8 +41,8 @@ def main(args):
             print(f"{image:>9}  {patch:>9}  {tokens:>9,}  left out by --quick")
             continue
         options = dict(input_size=image, patch_size=patch, **MODEL)
-        step = partial(training_step, args, args.batch, **options)
-        times = time_in_turns({name: partial(step, mixer=mixer) for name, mixer in SIDES.items()}, args)
+        step = partial(training_step, args.device, args.batch, compile=args.compile, **options)
+        times = time_in_turns({name: partial(step, mixer=mixer) for name, mixer in SIDES.items()}, args.device, args.seconds)
         report.add(
             image=image, patch=patch, tokens=tokens, parameters=count_parameters(**options), sides=times,
             paper=dict(attention_ms=1e3 * attention, pdessm_ms=1e3 * pdessm),

@@ -4,9 +4,10 @@
     python -m benchmarks.table8              the paper's 256 at batch 4, for a GPU
 """
 
+from benchmarks.flags import parse_args
 from benchmarks.forward import measure
+from benchmarks.report import lines_of, lines_of_paper
 from benchmarks.sides import SIDES
-from benchmarks.timing import lines_of, lines_of_paper, parse_args
 
 # (size, patch): seconds of attention and of PDE-SSM in the paper
 PAPER = {("XL", 8): (0.1288, 0.1509), ("XL", 4): (0.9633, 0.6315), ("XL", 2): (10.4166, 2.3376)}

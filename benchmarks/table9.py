@@ -6,9 +6,10 @@
 The plot is against the parameters of DiT with attention, since the number of tokens is the same.
 """
 
+from benchmarks.flags import parse_args
 from benchmarks.forward import measure
+from benchmarks.report import lines_of, lines_of_paper
 from benchmarks.sides import SIDES
-from benchmarks.timing import lines_of, lines_of_paper, parse_args
 
 # (size, patch): seconds of attention and of PDE-SSM in the paper
 PAPER = {("S", 2): (0.9863, 0.1519), ("B", 2): (2.1223, 0.4773), ("L", 2): (5.9323, 1.6020), ("XL", 2): (10.4162, 2.3435)}

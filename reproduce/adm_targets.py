@@ -1,9 +1,9 @@
-"""Does evaluate.py give the numbers that ADM publishes? Compares its 50,000 ADM-G + ADM-U images with its reference batch:
+"""Checks that evaluate.py gives the numbers that ADM publishes, for its 50,000 ADM-G + ADM-U images and its reference batch:
 
-    python reproduce/adm_targets.py VIRTUAL_imagenet256_labeled.npz admnet_guided_upsampled_imagenet256.npz
+    python -m reproduce.adm_targets VIRTUAL_imagenet256_labeled.npz admnet_guided_upsampled_imagenet256.npz
 
 Both lie in https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/. Ends with status 1
-if a number is further from ADM's than what the change from TensorFlow to PyTorch may do.
+if a number is further from ADM's than the change from TensorFlow to PyTorch can explain.
 """
 
 import json

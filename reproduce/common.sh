@@ -77,7 +77,7 @@ system() {
             --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$samples"
         run evaluate.py "$REFERENCE" "$(echo "$samples"/*.npz)" --features "$FEATURES" ${metrics[@]+"${metrics[@]}"} \
             --json "$folder/metrics.json"
-        "$PYTHON" reproduce/tables.py --record "$ROWS" "$table" "$SCALE" "$name" "$folder" "$(checkpoint)"
+        "$PYTHON" -m reproduce.tables --record "$ROWS" "$table" "$SCALE" "$name" "$folder" "$(checkpoint)"
         touch "$folder/recorded-$run"
     done
 }
@@ -96,7 +96,7 @@ three_systems() {
     system DiT "$1" DiT-N/4
     system U-Net UNet-S UNet-N
     pde_system PDE-SSM-DiT "$1" DiT-N/4
-    "$PYTHON" reproduce/tables.py "$ROWS"
+    "$PYTHON" -m reproduce.tables "$ROWS"
 }
 
 checkpoint() {

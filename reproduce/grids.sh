@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Samples of the paper's three systems (the PDE's coupling is diagonal), trained by diffusion and by flow matching with the same flags for a few minutes each,
-# on the digits and on CIFAR-10: reproduce/results/grids-digits.png and grids-cifar10.png, with their commands beside them.
+# Samples of the paper's three systems (the PDE's coupling is diagonal), trained by diffusion and by flow matching with the same
+# flags for a few minutes each, on the digits and on CIFAR-10: reproduce/results/grids-digits.png and grids-cifar10.png, with
+# their commands beside them.
 #
 #     bash reproduce/grids.sh DATA        DATA holds CIFAR-10 as torchvision unpacks it, or train/
 set -euo pipefail
@@ -39,22 +40,6 @@ for set in ${SETS:-digits cifar10}; do
         draw "$set" U-Net "$objective" "$sampler" --objective "$objective" --model UNet-N
         draw "$set" PDE-SSM-DiT "$objective" "$sampler" --objective "$objective" --model "DiT-N/$patch" --mixer pdessm --pde-coupling diagonal
     done
-    "$PYTHON" - "$set" <<'PYTHON'
-import sys
-from pathlib import Path
-
-from PIL import Image, ImageDraw
-
-name, folder, bar = sys.argv[1], Path("results/grids"), 18
-rows = [[(f"{s}, {o}", Image.open(folder / f"{name}-{s}-{o}" / "samples.png").reduce(2)) for s in ("DiT", "U-Net", "PDE-SSM-DiT")]
-        for o in ("diffusion", "flow")]
-width, height = rows[0][0][1].size
-sheet = Image.new("RGB", (3 * width, 2 * (height + bar)), "white")
-for y, row in enumerate(rows):
-    for x, (title, grid) in enumerate(row):
-        ImageDraw.Draw(sheet).text((x * width + 4, y * (height + bar) + 3), title, fill="black", font_size=11)
-        sheet.paste(grid, (x * width, y * (height + bar) + bar))
-sheet.quantize(256).save(f"reproduce/results/grids-{name}.png", optimize=True)
-PYTHON
+    "$PYTHON" -m reproduce.grids_sheet "$set"
     cp "results/grids/$set.txt" "reproduce/results/grids-$set.txt"
 done

@@ -10,14 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=results/metrics
 mkdir -p "$out"
-"$python" - "$num" "$out/noise.npz" <<'PYTHON'
-import sys
-
-import numpy as np
-
-shape = (int(sys.argv[1]), 32, 32, 3)
-np.savez(sys.argv[2], arr_0=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-PYTHON
+"$python" -m reproduce.noise "$num" "$out/noise.npz"
 evaluate() { "$python" evaluate.py "$@" --features "$features" --kid; }
 evaluate "$data/train" --halves --num $((2 * num)) --json "$out/halves.json"
 evaluate "$data/test" "$data/train" --num "$num" --json "$out/train.json"

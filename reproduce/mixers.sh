@@ -5,7 +5,7 @@
 #     OBJECTIVE=flow bash reproduce/mixers.sh DATA [SEED ...]
 #
 # Runs go to results/mixers/<objective>/<mixer>-<seed>/; those that are there already are left out. About 8 minutes each on
-# one core. reproduce/mixers_table.py adds what they measured to reproduce/results/mixers.json.
+# one core. python -m reproduce.mixers_table adds what they measured to reproduce/results/mixers.json.
 set -euo pipefail
 data=$(realpath "$1")
 shift
@@ -37,4 +37,4 @@ for seeds in ${*:-0 1 2}; do
     run coupled --mixer pdessm --pde-coupling coupled
     run pdessm-g --mixer pdessm-g
 done
-"${PYTHON:-python}" reproduce/mixers_table.py
+"${PYTHON:-python}" -m reproduce.mixers_table

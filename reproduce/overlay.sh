@@ -10,31 +10,7 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 export HF_HOME="$work/hub" HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
-PYTHONPATH="$here" $python - <<'EOF'
-import argparse
-from pathlib import Path
-
-import torch
-from diffusers.models import AutoencoderKL
-from models import DiT_models
-
-torch.manual_seed(0)
-blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-vae = AutoencoderKL(**blocks, block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4)
-cached = Path("hub/hub/models--stabilityai--sd-vae-ft-mse")
-vae.save_pretrained(cached / "snapshots" / ("0" * 40))
-(cached / "refs").mkdir()
-(cached / "refs" / "main").write_text("0" * 40)
-
-for mixer in ("attention", "pdessm", "pdessm-g"):
-    for child, learn_sigma in (("DiT", True), ("SiT", False)):
-        model = DiT_models["DiT-S/8"](mixer=mixer, learn_sigma=learn_sigma)
-        for parameter in model.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-        args = argparse.Namespace(model=f"{child}-S/8", image_size=256, num_classes=1000, vae="ema")
-        torch.save(dict(ema=model.state_dict(), args=args), f"{child}-{mixer}.pt")
-EOF
+PYTHONPATH="$here" $python -m reproduce.overlay_checkpoints "$work"
 
 run() {
     echo "\$ $*" | sed "s|$python|python|; s|$here/||; s|$dit|DiT|; s|$sit|SiT|; s|$fast|fast-DiT|"

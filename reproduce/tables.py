@@ -1,25 +1,26 @@
-"""The paper's tables beside what was measured here, as Markdown:
+"""Prints the paper's tables beside what was measured here, as Markdown:
 
-    python reproduce/tables.py                                 every file of rows in reproduce/results
-    python reproduce/tables.py reproduce/results/table1_cifar10.jsonl
+    python -m reproduce.tables                                 every file of rows in reproduce/results
+    python -m reproduce.tables reproduce/results/table1_cifar10.jsonl
 
 and, called by the scripts of the tables, a new row:
 
-    python reproduce/tables.py --record ROWS TABLE SCALE SYSTEM FOLDER CHECKPOINT
+    python -m reproduce.tables --record ROWS TABLE SCALE SYSTEM FOLDER CHECKPOINT
 
-A row has all that its numbers rest on: commands, seed, steps, sampler, images, features, seconds, machine.
+A row has everything that its numbers rest on: commands, seed, steps, sampler, images, features, seconds, machine.
 
-The paper does not say of which coupling its PDE-SSM-DiT is: below its row stands one of ours for each coupling that was run.
+The paper does not say which coupling its PDE-SSM-DiT has: below its row stands one of ours for each coupling that was run.
 """
 
 import argparse
 import json
-import os
 import re
 import sys
 from datetime import date
 from pathlib import Path
 from statistics import mean
+
+from machine.files import whole_file
 
 HERE = Path(__file__).parent
 # What the paper reports, by table and system: parameters in millions and metrics by their names there.
@@ -55,7 +56,6 @@ PAPER = {
     },
 }
 
-
 COUPLINGS = ("diagonal", "pairwise")  # systems of ours are named <the paper's>-<coupling>
 
 
@@ -63,8 +63,7 @@ def record(rows, table, scale, system, folder, checkpoint):
     """Appends the row of a finished run to the file `rows`; a row is written whole or not at all."""
     import torch
 
-    sys.path.insert(0, str(HERE.parent))
-    from benchmarks.timing import count_threads, machine
+    from benchmarks.report import count_threads, machine
 
     contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
     args = contents["args"]
@@ -85,13 +84,13 @@ def record(rows, table, scale, system, folder, checkpoint):
         torch=torch.__version__, date=str(date.today()),
     )  # fmt: skip
     rows = Path(rows)
-    partial = rows.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text((rows.read_text() if rows.exists() else "") + json.dumps(row) + "\n")
-    os.replace(partial, rows)
+    before = rows.read_text() if rows.exists() else ""
+    with whole_file(rows, "rows") as file:
+        file.write((before + json.dumps(row) + "\n").encode())
 
 
 def tabulate(table, rows):
-    """Markdown of one table: the paper's figures, then ours for each setting that was run."""
+    """Writes one table as Markdown: the paper's figures, then ours for each setting that was run."""
     metrics = list(next(iter(PAPER[table].values())))
     settings = {}
     for row in rows:  # a later run of the same seed replaces an earlier one
@@ -125,7 +124,7 @@ def tabulate(table, rows):
 
 
 def _figure(row, name):
-    """What a row has for the metric that the paper calls `name`, or None."""
+    """Returns a row's value of the metric that the paper calls `name`, or None."""
     if name == "parameters":
         return row["parameters"] / 1e6
     if name == "MSE":
@@ -134,7 +133,7 @@ def _figure(row, name):
 
 
 def _same(key, name):
-    """FID of other features than Inception's 2048 has names such as FD-EfficientNet."""
+    """Tells whether `key` is our name for the paper's `name`. FID of other features is called FD-EfficientNet and the like."""
     return key == name or (name == "FID" and re.match(r"(FID|FD)\b", key) is not None)
 
 

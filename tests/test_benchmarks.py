@@ -9,26 +9,26 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import forward, sides, table5, table8, table9, timing
+from benchmarks import flags, forward, plot, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
 from commands import ROOT
 from mixers import build_mixer
 from models import DiT
 
 TINY = (16, 1, 2)  # hidden size, depth, heads
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def args(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_MS", 0.1)
     monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
-    common = dict(quick=True, device=torch.device("cpu"), threads=1, seconds=0, compile=None, backend="default", out=tmp_path)
+    common = dict(quick=True, device=CPU, threads=1, seconds=0, compile=None, backend="default", out=tmp_path)
     return Namespace(**common, batch=2, tokens_per_step=16)
 
 
 def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
     monkeypatch.setattr(timing, "MOST_ROUNDS", 7)
-    args.seconds = 60
     calls = []
 
     def sleeper(name, seconds):
@@ -38,7 +38,7 @@ def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
 
         return lambda: call
 
-    results = timing.time_in_turns({"short": sleeper("short", 0.01), "long": sleeper("long", 0.03)}, args)
+    results = timing.time_in_turns({"short": sleeper("short", 0.01), "long": sleeper("long", 0.03)}, CPU, 60)
     turns = calls[6:]                                                      # after three untimed calls each
     assert len(turns) == 14
     assert all(set(turns[i : i + 2]) == {"short", "long"} for i in range(0, 14, 2))
@@ -52,33 +52,33 @@ def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
 
 def test_short_calls_are_gathered_into_samples(args, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_MS", 20)
-    result = timing.time_in_turns({"nap": lambda: lambda: time.sleep(0.002)}, args)["nap"]
+    result = timing.time_in_turns({"nap": lambda: lambda: time.sleep(0.002)}, CPU, 0)["nap"]
     assert 2 <= result["calls"] <= 10
     assert result["median_ms"] >= 2
 
 
 def test_what_does_not_fit_is_said_and_the_rest_is_timed(args):
-    results = timing.time_in_turns({"huge": lambda: torch.empty(2**50), "small": lambda: lambda: torch.ones(3).sum()}, args)
+    results = timing.time_in_turns({"huge": lambda: torch.empty(2**50), "small": lambda: lambda: torch.ones(3).sum()}, CPU, 0)
     assert results["huge"] == "does not fit into memory"
     assert results["small"]["median_ms"] > 0
     with pytest.raises(RuntimeError, match="shape"):
-        timing.time_in_turns({"wrong": lambda: lambda: torch.ones(2, 3) @ torch.ones(2, 3)}, args)
+        timing.time_in_turns({"wrong": lambda: lambda: torch.ones(2, 3) @ torch.ones(2, 3)}, CPU, 0)
 
 
-@pytest.mark.parametrize("flags", [["--device", "cuda:99"], ["--device", "tpu"], ["--threads", "0"]], ids=" ".join)
-def test_flags_that_cannot_be_are_refused_in_one_sentence(flags, capsys):
+@pytest.mark.parametrize("argv", [["--device", "cuda:99"], ["--device", "tpu"], ["--threads", "0"]], ids=" ".join)
+def test_flags_that_cannot_be_are_refused_in_one_sentence(argv, capsys):
     with pytest.raises(SystemExit):
-        timing.parse_args("A test.", flags)
-    assert re.search(rf"error: (argument )?{flags[0]}:? {flags[1]}", capsys.readouterr().err)
+        flags.parse_args("A test.", argv)
+    assert re.search(rf"error: (argument )?{argv[0]}:? {argv[1]}", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills processes for memory")
 def test_memory_that_is_not_there_is_an_error_and_not_a_kill():
     code = """
 import torch
-from benchmarks import timing
-args = timing.parse_args("A test.", ["--device", "cpu", "--threads", "1"])
-free = 1024 * timing.proc_value("/proc/meminfo", "MemAvailable")
+from benchmarks import flags, timing
+flags.parse_args("A test.", ["--device", "cpu", "--threads", "1"])
+free = 1024 * flags.proc_value("/proc/meminfo", "MemAvailable")
 try:
     torch.empty(2 * free, dtype=torch.uint8)
 except RuntimeError as error:
@@ -92,10 +92,10 @@ else:
 @pytest.mark.parametrize("power", [1, 1.5, 2])
 def test_slopes_are_exponents_of_the_larger_sizes(power):
     places = [(4, 70), (16, 80), *((n, 3 * n**power) for n in (64, 256, 1024))]
-    assert timing.slope(places) == pytest.approx(power)                    # of 64, 256 and 1,024
-    assert timing.slope(places[:4]) != pytest.approx(power)
-    assert timing.slope([(16, 3 * 16**power), (240, 3 * 240**power), (256, 3 * 256**power)]) == pytest.approx(power)
-    assert timing.slope([(16, 1)]) is None
+    assert plot.slope(places) == pytest.approx(power)                    # of 64, 256 and 1,024
+    assert plot.slope(places[:4]) != pytest.approx(power)
+    assert plot.slope([(16, 3 * 16**power), (240, 3 * 240**power), (256, 3 * 256**power)]) == pytest.approx(power)
+    assert plot.slope([(16, 1)]) is None
 
 
 def test_the_papers_ratios():
@@ -108,15 +108,15 @@ def test_the_papers_ratios():
         assert [round(attention / pdessm, 2) for attention, pdessm in cells.values()] == ratios
 
 
-def test_naive_attention_and_timms_blocks_compute_the_same(args):
+def test_naive_attention_and_timms_blocks_compute_the_same():
     options = dict(input_size=8, hidden_size=16, depth=2, num_heads=2)
     models = [
-        sides.build_model(args, mixer="attention", **options),
-        sides.build_model(args, mixer=sides.NaiveAttention, **options),
-        sides.build_model(args, mixer="attention", timms_blocks=True, **options),
+        sides.build_model(CPU, mixer="attention", **options),
+        sides.build_model(CPU, mixer=sides.NaiveAttention, **options),
+        sides.build_model(CPU, mixer="attention", timms_blocks=True, **options),
     ]
     assert not models[1].blocks[0].attn.fused_attn
-    batch = sides.random_batch(models[0], 3, args)
+    batch = sides.random_batch(models[0], 3, CPU)
     outputs = [model.eval()(*batch) for model in models]
     for model in models[1:]:
         for mine, theirs in zip(model.state_dict().values(), models[0].state_dict().values()):
@@ -134,8 +134,8 @@ def test_the_floor_is_r_alone():
     torch.testing.assert_close(torch.autograd.grad(out, tokens, gradient)[0], gradient @ floor.R.weight)
 
 
-def test_nothing_is_timed_on_zeros(args):
-    model = sides.build_model(args, mixer="pdessm", input_size=8, hidden_size=16, depth=1, num_heads=2)
+def test_nothing_is_timed_on_zeros():
+    model = sides.build_model(CPU, mixer="pdessm", input_size=8, hidden_size=16, depth=1, num_heads=2)
     assert all(parameter.any() for parameter in model.parameters())
 
 
@@ -191,11 +191,10 @@ def test_without_matplotlib_there_is_no_plot_and_it_is_said(args, monkeypatch, c
     assert [path.suffix for path in args.out.iterdir()] == [".json"]
 
 
-def test_compiled_sides_compute_the_same(args, monkeypatch):
+def test_compiled_sides_compute_the_same(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or f)
-    args.compile = "reduce-overhead"
-    model = sides.build_model(args, mixer="pdessm", input_size=8, hidden_size=16, depth=1, num_heads=2)
+    model = sides.build_model(CPU, "pdessm", compile="reduce-overhead", input_size=8, hidden_size=16, depth=1, num_heads=2)
     assert calls == [dict(mode="reduce-overhead", dynamic=False)]
     assert isinstance(model, DiT)
     assert build_mixer(sides.Floor, 8, 2, (2, 2)).R.bias is None

@@ -96,7 +96,8 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     first = commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
     next((tmp_path / "runs" / "U-Net-0").glob("recorded*")).unlink()
     again = commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
-    assert [c[0] for c in again] == ["-c", "sample_ddp.py", "evaluate.py", "reproduce/tables.py", "reproduce/tables.py"]
+    assert [c[0] for c in again] == ["-c", "sample_ddp.py", "evaluate.py", "-m", "-m"]
+    assert [c[1] for c in again[3:]] == ["reproduce.tables"] * 2
     assert again[1:] == [c for c in first if "U-Net-0" in str(c)][1:] + [first[-1]]
 
 

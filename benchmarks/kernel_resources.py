@@ -1,11 +1,10 @@
-"""What pde_ssm_triton's kernels take of a Hopper GPU, which need not be there: registers, bytes of spilled ones, shared memory.
+"""Shows what the Triton kernels take of a Hopper GPU, which need not be there: registers, bytes of spilled ones, shared memory.
 
-    python reproduce/kernel_resources.py
+    python -m benchmarks.kernel_resources
 """
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -15,7 +14,6 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from pde_ssm_kernels import gpu as kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -40,7 +38,7 @@ def resources(kernel, dtype, stages, **constants):
 
 
 def cases(side, dtype):
-    """(kernel, stages, constants) of what runs on grids of side x side tokens, as pde_ssm_triton launches it."""
+    """(kernel, stages, constants) of what runs on grids of side x side tokens, as pde_ssm_kernels/gpu.py launches it."""
     v = torch.empty(1, side, side, 384, dtype=dtype, device="meta")
     if kernels.at_once(side, side):
         yield kernels.forward_kernel, 3, kernels.constants(v, kernels.FORWARD_BYTES)

@@ -1,21 +1,18 @@
-"""What evaluation costs, on made-up data (Linux):
+"""Measures what evaluation costs, on made-up data (Linux):
 
-    python reproduce/evaluation_cost.py network       time per image in Inception with random weights
-    python reproduce/evaluation_cost.py metrics       all five metrics on features of 50,000 samples and 10,000 references
+    python -m benchmarks.evaluation_cost network       time per image in Inception with random weights
+    python -m benchmarks.evaluation_cost metrics       all five metrics on features of 50,000 samples and 10,000 references
 
 Both print wall-clock time, processor time (which other processes do not stretch) and the peak memory of the process.
 """
 
 import argparse
 import resource
-import sys
-from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluation.features import Inception
 from evaluation.metrics import Statistics
 from evaluation.report import compare
@@ -23,28 +20,28 @@ from evaluation.sides import Side, measure, open_source
 from machine.flags import positive
 
 
-def network(args):
-    images = np.random.default_rng(0).integers(0, 256, (args.images, args.side, args.side, 3), dtype=np.uint8)
+def network(count, side):
+    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     inception = Inception().eval()
     source = open_source(images, inception)
     wall, busy = perf_counter(), process_time()
     measure(source, inception)
-    wall, busy = ((end - start) / args.images for end, start in ((perf_counter(), wall), (process_time(), busy)))
-    print(f"{args.images:,} images of side {args.side}: {wall:.3f} s and {busy:.3f} core seconds an image")
+    wall, busy = ((end - start) / count for end, start in ((perf_counter(), wall), (process_time(), busy)))
+    print(f"{count:,} images of side {side}: {wall:.3f} s and {busy:.3f} core seconds an image")
     print(f"50,000 images: {50_000 * wall / 3600:.2f} hours, {50_000 * busy / 3600:.2f} core hours")
 
 
-def metrics(args):
-    ref, sample = (made_up(n, seed) for seed, n in enumerate((args.references, args.samples)))
+def metrics(samples, references):
+    ref, sample = (made_up(n, seed) for seed, n in enumerate((references, samples)))
     wall, busy = perf_counter(), process_time()
     for name, value in compare(ref, sample, Inception().eval(), progress=True).items():
         print(f"{name}: {value:.4f}")
     wall, busy = perf_counter() - wall, process_time() - busy
-    print(f"{args.samples:,} samples and {args.references:,} references: {wall:.0f} s, {busy:.0f} core seconds")
+    print(f"{samples:,} samples and {references:,} references: {wall:.0f} s, {busy:.0f} core seconds")
 
 
 def made_up(n, seed):
-    """A Side whose features are random: positive, as Inception's are."""
+    """Makes a Side whose features are random and positive, as Inception's are."""
     generator = torch.Generator().manual_seed(seed)
     pool, sums = torch.empty(n, 2048), dict(pool=Statistics(), spatial=Statistics())
     for part in pool.split(1000):
@@ -64,5 +61,8 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=positive, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dict(network=network, metrics=metrics)[args.what](args)
+    if args.what == "network":
+        network(args.images, args.side)
+    else:
+        metrics(args.samples, args.references)
     print(f"{args.threads} threads, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")

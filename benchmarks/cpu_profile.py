@@ -1,20 +1,18 @@
-"""Where the time of a PDE-SSM layer and of a training step of DiT-S/2 goes on a CPU: operations by PyTorch's profiler, in
+"""Shows where the time of a PDE-SSM layer and of a training step of DiT-S/2 goes on a CPU: operations by PyTorch's profiler, in
 milliseconds of one pass.
 
-    python reproduce/cpu_profile.py     float32; the layer has 384 channels and a batch of 4, the step 1,024 tokens or one image
+    python -m benchmarks.cpu_profile
+
+float32; the layer has 384 channels and a batch of 4, the step 1,024 tokens or one image.
 
 Products of matrices have their rate in GFLOP/s beside them: that of the largest is what the processor can do.
 """
 
-import argparse
-import sys
 from math import prod
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.sides import layer_pass, training_step
 from machine.precision import processor
 from machine.processes import keep_freed_memory
@@ -23,7 +21,7 @@ from pde_ssm_kernels import cpu
 
 MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are
 LEAST_SHARE = 0.006  # operations with less are added up
-ARGS = argparse.Namespace(device=torch.device("cpu"), compile=None)
+CPU = torch.device("cpu")
 
 
 def operations(run, calls):
@@ -79,10 +77,10 @@ if __name__ == "__main__":
     for side in (4, 8, 16, 32, 64):
         for training in (False, True):
             title = f"layer, {side} x {side} tokens, {'forward and backward' if training else 'forward'}"
-            report(title, layer_pass(ARGS, "pdessm", 4, 384, 6, (side, side), training=training), calls=30)
+            report(title, layer_pass(CPU, "pdessm", 4, 384, 6, (side, side), training=training), calls=30)
     hidden, depth, heads = SIZES["S"]
     for side in (16, 32, 64):
         options = dict(input_size=2 * side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
         for mixer in ("pdessm", "attention"):
-            run = training_step(ARGS, max(1, 1024 // side**2), mixer=mixer, **options)
+            run = training_step(CPU, max(1, 1024 // side**2), mixer=mixer, **options)
             report(f"training step of DiT-S/2, {mixer}, {side} x {side} tokens", run, calls=6 if side < 64 else 3)

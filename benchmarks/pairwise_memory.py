@@ -1,17 +1,17 @@
-"""Peak memory of training one pairwise layer, 256 tokens, 384 channels, batch 8, above what was resident before (Linux):
+"""Measures the peak memory of training one pairwise layer, above what was resident before (Linux):
 
     export MALLOC_MMAP_THRESHOLD_=65536            glibc hands freed memory back; what it keeps varies by 0.2 GB
-    python reproduce/pairwise_memory.py            as it is
-    python reproduce/pairwise_memory.py plain      all wave vectors at once, autograd keeping everything
+    python -m benchmarks.pairwise_memory            as it is
+    python -m benchmarks.pairwise_memory plain      all wave vectors at once, autograd keeping everything
+
+256 tokens, 384 channels, batch 8.
 """
 
 import resource
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import pde_ssm
 
 

@@ -1,0 +1,1 @@
+"""Scripts and modules that reproduce results of the paper, one for each."""
