@@ -17,11 +17,6 @@ ORDER = [
 ]  # fmt: skip
 
 
-def test_conda_users_get_the_same_versions():
-    text = (ROOT / "environment.yml").read_text()
-    assert re.findall(r"^ +- ([\w-]+)==([\w.]+)$", text, re.MULTILINE) == PINNED
-
-
 def test_pins_lie_in_the_ranges_that_are_promised():
     import tomllib
 
