@@ -17,6 +17,7 @@ import models
 import overlay
 from checkpoints.build import load_model, save_checkpoint
 from commands import ROOT, torchrun
+from comparing import check, checkouts, diff, exchange
 from mixers import MIXERS, PRESETS
 from models import DiT_models
 from pde_ssm import PDESSMBlock
@@ -41,7 +42,7 @@ def checkout(tmp_path, monkeypatch):
     git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "all")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(overlay, "said", set())
+    monkeypatch.setattr(exchange, "said", set())
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     torch.save(torch.randn(4, 3, 8, 8), "images.pt")
     yield folder
@@ -166,10 +167,10 @@ def test_afterwards_all_is_as_it_was(checkout):
 
 
 def test_of_this_repository_a_script_finds_the_operator_alone(checkout, tmp_path, monkeypatch):
-    with overlay.imports_of(checkout):
+    with checkouts.imports_of(checkout):
         assert find_spec("checkpoints") is None
         assert find_spec("models").origin == str(checkout / "models.py")
-        monkeypatch.setattr(overlay, "HERE", ready(tmp_path / "ours", pde_ssm_kernels="fast = True"))
+        monkeypatch.setattr(checkouts, "HERE", ready(tmp_path / "ours", pde_ssm_kernels="fast = True"))
         assert import_module("pde_ssm_kernels").fast  # as pde_ssm imports what it needs on some devices only
     assert find_spec("checkpoints").origin == str(ROOT / "checkpoints" / "__init__.py")
 
@@ -193,19 +194,19 @@ def test_a_model_of_timm_within_a_model_keeps_its_attention(tmp_path):
             self.encoder = timm.create_model("vit_tiny_patch16_224", depth=1)
             self.attn = self.again = timm.layers.Attention(96)
 
-    net, exchange = Net(), overlay.Exchange("pdessm", {}, tmp_path)
-    assert list(exchange(net)) == ["attn", "again"]
+    net, replace = Net(), exchange.Exchange("pdessm", {}, tmp_path)
+    assert list(replace(net)) == ["attn", "again"]
     assert net.attn is net.again
-    assert exchange.count == 1
+    assert replace.count == 1
     assert isinstance(net.attn, PDESSMBlock)
     assert isinstance(net.encoder.blocks[0].attn, timm.layers.Attention)
-    named = overlay.Exchange("pdessm", {}, tmp_path, "timm.models.vision_transformer:Attention")
+    named = exchange.Exchange("pdessm", {}, tmp_path, "timm.models.vision_transformer:Attention")
     assert list(named(net)) == ["encoder.blocks.0.attn"]
 
 
 def test_layers_keep_device_type_and_mode(tmp_path):
     net = nn.Sequential(timm.layers.Attention(96)).to("meta", torch.bfloat16).eval()
-    overlay.Exchange("pdessm", {}, tmp_path)(net)
+    exchange.Exchange("pdessm", {}, tmp_path)(net)
     assert {(p.device.type, p.dtype) for p in net.parameters()} == {("meta", torch.bfloat16)}
     assert not net[0].training
 
@@ -276,7 +277,7 @@ def test_what_is_no_script_and_no_checkout(checkout, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         overlay.main(["--check", str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match="has no DiT_models"):
-        overlay.check(ready(tmp_path / "a", models="Other_models = {}", diffusion="", train=""))
+        check.check(ready(tmp_path / "a", models="Other_models = {}", diffusion="", train=""))
     with pytest.raises(ValueError, match="has no dict of models"):
         overlay.main(["--diff", str(ready(tmp_path / "b", models="x = {}"))])
     with pytest.raises(ValueError, match="cannot be imported: No module named 'nowhere'"):
@@ -297,7 +298,7 @@ def test_errors_of_the_script_are_its_own(checkout):
 
 
 def test_diff(checkout, capsys, monkeypatch):
-    monkeypatch.setattr(overlay, "SIDE", 16)
+    monkeypatch.setattr(diff, "SIDE", 16)
     overlay.main(["--diff", str(checkout), "--model", "DiT-N/2", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [layer["name"] for layer in found["replaced"]] == [f"blocks.{i}.attn" for i in range(6)]
@@ -315,7 +316,7 @@ def test_diff(checkout, capsys, monkeypatch):
     outside = found["outside_the_mixers"]
     assert outside.pop("tensors") == len(keys["shared"]) == sum(".attn." not in key for key in keys["shared"])
     assert list(outside.values()) == [True] * 4
-    table = overlay.diff_table(found | {"outside_the_mixers": {"tensors": 1, "same_names": False}})
+    table = diff.diff_table(found | {"outside_the_mixers": {"tensors": 1, "same_names": False}})
     assert "same names: NO" in table
     assert "6 x blocks.*.attn" in table
 
@@ -332,7 +333,7 @@ def test_diff_of_what_it_cannot_compare(checkout):
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A checkout that is this repository with one model, and a function (file, old, new) that changes it."""
-    monkeypatch.setattr(overlay, "SIDE", 16)
+    monkeypatch.setattr(check, "SIDE", 16)
     folder = ready(tmp_path / "copy", train="from images.dataset import center_crop_arr")
     for path in ROOT.glob("*.py"):
         if path.name not in ("train.py", "pde_ssm.py"):
@@ -353,7 +354,7 @@ def copy(tmp_path, monkeypatch):
 def test_check_agrees_with_a_copy(copy, capsys):
     overlay.main(["--check", str(copy[0])])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 4 + len(overlay.DIFFUSIONS) + len(overlay.CROPS)
+    assert len(lines) == 1 + 1 + 4 + len(check.DIFFUSIONS) + len(check.CROPS)
     assert not [line for line in lines if "DISAGREES" in line]
 
 
@@ -371,7 +372,7 @@ def test_check_finds_differences(copy, capsys):
     change("models.py", "self.final_layer = FinalLayer(hidden_size", "self.final_layer = FinalLayer(hidden_size + 0")
     change("models.py", "nn.Linear(hidden_size, 2 * hidden_size)", "nn.Linear(hidden_size, 2 * hidden_size, bias=False)")
     change("models.py", "nn.init.zeros_(last.bias)", "last.bias is None or nn.init.zeros_(last.bias)")
-    rows = {row["what"].split(":")[0]: row["difference"] for row in overlay.check(folder)[:2]}
+    rows = {row["what"].split(":")[0]: row["difference"] for row in check.check(folder)[:2]}
     assert rows["DiT-S/8"] == 1  # and no outputs, since the weights do not fit
     assert list(rows)[1].startswith("create_diffusion")
 

@@ -1,0 +1,1 @@
+"""Checkouts of DiT and of its children: their imports, the exchange of their attention, comparisons with them."""

@@ -1,0 +1,144 @@
+"""Exchanges the attention layers of a model that other people's code has built for another mixer."""
+
+import os
+import re
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from timm.models.vision_transformer import Attention
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from comparing.checkouts import lies_in
+from mixers import build_mixer
+
+said = set()
+
+
+class Exchange:
+    """Replaces the attention layers of the models on which it is called by `mixer`, in place, and remembers what it saw.
+
+    Attention is timm's, in modules of the checkout at `root`; within timm's own models it stays, since they come with
+    weights. attention_class, "module:Class", names another class, wherever it stands.
+    """
+
+    def __init__(self, mixer, options, root, attention_class=None):
+        if attention_class and not re.fullmatch(r"[\w.]+:\w+", attention_class):
+            raise ValueError(f"--attention-class {attention_class}: it is module:Class, such as models:SelfAttention")
+        self.mixer, self.options, self.root, self.attention_class = mixer, options, root, attention_class
+        self.count, self.others = 0, Counter()
+
+    def __call__(self, model):
+        """Replaces the layers of a model; returns {name: (old layer, new layer)}. A layer that stands in several places is
+        replaced in all."""
+        grids = [getattr(module, "grid_size", None) for module in model.modules()]
+        grid_size = next((tuple(grid) for grid in grids if isinstance(grid, (tuple, list)) and len(grid) == 2), None)
+        found = {
+            name: layer
+            for name, layer in model.named_modules(remove_duplicate=False)
+            if name and self.is_meant(layer, model.get_submodule(name.rpartition(".")[0]))
+        }
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # The new weights have a stream of random numbers of their own, so that the script draws others later.
+            torch.default_generator.manual_seed(torch.randint(2**62, ()).item())
+            new = {layer: self.build(layer, grid_size) for layer in dict.fromkeys(found.values())}
+        for name, layer in found.items():
+            model.set_submodule(name, new[layer])
+        self.count += len(new)
+        self.others.update(kind(module) for module in model.modules() if "attention" in type(module).__name__.lower())
+        if new:
+            grid = "{} x {}".format(*grid_size) if grid_size else "a square number of"
+            old = Counter(type(layer).__name__ for layer in new)
+            what = ", ".join(f"{count} {name}" for name, count in old.items())
+            say(f"{type(model).__name__}: {what} -> {describe(self.mixer, self.options)} on {grid} tokens")
+        return {name: (layer, new[layer]) for name, layer in found.items()}
+
+    def is_meant(self, layer, owner):
+        if not self.attention_class:
+            return type(layer) is Attention and not type(owner).__module__.startswith("timm.")
+        module, _, name = self.attention_class.partition(":")
+        return type(layer) is getattr(sys.modules.get(module), name, None)
+
+    def build(self, layer, grid_size):
+        first = next((module for module in layer.modules() if isinstance(module, nn.Linear)), None)
+        if first is None:
+            raise ValueError(f"{kind(layer)} has no nn.Linear, whose input would be the channels to mix")
+        dim, heads = first.in_features, getattr(layer, "num_heads", 8)
+        mixer = build_mixer(self.mixer, dim, heads, grid_size, **self.options)
+        return mixer.to(first.weight.device, first.weight.dtype).train(layer.training)
+
+    def require_any(self):
+        """Raises ValueError if nothing has been replaced, and says what was looked for and what there is instead."""
+        if self.count:
+            return
+        wanted = self.attention_class or "timm.models.vision_transformer:Attention"
+        there = ", ".join(f"{count} {name}" for name, count in self.others.items())
+        hint = f"they hold {there}; name the class to replace by --attention-class module:Class" if there else (
+            "they hold nothing with attention in its name"
+        )
+        raise ValueError(f"nothing was replaced: no model that the code in {self.root} built holds {wanted}; {hint}")
+
+
+def kind(module):
+    return f"{type(module).__module__}:{type(module).__qualname__}"
+
+
+@contextmanager
+def exchanging(exchange):
+    """Gives `exchange`, while it is open, every module that code of its checkout has built, as soon as it is built, and of
+    nested modules the outermost only. With None it does nothing.
+
+    If none of them had attention, the first step of an optimizer raises ValueError: nobody trains the wrong model for a week.
+    """
+    if exchange is None:
+        yield
+        return
+    depth = 0
+
+    def watch(cls, **kwargs):
+        super(nn.Module, cls).__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls) or not lies_in(sys.modules.get(cls.__module__), exchange.root):
+            return
+        init = cls.__init__
+
+        @wraps(init)
+        def build(self, *args, **kwargs):
+            nonlocal depth
+            depth += 1
+            try:
+                init(self, *args, **kwargs)
+            finally:
+                depth -= 1
+            if depth == 0:
+                exchange(self)
+
+        cls.__init__ = build
+
+    hook = register_optimizer_step_pre_hook(lambda *_: exchange.require_any())
+    nn.Module.__init_subclass__ = classmethod(watch)
+    try:
+        yield
+    finally:
+        del nn.Module.__init_subclass__
+        hook.remove()
+
+
+def describe(mixer, options):
+    """Words for a mixer and its options, as flags would name it."""
+    given = [f"{name}={value}" for name, value in options.items() if value not in (None, False)]
+    return f"--mixer {mixer}" + (f" ({', '.join(given)})" if given else "")
+
+
+def say(line):
+    """Prints a line on stderr, since stdout is the script's; once, by the first of several processes."""
+    if line not in said and os.environ.get("RANK", "0") == "0":
+        print(f"overlay: {line}", file=sys.stderr, flush=True)
+    said.add(line)
+
+
+def shapes(weights):
+    """Maps each name in a state dict to the shape of its tensor."""
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
