@@ -63,8 +63,8 @@ def torchrun(processes, script, *flags, fails=False):
     assert_one_thread()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, env=environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, env=environment)
     assert (done.returncode != 0) == fails, done.stderr
     return done.stderr
 

@@ -170,8 +170,8 @@ def test_of_this_repository_a_script_finds_the_operator_alone(checkout, tmp_path
     with checkouts.imports_of(checkout):
         assert find_spec("checkpoints") is None
         assert find_spec("models").origin == str(checkout / "models.py")
-        monkeypatch.setattr(checkouts, "HERE", ready(tmp_path / "ours", pde_ssm_kernels="fast = True"))
-        assert import_module("pde_ssm_kernels").fast  # as pde_ssm imports what it needs on some devices only
+        monkeypatch.setattr(checkouts, "HERE", ready(tmp_path / "ours", pde_ssm_more="fast = True"))
+        assert import_module("pde_ssm_more").fast  # as pde_ssm imports what it needs on some devices only
     assert find_spec("checkpoints").origin == str(ROOT / "checkpoints" / "__init__.py")
 
 
