@@ -14,7 +14,7 @@ from benchmarks.report import Report, lines_of, milliseconds, ratio
 from benchmarks.sides import SIDES, build_model
 from benchmarks.timing import time_in_turns
 from diffusion import create_diffusion
-from diffusion.guidance import guided
+from diffusion.guidance import Guidance, guided
 from diffusion.samplers import ddpm
 from machine.flags import positive
 from mixers.running import prepare_to_sample
@@ -22,7 +22,7 @@ from models import SIZES
 
 STEPS = 50
 NAMES = ("attention", "pdessm", "floor")
-GUIDANCE = (1.5, 3, (0, 1))  # scale, channels, from noise to image
+GUIDANCE = Guidance(scale=1.5)
 
 
 def rate(name):
@@ -45,7 +45,7 @@ def main(args):
         raise SystemExit(f"--compile {args.compile}: sampling is compiled as sample.py does it, in a mode of its own")
     size, inputs, batch = ("S", (16, 32), args.batch or 1) if args.quick else ("XL", (32, 64), args.batch or 16)
     how = dict(precision="bf16" if args.device.type == "cuda" else "fp32", compile=bool(args.compile))
-    report = Report("sampling", args, COLUMNS, steps=STEPS, sampler="ddpm", guidance=GUIDANCE[0])
+    report = Report("sampling", args, COLUMNS, steps=STEPS, sampler="ddpm", guidance=GUIDANCE.scale)
     for side in inputs:
         hidden, depth, heads = SIZES[size]
         options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
