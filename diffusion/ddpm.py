@@ -13,7 +13,7 @@ from . import samplers
 
 
 def beta_schedule(name, steps):
-    """The variances beta_t of each step's noise: (steps,) float64."""
+    """Returns the variances beta_t of each step's noise: (steps,) float64. ValueError for an unknown name."""
     if name == "linear":
         return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
     if name == "squaredcos_cap_v2":
@@ -24,7 +24,7 @@ def beta_schedule(name, steps):
 
 
 def spaced_timesteps(steps, respacing):
-    """Which of `steps` timesteps to visit, in rising order.
+    """Lists which of `steps` timesteps to visit, in rising order.
 
     respacing is a count per section, "10,15,20" or a list, the sections being equal parts of the whole; or "ddimN":
     exactly N timesteps at the smallest integer stride that gives them. ValueError if there are no such timesteps.
@@ -52,8 +52,11 @@ def spaced_timesteps(steps, respacing):
 
 
 class GaussianDiffusion:
-    """What `create_diffusion` returns. Timesteps t (B,) count the visited steps, 0 the cleanest; the network is shown
-    `timestep_map[t]`. Tables are float64 tensors, (num_timesteps,)."""
+    """Diffuses images into noise, and reads a network's outputs; `create_diffusion` makes it.
+
+    Timesteps t (B,) count the visited steps, 0 the cleanest; the network is shown `timestep_map[t]`. Tables are float64
+    tensors (num_timesteps,).
+    """
 
     def __init__(
         self, betas, timestep_map, *, predict_xstart=False, learn_sigma=True, sigma_small=False, use_kl=False,
@@ -85,41 +88,41 @@ class GaussianDiffusion:
         ))  # fmt: skip
 
     def table(self, name, t, x):
-        """Entries t (B,) of a table, in the type of x and shaped to multiply it."""
+        """Looks up the entries t (B,) of a table, in the type of x and shaped to multiply it."""
         entries = getattr(self._tables(t.device), name)[t].to(x.dtype)
         return entries.view(-1, *[1] * (x.ndim - 1))
 
     def model_timesteps(self, t):
-        """What the network is shown for timesteps t (B,)."""
+        """Returns what the network is shown for timesteps t (B,)."""
         return self._tables(t.device).t[t]
 
     def progress(self, t):
-        """How far from noise, 0, to image, 1, the network is at the timestep that it is shown."""
+        """Returns how far from noise, 0, to image, 1, the network is at the timestep t that it is shown."""
         return 1 - t / len(self.training_betas)
 
     def draw_times(self, p):
-        """Timesteps for training from uniform random numbers p (B,) in [0, 1)."""
+        """Turns uniform random numbers p (B,) in [0, 1) into timesteps for training."""
         return (p * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)  # p may have been rounded to 1
 
     def q_sample(self, x_start, t, noise=None):
-        """x_t given x_0."""
+        """Makes x_t from x_0 and noise, which is drawn if it is not given."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return self.table("signal", t, x_start) * x_start + self.table("noise", t, x_start) * noise
 
     def posterior_mean(self, x_start, x_t, t):
-        """The mean of x_{t-1} given x_t and x_0."""
+        """Computes the mean of x_{t-1} given x_t and x_0."""
         return self.table("mean_x0", t, x_t) * x_start + self.table("mean_xt", t, x_t) * x_t
 
     def predict_noise(self, x_t, t, x_start):
-        """The noise that makes x_t out of x_0."""
+        """Computes the noise that makes x_t out of x_0."""
         return (self.table("recip_signal", t, x_t) * x_t - x_start) / self.table("noise_to_signal", t, x_t)
 
     def predict_start(self, x_t, t, noise):
-        """The x_0 from which that noise makes x_t."""
+        """Computes the x_0 from which that noise makes x_t."""
         return self.table("recip_signal", t, x_t) * x_t - self.table("noise_to_signal", t, x_t) * noise
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """The network's x_{t-1} given x_t: dict of mean, variance, log_variance and pred_xstart, each like x.
+        """Asks the network for x_{t-1} given x_t: a dict of mean, variance, log_variance and pred_xstart, each like x.
 
         denoised_fn, then with clip_denoised a clamp to [-1, 1], are applied to the predicted clean image.
         """
@@ -137,7 +140,7 @@ class GaussianDiffusion:
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x_start)
 
     def _split(self, output, x, t):
-        """The network's output as (prediction of noise or clean image, log variance), each like x."""
+        """Splits the network's output into (prediction of noise or clean image, log variance), each like x."""
         if not self.learn_sigma:
             table = "log_posterior" if self.sigma_small else "log_beta_large"
             return output, self.table(table, t, x).expand_as(x)
@@ -148,7 +151,7 @@ class GaussianDiffusion:
         return prediction, torch.lerp(self.table("log_posterior", t, x), self.table("log_beta", t, x), (position + 1) / 2)
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """Losses of predicting the noise in q_sample(x_start, t): a dict of (B,) tensors.
+        """Computes the losses of predicting the noise in q_sample(x_start, t): a dict of (B,) tensors.
 
         "loss" is what to minimise; "mse" and "vb" (bits per dimension) are its parts where it has them.
         """
@@ -169,7 +172,7 @@ class GaussianDiffusion:
         return terms | {"loss": sum(terms.values())}
 
     def _bound(self, output, x_start, x_t, t):
-        """One term of the variational bound, in bits per dimension: (B,)."""
+        """Computes one term of the variational bound, in bits per dimension: (B,)."""
         p = self._read(output, x_t, t)
         posterior = self.posterior_mean(x_start, x_t, t)
         divergence = gaussian_kl(posterior, self.table("log_posterior", t, x_t), p["mean"], p["log_variance"])
@@ -186,7 +189,7 @@ class GaussianDiffusion:
         device=None, progress=False, randn_like=torch.randn_like,
     ):
         # fmt: on
-        """Ancestral sampling from x_T = noise: (B, C, H, W). See samplers.ddpm."""
+        """Draws by ancestral sampling from x_T = noise: (B, C, H, W). See samplers.ddpm."""
         x = _initial_noise(model, shape, noise, device)
         options = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
         return samplers.ddpm(self, model, x, progress=progress, randn_like=randn_like, **options)
@@ -197,20 +200,20 @@ class GaussianDiffusion:
         device=None, progress=False, eta=0.0, randn_like=torch.randn_like,
     ):
         # fmt: on
-        """DDIM sampling from x_T = noise: (B, C, H, W); eta = 1 is as noisy as DDPM. See samplers.ddim."""
+        """Draws by DDIM from x_T = noise: (B, C, H, W); eta = 1 is as noisy as DDPM. See samplers.ddim."""
         x = _initial_noise(model, shape, noise, device)
         options = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs)
         return samplers.ddim(self, model, x, eta=eta, progress=progress, randn_like=randn_like, **options)
 
 
 def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL divergence of two Gaussians, elementwise, in nats."""
+    """Computes the KL divergence of two Gaussians, elementwise, in nats."""
     gap = log_variance1 - log_variance2
     return (gap.exp() - gap - 1 + (mean1 - mean2).square() * (-log_variance2).exp()) / 2
 
 
 def pixel_log_likelihood(x, mean, log_scale):
-    """Log probability, in nats, of the 1/255-wide bin around each pixel x in [-1, 1] under a Gaussian.
+    """Computes the log probability, in nats, of the 1/255-wide bin around each pixel x in [-1, 1] under a Gaussian.
 
     The outermost bins reach to infinity. Probabilities below 1e-12 count as that, and the normal distribution function
     is the approximation (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2: the published losses rest on both.
@@ -230,7 +233,7 @@ def _initial_noise(model, shape, noise, device):
 
 
 def _first_from_second(table, second=None):
-    """`table` with its first entry replaced by the second one of `second` (of itself by default)."""
+    """Returns `table` with its first entry replaced by the second one of `second` (of itself by default)."""
     second = table if second is None else second
     return torch.cat([second[1:2], table[1:]]) if len(table) > 1 else table
 

@@ -10,12 +10,12 @@ import torch
 
 
 def linear(t):
-    """Eq. (12), the paper's path: u_t = t u + (1 - t) z. Returns alpha, sigma, alpha', sigma' at t."""
+    """Returns alpha, sigma, alpha', sigma' at t of Eq. (12), the paper's path: u_t = t u + (1 - t) z."""
     return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
 
 
 def cosine(t):
-    """The variance-preserving path, a quarter of a circle from z to u. Returns alpha, sigma, alpha', sigma' at t."""
+    """Returns alpha, sigma, alpha', sigma' at t of the variance-preserving path, a quarter of a circle from z to u."""
     angle = math.pi / 2 * t
     return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
 
@@ -28,7 +28,7 @@ def uniform(p):
 
 
 def logit_normal(p):
-    """Times in the middle more often: the logit of t is standard normal (Esser et al., 2024)."""
+    """Returns times that are more often in the middle: the logit of t is standard normal (Esser et al., 2024)."""
     return torch.sigmoid(torch.special.ndtri(p))
 
 
@@ -36,29 +36,30 @@ TIMES = {"uniform": uniform, "logit-normal": logit_normal}
 
 
 class FlowMatching:
-    """What `create_flow` returns, with the interface of GaussianDiffusion; times t (B,) are floats in [0, 1]."""
+    """Leads from noise to images along a path; `create_flow` makes it. It has the interface of GaussianDiffusion, but times t
+    (B,) are floats in [0, 1]."""
 
     def __init__(self, path, times, num_timesteps, time_scale):
         self.path, self.times, self.num_timesteps, self.time_scale = PATHS[path], TIMES[times], num_timesteps, time_scale
 
     def progress(self, t):
-        """How far from noise, 0, to image, 1, the network is at what it is shown, 1000 t."""
+        """Returns how far from noise, 0, to image, 1, the network is at what it is shown, time_scale times t."""
         return t / self.time_scale
 
     def draw_times(self, p):
-        """Times for training from uniform random numbers p (B,) in [0, 1)."""
+        """Turns uniform random numbers p (B,) in [0, 1) into times for training."""
         return self.times(p)
 
     def coefficients(self, t, x):
-        """alpha, sigma, alpha' and sigma' at t (B,), shaped to multiply x."""
+        """Returns alpha, sigma, alpha' and sigma' at t (B,), shaped to multiply x."""
         return [c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for c in self.path(t.double())]
 
     def velocity(self, model, x, t, model_kwargs=None):
-        """What the network makes of x (B, C, H, W) at times t (B,): (B, C, H, W), the first of its channels."""
+        """Asks the network for the velocity of x (B, C, H, W) at times t (B,): the first C of its channels, (B, C, H, W)."""
         return model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """The squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,)."""
+        """Computes the squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x_start)
         error = self.velocity(model, alpha * x_start + sigma * noise, t, model_kwargs) - (d_alpha * x_start + d_sigma * noise)
@@ -66,11 +67,12 @@ class FlowMatching:
         return {"mse": mse, "loss": mse}
 
     def clean(self, x, t, velocity):
-        """The image that x and its velocity at t point to; on the linear path x + (1 - t) v, Eq. (13)."""
+        """Computes the image that x and its velocity at t point to; on the linear path x + (1 - t) v, Eq. (13)."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
         return (sigma * velocity - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
 
     def noise(self, x, t, velocity):
-        """The noise that x and its velocity at t point back to; on the linear path x - t v. The score is -noise / sigma."""
+        """Computes the noise that x and its velocity at t point back to; on the linear path x - t v. The score is
+        -noise / sigma."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
         return (d_alpha * x - alpha * velocity) / (sigma * d_alpha - d_sigma * alpha)

@@ -1,6 +1,6 @@
 """The networks whose features evaluation compares. Each takes uint8 images (N, 3, H, W) of any size and returns a dict:
-"pool" (N, D) and, from Inception, "spatial" (N, 2023). Its `label` is what tells its metrics from FID. The libraries with
-their blocks are imported where needed."""
+"pool" (N, D) and, from Inception, "spatial" (N, 2023). Its `label` tells its metrics from FID. The libraries that have
+their blocks are imported when a network is opened."""
 
 import hashlib
 from collections import OrderedDict
@@ -26,7 +26,7 @@ def add_feature_flags(add):
 
 
 def open_network(name, weights=None, dim=None):
-    """A network of NETWORKS with its weights, for evaluation.
+    """Opens a network of NETWORKS with its weights, for evaluation.
 
     weights: file of Inception's; without it, the one in PyTorch's hub cache. EfficientNet's are in its package.
     dim:     which layer of Inception is "pool", by its number of channels: 64, 192, 768 or 2048, the default.
@@ -46,7 +46,7 @@ def open_network(name, weights=None, dim=None):
 
 
 def find_inception(weights=None):
-    """The path of Inception's weights, after a look at their SHA-256."""
+    """Finds the file of Inception's weights and checks its SHA-256. FileNotFoundError or ValueError says where to get it."""
     cache = Path(torch.hub.get_dir(), "checkpoints")
     paths = [Path(weights)] if weights else [cache / name for name in INCEPTION_FILES]
     path = next((path for path in paths if path.is_file()), None)
@@ -117,7 +117,7 @@ class Inception(nn.Sequential):
                 return features | dict(pool=x.mean((2, 3)))
 
     def probabilities(self, pool):
-        """p(class | image) (N, 1008) of pool_3: softmax without the last layer's bias."""
+        """Computes p(class | image) (N, 1008) from pool_3 (N, 2048): the softmax without the last layer's bias."""
         return F.linear(pool, self.fc.weight).softmax(1)
 
 

@@ -1,4 +1,4 @@
-"""Where a model lives: in pixels, or in the latent space of an autoencoder, such as Stable Diffusion's.
+"""The space that a model works in: pixels, or the latents of an autoencoder, such as Stable Diffusion's.
 
 A space has channels, and a factor by which it is smaller than the image. encode(images, noise) -> x and
 decode(x) -> images, both (B, C, H, W), images in [-1, 1]; noise is standard normal, like x."""
@@ -20,6 +20,8 @@ ENCODER, DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.",
 
 
 class PixelSpace:
+    """Takes images as they are."""
+
     channels, factor = 3, 1
 
     def load(self, device):
@@ -36,8 +38,11 @@ class PixelSpace:
 
 
 class LatentSpace:
-    """name: "ema" or "mse" for stabilityai/sd-vae-ft-<name> on the hub, or a local folder in diffusers' format, of an
-    autoencoder of KINDS or of a pipeline that has one in vae/. FileNotFoundError or ValueError if it is neither."""
+    """Encodes images by an autoencoder, and decodes latents.
+
+    name: "ema" or "mse" for stabilityai/sd-vae-ft-<name> on the hub, or a local folder in diffusers' format, of an
+    autoencoder of KINDS or of a pipeline that has one in vae/. FileNotFoundError or ValueError if it is neither.
+    """
 
     def __init__(self, name):
         self.name, self.on_hub = name, name in ("ema", "mse")
@@ -46,7 +51,7 @@ class LatentSpace:
             self.source, config = find_config(name)
             self.kind = config["_class_name"]
             with quiet_diffusers():
-                self.channels, self.factor = measure(name, self.kind, config)
+                self.channels, self.factor = latent_shape(name, self.kind, config)
 
     def load(self, device):
         """Reads the weights. OSError says what to do if they cannot be had, ValueError what is wrong with the statistics."""
@@ -66,12 +71,12 @@ class LatentSpace:
                 "(config.json and weights), or work on pixels with --vae none"
             ) from error
         self.vae = vae.to(device).float().eval().requires_grad_(False)
-        self.shift, self.scale, self.spread = read_statistics(self.vae, self.channels, self.name)
+        self.shift, self.scale, self.spread = read_scaling(self.vae, self.channels, self.name)
         return self
 
     @torch.no_grad()
     def moments(self, images):
-        """Mean and standard deviation of the images' latents: (B, 2, C, h, w)."""
+        """Returns mean and standard deviation of the images' latents: (B, 2, C, h, w)."""
         return torch.cat([self._moments(part) for part in images.split(self.at_once(*images.shape[2:]))])
 
     def _moments(self, images):
@@ -87,12 +92,12 @@ class LatentSpace:
         return torch.cat([_decode(self.vae, part * self.spread / self.scale + self.shift) for part in x.split(n)])
 
     def at_once(self, height, width):
-        """How many images of that size the autoencoder takes at once."""
+        """Returns how many images of that size the autoencoder takes at once."""
         return max(AT_ONCE // (height * width), 1)
 
     def digest(self, names=ENCODER):
-        """Of all that the moments depend on: the same for autoencoders that differ in their decoders alone; with DECODER, of
-        all that decoded images do."""
+        """Returns a digest of all that the moments depend on, so that a decoder does not change it; with DECODER, of all that
+        decoded images depend on."""
         weights = {name: w for name, w in self.vae.state_dict().items() if name.startswith(names)}
         weights["scaling_factor"] = torch.tensor(self.scale)
         # Left out where they are nothing, as they were before they were known.
@@ -103,7 +108,8 @@ class LatentSpace:
 
 
 def find_config(name):
-    """(folder, config) of the autoencoder in a folder, or in the vae/ of a pipeline's."""
+    """Reads (folder, config) of the autoencoder in a folder, or in the vae/ of a pipeline's folder. FileNotFoundError or
+    ValueError if there is none of KINDS."""
     folders = [folder for folder in (Path(name, "vae"), Path(name)) if (folder / "config.json").is_file()]
     if not folders:
         raise FileNotFoundError(f"--vae {name}: neither ema, mse, none nor a folder that holds config.json or vae/config.json")
@@ -119,8 +125,9 @@ def find_config(name):
     return str(folders[0]), config
 
 
-def measure(name, kind, config):
-    """Channels and factor of an autoencoder's latents: what it makes of the shape of an image."""
+def latent_shape(name, kind, config):
+    """Returns channels and factor of an autoencoder's latents, by what it makes of the shape of an image. ValueError if it
+    makes no image of the latents again."""
     import diffusers.models
 
     if not hasattr(diffusers.models, kind):
@@ -138,7 +145,7 @@ def measure(name, kind, config):
 
 
 def find_variant(folder):
-    """None for a folder that holds weights without a variant, or the name of one that it holds, such as fp16."""
+    """Returns which variant of the weights a folder holds, such as fp16, or None if it holds the plain ones."""
     files = [path for path in Path(folder).glob("diffusion_pytorch_model*") if path.suffix in (".safetensors", ".bin")]
     variants = sorted(path.stem.partition(".")[2].partition("-")[0] for path in files)
     if not variants:
@@ -147,7 +154,7 @@ def find_variant(folder):
 
 
 def check_weights(vae, found):
-    """ValueError unless a network got all its weights, nothing else was there, and all are finite."""
+    """Checks that a network got all its weights and nothing else, and that all are finite. ValueError if not."""
     kind = type(vae).__name__
     faults = [f"{key} is missing" for key in found["missing_keys"]]
     faults += [f"{key} is {tuple(there)}, not {tuple(here)}" for key, there, here in found["mismatched_keys"]]
@@ -157,9 +164,9 @@ def check_weights(vae, found):
         raise ValueError(f"of its weights, {faults[0]}" + (f", and {len(faults) - 1:,} more" if len(faults) > 1 else ""))
 
 
-def read_statistics(vae, channels, name):
-    """Shift, scale and spread, numbers or (C, 1, 1): of an autoencoder's own latents z, the model's are
-    (z - shift) * scale / spread. ValueError for statistics with which that makes no sense."""
+def read_scaling(vae, channels, name):
+    """Returns shift, scale and spread, numbers or (C, 1, 1), by which the model's latents are (z - shift) * scale / spread of
+    the autoencoder's own latents z. ValueError for statistics with which that makes no sense."""
     keys = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
     shift, scale, mean, std = (vae.config.get(key) for key in keys)
     shift, scale = 0.0 if shift is None else shift, 1.0 if scale is None else scale
@@ -191,7 +198,7 @@ def _is_number(value):
 
 
 def _encode(vae, images):
-    """Mean and standard deviation of an autoencoder's own latents, (B, C, h, w); without a distribution none."""
+    """Returns mean and standard deviation (B, C, h, w) of an autoencoder's own latents, which may have no distribution."""
     z = vae.encode(images, return_dict=False)[0]
     parts = (z, torch.zeros_like(z)) if isinstance(z, torch.Tensor) else (z.mean, z.std)
     return [pixel_unshuffle(part, _patch(vae)) for part in parts]
@@ -202,7 +209,7 @@ def _decode(vae, z):
 
 
 def _patch(vae):
-    """The side of the squares of latents that are one to the model, which AutoencoderKLFlux2 has."""
+    """Returns the side of the squares of latents that the model takes as one, which AutoencoderKLFlux2 has."""
     return vae.config.get("patch_size", [1])[0]
 
 
@@ -222,12 +229,13 @@ def quiet_diffusers():
 
 
 def draw_latents(moments, noise):                                          # (B, 2, C, h, w), (B, C, h, w)
+    """Draws latents from their moments."""
     mean, std = moments.unbind(1)
     return mean + std * noise                                              # (B, C, h, w)
 
 
 def digest(weights):
-    """Sixteen hexadecimal digits that tell one state dict from another."""
+    """Returns sixteen hexadecimal digits that tell one state dict from another."""
     digest = hashlib.sha256()
     for name, value in weights.items():
         digest.update(name.encode())
@@ -250,5 +258,5 @@ def load_trained_space(vae, device, trained_digest=None):
 
 
 def open_space(vae):
-    """The space that a --vae flag names: "none" is pixels."""
+    """Returns the space that a --vae flag names: "none" is pixels."""
     return PixelSpace() if vae == "none" else LatentSpace(vae)

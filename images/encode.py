@@ -23,7 +23,7 @@ from machine.stops import read, shelter
 
 
 def encode(args, processes):
-    """Writes the latents of every image, and of its mirror image, to --out: a process makes whole shards, of its own."""
+    """Writes the latents of every image, and of its mirror image, to --out. Every process makes whole shards."""
     torch.set_float32_matmul_precision("high")  # as in training
     space = open_space(args.vae)
     if args.vae == "none":
@@ -46,7 +46,7 @@ def encode(args, processes):
     dtype = torch.float16 if args.half else torch.float32
     folder, index = Path(args.out), index_of(images, space, args.image_size, dtype, args.shard_size, **made_from)
     if processes.rank == 0:
-        latents.claim(folder, index)
+        latents.claim_folder(folder, index)
         processes.barrier()
     missing, changed = processes.share(shards_to_make(folder, index, images) if processes.rank == 0 else None)
     shards = sorted(missing + changed)

@@ -28,7 +28,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def read_image(file, name=None):
-    """An image, given by its path or as an open file and its name, as RGB: the first frame, as it is stored, on white.
+    """Reads an image, given by its path or as an open file and its name, as RGB: the first frame, as it is stored, on white.
 
     OSError names one that cannot be read, or has more than LARGEST pixels or than 8 bits a channel.
     """
@@ -52,7 +52,7 @@ def read_image(file, name=None):
 
 
 def _bits(image):
-    """Bits a channel that an open file says it has, of a format that may have more than 8."""
+    """Returns how many bits a channel an open file says it has, if its format may have more than 8; else 8."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (1,)))
     if image.format == "JPEG2000":
@@ -69,22 +69,23 @@ def _bits(image):
 
 
 def digest(contents):
+    """Returns sixteen hexadecimal digits that tell bytes from others."""
     return hashlib.sha256(contents).hexdigest()[:16]
 
 
 def hidden(name):
-    """Whether a file or folder is of the system, or hidden, and nobody's data."""
+    """Tells whether a file or folder is hidden or of the system, and so nobody's data."""
     return name[0] == "." or name.lower() in SYSTEM
 
 
 def printable(path):
-    """A file's name as it was meant, whatever the locale says, with bytes that are no text spelt out."""
+    """Returns a file's name as it was meant, whatever the locale is, with bytes that are no text spelt out."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class Folder(Dataset):
-    """The images of a folder, at any depth, as (RGB image, class). With `labelled` every folder in it is a class, in the order
-    of their names as text, and images beside them are left out; without it all images are of class 0.
+    """Reads the images of a folder, at any depth, as (RGB image, class). With `labelled` every folder in it is a class, in the
+    order of their names as text, and images beside them are left out; without it all images are of class 0.
 
     Hidden and system files are left out, links are followed, every file counts once, and nothing but regular files is opened.
     remarks: lines that say what was left out. FileNotFoundError if there are no images, or a class has none.
@@ -115,16 +116,16 @@ class Folder(Dataset):
         return read_image(self.paths[index]), self.labels[index]
 
     def names(self):
-        """A digest of the names of all images within the folder, their classes' among them."""
+        """Returns a digest of the names of all images within the folder, their classes' among them."""
         return digest(os.fsencode("\0".join(path[len(self.root) :] for path in self.paths)))
 
     def sizes(self, numbers):
-        """A digest of the sizes of the files of these images."""
+        """Returns a digest of the sizes of the files of these images."""
         return digest(b" ".join(b"%d" % os.stat(self.paths[number]).st_size for number in numbers))
 
 
 def _walk(root, labelled):
-    """([(class, folder, its real path, names of its images)], what was left out: {why: Counter of names}).
+    """Returns ([(class, folder, its real path, names of its images)], what was left out: {why: Counter of names}).
 
     Links wait until all the rest has been seen: of a file and a link to it, the link is left out.
     """
@@ -184,7 +185,7 @@ def _walk(root, labelled):
 
 
 def _end_of(link, real_folder):
-    """The real path of the file that a link leads to, by that of its folder, which many may lead into."""
+    """Returns the real path of the file that a link leads to. That of its folder is looked up once for many links."""
     folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
     path = os.path.join(real_folder(folder), name)
     return os.path.realpath(path) if os.path.islink(path) else path
@@ -195,7 +196,7 @@ def _holds(folder, path):
 
 
 def _remarks(root, left_out):
-    """A line on what was left out, if anything was: how many, why, and which."""
+    """Returns a list of one line on what was left out, how many, why and which, or of none."""
     parts = []
     for why, names in left_out.items():
         some = nsmallest(3, names.items(), key=lambda item: (-item[1], item[0]))
@@ -205,12 +206,12 @@ def _remarks(root, left_out):
 
 
 def listed(names, most=8):
-    """Names for a line of text, the first few and the last of many."""
+    """Joins names for a line of text: all of them, or the first few and the last of many."""
     return ", ".join(names if len(names) <= most else [*names[:3], "...", names[-1]])
 
 
 def describe_classes(classes):
-    """Lines that say what the classes are called, and which is which where that may surprise."""
+    """Returns lines that say what the classes are called, and which is which where that may surprise."""
     lines = [f"Classes: {listed(classes)}"]
     numeric = sorted(classes, key=int) if all(name.isdecimal() for name in classes) else classes
     if surprising := [number for number, name in enumerate(classes) if numeric[number] != name]:

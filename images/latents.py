@@ -21,15 +21,15 @@ from images.folders import digest, hidden
 from machine.files import whole_file
 
 INDEX = "latents.json"
-KINDS = dict(
+TYPES = dict(
     vae=str, vae_digest=str, source=str, image_size=int, images=int, shard_size=int, num_classes=int, flip=bool, shape=list
 )  # fmt: skip
 AGAIN = "run `python -m images.encode` again with the same flags, which makes what is missing"
 
 
 class CachedLatents(Dataset):
-    """Yields (moments, class): float (flips, 2, C, h, w), mean and standard deviation of an image's latents, and of its
-    mirror image's. ValueError for an index that is none, OSError for shards that are missing or damaged."""
+    """Reads the latents of a folder as (moments, class). Moments (flips, 2, C, h, w) are the mean and standard deviation of an
+    image's latents, and of its mirror image's. ValueError if the index is damaged, OSError if shards are, or are missing."""
 
     def __init__(self, folder, uncond=False):
         self.folder, self.uncond = Path(folder), uncond
@@ -61,13 +61,14 @@ class CachedLatents(Dataset):
         return torch.stack([mean, std], dim=1).float(), 0 if self.uncond else int(label)
 
     def fingerprint(self):
-        """What tells these latents from others: how many they are, and digests of the index and of what shards are made of."""
+        """Returns what tells these latents from others: how many there are, and digests of the index and of what shards are
+        made of."""
         index = json.dumps({name: value for name, value in self.index.items() if name not in ("vae", "source", "shard_size")})
         made_of = json.dumps([shard.metadata() for shard in self.shards])
         return dict(images=len(self), names=digest(index.encode()), sizes=digest(made_of.encode()))
 
     def check_vae(self, vae):
-        """ValueError unless `vae`, as --vae names it, has the encoder that made these latents."""
+        """Checks that `vae`, as --vae names it, has the encoder that made these latents. ValueError if not."""
         on_hub, made_by = ("ema", "mse"), self.index["vae"]
         if vae in on_hub and made_by in on_hub:
             return  # they share an encoder
@@ -76,22 +77,24 @@ class CachedLatents(Dataset):
 
 
 def holds_latents(folder):
+    """Tells whether a folder has an index of latents."""
     return Path(folder, INDEX).is_file()
 
 
 def read_index(folder):
+    """Reads the index of latents. ValueError if it is damaged."""
     path = Path(folder, INDEX)
     try:
         index = json.loads(path.read_text())
-        if wrong := [name for name, kind in KINDS.items() if not isinstance(index[name], kind)]:
+        if wrong := [name for name, kind in TYPES.items() if not isinstance(index[name], kind)]:
             raise TypeError(f"{wrong[0]} is {index[wrong[0]]!r}")
         return index
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no index of cached latents ({error!r})") from error
 
 
-def claim(folder, index):
-    """Writes the index of latents to be made, or makes sure that those in the folder are the same. ValueError if not."""
+def claim_folder(folder, index):
+    """Writes the index of latents that are to be made, or checks that those in the folder have the same. ValueError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     if holds_latents(folder):
         before = dict(names=index["names"]) | read_index(folder)  # older ones do not know them
@@ -116,13 +119,13 @@ def shard_path(folder, number):
 
 
 def shard_images(index, number):
-    """The numbers of the images of a shard."""
+    """Returns the numbers of the images of a shard."""
     start = number * index["shard_size"]
     return range(start, min(start + index["shard_size"], index["images"]))
 
 
 def open_shard(folder, number, index):
-    """A shard with all tensors in it, none of them read yet. OSError if it is not that."""
+    """Opens a shard and checks the shapes of its tensors, without reading them. OSError if it is missing or damaged."""
     path, n = shard_path(folder, number), len(shard_images(index, number))
     flips = [n, 2 if index["flip"] else 1]
     expected = dict(mean=flips + index["shape"], std=flips + index["shape"], label=[n], crc32=[n])
@@ -139,6 +142,7 @@ def open_shard(folder, number, index):
 
 
 def unfinished_shards(folder, index):
+    """Lists the numbers of the shards that are missing or damaged."""
     numbers = []
     for number in range(shard_count(index)):
         try:
@@ -149,7 +153,8 @@ def unfinished_shards(folder, index):
 
 
 def write_shard(path, moments, labels, dtype, made_of):
-    """moments (n, flips, 2, C, h, w), labels (n,), made_of: what to keep of the images' files, {name: text} or None."""
+    """Writes a shard of moments (n, flips, 2, C, h, w) and labels (n,). made_of: what to keep of the images' files, {name:
+    text} or None. ValueError if latents are not finite in dtype."""
     mean, std = (part.to(dtype).contiguous() for part in moments.unbind(2))
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise ValueError(f"latents for {path} are not finite in {dtype}")
@@ -159,4 +164,5 @@ def write_shard(path, moments, labels, dtype, made_of):
 
 
 def checksum(mean, std, label):
+    """Computes the CRC-32 of one image's latents and label."""
     return zlib.crc32(int(label).to_bytes(8, "little", signed=True), zlib.crc32(std.numpy(), zlib.crc32(mean.numpy())))

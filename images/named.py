@@ -112,7 +112,7 @@ def _imagenet64(folder, held_out, uncond):
 
 
 class _Downsampled(Dataset):
-    """Images in a memory-mapped .npy file (N, 3, side, side), uint8, without classes."""
+    """Reads images from a memory-mapped .npy file (N, 3, side, side), uint8, without classes."""
 
     def __init__(self, path):
         self.path, self.array = path, np.load(path, mmap_mode="r")
@@ -195,8 +195,8 @@ def _lsun_church(folder, held_out, uncond):
 
 
 class _Database(Dataset):
-    """The images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself: torchvision's
-    reader would write a pickle into the working directory."""
+    """Reads the images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself. (The
+    reader of torchvision writes a pickle into the working directory.)"""
 
     def __init__(self, path):
         self.path, self.opened_by = str(path), None
@@ -248,7 +248,7 @@ def _flowers102(folder, held_out, uncond):
 
 
 class _Unlabelled(Dataset):
-    """The images of other sources, one after the other, as if they had no classes."""
+    """Reads the images of other sources, one after the other, as if they had no classes."""
 
     def __init__(self, *sources):
         self.images = ConcatDataset(sources)

@@ -5,7 +5,6 @@ import os
 import zipfile
 import zlib
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,16 +34,9 @@ def save_grid(images, path, columns):
     save_png(grid.permute(1, 2, 0).numpy(), path)
 
 
-def open_images(path):
-    """The images at `path`, with len() and read(batches): an .npz with arr_0, a folder of images at any depth, or
-    whatever else training reads at a path. OSError or ValueError says what is wrong there."""
-    if Path(path).is_file():
-        return NpzImages(path)
-    return FolderImages(path)
-
-
 class NpzImages:
-    """arr_0 of an .npz, uint8 (N, H, W, 3), of which one batch at a time is in memory."""
+    """Reads arr_0 of an .npz, uint8 (N, H, W, 3), of which one batch at a time is in memory. ValueError or OSError says what is
+    wrong with it."""
 
     def __init__(self, path):
         self.path = path
@@ -92,8 +84,8 @@ class NpzImages:
 
 
 class FolderImages(Dataset):
-    """Images of a folder, of any sizes, as training reads them. dataset: which of DATASETS it is. remarks: lines that say what
-    of the folder was left out."""
+    """Reads the images of a folder, of any sizes, as training does. dataset: which of DATASETS it is. remarks: lines that say
+    what of the folder was left out."""
 
     def __init__(self, path, crop=None, dataset=None, held_out=False):
         images = load_dataset(path, crop, uncond=True, held_out=held_out, name=dataset)
@@ -115,7 +107,7 @@ class FolderImages(Dataset):
 
 
 class ArrayImages:
-    """An array or tensor uint8 (N, H, W, 3) that is in memory already."""
+    """Reads an array or tensor uint8 (N, H, W, 3) that is in memory already."""
 
     def __init__(self, array):
         self.path, self.array = "memory", np.asarray(array)
@@ -149,11 +141,12 @@ def write_npz(path, images, n, **arrays):
 
 
 def npz_shape(path):
-    """The shape of arr_0 in an .npz, from its header alone."""
+    """Returns the shape of arr_0 in an .npz, from its header alone."""
     return NpzImages(path).shape
 
 
 def open_npz(path):
+    """Opens an .npz as a zip archive. OSError if it is none."""
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -161,19 +154,19 @@ def open_npz(path):
 
 
 def names(archive):
+    """Lists the names of the arrays in an archive."""
     return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_header(file):
-    """(shape, Fortran order, dtype) of an array in the .npy format, versions 1 to 3, of which 2 and 3 differ in names of
-    fields alone."""
+    """Reads (shape, Fortran order, dtype) of an array in the .npy format. Versions 2 and 3 differ in names of fields alone."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
 
 
 def _span(first, dtype):
-    """Where the first values of a float array lie, for a message."""
+    """Says between what the first values of a float array lie, for a message."""
     values = np.frombuffer(first[: len(first) // dtype.itemsize * dtype.itemsize], dtype) if first else np.zeros(0)
     return f" from {values.min():.3g} to {values.max():.3g}" if len(values) else ""
 

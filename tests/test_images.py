@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.samples import ArrayImages, FolderImages, NpzImages, npz_shape, open_images, write_npz
+from images.samples import ArrayImages, FolderImages, NpzImages, npz_shape, write_npz
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def everything(source, size):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed, lambda path, arr_0: write_npz(path, arr_0, len(arr_0))])
 def test_an_npz_is_read_in_any_batches(tmp_path, pixels, save):
     save(tmp_path / "a.npz", arr_0=pixels)
-    source = open_images(tmp_path / "a.npz")
+    source = NpzImages(tmp_path / "a.npz")
     assert (len(source), npz_shape(tmp_path / "a.npz")) == (11, (11, 5, 7, 3))
     for size in (1, 4, 11):
         assert np.array_equal(everything(source, size), pixels)
@@ -36,7 +36,7 @@ def test_headers_of_other_versions_and_arrays_beside_are_read(tmp_path, pixels, 
         for name, array in dict(arr_1=np.arange(11), arr_0=pixels).items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, version)
-    assert np.array_equal(everything(open_images(tmp_path / "a.npz"), 4), pixels)
+    assert np.array_equal(everything(NpzImages(tmp_path / "a.npz"), 4), pixels)
 
 
 def test_what_is_written_follows_adms_conventions(tmp_path, pixels):
@@ -112,7 +112,7 @@ def test_reading_takes_the_memory_of_a_batch(tmp_path):
 def test_an_npz_that_holds_no_images(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        open_images(tmp_path / "a.npz")
+        NpzImages(tmp_path / "a.npz")
 
 
 def test_damaged_files_are_named(tmp_path, pixels):
@@ -120,22 +120,22 @@ def test_damaged_files_are_named(tmp_path, pixels):
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(whole[:600])
     with pytest.raises(OSError, match=r"a\.npz is not an \.npz, or only a part of one"):
-        open_images(tmp_path / "a.npz")
+        NpzImages(tmp_path / "a.npz")
     (tmp_path / "a.npz").write_bytes(whole[:500] + bytes(50) + whole[550:])
     with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged \(Bad CRC-32"):
-        everything(open_images(tmp_path / "a.npz"), 4)
+        everything(NpzImages(tmp_path / "a.npz"), 4)
     encrypted = bytearray(whole)
     for place in (6, whole.rindex(b"PK\1\2") + 8):  # the flags of the file and of the index
         encrypted[place] |= 1
     (tmp_path / "a.npz").write_bytes(encrypted)
     with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged \(.*encrypted"):
-        open_images(tmp_path / "a.npz")
+        NpzImages(tmp_path / "a.npz")
     header = dict(descr="|u1", fortran_order=False, shape=(12, 5, 7, 3))  # one more than there are
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(pixels.tobytes())
     with pytest.raises(OSError, match=r"arr_0 of .*a\.npz is damaged: it has 1,155 bytes of pixels, not 1,260"):
-        open_images(tmp_path / "a.npz")
+        NpzImages(tmp_path / "a.npz")
 
 
 def test_a_folder_of_all_kinds_of_images(tmp_path, pixels):
