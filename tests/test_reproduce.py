@@ -15,7 +15,7 @@ import train
 from commands import ROOT
 from images.named import DATASETS
 from models import MODELS
-from reproduce import mixers_table
+from reproduce import grids_sheet, mixers_table, noise
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -145,3 +145,24 @@ def test_runs_of_the_mixers_join_the_table(tmp_path, capsys):
         "flow": {"1": {"600": [0.3, 0.2], "1200": [0.3, 0.2]}},
     }
     assert "0.3000 (0.3000 to 0.3000) of 1" in capsys.readouterr().out
+
+
+def test_grids_of_a_data_set_become_one_sheet(tmp_path):
+    grids = {(s, o): (x, y) for y, o in enumerate(grids_sheet.OBJECTIVES) for x, s in enumerate(grids_sheet.SYSTEMS)}
+    for number, (system, objective) in enumerate(grids):
+        folder = tmp_path / f"digits-{system}-{objective}"
+        folder.mkdir()
+        Image.new("RGB", (80, 40), (40 * number, 0, 0)).save(folder / "samples.png")
+    grids_sheet.main("digits", tmp_path, tmp_path)
+    with Image.open(tmp_path / "grids-digits.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape == (2 * (20 + grids_sheet.BAR), 3 * 40, 3)
+    for number, (x, y) in enumerate(grids.values()):
+        assert pixels[(y + 1) * (20 + grids_sheet.BAR) - 1, 40 * x].tolist() == [40 * number, 0, 0]
+
+
+def test_noise_is_what_evaluation_reads(tmp_path):
+    noise.main(5, tmp_path / "noise.npz")
+    images = np.load(tmp_path / "noise.npz")["arr_0"]
+    assert (images.shape, images.dtype) == ((5, 32, 32, 3), np.uint8)
+    assert 120 < images.mean() < 135
