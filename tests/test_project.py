@@ -49,6 +49,11 @@ def test_who_reads_images_needs_no_network():
     assert done.stdout == "set()\n"
 
 
+def test_the_page_on_design_has_the_same_order():
+    listed = re.search(r"\n\n((?:    .+\n)+)\nNothing in a folder", (ROOT / "docs" / "design.md").read_text()).group(1)
+    assert re.findall(r"\w+", listed) == ORDER
+
+
 def test_the_readmes_tree_is_the_tree():
     named = set(re.findall(r"^    (\w[\w./-]*)(?:  |$)", (ROOT / "README.md").read_text(), re.MULTILINE))
     kept = {path.name for path in ROOT.glob("*.py")}
