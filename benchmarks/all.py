@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, each in a process of its own; the flags are handed on:
+"""Runs every benchmark, one after the other, each in a process of its own, with the flags that it is given:
 
     python -m benchmarks.all --quick
 """

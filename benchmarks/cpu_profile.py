@@ -19,13 +19,13 @@ from machine.processes import keep_freed_memory
 from models import SIZES
 from pde_ssm_kernels import cpu
 
-MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are
-LEAST_SHARE = 0.006  # operations with less are added up
+MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are matrices
+LEAST_SHARE = 0.006  # of the time; operations with less are added up
 CPU = torch.device("cpu")
 
 
 def operations(run, calls):
-    """(name, shapes of the operands, how often, milliseconds in all) in one call of `run`, the longest first."""
+    """Lists (name, shapes of the operands, how often, milliseconds in all) in one call of `run`, the longest first."""
     for _ in range(max(2, calls // 6)):
         run()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
@@ -38,7 +38,7 @@ def operations(run, calls):
 
 
 def rate(name, shapes, count, ms):
-    """GFLOP/s of so many products of matrices of these shapes; nothing for other operations."""
+    """Writes the GFLOP/s of `count` products of matrices of these shapes; nothing for other operations."""
     if name not in MATRICES:
         return ""
     (*batch, rows, inner), (*_, columns) = (shapes[i] for i in MATRICES[name])
@@ -60,7 +60,7 @@ def report(title, run, calls):
 
 
 def show_kernels():
-    """Kernels under a name of their own: to the profiler they are no operations."""
+    """Gives kernels a name that the profiler sees, since to it they are not operations."""
     run = cpu.run
 
     def recorded(name, *tensors, **sizes):

@@ -1,6 +1,8 @@
-"""A training step of DiT-N on images of 32 x 32 with every mixer, at 64 tokens and batch 64 and at 256 tokens and batch 16:
+"""Times a training step of DiT-N on images of 32 x 32 with every mixer and some options of ours:
 
     python -m benchmarks.every_mixer
+
+64 tokens at batch 64, and 256 tokens at batch 16.
 """
 
 from functools import partial
@@ -9,13 +11,11 @@ from benchmarks.flags import parse_args
 from benchmarks.report import Report, lines_of, milliseconds
 from benchmarks.sides import training_step
 from benchmarks.timing import time_in_turns
+from mixers import MIXERS
 from models import MODELS
 
-MIXERS = {
-    "attention": dict(mixer="attention"),
-    "pdessm": dict(mixer="pdessm"),
+SIDES = {name: dict(mixer=name) for name in MIXERS} | {
     "gate": dict(mixer="pdessm", gate=True),
-    "pdessm-g": dict(mixer="pdessm-g"),
     "gate-conditioned": dict(mixer="pdessm", gate=True, conditioned=True),
     "conditioned": dict(mixer="pdessm", conditioned=True),
     "pairwise": dict(mixer="pdessm", coupling="pairwise"),
@@ -26,7 +26,7 @@ COLUMNS = {
     "model": lambda row: row["model"],
     "tokens": lambda row: row["tokens"],
     "batch": lambda row: row["batch"],
-    **{f"{name}, ms": milliseconds(name) for name in MIXERS},
+    **{f"{name}, ms": milliseconds(name) for name in SIDES},
 }
 
 
@@ -35,9 +35,9 @@ def main(args):
     for name, batch in MODELS_AND_BATCHES.items():
         options = MODELS[name].keywords | dict(input_size=32, in_channels=3, num_classes=10)
         step = partial(training_step, args.device, batch, compile=args.compile, **options)
-        times = time_in_turns({mixer: partial(step, **how) for mixer, how in MIXERS.items()}, args.device, args.seconds)
+        times = time_in_turns({side: partial(step, **how) for side, how in SIDES.items()}, args.device, args.seconds)
         report.add(model=name, tokens=(32 // options["patch_size"]) ** 2, batch=batch, sides=times)
-    report.finish({"training step, DiT-N": lines_of(report.contents["rows"], MIXERS)})
+    report.finish({"training step, DiT-N": lines_of(report.contents["rows"], SIDES)})
 
 
 if __name__ == "__main__":

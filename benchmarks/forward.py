@@ -15,7 +15,10 @@ COLUMNS = {
 
 
 def measure(table, args, cells):
-    """cells: (size, patch) -> seconds of attention and of PDE-SSM in the paper, at input size 256 and batch 4."""
+    """Times the cells of a table and returns its Report.
+
+    cells: (size, patch) -> seconds of attention and of PDE-SSM in the paper, at input size 256 and batch 4.
+    """
     side, batch = (64, 1) if args.quick else (256, 4)
     report = Report(table, args, COLUMNS, input_size=side, batch=batch)
     if args.quick:

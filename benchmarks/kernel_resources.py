@@ -23,7 +23,7 @@ FLOAT32 = {"symbol", "matrices", "v_hat", "g_hat", "symbol_gradient"}
 
 
 def resources(kernel, dtype, stages, **constants):
-    """(registers of a thread, bytes of those kept in memory, bytes of shared memory), for channels in multiples of 16."""
+    """Returns (registers of a thread, bytes of spilled ones, bytes of shared memory), for channels in multiples of 16."""
     pointers = dict.fromkeys(OF_TOKENS, "*bf16" if dtype == torch.bfloat16 else "*fp32") | dict.fromkeys(FLOAT32, "*fp32")
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     by_16 = [i for i, name in enumerate(kernel.arg_names) if name in pointers or name == "C"]
@@ -38,7 +38,7 @@ def resources(kernel, dtype, stages, **constants):
 
 
 def cases(side, dtype):
-    """(kernel, stages, constants) of what runs on grids of side x side tokens, as pde_ssm_kernels/gpu.py launches it."""
+    """Yields (kernel, stages, constants) of what pde_ssm_kernels/gpu.py launches on grids of side x side tokens."""
     v = torch.empty(1, side, side, 384, dtype=dtype, device="meta")
     if kernels.at_once(side, side):
         yield kernels.forward_kernel, 3, kernels.constants(v, kernels.FORWARD_BYTES)

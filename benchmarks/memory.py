@@ -1,4 +1,4 @@
-"""Peak memory of training by tokens: of one mixer layer, and of a DiT of depth 3 with its optimiser:
+"""Measures the peak memory of training by tokens: of one mixer layer, and of a DiT of depth 3 with its optimiser:
 
     python -m benchmarks.memory --quick      up to 4,096 tokens, on 2 CPU cores within 5 minutes
     python -m benchmarks.memory

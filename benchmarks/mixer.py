@@ -1,4 +1,4 @@
-"""One mixer layer alone, the forward pass for evaluation, and forward and backward, by tokens:
+"""Times one mixer layer alone, the forward pass for evaluation, and forward and backward, by tokens:
 
     python -m benchmarks.mixer --quick      on 2 CPU cores within 5 minutes
     python -m benchmarks.mixer
@@ -71,7 +71,7 @@ def quick_sides(dim, grid):
 
 
 def growth(lines):
-    """By how much the time of each side grows from 4,096 to 16,384 tokens, where both are there."""
+    """Computes by how much the time of each side grows from 4,096 to 16,384 tokens, where both were measured."""
     times = {side: dict(line) for side, line in lines.items()}
     return {side: at[16384] / at[4096] for side, at in times.items() if {4096, 16384} <= at.keys()}
 

@@ -1,4 +1,4 @@
-"""Images per second of a whole sampling run: 50 steps of DDPM with classifier-free guidance, both halves in one batch:
+"""Measures images per second of a whole sampling run: 50 steps of DDPM with classifier-free guidance, both halves in one batch:
 
     python -m benchmarks.sampling --quick                           DiT-S/2, on 2 CPU cores within 5 minutes
     python -m benchmarks.sampling --compile                         DiT-XL/2, compiled as sample.py does it, to a CUDA graph
@@ -26,7 +26,7 @@ GUIDANCE = Guidance(scale=1.5)
 
 
 def rate(name):
-    """The column of a side's images per second."""
+    """Makes the column of a side's images per second."""
     return lambda row: 1e3 * row["batch"] / ms if (ms := milliseconds(name)(row)) else None
 
 

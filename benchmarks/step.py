@@ -1,4 +1,4 @@
-"""A training step of a whole DiT-S/2 by tokens, also against the same model built from timm's and PyTorch's own parts:
+"""Times a training step of a whole DiT-S/2 by tokens, also against the same model built from timm's and PyTorch's own parts:
 
     python -m benchmarks.step --quick      on 2 CPU cores within 5 minutes
     python -m benchmarks.step --tokens-per-step 65536

@@ -1,4 +1,4 @@
-"""The paper's Table 5, the time of a training step by image size and patch, beside attention in both its forms:
+"""Repeats the paper's Table 5, the time of a training step by image size and patch, beside attention in both its forms:
 
     python -m benchmarks.table5 --quick          cells of at most 1,024 tokens at batch 4, on 2 CPU cores within 5 minutes
     python -m benchmarks.table5 --batch 16       all cells; on a GPU the naive attention of the largest wants --batch 2

@@ -1,4 +1,4 @@
-"""The paper's Table 8, the forward pass of DiT-XL by patch:
+"""Repeats the paper's Table 8, the forward pass of DiT-XL by patch:
 
     python -m benchmarks.table8 --quick      input size 64 at batch 1, on 2 CPU cores within 5 minutes, with 10 GB of memory
     python -m benchmarks.table8              the paper's 256 at batch 4, for a GPU

@@ -1,4 +1,4 @@
-"""The paper's Table 9, the forward pass of DiT at patch 2 by size of the model:
+"""Repeats the paper's Table 9, the forward pass of DiT at patch 2 by size of the model:
 
     python -m benchmarks.table9 --quick      input size 64 at batch 1, on 2 CPU cores within 5 minutes; XL is in Table 8
     python -m benchmarks.table9              the paper's 256 at batch 4, for a GPU
