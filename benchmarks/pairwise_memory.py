@@ -1,6 +1,6 @@
 """Measures the peak memory of training one pairwise layer, above what was resident before (Linux):
 
-    export MALLOC_MMAP_THRESHOLD_=65536            glibc hands freed memory back; what it keeps varies by 0.2 GB
+    export MALLOC_MMAP_THRESHOLD_=65536             glibc hands freed memory back; what it keeps varies by 0.2 GB
     python -m benchmarks.pairwise_memory            as it is
     python -m benchmarks.pairwise_memory plain      all wave vectors at once, autograd keeping everything
 
@@ -13,17 +13,27 @@ import sys
 import torch
 
 import pde_ssm
+from pde_ssm import PDESSM
+
+CHANNELS, SIDE, BATCH = 384, 16, 8
+
+
+def main(plain=False):
+    if plain:
+        pde_ssm.CHUNK = 2**62
+    PDESSM(16, coupling="pairwise")(torch.randn(1, 16, 4, 4)).mean().backward()  # loads the libraries
+    layer = PDESSM(CHANNELS, coupling="pairwise")
+    u = torch.randn(BATCH, CHANNELS, SIDE, SIDE, requires_grad=True)
+    before = peak()
+    layer(u).square().mean().backward()
+    print(f"{peak() - before:.2f} GB")
 
 
 def peak():
+    """Returns the most memory that this process has had, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-torch.set_num_threads(1)
-if sys.argv[1:] == ["plain"]:
-    pde_ssm.CHUNK = 2**62
-pde_ssm.PDESSM(16, coupling="pairwise")(torch.randn(1, 16, 4, 4)).mean().backward()  # loads the libraries
-layer, u = pde_ssm.PDESSM(384, coupling="pairwise"), torch.randn(8, 384, 16, 16, requires_grad=True)
-before = peak()
-layer(u).square().mean().backward()
-print(f"{peak() - before:.2f} GB")
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(plain=sys.argv[1:] == ["plain"])

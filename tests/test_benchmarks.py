@@ -9,7 +9,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import flags, forward, plot, sides, table5, table8, table9, timing
+import pde_ssm
+from benchmarks import flags, forward, pairwise_memory, plot, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
 from commands import ROOT
 from mixers import build_mixer
@@ -182,6 +183,24 @@ def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys)
         assert "0.75x" in printed                                          # the paper's of the second row
     if name == "mixer":
         assert "2 x 3" in printed
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_memory_of_a_pairwise_layer(plain, monkeypatch, capsys):
+    for name in ("CHANNELS", "SIDE", "BATCH"):
+        monkeypatch.setattr(pairwise_memory, name, 2)
+    monkeypatch.setattr(pde_ssm, "CHUNK", pde_ssm.CHUNK)
+    pairwise_memory.main(plain)
+    assert re.fullmatch(r"\d+\.\d\d GB\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_the_kernels_whose_resources_are_shown_are_those_of_the_gpu(side):
+    pytest.importorskip("triton")
+    from benchmarks.kernel_resources import cases
+
+    for kernel, _, constants in cases(side, torch.float32):
+        assert constants.keys() <= set(kernel.arg_names)
 
 
 def test_without_matplotlib_there_is_no_plot_and_it_is_said(args, monkeypatch, capsys):
