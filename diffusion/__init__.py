@@ -1,4 +1,11 @@
-"""Diffusion objectives and samplers for any callable (x, t, **kwargs); nothing here knows a model."""
+"""Diffusion objectives and samplers for any callable (x, t, **kwargs); nothing here knows a model.
+
+    ddpm.py, flow.py    the objectives: Gaussian diffusion and flow matching
+    samplers.py         from noise to images, step by step
+    guidance.py         classifier-free guidance of a network
+    noise.py            random numbers that belong to images
+    drawing.py          all of it together: from labels to pictures
+"""
 
 from .ddpm import GaussianDiffusion, beta_schedule, spaced_timesteps
 from .flow import PATHS, TIMES, FlowMatching
