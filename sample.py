@@ -35,7 +35,7 @@ def main(args, processes):
     objective, sampler = diffusion.create_sampler(settings["objective"], args.sampler, steps, **trained(settings))
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
     check_writable(args.out, "--out")
-    prepare_to_sample(model, args, processes.device)
+    prepare_to_sample(model, processes.device, args.precision, args.compile, args.backend, args.deterministic)
     space = load_trained_space(settings["vae"], processes.device, None if args.vae else settings.get("vae_digest"))
 
     drawn = in_words(model, settings, sampler, steps, args.precision, guidance)

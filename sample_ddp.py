@@ -45,7 +45,7 @@ def main(args, processes):
         reference = open_source(args.evaluate, network)
         look_ahead(reference, Source("the samples", None, range(count), {}, None), network, processes)
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
-    prepare_to_sample(model, args, processes.device)
+    prepare_to_sample(model, processes.device, args.precision, args.compile, args.backend, args.deterministic)
     space = load_trained_space(settings["vae"], processes.device, None if args.vae else settings.get("vae_digest"))
     folder = Path(args.sample_dir) / folder_name(settings, args.ckpt, args.cfg_scale, args.global_seed)
     size = [side * space.factor for side in model.input_size]

@@ -4,7 +4,6 @@
     python -m benchmarks.sampling --compile                         DiT-XL/2, compiled as sample.py does it, to a CUDA graph
 """
 
-from argparse import Namespace
 from functools import partial
 
 import torch
@@ -61,7 +60,7 @@ def sampling_run(device, backend, batch, steps, precision, compile, **options):
     """Returns a function that takes all steps from noise to images. precision, compile and backend: the flags of sample.py;
     options: those of build_model."""
     model = build_model(device, **options).eval().requires_grad_(False)
-    prepare_to_sample(model, Namespace(backend=backend, deterministic=False, precision=precision, compile=compile), device)
+    prepare_to_sample(model, device, precision, compile, backend)
     diffusion = create_diffusion(str(steps))
     noise = torch.randn(batch, model.in_channels, *model.input_size, device=device)
     labels = torch.randint(model.num_classes, (batch,), device=device)

@@ -18,14 +18,14 @@ def add_speed_flags(add):
     add("--pde-backend", **kernels, help="of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; or what kernels can")
 
 
-def prepare_to_sample(model, args, device):
-    """Makes every call of a trained model follow --deterministic, --precision, --compile and --pde-backend, on that device.
-    ValueError where the machine cannot. Its weights must not change afterwards."""
-    if args.deterministic:
+def prepare_to_sample(model, device, precision="fp32", compile=False, backend="default", deterministic=False):
+    """Makes every call of a trained model run on that device in this precision, compiled or not, by that backend of the PDE,
+    and with the same bits every time or not. ValueError if the machine cannot. The weights must not change afterwards."""
+    if deterministic:
         be_deterministic()
-    choose_backend(args.backend, model, device)
-    forward = in_precision(model.forward, args.precision, device)
-    if args.compile:
+    choose_backend(backend, model, device)
+    forward = in_precision(model.forward, precision, device)
+    if compile:
         check_compiler(device)
         keep_symbols(model)
         forward = compile_whole(forward, device)

@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from functools import partial
 
 import numpy as np
@@ -81,7 +80,7 @@ def test_compiled_samples_are_the_plain_ones(randomize, compilations, sampler, g
     """Guidance doubles the batch, so guidance on a part of the way takes two sizes of batches; they are compiled once."""
     model = build(randomize, learn_sigma=sampler in SAMPLERS, **model)
     plain = samples(model, sampler, *guidance)
-    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    prepare_to_sample(model, CPU, **PLAIN | dict(compile=True))
     torch.testing.assert_close(samples(model, sampler, *guidance), plain, rtol=1e-4, atol=1e-5)
     assert compilations.frame_count == times
 
@@ -99,7 +98,7 @@ def test_a_compiled_network_computes_symbols_once(randomize, compilations, monke
     model, calls = build(randomize, mixer="pdessm"), []
     compute = pde_ssm.Diagonal.compute_rows
     monkeypatch.setattr(pde_ssm.Diagonal, "compute_rows", lambda *a: calls.append(a) or compute(*a))
-    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True, backend=backend)), CPU)
+    prepare_to_sample(model, CPU, **PLAIN | dict(compile=True, backend=backend))
     for _ in range(2):
         samples(model, "ddim", 2.0, None, INTERVAL)
     assert len(calls) == len(model.blocks)
@@ -136,7 +135,7 @@ def test_cuda_graphs_draw_the_same(randomize, sampler):
     device = torch.device("cuda", 0)
     model = build(randomize, learn_sigma=sampler in SAMPLERS, mixer="pdessm").to(device)
     plain = samples(model, sampler, 2.0, None, INTERVAL)
-    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), device)
+    prepare_to_sample(model, device, **PLAIN | dict(compile=True))
     torch.testing.assert_close(samples(model, sampler, 2.0, None, INTERVAL), plain, rtol=1e-3, atol=1e-3)
     torch.compiler.reset()
 
@@ -153,7 +152,7 @@ def test_a_pde_compiled_to_the_end_is_the_same():
 
     model, x = Mixer(8).eval(), torch.randn(2, 8, 4, 6)
     plain = model(x, None, None)
-    prepare_to_sample(model, Namespace(**PLAIN | dict(compile=True)), CPU)
+    prepare_to_sample(model, CPU, **PLAIN | dict(compile=True))
     compiled = model(x, None, None)
     torch.compiler.reset()
     torch.testing.assert_close(compiled, plain)
@@ -167,7 +166,7 @@ def test_half_precision_is_near_full(randomize, mixer, precision, bound):
     model = build(randomize, mixer=mixer)
     x, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 500), torch.tensor([1, 2, 10, 10])
     plain, drawn = (model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)), samples(model, "ddim", 2.0, steps=10)
-    prepare_to_sample(model, Namespace(**PLAIN | dict(precision=precision)), CPU)
+    prepare_to_sample(model, CPU, **PLAIN | dict(precision=precision))
     for out, expected in zip((model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)), plain):
         assert out.dtype == torch.float32
         assert 0 < (out - expected).abs().max() < bound * expected.abs().max()
@@ -212,11 +211,12 @@ def test_what_a_machine_cannot_do_ends_in_one_line(tmp_path, monkeypatch, checkp
 
 
 def test_without_triton_there_are_no_kernels(randomize, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pde_ssm_triton", None)
-    settings = Namespace(**PLAIN | dict(backend="triton"))
+    monkeypatch.setitem(sys.modules, "pde_ssm_kernels.gpu", None)
+    monkeypatch.delattr("pde_ssm_kernels.gpu")
+    settings = PLAIN | dict(backend="triton")
     with pytest.raises(ValueError, match=r"--pde-backend triton: .* its kernels are not installed; --pde-backend auto"):
-        prepare_to_sample(build(randomize, mixer="pdessm"), settings, CPU)
-    prepare_to_sample(build(randomize), settings, CPU)  # attention needs none
+        prepare_to_sample(build(randomize, mixer="pdessm"), CPU, **settings)
+    prepare_to_sample(build(randomize), CPU, **settings)  # attention needs none
 
 
 def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatch, checkpoint):
