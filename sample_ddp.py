@@ -36,11 +36,11 @@ def main(args, processes):
         raise ValueError(f"--num-fid-samples {count:,}: seeds tell 4,294,967,296 images apart, not more")
     name = args.ckpt or public_checkpoint(args.model, args.mixer, args.image_size, args.num_classes)
     if processes.rank == 0:
-        find_checkpoint(name)  # if it must be fetched, then once
+        find_checkpoint(name)  # fetches it once, if that is needed
     processes.barrier()
     model, settings = load_model(find_checkpoint(name), args, "ema", args.ema)
     objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **trained(settings))
-    if args.evaluate:  # what is missing for it shows before the work
+    if args.evaluate:  # what it lacks shows before the work
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)
         look_ahead(reference, Source("the samples", None, range(count), {}, None), network, processes)
@@ -53,7 +53,7 @@ def main(args, processes):
         drawn = dict(sampler=sampler.__name__, num_sampling_steps=args.num_sampling_steps)
         drawn |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(guidance.interval))
         made_with = settings_of_images(model, settings, space, drawn, args.precision)
-        record = claim_folder(folder, made_with, count)  # noqa: F841  which locks it as long as it is open
+        record = claim_folder(folder, made_with, count)  # noqa: F841  it locks the folder as long as it is open
         check_folder(folder, size, count)
     processes.barrier()
     batches = unfinished_batches(folder, args.per_proc_batch_size, count)

@@ -74,7 +74,7 @@ class GaussianDiffusion:
         self.posterior_variance = self.betas * (1 - before) / (1 - abar)
         # The last step's posterior has no width, so no logarithm: it takes that of the step before.
         self.posterior_log_variance_clipped = _first_from_second(self.posterior_variance).log()
-        # One device's copy of every table that is looked up by t, made when first asked for.
+        # Copies every table that is looked up by t to a device when it is first asked for there.
         self._tables = lru_cache(lambda device: SimpleNamespace(
             t=torch.tensor(self.timestep_map, device=device),
             signal=abar.sqrt().to(device), noise=(1 - abar).sqrt().to(device),

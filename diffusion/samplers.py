@@ -45,7 +45,7 @@ def ddim(
         abar, before = diffusion.table("abar", t, x), diffusion.table("abar_prev", t, x)
         sigma = eta * ((1 - before) / (1 - abar) * (1 - abar / before)).sqrt()
         noise = randn_like(x)
-        rest = (1 - before - sigma**2).clamp(min=0).sqrt()                # at eta = 1 it may be 0, but for rounding
+        rest = (1 - before - sigma**2).clamp(min=0).sqrt()                # at eta = 1 rounding may take it below 0
         x = before.sqrt() * x_start + rest * predicted + (t[0] > 0) * sigma * noise
     return x
 
@@ -94,13 +94,13 @@ def heun(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=Fals
     dt = 1 / flow.num_timesteps
     for t in _count_up(flow, x, progress):
         here = flow.velocity(model, x, t, model_kwargs)
-        there = flow.velocity(model, x + dt * here, (t + dt).clamp(max=1), model_kwargs)  # or rounding may pass over 1
+        there = flow.velocity(model, x + dt * here, (t + dt).clamp(max=1), model_kwargs)  # rounding may go beyond 1
         x = x + dt / 2 * (here + there)
     return _clip(x, clip_denoised)
 
 
-# Dormand and Prince's method of order 5 (1980): for every stage its place in the step and its weights of the velocities
-# before it, the last stage being the end of the step; then the weights of the difference to the result of order 4.
+# Dormand and Prince's method of order 5 (1980). Each stage has its place in the step and its weights of the velocities before
+# it; the last stage is the end of the step. DIFFERENCE weighs the velocities to give the difference to the result of order 4.
 STAGES = (
     (1 / 5, (1 / 5,)),
     (3 / 10, (3 / 40, 9 / 40)),
@@ -110,7 +110,7 @@ STAGES = (
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 DIFFERENCE = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-SHORTEST = 1e-4  # step of rk45, which is taken whatever its error: velocities may jump, where guidance begins or ends
+SHORTEST = 1e-4  # rk45 takes this step whatever its error: velocities may jump, for example where guidance begins or ends
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def rk45(
             velocities.append(velocity(end, left - place * step))
         error = dt * sum(w * v for w, v in zip(DIFFERENCE, velocities))
         error = (error / (atol + rtol * torch.maximum(x.abs(), end.abs()))).flatten(1).square().mean(1).sqrt().double()
-        error = error.nan_to_num(0, 0)  # what is not finite gets no better by shorter steps
+        error = error.nan_to_num(0, 0)  # shorter steps do not help images that are not finite
         taken = (error <= 1) | (step <= SHORTEST)                          # (B,)
         left = torch.where(taken, left - step, left)
         here = taken.view(dt.shape)

@@ -37,7 +37,7 @@ def open_network(name, weights=None, dim=None):
         network = Inception(dim or 2048)
         network.load_state_dict(torch.load(find_inception(weights), map_location="cpu", weights_only=True))
     elif name == "efficientnet-lite0":
-        if weights or dim:  # rather than numbers of another kind than those asked for
+        if weights or dim:  # they would be ignored, and the numbers be of another kind than asked for
             raise ValueError(f"{'--weights' if weights else '--feature-dim'} is for --features inception; {name} has its own")
         network = EfficientNetLite0()
     else:
@@ -106,7 +106,7 @@ class Inception(nn.Sequential):
         self.resize = resizing.interpolate_bilinear_2d_like_tensorflow1x
 
     def forward(self, images):
-        # TensorFlow 1's bilinear interpolation, whose pixels have their places at their corners.
+        # TensorFlow 1's bilinear interpolation takes a pixel's corner for its place.
         x = self.resize(images.float(), (self.side, self.side), align_corners=False)
         x, features = (x - 128) / 128, {}
         for name, layer in self.named_children():

@@ -96,7 +96,7 @@ def precision_recall(ref, sample, k=NEAREST, block=BLOCK, exact=False, progress=
     ref, sample = map(torch.as_tensor, (ref, sample))
     if min(len(ref), len(sample)) <= k:
         raise ValueError(f"precision and recall need more than {k} images a side; there are {len(ref)} and {len(sample)}")
-    if exact:  # from the middle, so that a common offset costs no digits
+    if exact:  # subtracting the mean keeps the digits that a common offset would cost
         middle, block = ref.double().mean(0), min(block, 2000)
         ref, sample = ref - middle, sample - middle
     refs, samples = ref.split(block), sample.split(block)
@@ -110,7 +110,7 @@ def precision_recall(ref, sample, k=NEAREST, block=BLOCK, exact=False, progress=
             raise ValueError("precision and recall: features are too large for their squared distances to be finite")
         return d
 
-    def radii(parts):  # the nearest of all is the point itself
+    def radii(parts):  # k + 1, since the nearest of all is the point itself
         for rows in parts:
             near = [distances(rows, part).topk(min(k + 1, len(part)), largest=False).values for part in parts]
             yield torch.cat(near, 1).topk(k + 1, largest=False).values[:, k]
@@ -145,7 +145,7 @@ def _exact_distances(a, b):
     """Computes squared distances (n, m) in float64, right to 1e-9 of themselves and 0 between equal features."""
     norm_a, norm_b = a.square().sum(1)[:, None], b.square().sum(1)
     d = (a @ b.T).mul_(-2).add_(norm_a).add_(norm_b)
-    for near in (d <= 1e-6 * (norm_a + norm_b)).nonzero().split(1000):  # whose digits the sums have lost
+    for near in (d <= 1e-6 * (norm_a + norm_b)).nonzero().split(1000):  # differences of near points have lost their digits
         i, j = near.T
         d[i, j] = (a[i] - b[j]).square().sum(1)
     return d

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-# Of diffusers' autoencoders those whose latents are one map per image. Latents without a distribution have no spread.
+# Diffusers' autoencoders that make one map of latents per image. Some give no distribution; their latents have no spread.
 KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-AT_ONCE = 2**20  # pixels that an autoencoder sees at once, or one image: what is between its layers takes the memory
+AT_ONCE = 2**20  # pixels, or one image, that an autoencoder takes at once: the values between its layers need much memory
 ENCODER, DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.", "quantize.")
 
 
@@ -100,7 +100,7 @@ class LatentSpace:
         decoded images depend on."""
         weights = {name: w for name, w in self.vae.state_dict().items() if name.startswith(names)}
         weights["scaling_factor"] = torch.tensor(self.scale)
-        # Left out where they are nothing, as they were before they were known.
+        # Settings that change nothing are left out, so that digests in older files and checkpoints stay right.
         weights |= {} if self.kind == KINDS[0] else {self.kind: torch.empty(0)}
         weights |= {"shift_factor": torch.as_tensor(self.shift)} if torch.as_tensor(self.shift).any() else {}
         weights |= {"latents_std": self.spread} if isinstance(self.spread, torch.Tensor) else {}

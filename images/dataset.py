@@ -17,8 +17,8 @@ from images.named import CIFAR10_FOLDER, DATASETS, read_cifar10, read_digits, re
 from machine.stops import read, shelter
 
 CHECK = "first read every image once, name those that cannot be read, and end if there are any"
-SIZES = 10_000  # files whose sizes a run compares, evenly spread: to look up those of a million takes minutes on some disks
-LONG = 16  # sides of an image: above it, one a pixel wide could become gigabytes before it is cropped
+SIZES = 10_000  # files whose sizes a run compares, evenly spread: looking up a million takes minutes on some disks
+LONG = 16  # a longer image, by this ratio of its sides, is cropped first: scaled as a whole, it could take gigabytes
 
 
 def center_crop_arr(image, image_size):

@@ -31,7 +31,7 @@ def encode(args, processes):
     if args.image_size % space.factor:
         raise ValueError(f"--image-size {args.image_size} is not divisible by {space.factor}, the factor of the VAE")
     if processes.rank > 0:
-        processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
+        processes.barrier()  # rank 0 looks first and may join a data set's files, which the others then find
     workers = worker_count(args.num_workers, args.data_path)
     images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
     classes = describe_classes(images.classes) if images.num_classes and images.classes else []

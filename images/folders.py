@@ -20,7 +20,7 @@ FORMATS = [
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")} - {".pfm"}
 SYSTEM = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "#recycle", "#snapshot", "system volume information",
           "thumbs.db", "ehthumbs.db", "desktop.ini"}  # fmt: skip
-LARGEST = 2**28  # pixels of an image, which take 1 GB; a file of some kilobytes can claim to have many more
+LARGEST = 2**28  # pixels of an image, which take 1 GB; a file of a few kilobytes can claim many more
 
 # Pillow's own limits are 89 million pixels, and 1 MB of a text or colour profile, which nothing here uses.
 Image.MAX_IMAGE_PIXELS = LARGEST
@@ -60,10 +60,10 @@ def _bits(image):
         image.fp.seek(0)
         contents = image.fp.read()
         image.fp.seek(place)
-        header = contents.find(b"\xff\x4f\xff\x51")  # of the codestream, which boxes of any length may precede
+        header = contents.find(b"\xff\x4f\xff\x51")  # the codestream begins here, after boxes of any length
         return (contents[header + 42] & 127) + 1 if header >= 0 else 8  # of the first channel
     if image.format in ("PNG", "PPM"):
-        how = image.tile[0][3]  # a raw mode, such as RGB;16B, and of PPM perhaps the largest value
+        how = image.tile[0][3]  # a raw mode, such as RGB;16B; for PPM perhaps with the largest value
         return 16 if ";16" in how else how[-1].bit_length() if isinstance(how, tuple) else 8
     return 8
 
@@ -144,7 +144,7 @@ def _walk(root, labelled):
             seen.add(real)
             names, outside = [], labelled and folder == root
             found.append((label, folder, real, names))
-            with os.scandir(folder) as entries:  # which knows what an entry is, so that only links are looked up
+            with os.scandir(folder) as entries:  # entries know what they are, so that only links are looked up
                 for entry in entries:
                     name = entry.name
                     if hidden(name):

@@ -97,7 +97,7 @@ def claim_folder(folder, index):
     """Writes the index of latents that are to be made, or checks that those in the folder have the same. ValueError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     if holds_latents(folder):
-        before = dict(names=index["names"]) | read_index(folder)  # older ones do not know them
+        before = dict(names=index["names"]) | read_index(folder)  # older indexes have no names
         differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
         if differences:
             raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
@@ -106,7 +106,7 @@ def claim_folder(folder, index):
     else:
         with whole_file(folder / INDEX, "index") as file:
             file.write(json.dumps(index, indent=1).encode())
-    for leftover in folder.glob("*.partial"):  # of a run that was killed
+    for leftover in folder.glob("*.partial"):  # a run that was killed left it
         leftover.unlink()
 
 

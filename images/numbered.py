@@ -38,7 +38,7 @@ def claim_folder(folder, settings, count):
     lock(record, folder)
     record.seek(0)
     try:
-        before = dict(precision="fp32") | json.loads(record.read())  # which older folders do not mention
+        before = dict(precision="fp32") | json.loads(record.read())  # older folders do not mention it
     except (ValueError, TypeError) as error:  # new, or cut short
         if drawn:
             raise ValueError(strange) from error

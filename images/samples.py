@@ -79,7 +79,7 @@ class NpzImages:
             try:
                 with archive.open("arr_0.npy") as file:
                     yield file
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:  # the last if encrypted
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:  # the last: encrypted
                 raise OSError(f"arr_0 of {self.path} is damaged ({error})") from error
 
 
