@@ -313,10 +313,10 @@ def test_names_that_no_locale_can_spell_are_logged(tmp_path, photos, shallow, ca
     assert r"gr\xfcn/wei\xdf/7.png" in log
 
 
-def test_workers_that_are_not_forked_read_everything(tmp_path, spoilt):
-    write_database(tmp_path / "lmdb", [Image.new("RGB", (9, 8), (i, 0, 0)) for i in range(2)])
-    database = dataset.TrainingImages(named._Database(tmp_path / "lmdb"), 8, 0, True)
-    sources = dataset.Replacing(load_dataset(spoilt[0], 8), 3), database
+def test_workers_that_are_not_forked_read_everything(tmp_path, spoilt, monkeypatch):
+    expect(monkeypatch, "lsun-church", 2)
+    write_database(tmp_path / "church_outdoor_train_lmdb", [Image.new("RGB", (9, 8), (i, 0, 0)) for i in range(2)])
+    sources = dataset.Replacing(load_dataset(spoilt[0], 8), 3), load_dataset(str(tmp_path), 8, name="lsun-church")
     together = ConcatDataset(sources)
     numbers = [0, 15, 40, 41]
     loader = DataLoader(together, batch_size=None, sampler=numbers, num_workers=1, multiprocessing_context="spawn")
