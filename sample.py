@@ -9,9 +9,8 @@ import argparse
 
 import torch
 
-import diffusion
 from checkpoints.build import load_model
-from diffusion import OBJECTIVES, PATHS
+from diffusion import OBJECTIVES, PATHS, create_sampler
 from diffusion.drawing import choose_classes, draw
 from diffusion.guidance import create_guidance, guidance_in_words
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
@@ -29,10 +28,10 @@ from models import MODELS
 def main(args, processes):
     torch.set_float32_matmul_precision("high")
     name = args.ckpt or public_checkpoint(args.model, args.mixer, args.image_size, args.num_classes)
-    model, settings = load_model(find_checkpoint(name), args, "mse", args.ema)
+    model, settings = load_model(find_checkpoint(name), vars(args), "mse", args.ema)
     labels = [label for label in choose_classes(model, args.class_labels) for _ in range(args.samples_per_class)]
     steps = args.num_sampling_steps
-    objective, sampler = diffusion.create_sampler(settings["objective"], args.sampler, steps, **trained(settings))
+    objective, sampler = create_sampler(settings["objective"], args.sampler, steps, **trained(settings))
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
     check_writable(args.out, "--out")
     prepare_to_sample(model, processes.device, args.precision, args.compile, args.backend, args.deterministic)
@@ -57,19 +56,6 @@ def in_words(model, settings, sampler, steps, precision, guidance):
     steps = "steps of its own" if sampler is FLOW_SAMPLERS["rk45"] else f"{steps} steps"
     how = f"{settings['objective']} by {sampler.__name__.replace('_', '-')} in {steps}, {precision}"
     return f"{settings['model']} with mixer {mixer}, {how}, {guidance_in_words(guidance, model)}"
-
-
-def create_sampler(args, settings):  # train.py's call, until it takes the functions below
-    known = {name: settings[name] for name in ("path", "time_scale", "learn_sigma") if name in settings}
-    return diffusion.create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **known)
-
-
-def class_labels(args, model):
-    return choose_classes(model, args.class_labels)
-
-
-def read_guidance(args, channels):
-    return create_guidance(args.cfg_scale, channels, args.cfg_channels, args.cfg_interval)
 
 
 def add_model_flags(add, vae):

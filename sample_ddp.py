@@ -38,7 +38,7 @@ def main(args, processes):
     if processes.rank == 0:
         find_checkpoint(name)  # fetches it once, if that is needed
     processes.barrier()
-    model, settings = load_model(find_checkpoint(name), args, "ema", args.ema)
+    model, settings = load_model(find_checkpoint(name), vars(args), "ema", args.ema)
     objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **trained(settings))
     if args.evaluate:  # what it lacks shows before the work
         network = open_network(args.features, args.weights)

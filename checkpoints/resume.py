@@ -1,66 +1,57 @@
 """Going on with a run that was stopped: from which checkpoint, whether with the same settings, and which ones are kept.
 
-Nothing but a checkpoint is needed to go on to the bit: what is random belongs to images and steps, and so does their order.
+A checkpoint is all that it takes to go on to the bit: what is random belongs to images and steps, and so does their order.
 """
 
-import json
 import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoints.build import save_checkpoint
 from checkpoints.read import average_names, read_checkpoint
 from checkpoints.sharded import check_pieces, load_sharded, read_settings, save_sharded
 from images.folders import listed
-from machine.files import lock
 from machine.precision import rounding
 from machine.processes import explain, one_line
 from machine.stops import STATUS, Stopped, end_readers, postpone
 
-# Settings that may change on the way: how long, how fast and how watched a run is. Some change rounding.
-FREE = {
-    "results_dir", "resume", "allow_changes", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "keep_last",
-    "keep_every", "val_path", "device", "compile", "backend", "grad_checkpointing", "grad_accum", "max_skipped",
-    "parallel", "deterministic", "ema_device", "sample_every", "probe_every", "features", "weights", "tracker",
-    "check_data", "max_bad_images", "data", "class_names",  # for these two see changed_images
-}  # fmt: skip
+ABOUT_IMAGES = {"data", "class_names"}  # settings that changed_images compares
 WITHOUT_FLAG = {"vae_digest": "the encoder of --vae"}
-warned = set()
-KINDS = (".pt", ".dcp")  # a file, and with --parallel fsdp a folder
+ENDINGS = (".pt", ".dcp")  # of a file, and with --parallel fsdp of a folder
 logger = logging.getLogger("train")
 
 
 def checkpoints(experiment):
-    """(step, path) of an experiment's checkpoints, the newest first."""
-    found = [path for path in Path(experiment, "checkpoints").glob("*.*") if path.suffix in KINDS and path.stem.isdecimal()]
+    """Returns (step, path) of an experiment's checkpoints, the newest first."""
+    found = [path for path in Path(experiment, "checkpoints").glob("*.*") if path.suffix in ENDINGS and path.stem.isdecimal()]
     return sorted(((int(path.stem), path) for path in found), reverse=True)
 
 
-def find_checkpoint(resume, args):
-    """The checkpoint that --resume means: a file, or the newest whole one of an experiment's folder; with "auto" of the last
-    experiment in --results-dir that has any, where None says that there is none.
+def checkpoint_to_resume(resume, results_dir, model):
+    """Returns the path of the checkpoint that --resume means: a file, or the newest whole one of an experiment's folder; with
+    "auto" of the last experiment of that model in results_dir that has any, or None if there is none.
 
-    ValueError or OSError if what was named cannot be gone on from, or all checkpoints are damaged.
+    ValueError or OSError if no run can go on from what was named, or all checkpoints are damaged.
     """
     if resume == "auto":
-        name = re.compile(rf"\d{{3,}}-{re.escape(args.model.replace('/', '-'))}", re.ASCII)
-        root = Path(args.results_dir)
+        name = re.compile(rf"\d{{3,}}-{re.escape(model.replace('/', '-'))}", re.ASCII)
+        root = Path(results_dir)
         experiments = [entry for entry in root.iterdir() if name.fullmatch(entry.name)] if root.is_dir() else []
         experiments = [entry for entry in experiments if checkpoints(entry)]
         if not experiments:
             return None
         resume = max(experiments, key=lambda entry: int(entry.name.partition("-")[0]))
     resume = Path(resume)
-    if resume.suffix in KINDS:
+    if resume.suffix in ENDINGS:
         check_whole(resume)
         if resume.parent.name != "checkpoints" or not resume.stem.isdecimal():
             raise ValueError(f"--resume {resume}: a run goes on from a file <step>.pt in its folder's checkpoints")
@@ -80,7 +71,7 @@ def find_checkpoint(resume, args):
 
 
 def check_whole(path):
-    """ValueError for a checkpoint of which a byte is missing or has changed."""
+    """Reads a whole checkpoint. ValueError if a byte of it is missing or has changed."""
     if path.is_dir():
         return check_pieces(path)
     if not path.is_file():
@@ -94,30 +85,21 @@ def check_whole(path):
         raise ValueError(f"{path} is damaged ({damaged})")
 
 
-def find_run(args, processes):
-    """What the checkpoint that --resume means holds but for its tensors, its path and step among it; None where a new run is to
-    begin.
-
-    ValueError that names every setting that is not what it was and decides about the weights, unless --allow-changes.
-    """
-    path = processes.share(find_checkpoint(args.resume, args) if args.resume and processes.rank == 0 else None)
-    if path is None:
-        return None
+def read_run(path):
+    """Returns what a checkpoint holds but for its tensors, with its path: step, args, scaler and what else there is. ValueError
+    if no run can go on from it."""
     sharded = path.suffix == ".dcp"
     contents = read_settings(path) if sharded else read_checkpoint(path)
     needed = {"args", "step", "scaler"} if sharded else {"args", "step", "scaler", "model", "ema", "opt"}
     if missing := needed - contents.keys():
         raise ValueError(f"--resume {path}: no run can go on from it, it lacks {', '.join(sorted(missing))}")
-    changes = changed_settings(contents["args"], vars(args))
-    if changes and not args.allow_changes:
-        raise ValueError(f"{path} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
     plain = {name: value for name, value in contents.items() if not name.startswith(("model", "ema", "opt"))}
-    return plain | dict(path=path, changes=changes)
+    return plain | dict(path=path)
 
 
 def record_rounding(run, processes):
     """Returns what the bits of a run's weights depend on, one dict for each time that it went on under other conditions, and a
-    line that says what has changed since its last checkpoint, or None."""
+    line that says what has changed since its last checkpoint, or None. run: of read_run, or None for a new one."""
     now, before = rounding(processes), run.get("rounding", []) if run else []
     if not before or before[-1] == now:
         return before or [now], None
@@ -126,9 +108,11 @@ def record_rounding(run, processes):
     return [*before, now], f"The last bits may differ from those of a run that was not stopped: {changes}"
 
 
-def changed_settings(before, now):
-    free = FREE | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural, another is not
-    names = [name for name in now if name in before and name not in free and before[name] != now[name]]
+def changed_settings(before, now, may_change):
+    """Returns a phrase for every setting, of those that decide about the weights, that is not what it was. before, now: dicts.
+    may_change: names of settings that decide about nothing else than how long, how fast and how watched a run is."""
+    ignored = may_change | ABOUT_IMAGES | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural
+    names = [name for name in now if name in before and name not in ignored and before[name] != now[name]]
     called = {name: WITHOUT_FLAG.get(name, f"--{name.replace('_', '-')}") for name in names}
     changes = [f"{called[name]} was {before[name]} and is {now[name]}" for name in names] + changed_images(before, now)
     if changes and any(name in before and before[name] != now[name] for name in ("global_batch_size", "global_seed", "data")):
@@ -137,7 +121,7 @@ def changed_settings(before, now):
 
 
 def changed_images(before, now):
-    """What has become of the images at --data-path since, as far as the checkpoint knows of them: older ones do not."""
+    """Returns a phrase for each change in the images at --data-path, as far as a checkpoint knows them: older ones do not."""
     changes, (was, is_) = [], (set(settings.get("class_names") or now["class_names"] or ()) for settings in (before, now))
     if was != is_:
         parts = [f"{kind}: {listed(sorted(names))}" for kind, names in (("gone", was - is_), ("new", is_ - was)) if names]
@@ -151,7 +135,7 @@ def changed_images(before, now):
 
 
 def restore(learner, run):
-    """Makes the learner what it was. ValueError if the checkpoint's tensors are not the learner's."""
+    """Makes the learner what it was at the checkpoint of read_run. ValueError if its tensors are not the learner's."""
     if run["path"].suffix == ".dcp":
         load_sharded(run["path"], tensors(learner))
     else:
@@ -159,7 +143,7 @@ def restore(learner, run):
         contents = read_checkpoint(run["path"])
         names = [name for name, _ in learner.model.named_parameters()]
         moments = {names[number]: state for number, state in contents["opt"]["state"].items()}
-        fill(tensors(learner), contents | dict(opt=moments), run["path"])
+        copy_into(tensors(learner), contents | dict(opt=moments), run["path"])
     if run["scaler"]:  # empty if the run was not in float16
         learner.scaler.load_state_dict(run["scaler"])
     if spoilt := first_not_finite(learner):
@@ -167,13 +151,13 @@ def restore(learner, run):
     learner.step = run["step"]
 
 
-def fill(values, stored, path):
-    """Copies tensors into those of the same name, in dicts of dicts."""
+def copy_into(values, stored, path):
+    """Copies stored tensors into those of the same name, in dicts of dicts. ValueError if a name or shape differs."""
     for name, value in values.items():
         if name not in stored:
             raise ValueError(f"{path} does not fit: {name} is missing")
         if isinstance(value, dict):
-            fill(value, stored[name], path)
+            copy_into(value, stored[name], path)
         elif value.shape != stored[name].shape:
             raise ValueError(f"{path} does not fit: {name} is {tuple(stored[name].shape)}, not {tuple(value.shape)}")
         elif isinstance(value, DTensor):
@@ -182,15 +166,15 @@ def fill(values, stored, path):
             value.copy_(stored[name])
 
 
-def save_run(experiment, learner, args, processes, rounding, alone=False):
-    """Writes a checkpoint, deletes those that are not to be kept, and returns its path.
+def save_run(experiment, learner, settings, processes, rounding, alone=False):
+    """Writes a checkpoint with a dict of settings, and returns its path.
 
     Every process calls it, or, alone, one that cannot wait for the others: it writes what no other writes, and returns None if
     there is nothing to do. ValueError for weights, averages or moments that are not finite, which would take the place of good
     ones; OSError if it cannot be written, or only elsewhere, or not by one process alone.
     """
-    contents = dict(args=vars(args), step=learner.step, scaler=learner.scaler.state_dict(), rounding=rounding)
-    sharded, first = args.parallel == "fsdp", processes.rank == 0
+    contents = dict(args=settings, step=learner.step, scaler=learner.scaler.state_dict(), rounding=rounding)
+    sharded, first = isinstance(learner.model, FSDPModule), processes.rank == 0
     path = Path(experiment, "checkpoints", f"{learner.step:07d}.{'dcp' if sharded else 'pt'}")
     if alone and sharded:
         raise OSError(f"cannot write the checkpoint {path}: every process has a part of it, and they have lost each other")
@@ -211,9 +195,6 @@ def save_run(experiment, learner, args, processes, rounding, alone=False):
     except Stopped:
         logger.warning(f"{path} is not written, because Ctrl-C came twice")
         raise
-    if first:
-        with best_effort("Deleting older checkpoints"):
-            keep(experiment, learner.step, args.keep_last, args.keep_every)
     return path
 
 
@@ -266,74 +247,30 @@ def rescue(learner, save):
             raise
 
 
-@contextmanager
-def best_effort(what):
-    """What training can do without: an error inside becomes a warning, once each."""
-    try:
-        yield
-    except Exception as error:
-        warn_once(f"{what} failed, and training goes on: {one_line(error)}")
-
-
-def warn_once(message):
-    if message not in warned:
-        warned.add(message)  # first, for the warning may be what cannot be written
-        logger.warning(message)
-
-
-def open_log(folder):
-    """A handler that writes to the experiment's log.txt, as long as that can be written."""
-    log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-    lock(log.stream, folder)
-    log.handleError = lambda record: warn_once(f"Writing to {log.baseFilename} failed, and training goes on: {sys.exception()}")
-    return log
-
-
-def keep(experiment, newest, last, every):
+def delete_older(experiment, newest, last, every):
     """Deletes all checkpoints but the newest `last` and those of every `every`-th step; with last None, none.
 
     Those after step `newest` are damaged, or the run would have gone on from them: they do not count and stay.
     """
-    kept = [(step, path) for step, path in checkpoints(experiment) if step <= newest]
-    for step, path in kept[last:] if last else []:
+    older = [(step, path) for step, path in checkpoints(experiment) if step <= newest][last:] if last else []
+    for step, path in older:
         if not every or step % every:
             delete(path)
 
 
+def delete_half_written(experiment):
+    """Deletes the files that a kill left half written in an experiment's folder."""
+    for partial in (*Path(experiment).glob("*.partial"), *Path(experiment, "checkpoints").glob("*.partial")):
+        delete(partial)
+
+
 def delete(path):
+    """Deletes a checkpoint, a file or a folder."""
     return shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def rows_until(run):
-    """The lines of log.jsonl up to the checkpoint's step."""
-    log = run["path"].parent.parent / "log.jsonl"
-    rows = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        with suppress(ValueError):  # a line that was cut short
-            rows += [row] if (row := json.loads(line))["step"] <= run["step"] else []
-    return rows
-
-
-def seen_at(run):
-    """What there is of the checkpoint's own step: the names of numbers in the log, and of samples."""
-    grid = run["path"].parent.parent / "samples" / f"{run['step']:07d}.png"
-    names = {name for row in rows_until(run) if row["step"] == run["step"] for name in row}
-    return names | ({"samples"} if grid.exists() else set())
-
-
-def forget_what_came_after(run):
-    """Takes out of an experiment's folder what the checkpoint does not know: later lines of log.jsonl, which will come again,
-    and files that a kill left half written."""
-    for partial in run["path"].parent.glob("*.partial"):
-        delete(partial)
-    log = run["path"].parent.parent / "log.jsonl"
-    partial = Path(f"{log}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows_until(run)))
-    os.replace(partial, log)
-
-
 def tensors(learner):
-    """All tensors that updates change, by name, as they lie in memory: who writes into them changes the learner."""
+    """Returns all tensors that updates change, by name, as they lie in memory: writing into them changes the learner."""
     averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner.averages).items()}
     moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
     return dict(model=learner.model.state_dict(), **averages, opt=moments)

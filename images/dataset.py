@@ -150,14 +150,6 @@ def worker_count(wanted, path):
     return min(wanted, os.cpu_count() or 1) if path else 0
 
 
-def check_images(images, args, processes, say):  # train.py's calls, until it gives values
-    check_readable(images, processes, say, worker_count(args.num_workers, args.data_path), args.max_bad_images)
-
-
-def readers(args):
-    return worker_count(args.num_workers, args.data_path)
-
-
 def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
     """Opens the training images at `path`, cropped to image_size; with held_out, those of a data set's own test split.
 

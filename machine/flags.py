@@ -31,6 +31,22 @@ share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")           
 decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
 
 
+def group(parser, title):
+    """Returns add_argument of a new group of flags, and the same for flags that may change when a run goes on."""
+    add = parser.add_argument_group(title).add_argument
+    return add, lambda *names, **how: may_change(add(*names, **how))
+
+
+def may_change(flag):
+    """Marks a flag, as add_argument returns it, as one that may change when a run goes on."""
+    flag.may_change = True
+
+
+def marked_may_change(parser):
+    """Returns the names of the settings whose flags are so marked."""
+    return {flag.dest for flag in parser._actions if getattr(flag, "may_change", False)}
+
+
 class Default(int):
     """A default that can be told from the same number when it is given."""
 

@@ -16,12 +16,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from machine.stops import Stopped, catch, end_readers, outlived_terminal, postpone
 
-try:
-    import fcntl  # noqa: F401
-    import resource  # noqa: F401
-except ImportError as error:
-    raise SystemExit(f"this runs on Linux and macOS, and on Windows inside WSL: {error}") from error
-
 # Processes wait so long for one another, since some work is for one of them alone: fetching weights, joining a data set's
 # files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
 PATIENCE = timedelta(hours=12)
@@ -31,18 +25,23 @@ SHORT = "t allocate memory|not enough memory|hared memory|unable to mmap|oo many
 
 
 class Processes(NamedTuple):
-    """This process's place: rank of size, and its device."""
+    """This process's place: rank of size, and its device.
+
+    Its methods are calls of torch.distributed, as those of accelerate.utils are, which would first make a PartialState: that
+    chooses a number of threads on CPUs, on which last bits depend, and takes 0.3 seconds to import.
+    """
 
     rank: int
     size: int
     device: torch.device
 
     def barrier(self):
+        """Waits for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def any(self, *flags):
-        """Which of the flags are true on some process."""
+        """Returns which of the flags are true on some process."""
         if self.size == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -50,20 +49,20 @@ class Processes(NamedTuple):
         return tuple(map(bool, raised.tolist()))
 
     def mean(self, x):
-        """The mean over all processes of a tensor, which is overwritten."""
+        """Returns the mean over all processes of a tensor, which is overwritten."""
         if self.size > 1:
             dist.all_reduce(x)
         return x / self.size
 
     def share(self, value):
-        """What rank 0 has, on every process."""
+        """Returns the value that rank 0 has, on every process."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def gather(self, value):
-        """What each process has, in their order, on every process."""
+        """Returns the values that the processes have, in their order, on every process."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -103,7 +102,7 @@ def launch(command, args):
 
 
 def join(device):
-    """This process's place among those that torchrun started, or alone. ValueError if its environment makes no sense."""
+    """Returns this process's place among those that torchrun started, or alone. ValueError if RANK makes no sense."""
     if device.type == "cpu":
         keep_freed_memory()
     if "RANK" not in os.environ:
@@ -121,7 +120,7 @@ def join(device):
 
 
 def explain(error):
-    """What to say of an error in one line; None for one that nobody foresaw, of which the traceback tells most."""
+    """Returns one line on an error; None for one that nobody foresaw, of which the traceback tells most."""
     short = isinstance(error, RuntimeError) and re.search(SHORT, str(error))
     if short or isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
         return one_line(error)
@@ -136,7 +135,7 @@ def explain(error):
 
 def leave(end):
     """Ends this one of several processes, with what the exception says. On the usual way out it would wait for the others, who
-    may be waiting for it; what is to be done at the end, such as what wandb has to write, has half a minute."""
+    may be waiting for it. What is registered to run at the end, such as wandb's last writing, has half a minute."""
     if not isinstance(end, SystemExit):
         sys.excepthook(type(end), end, end.__traceback__)
         end = SystemExit(1)
@@ -152,7 +151,7 @@ def leave(end):
 
 
 def choose_device(name):
-    """The device that --device names, cuda being this process's own one; ValueError if there is no such device."""
+    """Returns the device that --device names, cuda being this process's own one. ValueError if there is no such device."""
     there = torch.cuda.device_count()
     if name is None:
         name = "cuda" if there else "cpu"
@@ -188,15 +187,15 @@ def keep_freed_memory():
 
 
 def return_freed_memory():
-    """The opposite, so that the memory of this process is that of its tensors: for measuring, not for speed."""
+    """Undoes keep_freed_memory, so that the memory of this process is that of its tensors: for measuring, not for speed."""
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     libc.mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def one_line(error):
-    """The message; of an error that crossed from a data worker, which carries a traceback as text, the last line; of one of
-    PyTorch's own, which carries the places in its code, the first; and the kind of error where a message would not do."""
+    """Returns an error's message; of one that crossed from a data worker, which carries a traceback as text, its last line; of
+    one of PyTorch's own, which carries the places in its code, its first; and the kind of error where that would not do."""
     message = str(error).strip()
     if "Original Traceback" in message:
         return message.splitlines()[-1].partition(": ")[2]

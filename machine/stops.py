@@ -75,7 +75,7 @@ def _raise_noted():
 
 
 def shelter(worker):
-    """For processes that read images: a signal that announces an end is for the one they read for, which ends them."""
+    """Makes a process that reads images ignore signals that announce an end: they are for the one that it reads for."""
     os.setpgid(0, 0)
     sys.excepthook = lambda *error: None  # of the thread that hands images over, when that one hangs up on it
     for number in STOPS:

@@ -33,7 +33,7 @@ from machine import stops
 from machine.processes import launch
 from test_resume import TINY, assert_same, learnt, names
 from test_vae import save_autoencoder
-from training import learner, probe
+from training import batches, learner, probe, runs, watching
 
 STEPS = 8
 AT = 4  # the step in which something is lost
@@ -63,7 +63,7 @@ def calm(tmp_path_factory, images):
 def flags(calm, tmp_path, images):
     """Of a run that would save at its end alone."""
     calm(1)  # before a test spoils anything
-    resume.warned.clear()
+    runs.warned.clear()
     flags = [*TINY, "--ckpt-every", 100, "--data-path", images, "--max-steps", STEPS, "--num-workers", 0]
     return [*flags, "--results-dir", tmp_path / "r"]
 
@@ -71,7 +71,7 @@ def flags(calm, tmp_path, images):
 @pytest.fixture
 def watched(monkeypatch, images):
     """Flags with which there is a checkpoint and all that can be shown after step AT."""
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
     monkeypatch.setattr(probe, "open_network", lambda *_: Colours())
     monkeypatch.setattr(probe, "PROBED", 4)
     return ["--val-path", images, "--sample-every", AT, "--probe-every", AT, "--ckpt-every", AT]
@@ -100,10 +100,10 @@ def in_step(number, act):
     """Does something in the middle of a step."""
 
     def spoil(patch, draw=train.draw_batch):
-        def wrapped(images, labels, step, *rest):
+        def wrapped(images, labels, step, *rest, **how):
             if step == number:
                 act()
-            return draw(images, labels, step, *rest)
+            return draw(images, labels, step, *rest, **how)
 
         patch.setattr(train, "draw_batch", wrapped)
 
@@ -172,7 +172,7 @@ def test_a_signal_in_a_step_saves_the_steps_before(calm, flags, tmp_path, monkey
     ("spoil", "flag"),
     [(hang, "--num-workers=1"), (in_call(learner, "update_ema", send(signal.SIGTERM)), ""),
      (in_call(torch, "save", send(signal.SIGTERM)), ""), (in_call(torch, "save", send(signal.SIGHUP, signal.SIGTERM)), ""),
-     *((in_call(train, name, send(signal.SIGINT)), "") for name in WATCHED)],
+     *((in_call(watching, name, send(signal.SIGINT)), "") for name in WATCHED)],
     ids=["reading", "update", "checkpoint", "checkpoint, twice", *WATCHED],
 )  # fmt: skip
 def test_a_signal_at_any_moment_saves_once(calm, flags, tmp_path, monkeypatch, capfd, watched, spoil, flag):
@@ -205,7 +205,7 @@ def test_a_signal_that_is_ignored_stays_so(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spoil", [in_call(train, "load_dataset", send(signal.SIGTERM)), in_call(train, "create_learner", send(signal.SIGTERM))]
+    "spoil", [in_call(batches, "load_dataset", send(signal.SIGTERM)), in_call(train, "create_learner", send(signal.SIGTERM))]
 )
 def test_a_signal_before_step_1_ends_at_once(flags, tmp_path, monkeypatch, capfd, spoil):
     spoil(monkeypatch)
@@ -244,7 +244,7 @@ def test_an_error_in_a_step_saves_the_steps_before(calm, flags, tmp_path, monkey
 @pytest.mark.parametrize("name", WATCHED)
 def test_an_error_in_what_is_shown_comes_after_the_checkpoint(calm, flags, tmp_path, monkeypatch, capfd, watched, name):
     error = KeyError("a bug")
-    in_call(train, name, throw(error))(monkeypatch)
+    in_call(watching, name, throw(error))(monkeypatch)
     every = AT if name == "held_out_loss" else 100
     assert end_of_training(*flags, *watched, "--ckpt-every", every) is error
     assert assert_saved_once(calm, tmp_path / "r", capfd.readouterr().err) == AT
@@ -269,7 +269,7 @@ def test_an_update_that_was_interrupted_is_not_saved(flags, tmp_path, monkeypatc
 def test_the_process_that_reads_images_is_lost(calm, flags, tmp_path, monkeypatch, capfd, lose, end):
     """What it has read already is still learnt."""
     monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # it looks every 5 s
-    in_step(AT, lambda: lose() or monkeypatch.setattr(train, "PATIENCE", 0.2))(monkeypatch)
+    in_step(AT, lambda: lose() or monkeypatch.setattr(batches, "PATIENCE", 0.2))(monkeypatch)
     how = end_of_training(*flags, "--num-workers", 1)
     assert how == end if end == 75 else end in how
     err = capfd.readouterr().err

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
-import train
 from commands import ALONE, fit, forked, lasting, torchrun
 from diffusion import create_diffusion
 from images import encode
@@ -25,6 +24,7 @@ from images.autoencoder import LatentSpace, open_space
 from images.dataset import load_dataset
 from images.latents import CachedLatents
 from test_vae import save_autoencoder
+from training.batches import draw_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,11 +108,11 @@ def test_training_from_latents_is_training_with_the_autoencoder(tmp_path, encode
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_batches_are_equal_to_rounding_and_their_noise_to_the_bit(encoded, photos, vae, flip):
-    args, space = train.parse_args(["--image-size", "16"]), open_space(vae).load("cpu")
+    how = dict(seed=0, batch_size=26, flip=flip, space=open_space(vae).load("cpu"), objective=create_diffusion(""))
     batches = []
     for dataset in (load_dataset(photos, 16), load_dataset(encoded, 16)):
         images, labels = next(iter(DataLoader(dataset, 26)))
-        batches.append(train.draw_batch(images, labels, 5, args, ALONE, flip, space, create_diffusion("")))
+        batches.append(draw_batch(images, labels, 5, **how, processes=ALONE))
     for one, other in (batches, batches[::-1]):
         assert torch.equal(one["noise"], other["noise"])
         assert torch.equal(one["t"], other["t"])

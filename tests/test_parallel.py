@@ -142,7 +142,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch, name, there, place, e
         assert choose_device(name) == torch.device(expected)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "data", "checkpoint"])
+@pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "images/encode", "checkpoints/export"])
 def test_windows_is_told_at_once(monkeypatch, command):
     files = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
     ours = [name for name, file in files.items() if file.startswith(f"{ROOT}/") and not file.startswith(f"{ROOT}/.")]

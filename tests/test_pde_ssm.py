@@ -19,6 +19,7 @@ from models import DiT
 from oracle import FourierTransforms, random_rows
 from pde_ssm import COUPLINGS, PDESSM, TERMS, PDESSMBlock, options_from_weights, receptive_field
 from test_physics import random_operator, without_input_map
+from training import watching
 
 f64 = torch.float64
 couplings = pytest.mark.parametrize("coupling", COUPLINGS)
@@ -466,9 +467,9 @@ def test_what_all_layers_keep_has_a_limit(coupling, monkeypatch):
 
 
 def test_training_keeps_nothing_of_what_it_evaluates(tmp_path, monkeypatch):
-    kept, draw_samples, update = [], train.draw_samples, train.update
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(train, "draw_samples", lambda *a: draw_samples(*a) or kept.append(len(pde_ssm._kept)))
+    kept, draw_samples, update = [], watching.draw_samples, train.update
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(watching, "draw_samples", lambda *a: draw_samples(*a) or kept.append(len(pde_ssm._kept)))
     monkeypatch.setattr(train, "update", lambda *a: kept.append(len(pde_ssm._kept)) or update(*a))
     fit(tmp_path, "--mixer", "pdessm", "--global-batch-size", 4, "--max-steps", 2, "--sample-every", 1)
     assert kept == [0, 6, 0, 6]                                            # of as many layers

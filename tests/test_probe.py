@@ -12,7 +12,7 @@ from diffusion import drawing
 from evaluation.metrics import frechet_distance
 from images.dataset import load_dataset
 from machine.processes import launch
-from training import probe
+from training import probe, watching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +25,7 @@ def small(monkeypatch):
     """A stand-in for the network with six features, few samples, in batches of five, and few steps."""
     for target, value in (("open_network", lambda *_: Colours()), ("PROBED", 12), ("AT_ONCE", 5)):
         monkeypatch.setattr(probe, target, value)
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 4)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 4)
 
 
 def rows(folder):
@@ -177,6 +177,5 @@ def test_what_is_missing_shows_before_anything_is_done(tmp_path, monkeypatch, fl
 
 def test_latents_are_no_images(tmp_path):
     (tmp_path / "latents.json").write_text("{}")
-    args = train.parse_args(["--data-path", str(tmp_path)])
     with pytest.raises(ValueError, match=f"--probe-every compares with images, and {tmp_path} holds latents; name images with"):
-        probe.open_probe(args, ALONE)
+        probe.open_probe(str(tmp_path), 8, "inception", None, ALONE)

@@ -13,7 +13,7 @@ PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_te
 # Imports flow one way: a file at the top, or any file of a folder, imports only from those before it.
 ORDER = [
     "machine", "diffusion", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images", "checkpoints", "download",
-    "evaluation", "evaluate", "sample", "training", "train", "sample_ddp", "comparing", "overlay",
+    "evaluation", "training", "train", "sample", "sample_ddp", "evaluate", "comparing", "overlay",
 ]  # fmt: skip
 
 

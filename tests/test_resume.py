@@ -20,7 +20,8 @@ from checkpoints import resume
 from checkpoints.read import read_checkpoint
 from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
 from images import dataset
-from training import probe
+from machine import files
+from training import probe, watching
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 1, "--lr", 1e-3]
 STEPS = 14
@@ -70,8 +71,11 @@ def before_renaming(number):
 
 
 def before_deleting(number):
-    def spoil(keep=resume.keep):
-        resume.keep = lambda experiment, *a: die() if resume.checkpoints(experiment)[0][0] == number else keep(experiment, *a)
+    def spoil(delete=resume.delete_older):
+        def wrapped(experiment, *rest):
+            return die() if resume.checkpoints(experiment)[0][0] == number else delete(experiment, *rest)
+
+        resume.delete_older = wrapped
 
     return spoil
 
@@ -385,7 +389,7 @@ def test_a_file_system_without_locks_is_warned_of(flags, begun, monkeypatch, cap
     def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(resume.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     again(flags, "--resume", "auto", "--max-steps", 15)
     assert re.search("Nothing keeps a second process out of .*000-DiT-N-8: it cannot be locked .*No locks", caplog.text)
     assert "Done!" in caplog.text
@@ -394,7 +398,7 @@ def test_a_file_system_without_locks_is_warned_of(flags, begun, monkeypatch, cap
 @pytest.mark.parametrize("killed_in", ["held_out_loss", "draw_samples", "distance"])
 def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch, images, killed_in):
     """Held-out loss, samples and the probe's distance of the checkpoint that a run goes on from."""
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
     monkeypatch.setattr(probe, "open_network", lambda *_: Colours())
     monkeypatch.setattr(probe, "PROBED", 4)
     flags = [*flags, "--val-path", images, "--sample-every", 4, "--probe-every", 4, "--max-steps", 8]
@@ -404,13 +408,13 @@ def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, killed_in, stop)
+        patch.setattr(watching, killed_in, stop)
         with pytest.raises(RuntimeError, match="stopped"):
             again(flags)
     assert names(tmp_path / "r") == ["0000004.pt"]
     for _ in range(2):
         again(flags, "--resume", "auto")
-        monkeypatch.setattr(train, killed_in, stop)  # the second time there is nothing to do
+        monkeypatch.setattr(watching, killed_in, stop)  # the second time there is nothing to do
         shown, expected = ([lasting(row) for row in rows(tmp_path / name)] for name in ("r", "calm"))
         assert sorted(map(str, shown)) == sorted(map(str, expected))
         grids = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*/samples/*"))] for name in ("r", "calm")]
@@ -440,7 +444,7 @@ import logging, os
 from functools import partial
 import test_resume, train
 from models import DiT_models
-from parallel import launch
+from machine.processes import launch
 train.MODELS["DiT-N/8"] = partial(DiT_models["DiT-N/8"], depth=2)
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     test_resume.at_update(7)()

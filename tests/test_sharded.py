@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 from functools import cache, partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 import train
-from checkpoints import sharded
+from checkpoints import resume, sharded
 from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint, read_checkpoint
 from checkpoints.resume import tensors
@@ -21,6 +20,7 @@ from checkpoints.sharded import Index, read_whole
 from commands import draw, fork, lasting, write_photos
 from test_resume import TINY, assert_same, at_update, die, flipped, names, rows
 from test_update import spoil_weights
+from training import watching
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
 FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
@@ -113,14 +113,14 @@ def test_two_processes_that_save_memory_end_with_the_weights_of_one_that_does_no
     """Each of them has all weights. Where a gradient is nothing but rounding, such as a bias's before a group norm of a U-Net,
     AdamW takes whole steps all the same, so of a U-Net the first moments alone are compared, which are those of gradients."""
 
-    def keep_weights(rank, save=train.save_run):
+    def keep_weights(rank, save=resume.save_run):
         def save_and_keep(experiment, learner, *rest):
             parts = tensors(learner)
             moments = {name: state["exp_avg"] for name, state in parts.pop("opt").items()}
             torch.save(parts | dict(moments=moments), experiment / f"weights-{rank}.pt")
             return save(experiment, learner, *rest)
 
-        train.save_run = save_and_keep
+        resume.save_run = save_and_keep
 
     flags = [*EQUAL, "--global-batch-size", 4, "--max-steps", 2, "--lr", 1e-4, *flags, "--data-path", photos]
     plain = [flag for flag in flags if flag != "--compile"]
@@ -140,7 +140,7 @@ def test_a_checkpoint_needs_no_other_process(tmp_path):
 
     def die_before_saving(rank):
         if rank == 1:
-            train.save_run = lambda *_: die()
+            resume.save_run = lambda *_: die()
 
     assert fork(*EQUAL, "--results-dir", tmp_path, processes=2, spoil=die_before_saving) == [1, -9]
     assert names(tmp_path) == ["0000004.pt"]
@@ -229,10 +229,9 @@ def test_a_part_that_is_not_finite_is_not_saved(runs, tmp_path, capfd):
 
 
 def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
-    nothing = SimpleNamespace(**dict.fromkeys(("model", "mixer", "num_classes", "image_size", "vae")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("checkpoints.build.DiT_models", {"DiT-N/8": train.MODELS["DiT-N/8"]})
-        model, settings = load_model(final(runs / "fsdp"), nothing, "ema")
+        model, settings = load_model(final(runs / "fsdp"), {}, "ema")
         assert draw(final(runs / "fsdp"), tmp_path / "a.png", "--class-labels", 2).shape == (64, 64, 3)
     assert settings["mixer"] == "pdessm"
     stored, args = load_checkpoint(final(runs / "fsdp"))
@@ -291,7 +290,7 @@ def test_averages_in_parts_stay_where_they_are(tmp_path, capfd):
 @pytest.mark.parametrize("classes", [[], ["--uncond"]])
 def test_a_sharded_model_draws_what_a_whole_one_does(runs, tmp_path, monkeypatch, classes):
     """With classes guidance calls the model, without them the sampler does. Averages change between the grids."""
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 4)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 4)
     flags = [*FLAGS, *classes, "--data-path", runs / "photos", "--max-steps", 4, "--sample-every", 2]
     for name, more in (("ddp", []), ("fsdp", ["--parallel", "fsdp"])):
         assert fork(*flags, *more, "--results-dir", tmp_path / name, processes=2) == [0, 0]

@@ -4,7 +4,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 import train
 from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint
-from checkpoints.resume import find_checkpoint
+from checkpoints.resume import checkpoint_to_resume
 from commands import ALONE, QUICK, Colours, draw, draw_many, fit, fork, torchrun
 from diffusion import create_diffusion, drawing
 from diffusion.samplers import FLOW_SAMPLERS
@@ -23,11 +22,12 @@ from images.named import DATASETS
 from machine.cost import training_flops
 from machine.processes import Processes, launch
 from pde_ssm import TERMS
-from training import probe
+from training import probe, watching
+from training.batches import draw_batch, epochs, make_loader
+from training.runs import create_experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ("model", "mixer", "num_classes", "image_size", "vae")  # of flags that a checkpoint decides
 COUPLED = ["--mixer", "pdessm", "--pde-coupling", "coupled"]
 
 
@@ -74,8 +74,7 @@ def test_what_a_run_leaves(tmp_path):
 def test_every_experiment_has_a_number_of_its_own(tmp_path, there, new):
     for name in there:
         (tmp_path / name).mkdir()
-    args = train.parse_args([*QUICK, "--results-dir", str(tmp_path)])
-    assert train.create_experiment(args).name == f"{new}-DiT-N-4"
+    assert create_experiment(tmp_path, "DiT-N/4").name == f"{new}-DiT-N-4"
 
 
 def test_the_last_experiment_is_the_one_with_the_highest_number(tmp_path):
@@ -83,14 +82,12 @@ def test_the_last_experiment_is_the_one_with_the_highest_number(tmp_path):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         for step in ("0000001", "²"):
             torch.save({}, tmp_path / name / "checkpoints" / f"{step}.pt")
-    args = train.parse_args([*QUICK, "--results-dir", str(tmp_path)])
-    assert find_checkpoint("auto", args) == tmp_path / "1000-DiT-N-4" / "checkpoints" / "0000001.pt"
+    assert checkpoint_to_resume("auto", tmp_path, "DiT-N/4") == tmp_path / "1000-DiT-N-4" / "checkpoints" / "0000001.pt"
 
 
 def test_experiments_that_begin_at_once_do_not_share_a_folder(tmp_path):
-    args = train.parse_args([*QUICK, "--results-dir", str(tmp_path / "new")])
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: train.create_experiment(args), range(32)))
+        folders = list(pool.map(lambda _: create_experiment(tmp_path / "new", "DiT-N/4"), range(32)))
     assert sorted(folder.name for folder in folders) == [f"{index:03d}-DiT-N-4" for index in range(32)]
 
 
@@ -139,10 +136,9 @@ def test_the_loss_curve_is_the_committed_one(tmp_path, mixer, golden):
 
 def test_an_epoch_is_the_same_for_any_number_of_processes():
     images = torch.utils.data.TensorDataset(torch.arange(43))
-    args = train.parse_args(["--global-batch-size", "12"])
 
     def batches(size):
-        loaders = [train.make_loader(images, args, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
+        loaders = [make_loader(images, 12, 0, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
         for loader in loaders:
             loader.sampler.set_epoch(3)
         return [sorted(torch.cat([part for (part,) in share]).tolist()) for share in zip(*loaders)]
@@ -159,12 +155,12 @@ def test_unconditional_training(tmp_path, photos):
 
 
 def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
-    args = train.parse_args([*QUICK, "--global-batch-size", "400"])
     images = torch.arange(8.0).expand(400, 3, 8, 8)
     diffusion, labels = create_diffusion(""), torch.zeros(400, dtype=torch.long)
 
     def draw(flip):
-        return train.draw_batch(images, labels, 1, args, ALONE, flip, open_space("none"), diffusion)
+        how = dict(seed=0, batch_size=400, space=open_space("none"), objective=diffusion, processes=ALONE)
+        return draw_batch(images, labels, 1, flip=flip, **how)
 
     mirrored = (draw(True)["x_start"] == images.flip(3)).flatten(1).all(1)
     assert 160 < mirrored.sum() < 240
@@ -176,9 +172,7 @@ def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
 
 
 def test_every_epoch_has_an_order_of_its_own():
-    images, args = torch.utils.data.TensorDataset(torch.arange(40)), train.parse_args(["--global-batch-size", "40"])
-    loader = train.make_loader(images, args, ALONE)
-    batches = train.epochs(loader, 0)
+    batches = epochs(make_loader(torch.utils.data.TensorDataset(torch.arange(40)), 40, 0, ALONE), 0)
     (first,), (second,) = next(batches), next(batches)
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
     assert first.tolist() != second.tolist()
@@ -187,11 +181,11 @@ def test_every_epoch_has_an_order_of_its_own():
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
 def test_going_on_with_other_processes_shows_no_image_twice_in_an_epoch(step):
     """Five steps an epoch; step 5 is the last of the first."""
-    images, args = torch.utils.data.TensorDataset(torch.arange(43)), train.parse_args(["--global-batch-size", "8"])
+    images = torch.utils.data.TensorDataset(torch.arange(43))
 
     def seen(size, first, last):
-        loaders = [train.make_loader(images, args, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
-        shares = [islice(train.epochs(loader, first), last - first) for loader in loaders]
+        loaders = [make_loader(images, 8, 0, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
+        shares = [islice(epochs(loader, first), last - first) for loader in loaders]
         return [sorted(torch.cat([part for (part,) in parts]).tolist()) for parts in zip(*shares)]
 
     whole = seen(1, 0, 10)
@@ -210,7 +204,7 @@ def test_what_was_learnt_is_saved_before_a_bad_image_ends_the_run(tmp_path, monk
         return get(index)
 
     monkeypatch.setattr(type(digits), "__getitem__", lambda self, index: read_twenty(index))
-    monkeypatch.setattr(train, "load_dataset", lambda *a, **k: digits)
+    monkeypatch.setattr("training.batches.load_dataset", lambda *a, **k: digits)
     with pytest.raises(OSError, match=r"x\.png"):
         fit(tmp_path, "--global-batch-size", 8)
     assert load(tmp_path / "000-DiT-N-4", 2)
@@ -240,7 +234,7 @@ def test_options_of_the_pde_reach_the_model_and_both_samplers(tmp_path, flags, o
     path = folder / "checkpoints" / "0000001.pt"
     stored = load_checkpoint(path)[1]
     assert {name: stored[f"pde_{name}"] for name in options} == {n: list(v) if n == "terms" else v for n, v in options.items()}
-    model, settings = load_model(path, SimpleNamespace(**dict.fromkeys(NAMES)), "ema")
+    model, settings = load_model(path, {}, "ema")
     assert settings["mixer_options"].items() >= options.items()
     assert options.get("terms", TERMS) == model.blocks[0].attn.pde.equation.terms
     assert draw(path, tmp_path / "grid.png", "--class-labels", 3).shape == (64, 64, 3)
@@ -254,7 +248,7 @@ def test_flow_matching_from_training_to_samples(tmp_path, mixer):
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
     path = folder / "checkpoints" / "0000030.pt"
-    model, settings = load_model(path, SimpleNamespace(**dict.fromkeys(NAMES)), "ema")
+    model, settings = load_model(path, {}, "ema")
     assert (settings["objective"], settings["path"], model.out_channels) == ("flow", "cosine", 3)
     grids = {sampler: draw(path, tmp_path / "a.png", "--sampler", sampler) for sampler in FLOW_SAMPLERS}
     assert np.array_equal(grids["euler"], draw(path, tmp_path / "a.png"))
@@ -267,7 +261,7 @@ def test_flow_matching_from_training_to_samples(tmp_path, mixer):
 def test_grids_and_probes_of_a_run_draw_only_classes_that_it_sees(tmp_path, photos, monkeypatch):
     drawn, generate = [], drawing.generate
     monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 1)
     monkeypatch.setattr(probe, "PROBED", 32)
     monkeypatch.setattr(probe, "open_network", lambda *_: Colours())
     flags = ["--data-path", photos, "--num-classes", 1000, "--max-steps", 1, "--global-batch-size", 8, "--num-workers", 0]
@@ -280,7 +274,7 @@ def test_grids_and_probes_of_a_run_draw_only_classes_that_it_sees(tmp_path, phot
 def test_a_unet_from_training_to_samples(tmp_path, objective):
     flags = ["--model", "UNet-N", "--max-steps", 2, "--global-batch-size", 8, "--objective", objective]
     path = fit(tmp_path, *flags) / "checkpoints" / "0000002.pt"
-    settings = load_model(path, SimpleNamespace(**dict.fromkeys(NAMES)), "ema")[1]
+    settings = load_model(path, {}, "ema")[1]
     assert (settings["model"], settings["objective"], settings["image_size"]) == ("UNet-N", objective, 8)
     assert draw(path, tmp_path / "a.png", "--image-size", "8x16", "--class-labels", 3).shape == (64, 128, 3)
     weights = load_checkpoint(path)[0]
@@ -294,8 +288,7 @@ def test_a_unet_from_training_to_samples(tmp_path, objective):
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_mixers_see_the_same_images_noise_and_times(tmp_path, monkeypatch, objective):
     seen = []
-    draw_batch = train.draw_batch
-    monkeypatch.setattr(train, "draw_batch", lambda *a: seen.append(draw_batch(*a)) or seen[-1])
+    monkeypatch.setattr(train, "draw_batch", lambda *a, **how: seen.append(draw_batch(*a, **how)) or seen[-1])
     for mixer in ("attention", "pdessm", "pdessm-g"):
         fit(tmp_path, "--max-steps", 3, "--global-batch-size", 8, "--objective", objective, "--mixer", mixer)
     for step in range(3):

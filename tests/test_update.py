@@ -18,6 +18,7 @@ from commands import ALONE, QUICK, draw, draw_many, fit
 from images import dataset
 from machine.processes import Processes
 from models import MODELS
+from training import watching
 from training.learner import create_learner, decay_at, only_the_scale_falls, update, update_ema
 
 
@@ -127,8 +128,8 @@ def test_what_is_compiled_to_the_end_learns_alike(tmp_path, monkeypatch):
 def spoil_steps(monkeypatch, *steps):
     """NaN in one image of those steps."""
 
-    def draw(images, labels, step, *rest, draw_batch=train.draw_batch):
-        batch = draw_batch(images, labels, step, *rest)
+    def draw(images, labels, step, *rest, draw_batch=train.draw_batch, **how):
+        batch = draw_batch(images, labels, step, *rest, **how)
         if step in steps:
             batch["noise"][0, 0, 0, 0] = torch.nan
         return batch
@@ -168,7 +169,7 @@ def test_steps_that_only_float16s_scale_costs_are_no_faults(tmp_path, monkeypatc
 
 
 def learner_of(model):
-    return create_learner(model, train.parse_args(["--ema-decay", "0.5"]), ALONE)
+    return create_learner(model, ALONE, 1e-4, [0.5])
 
 
 @pytest.mark.parametrize(("scale", "loss", "fault"), [(4, 1, False), (2, 1, False), (1, 1, True), (4, math.nan, True)])
@@ -222,7 +223,7 @@ def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, monkeypatch, pa
 
 def test_a_held_out_loss_that_is_not_finite_is_none_in_the_log():
     written = []
-    train.log_held_out(3, dict(loss=math.inf, mse=1.5, vb=math.nan), ALONE, written.append)
+    watching.log_held_out(3, dict(loss=math.inf, mse=1.5, vb=math.nan), written.append)
     assert written == [dict(step=3, held_out_loss=None, held_out_mse=1.5, held_out_vb=None)]
 
 
@@ -277,7 +278,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=CUDA)])
 def test_averages_in_cpu_memory_are_the_same(tmp_path, monkeypatch, photos, device):
     """Also after a stop, in samples, in held-out losses and of two decays; on a GPU up to its rounding."""
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
     flags = [*QUICK, "--data-path", photos, "--val-path", photos, "--global-batch-size", "8", "--max-steps", "6"]
     flags += ["--num-workers", "0", "--ckpt-every", "2", "--sample-every", "2", "--ema-decay", "0.3", "0.9999"]
     flags += ["--device", device]

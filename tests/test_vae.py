@@ -24,6 +24,9 @@ from diffusion.samplers import SAMPLERS
 from images import encode
 from images.autoencoder import DECODER, KINDS, LatentSpace, PixelSpace, digest, open_space
 from models import MODELS
+from training import watching
+from training.batches import BadImages, draw_batch
+from training.runs import Journal
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -140,8 +143,10 @@ def test_guidance_is_on_all_channels_where_there_are_not_four(
         assert line.endswith(f"with guidance of strength 4 on {which} channels")
 
     caplog.set_level("INFO", "train")
-    monkeypatch.setattr(train, "SAMPLING_STEPS", 4)
-    train.draw_samples(7, model, train.parse_args([]), ALONE, open_space(vae).load("cpu"), tmp_path, None)
+    monkeypatch.setattr(watching, "SAMPLING_STEPS", 4)
+    space = open_space(vae).load("cpu")
+    watch = watching.Watch(space, "diffusion", "linear", BadImages([]), sample_every=7)
+    watch.show({"samples"}, 7, model, ALONE, Journal(tmp_path))
     assert caplog.messages[-1].endswith(f"with guidance of strength 4 on {by_default} channels")
     with Image.open(tmp_path / "samples" / "0000007.png") as grid:
         assert np.array_equal(grid, default[0])
@@ -149,10 +154,10 @@ def test_guidance_is_on_all_channels_where_there_are_not_four(
 
 def test_training_encodes_with_noise_of_its_own(folder):
     """Each image's latents and the noise that is added to them are drawn apart, and anew at every step."""
-    args = train.parse_args(["--vae", folder, "--image-size", "16", "--global-batch-size", "3"])
     space, diffusion = open_space(folder).load("cpu"), create_diffusion("")
     images, labels = torch.rand(3, 3, 16, 16) * 2 - 1, torch.zeros(3, dtype=torch.long)
-    first, again, later = (train.draw_batch(images, labels, s, args, ALONE, False, space, diffusion) for s in (1, 1, 2))
+    how = dict(seed=0, batch_size=3, flip=False, space=space, objective=diffusion, processes=ALONE)
+    first, again, later = (draw_batch(images, labels, step, **how) for step in (1, 1, 2))
     assert torch.equal(first["x_start"], again["x_start"])
     assert not torch.equal(first["x_start"], later["x_start"])
     latents = space.vae.encode(images).latent_dist

@@ -1,4 +1,8 @@
-"""One update of the weights, and all that it changes."""
+"""A model that learns: its weights, averages and optimiser, and one update of them all.
+
+accelerate's Accelerator has no part in it: under FSDP2 its prepare() refuses a second model, which averages are; its
+checkpoints are not DiT's, and load_state unpickles whatever is in them; and it clips before it tells the norm.
+"""
 
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -14,12 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from checkpoints.build import initialize
+from download import find_checkpoint
 from machine.stops import postponed
 
 
 @dataclass(eq=False)
 class Learner:
-    """The model; by decay, averages of its weights; the optimiser; what keeps float16's gradients in range; and how many steps
+    """A model; by decay, averages of its weights; the optimiser; what keeps float16's gradients in range; and how many steps
     they have learnt, None in the middle of an update."""
 
     model: nn.Module
@@ -29,27 +35,40 @@ class Learner:
     step: int | None = 0
 
 
-def create_learner(model, args, processes):
-    """A learner that has learnt nothing yet, on this process's device; with --parallel fsdp, this process's part of one."""
+def create_learner(model, processes, lr, decays, average_device=None, sharded=False, float16=False):
+    """Returns a Learner that has learnt nothing yet, on this process's device.
+
+    decays: of the averages, which lie on average_device, or else beside the model. sharded: it is this process's part of one
+    (FSDP2). float16: gradients are scaled to stay in float16's range.
+    """
     device = processes.device
-    if args.grad_checkpointing:
-        model.checkpoint_gradients()
-    home = args.ema_device or device
-    averages = {decay: deepcopy(model).to(home).eval().requires_grad_(False) for decay in args.ema_decay}
+    home = average_device or device
+    averages = {decay: deepcopy(model).to(home).eval().requires_grad_(False) for decay in decays}
     model.to(device).train()
-    if args.parallel == "fsdp":
+    if sharded:
         for network in (model, *averages.values()):
             shard(network, processes)
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         # As the optimiser would at its first step; a checkpoint is read into it.
         opt.state[parameter] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter))
         opt.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-    if args.compile:
-        for layer in getattr(model, "blocks", [model]):  # equal blocks are compiled once
-            layer.forward = torch.compile(layer.forward)
     return Learner(model, averages, opt, scaler)
+
+
+def start_from(checkpoint, model, processes):
+    """Gives the model initial weights for fine-tuning, and returns lines that say which."""
+    if processes.rank == 0:
+        find_checkpoint(checkpoint)  # if it must be fetched, then once
+    processes.barrier()
+    return initialize(model, find_checkpoint(checkpoint))
+
+
+def compile_blocks(model):
+    """Makes torch.compile compile a model block by block: equal blocks are compiled once."""
+    for layer in getattr(model, "blocks", [model]):
+        layer.forward = torch.compile(layer.forward)
 
 
 def shard(model, processes):
@@ -61,20 +80,20 @@ def shard(model, processes):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)          # the root too: averages run without a backward
 
 
-def replicate(model, args, processes):
-    """What to call instead of the model, so that processes add up their gradients."""
-    return DistributedDataParallel(model) if processes.size > 1 and args.parallel == "ddp" else model
+def replicate(model, processes):
+    """Returns what to call instead of the model, so that processes add up their gradients: a sharded model does so itself."""
+    return DistributedDataParallel(model) if processes.size > 1 and not isinstance(model, FSDPModule) else model
 
 
-def exchange_gradients(replica, now):
-    """A context for forward and backward passes, in which processes add up their gradients now, or keep them for later."""
+def sync_gradients(replica, now):
+    """Returns a context for forward and backward passes, in which processes add up gradients now, or keep them for later."""
     if isinstance(replica, FSDPModule):
         replica.set_requires_gradient_sync(now)
     return replica.no_sync() if isinstance(replica, DistributedDataParallel) and not now else nullcontext()
 
 
 def update(learner, loss, step, max_norm=None, warmup=True):
-    """One step of the optimiser and of the averages with the gradients that are there, scaled down to max_norm.
+    """Takes one step of the optimiser and of the averages with the gradients that are there, scaled down to max_norm.
 
     Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite. The
     norm is the root of their squares, so that no gradient passes whose square, which AdamW averages, overflows.
@@ -100,12 +119,12 @@ def update(learner, loss, step, max_norm=None, warmup=True):
 
 
 def only_the_scale_falls(learner, loss):
-    """Whether a step was skipped for nothing but float16's scale, which begins high and is halved until gradients fit in."""
+    """Returns whether a step was skipped for float16's scale alone, which begins high and is halved until gradients fit."""
     return learner.scaler.is_enabled() and bool(loss.isfinite()) and learner.scaler.get_scale() >= 1
 
 
 def decay_at(step, decay):
-    """The decay of an average that starts fast: it rises to `decay`, so that short runs do not average their initial weights.
+    """Returns the decay of an average that starts fast: it rises to `decay`, so that short runs forget their initial weights.
 
     The average looks back over about step / 9 steps until then: 1,112 at step 10,000, 5,557 at 50,000, and with a decay of
     0.9999 from step 90,000 on as far as a constant one, 10,000.
@@ -114,15 +133,15 @@ def decay_at(step, decay):
 
 
 def update_ema(ema, model, step, decay):
-    """One step of the average of that decay."""
+    """Takes one step of an average of that decay."""
     averaged = list(ema.parameters())
     weights = [weight.detach().to(average.device) for weight, average in zip(model.parameters(), averaged)]
     get_ema_multi_avg_fn(decay)(averaged, weights, step)
 
 
 @contextmanager
-def lent(model, device):
-    """The model is on that device for a while, if it is not at home there: averages, with --ema-device."""
+def moved_to(device, model):
+    """Moves a model to that device, and back in the end: averages, with --ema-device."""
     home = next(model.parameters()).device
     if home == device:
         yield

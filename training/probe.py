@@ -20,7 +20,8 @@ FEATURES = 64
 
 
 class Probe(NamedTuple):
-    """name: fd<features>_<network>_<samples>. reference: mean (D,) and covariance (D, D) of the images."""
+    """How to measure a Frechet distance. name: fd<features>_<network>_<samples>. samples, images: how many. reference: mean
+    (D,) and covariance (D, D) of the images."""
 
     name: str
     network: nn.Module
@@ -29,20 +30,21 @@ class Probe(NamedTuple):
     reference: tuple
 
     def describe(self):
+        """Returns a line for the log: what it compares."""
         features = len(self.reference[0])
         few = f"; those are not more than {features} features, which biases it upwards" if self.images <= features else ""
         return f"{self.name} compares {self.samples:,} samples with {self.images:,} images{few}"
 
 
-def open_probe(args, processes):
-    """A Probe against the images of --val-path, or else of --data-path, evenly spread. OSError or ValueError says what is
-    missing for it."""
-    path = args.val_path or args.data_path or "digits"
+def open_probe(path, image_size, features, weights, processes, dataset=None, held_out=False):
+    """Returns a Probe against images at a path, evenly spread over all that are there. features, weights: of open_network.
+    dataset: the name of the set, if it has one, whose held_out images they are or not. OSError or ValueError says what is
+    missing."""
     if path != "digits" and holds_latents(path):
         raise ValueError(f"--probe-every compares with images, and {path} holds latents; name images with --val-path")
-    network = open_network(args.features, args.weights, FEATURES if args.features == "inception" else None)
+    network = open_network(features, weights, FEATURES if features == "inception" else None)
     network.to(processes.device, memory_format=torch.channels_last)
-    images = FolderImages(path, args.image_size, args.dataset, held_out=bool(args.val_path))
+    images = FolderImages(path, image_size, dataset, held_out=held_out)
     samples, least = max(PROBED, processes.size), max(2, processes.size)
     if len(images) < least:
         raise ValueError(f"--probe-every compares with {least} images or more, one a process; {path} holds {len(images)}")
@@ -56,13 +58,13 @@ def open_probe(args, processes):
 
 @torch.no_grad()
 def add(sums, images, network, processes):
-    """The first features of uint8 images (n, H, W, 3)."""
+    """Adds the first features of uint8 images (n, H, W, 3) to the sums."""
     with full_precision():
         sums.add(features_of(network, images, processes.device)["pool"][:, :FEATURES])
 
 
 def in_all(sums, processes):
-    """Mean and covariance of all processes' features. ValueError, on all of them, if those are not finite."""
+    """Returns mean and covariance of all processes' features. ValueError, on all of them, if those are not finite."""
     if processes.size > 1:
         sums.sum_over_processes()
     if not np.isfinite(sums.mean).all():
@@ -71,9 +73,9 @@ def in_all(sums, processes):
 
 
 def distance(probe, model, space, objective, sampler, processes):
-    """Of samples without guidance, of random classes, the same noise in every call. Every process draws its share. ValueError,
-    on all of them, where one has no samples."""
-    model.eval()  # which drops kept symbols: sharded parameters change without telling
+    """Returns the Frechet distance between a probe's images and samples of random classes without guidance, from the same noise
+    in every call. Every process draws its share. ValueError, on all of them, where one has no samples."""
+    model.eval()  # drops symbols that were kept: sharded parameters change without telling
     mine = range(processes.rank, probe.samples, processes.size)
     parts = -(-probe.samples // (AT_ONCE * processes.size))  # for every process the same number, as a sharded model needs
 

@@ -1,0 +1,46 @@
+"""Settings of a run that cannot work together, or not with its images."""
+
+import torch
+
+from images.latents import CachedLatents
+from machine.flags import Default
+from machine.precision import check_compiler
+from models import stride
+
+
+def check(args, processes, dataset, held_out, space):
+    """Raises a ValueError for settings that cannot work together."""
+    least = stride(args.model) * space.factor
+    if args.image_size % least:
+        parts = f"{stride(args.model)} of {args.model}" + (f" x {space.factor} of the VAE" if space.factor > 1 else "")
+        raise ValueError(f"--image-size {args.image_size} is not divisible by {least} ({parts})")
+    if args.global_batch_size % (processes.size * args.grad_accum):
+        parts = f"{processes.size} processes" + (f" x {args.grad_accum} of --grad-accum" if args.grad_accum > 1 else "")
+        raise ValueError(f"--global-batch-size {args.global_batch_size} is not divisible by {parts}")
+    if args.parallel == "fsdp" and processes.size == 1:
+        raise ValueError("--parallel fsdp has nothing to shard on one process; start several with torchrun, or leave it out")
+    if args.parallel == "fsdp" and args.ema_device:
+        raise ValueError("--ema-device is not for --parallel fsdp, which leaves every process its part of the averages")
+    if args.parallel == "fsdp" and processes.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(f"--parallel fsdp on CPUs needs a newer PyTorch than {torch.__version__}")
+    if len(dataset) < args.global_batch_size:
+        raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
+    brings_classes = args.dataset or not dataset.num_classes
+    if not brings_classes and isinstance(args.num_classes, Default) and dataset.num_classes != args.num_classes:
+        raise ValueError(f"the images have {dataset.num_classes} classes: --num-classes {dataset.num_classes}")
+    if not brings_classes and dataset.num_classes > args.num_classes:
+        raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
+        latents.check_vae(args.vae)
+    if args.max_bad_images and isinstance(dataset, CachedLatents):
+        raise ValueError("--max-bad-images is for images; `python -m images.encode` makes damaged latents again")
+    if args.compile:
+        check_compiler(processes.device)
+    if args.objective != "flow" and (args.path or args.times):
+        raise ValueError("--path and --times mean nothing without --objective flow")
+    if held_out:
+        names = [images.classes for images in (held_out, dataset)]
+        if dataset.num_classes and names[0] != names[1]:
+            raise ValueError(f"--val-path has other classes ({names[0]}) than --data-path ({names[1]})")
+        if len(held_out) < processes.size:
+            raise ValueError(f"the {len(held_out)} images of --val-path are fewer than the {processes.size} processes")

@@ -1,0 +1,178 @@
+"""The folder of a run: log.txt for people, log.jsonl for programs, and a tracker, if one shows the same elsewhere."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from images.folders import describe_classes
+from machine.cost import peak_memory
+from machine.files import lock, whole_file
+from machine.processes import one_line
+from training.trackers import numbers_of
+
+logger = logging.getLogger("train")
+warned = set()
+
+
+def create_experiment(results_dir, model):
+    """Makes a new folder <results_dir>/<index>-<model>, with the index after the highest that is there, and returns it."""
+    root = Path(results_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    indexed = [re.match(r"(\d{3,5})-", entry.name, re.ASCII) for entry in root.iterdir()]  # a date has more digits
+    for index in count(max((int(found[1]) for found in indexed if found), default=-1) + 1):
+        folder = root / f"{index:03d}-{model.replace('/', '-')}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            continue  # another run took it just now
+    (folder / "checkpoints").mkdir()
+    return folder
+
+
+def open_folder(folder, results_dir, model):
+    """Returns the folder of a run that goes on, or else a new one, after logging to it."""
+    there = folder is not None
+    folder = folder if there else create_experiment(results_dir, model)
+    log_to(open_log(folder))
+    logger.info(f"Experiment directory {'reopened' if there else 'created'} at {folder}")
+    return folder
+
+
+def log_to(handler):
+    """Adds a handler, whose lines begin with the time, to the log of training."""
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+
+
+def open_log(folder):
+    """Returns a handler that writes to the folder's log.txt as long as that can be written. ValueError if another process is at
+    work in the folder."""
+    log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+    lock(log.stream, folder)
+    log.handleError = lambda record: warn_once(f"Writing to {log.baseFilename} failed, and training goes on: {sys.exception()}")
+    return log
+
+
+@contextmanager
+def best_effort(what):
+    """Turns an error inside, where training can do without what is done, into a warning, once each."""
+    try:
+        yield
+    except Exception as error:
+        warn_once(f"{what} failed, and training goes on: {one_line(error)}")
+
+
+def warn_once(message):
+    """Warns of something, unless it did before."""
+    if message not in warned:
+        warned.add(message)  # first, for the warning may be what cannot be written
+        logger.warning(message)
+
+
+class Journal(NamedTuple):
+    """Where the numbers and pictures of a run go: its folder, and track(step, numbers, picture=None) if a tracker has them.
+    Of several processes only the first one writes."""
+
+    folder: Path
+    writes: bool = True
+    track: Callable | None = None
+
+    def write_row(self, row):
+        """Appends a dict with a step to log.jsonl, and gives its numbers to the tracker."""
+        if not self.writes:
+            return
+        with best_effort("Writing to log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
+            print(json.dumps(row), file=file)
+        if self.track:
+            with best_effort("Tracking"):
+                self.track(row["step"], numbers_of(row))
+
+
+def rows_until(folder, step):
+    """Returns the rows of a folder's log.jsonl up to a step, without a line that was cut short."""
+    log, rows = folder / "log.jsonl", []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] <= step]
+
+
+def seen_at(folder, step):
+    """Returns the names of what a folder shows of a step: of numbers in log.jsonl, and samples."""
+    names = {name for row in rows_until(folder, step) if row["step"] == step for name in row}
+    return names | ({"samples"} if (folder / "samples" / f"{step:07d}.png").exists() else set())
+
+
+def forget_rows_after(folder, step):
+    """Takes the rows of later steps, which will come again, out of a folder's log.jsonl."""
+    rows = rows_until(folder, step)
+    with whole_file(folder / "log.jsonl", "log") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def describe_model(model, begun_from):
+    """Logs how large a model is, and the lines on the weights that it begins from."""
+    logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
+    for line in begun_from:
+        logger.info(line)
+
+
+def describe_images(dataset, held_out, path, num_classes):
+    """Logs which images, at a path, a model of num_classes classes is trained on. held_out: more of them, or None."""
+    classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
+    logger.info(f"Dataset contains {len(dataset):,} images{classes} ({path or 'digits'})")
+    for line in dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks):
+        logger.info(line)
+    for line in describe_classes(dataset.classes) if dataset.num_classes else []:
+        logger.info(line)
+    if dataset.num_classes < num_classes:
+        logger.info(
+            f"The images have {dataset.num_classes} classes, fewer than --num-classes {num_classes}: the others will stay "
+            f"untrained, {dataset.num_classes} to {num_classes - 1}"
+        )
+
+
+def log_interval(step, losses, seconds, cost, processes, write_row):
+    """Logs the mean of the losses since the last time; the speed, in steps and operations per process; and the most memory that
+    this process took. cost: flops of a step, and those per second that the device is made for, or None."""
+    if processes.rank == 0 and losses:
+        row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
+        flops, peak = row["steps_per_sec"] * cost[0] / processes.size, cost[1]
+        row |= dict(gflops_per_sec=flops / 1e9, peak_memory_gb=peak_memory(processes.device) / 1e9)
+        row |= dict(utilisation=flops / peak) if peak else {}
+        logger.info(
+            f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}, "
+            f"GFLOP/s: {row['gflops_per_sec']:,.2f}{f' ({flops / peak:.1%} of the peak)' if peak else ''}, "
+            f"Peak Memory: {row['peak_memory_gb']:.2f} GB"
+        )
+        write_row(row)
+
+
+def log_scale(step, scale, write_row):
+    """Logs that a step was skipped for float16's scale, to which it is now."""
+    logger.info(f"(step={step:07d}) Skipped: float16 cannot hold the scaled gradients, whose scale is now {scale:g}")
+    write_row(dict(step=step, scale=scale))
+
+
+def log_skipped(step, in_a_row, images, write_row):
+    """Logs the images, by their numbers, of a step whose loss or gradient was not finite."""
+    logger.info(f"(step={step:07d}) Skipped, {in_a_row} in a row: the loss or a gradient is not finite")
+    write_row(dict(step=step, skipped=in_a_row, images=images))
+
+
+def too_many_skipped(step, in_a_row, images):
+    """Returns the ValueError that ends a run after as many steps in a row that were not finite."""
+    some = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
+    return ValueError(
+        f"steps {step - in_a_row + 1} to {step} had no finite loss and gradient, the last one with images {some} of the "
+        "data set; log.jsonl has all of them; a lower --lr, --max-grad-norm or --precision fp32 may help"
+    )

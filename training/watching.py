@@ -1,0 +1,142 @@
+"""What a run shows of its averaged weights while it trains: held-out loss, samples, and their distance to images."""
+
+import logging
+from contextlib import nullcontext
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from diffusion import create_objective, create_sampler
+from diffusion.drawing import choose_classes, draw
+from diffusion.guidance import create_guidance, guidance_in_words
+from diffusion.noise import PerImageNoise, image_seeds
+from images.autoencoder import LatentSpace, PixelSpace
+from images.latents import CachedLatents
+from images.samples import save_grid
+from training.batches import BadImages, encode
+from training.learner import moved_to
+from training.probe import Probe, distance
+from training.runs import best_effort
+
+HELD_OUT = 2560  # images that a held-out loss takes
+SAMPLING_STEPS = 50
+STRENGTH = 4.0  # of the guidance of samples, as sample.py has it
+logger = logging.getLogger("train")
+
+
+class Watch(NamedTuple):
+    """What a run shows, and how often in steps. held_out: images whose loss it shows with every checkpoint. objective, path: by
+    name. bad: of the images that cannot be read."""
+
+    space: PixelSpace | LatentSpace
+    objective: str
+    path: str
+    bad: BadImages
+    held_out: Dataset | None = None
+    sample_every: int | None = None
+    probe: Probe | None = None
+    probe_every: int | None = None
+
+    def due(self, step, saved):
+        """Returns the names of what there is to show after a step; saved: whether there is a checkpoint of it."""
+        names = {"held_out_loss"} if self.held_out and saved else set()
+        names |= {"samples"} if self.sample_every and step % self.sample_every == 0 else set()
+        return names | ({self.probe.name} if self.probe and step % self.probe_every == 0 else set())
+
+    def show(self, names, step, model, processes, journal):
+        """Logs what is due after a step, by its names, of that model, an average of weights. All processes take part."""
+        with moved_to(processes.device, model) if names else nullcontext():
+            if "held_out_loss" in names:
+                objective = create_objective(self.objective, path=self.path)
+                losses = held_out_loss(model, self.held_out, objective, self.space, processes, self.bad)
+                log_held_out(step, losses, journal.write_row)
+            if "samples" in names:
+                draw_samples(step, model, self.space, self.quick_sampler(), journal)
+            if self.probe and self.probe.name in names:
+                try:
+                    found = distance(self.probe, model, self.space, *self.quick_sampler(), processes)
+                except ValueError as error:  # of these weights, which training goes on to change
+                    found = error
+                log_probe(step, self.probe.name, found, journal.write_row)
+
+    def quick_sampler(self):
+        """Returns the objective in few steps, and the sampler that sample.py takes for it."""
+        return create_sampler(self.objective, steps=SAMPLING_STEPS, path=self.path)
+
+
+@torch.no_grad()
+def held_out_loss(model, dataset, objective, space, processes, bad=None, most=HELD_OUT):
+    """Returns the mean of every term of the loss over at most that many images, evenly spread over the data set: a dict of
+    floats. bad: a BadImages for those that cannot be read. All processes take part.
+
+    Noise and timesteps are the same in every call of every run, the timesteps evenly spread, so that two models or
+    two steps of one differ by nothing else.
+    """
+    model.eval()  # drops symbols that a sharded model, whose weights come and go, computed from older ones
+    n = min(len(dataset), most)
+    sums, faults = {}, []
+    if bad and not isinstance(dataset, CachedLatents):
+        dataset = bad.replaced_in(dataset)
+    mine = range(processes.rank, n, processes.size)
+    parts = -(-n // (64 * processes.size))  # for every process the same number, as a sharded model needs
+    for numbers in (mine[part::parts] for part in range(parts)):
+        images, labels, *new = zip(*(dataset[number * len(dataset) // n] for number in numbers))
+        faults += [fault for some in new for part in some for fault in part]
+        noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
+        images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
+        x = encode(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), noise, space)
+        # Multiplying by a prime that divides no n permutes: timesteps have nothing to do with an image's place in the set.
+        shuffled = torch.tensor([number * 1_000_003 % n for number in numbers], device=processes.device)
+        t = objective.draw_times((shuffled + noise.rand()) / n)
+        losses = objective.training_losses(model, x, t, dict(y=labels), noise(x))
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.sum(dtype=torch.float64)
+    if bad and bad.most and (problem := bad.note(faults, processes)):
+        raise problem
+    total = torch.stack(list(sums.values())).float()
+    if processes.size > 1:
+        dist.all_reduce(total)
+    return dict(zip(sums, (total / n).tolist()))
+
+
+def draw_samples(step, model, space, quick_sampler, journal):
+    """Draws a grid of samples, the same noise at every step: what sample.py draws of a checkpoint. All processes draw, as they
+    would have to wait anyway.
+
+    It leaves the random numbers of training as they are.
+    """
+    model.eval()  # drops symbols that were kept: sharded parameters change without telling
+    classes, guidance = choose_classes(model), create_guidance(STRENGTH, model.in_channels)
+    labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
+    try:
+        images = draw(model, space, *quick_sampler, labels, 0, guidance, progress=False)
+    except ValueError as error:  # of these weights, which training goes on to change
+        logger.info(f"(step={step:07d}) No samples: {error}")
+        return
+    if not journal.writes:
+        return
+    path = journal.folder / "samples" / f"{step:07d}.png"
+    with best_effort("Writing a grid of samples"):
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images, path, columns=4)
+        drawn = f"drawn {guidance_in_words(guidance, model)}"
+        logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, {drawn}")
+    if journal.track and path.exists():
+        with best_effort("Tracking"):
+            journal.track(step, {}, path)
+
+
+def log_held_out(step, losses, write_row):
+    """Logs the terms of a held-out loss; those that are not finite are None in log.jsonl."""
+    logger.info(f"(step={step:07d}) Held-out Loss: {losses['loss']:.4f}")
+    write_row(dict(step=step) | {f"held_out_{name}": loss if isfinite(loss) else None for name, loss in losses.items()})
+
+
+def log_probe(step, name, found, write_row):
+    """Logs a distance, or the ValueError that says why there is none."""
+    failed = isinstance(found, ValueError)
+    logger.info(f"(step={step:07d}) Frechet Distance: {f'none, {found}' if failed else f'{found:.4g}'} ({name})")
+    write_row({"step": step, name: None if failed else found})
