@@ -25,7 +25,7 @@ import torch
 
 from comparing.checkouts import HERE, imports_of
 from comparing.exchange import Exchange, describe, exchanging, say, shapes
-from mixers import MIXERS, add_pde_flags, build_mixer, mixer_options
+from mixers import MIXERS, add_mixer_flags, build_mixer, mixer_options
 from pde_ssm import options_from_weights
 
 
@@ -46,7 +46,7 @@ def show_differences(args):
     from comparing.diff import diff, diff_table
 
     args.mixer = args.mixer or "pdessm"
-    exchange = Exchange(args.mixer, mixer_options(args), args.diff, args.attention_class)
+    exchange = Exchange(args.mixer, mixer_options(args.mixer, vars(args)), args.diff, args.attention_class)
     if args.mixer == "attention":
         raise ValueError("--diff compares attention with another mixer; give --mixer")
     found = diff(args.diff, exchange, args.model)
@@ -101,7 +101,7 @@ def choose_mixer(args, arguments):
     if stored and args.mixer == "attention":
         raise ValueError(f"--mixer attention contradicts {path}, which mixes tokens by a PDE; leave the flag out")
     args.mixer = mixer = args.mixer or ("pdessm" if stored else "attention")
-    options = mixer_options(args)
+    options = mixer_options(mixer, vars(args))
     if mixer == "attention" and args.attention_class:
         raise ValueError("--attention-class means nothing to --mixer attention")
     if not stored:
@@ -141,7 +141,7 @@ def mixer_flags():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add = parser.add_argument
     add("--mixer", choices=MIXERS, help="read off a checkpoint among the script's arguments, or attention, unless given")
-    add_pde_flags(add)
+    add_mixer_flags(add)
     add("--attention-class", metavar="module:Class", help="what to replace, where a checkout has an attention of its own")
     return parser
 

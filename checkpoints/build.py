@@ -7,7 +7,6 @@ so do safetensors, with the weights and, as JSON in their metadata, the args. As
 
 import math
 import re
-from types import SimpleNamespace
 
 import torch
 
@@ -15,9 +14,8 @@ from checkpoints.read import READ_FROM_UNET, load_checkpoint
 from diffusion import OBJECTIVES, PATHS
 from images.autoencoder import open_space
 from machine.files import whole_file
-from mixers import MIXERS, build_mixer, mixer_options
+from mixers import MIXERS, build_mixer, kind_of, mixer_options, read_mixer
 from models import MODELS, DiT_models, UNets, stride
-from pde_ssm import PRESETS, options_from_weights
 
 # The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
@@ -51,13 +49,11 @@ def _settings_of_dit(weights):
     if not names:
         raise ValueError(f"no model is known with hidden size {hidden}, depth {depth} and patch size {patch}")
     first = {name.removeprefix("blocks.0.attn."): w for name, w in weights.items() if name.startswith("blocks.0.attn.")}
-    attention = "qkv.weight" in first
-    if not attention and "pde.equation.g0" not in first:
-        raise ValueError("the weights' blocks mix tokens neither by attention nor by a PDE of this version")
+    mixer, options = read_mixer(first)
     return {
         "model": names[0],
-        "mixer": "attention" if attention else "pdessm",
-        "mixer_options": {} if attention else options_from_weights(first),
+        "mixer": mixer,
+        "mixer_options": options,
         "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
         "in_channels": channels,
         "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
@@ -99,38 +95,44 @@ def stated_settings(args, path):
 
 
 def _stated_options(args, model, path):
-    """Of the mixer, those options that its name and the --pde-* flags of a checkpoint's args decide."""
+    """Returns the mixer's options that its name and the flags in a checkpoint's args decide: those that weights tell as well,
+    as they would tell them, and the others."""
+    mixer, kind = args["mixer"], kind_of(args["mixer"])
     try:
-        given = mixer_options(SimpleNamespace(**args))
+        given = kind.named[mixer] | mixer_options(mixer, args)
         with torch.device("meta"):
-            layer = build_mixer(args["mixer"], MODELS[model].keywords["hidden_size"], 1, None, **given)
+            layer = build_mixer(mixer, MODELS[model].keywords["hidden_size"], 1, None, **given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} states options that its mixer cannot have: {error}") from error
-    built = options_from_weights(layer.state_dict())
-    return {name: built[name] for name in ("state_dim" if n == "expand" else n for n in PRESETS[args["mixer"]] | given)}
+    built, names = kind.read(layer.state_dict()), {name: kind.told_as.get(name, name) for name in given}
+    told = {told: built[told] for told in names.values() if told in built}
+    return told, {name: value for name, value in given.items() if names[name] not in built}
 
 
 def believe(args, settings, path):
-    """The settings that weights tell, with those that a checkpoint's args state. ValueError, with both values, where they
-    differ."""
-    stated, told = stated_settings(args, path), dict(settings)
-    if stated.get("mixer") in PRESETS and settings["mixer"] in PRESETS:
+    """Returns the settings that weights tell, with those that a checkpoint's args state. ValueError, with both values, where
+    they differ."""
+    stated, told, options = stated_settings(args, path), dict(settings), {}
+    kind = kind_of(settings["mixer"])
+    if kind.options and stated.get("mixer") in kind.named:
         told |= settings["mixer_options"] | dict(mixer=stated["mixer"])
-        stated |= _stated_options(args, settings["model"], path)
+        as_weights_tell, options = _stated_options(args, settings["model"], path)
+        stated |= as_weights_tell
     for name, value in stated.items():
         if told.get(name, value) != value:
             raise ValueError(
                 f"{path} contradicts itself: it states {name}={value}, and its weights have {name}={told[name]}; "
                 "if they are right, save them without those settings"
             )
+    settings = settings | dict(mixer_options=settings["mixer_options"] | options)
     return settings | {name: stated[name] for name in (*STATED, "time_scale") if name in stated}
 
 
-def load_model(path, args, default_vae, decay=None):
-    """The model of a checkpoint, in eval mode: (model, settings).
+def load_model(path, given, default_vae, decay=None):
+    """Returns the model of a checkpoint, in eval mode, and its settings.
 
-    The settings are what the weights tell and the checkpoint states. What neither says, `args` may: the objective, a flow's
-    path, the vae. Those that args gives, not None, must agree with what is known, but for two that are free: which decoder
+    The settings are what the weights tell and the checkpoint states. What neither says, `given`, a dict, may: the objective, a
+    flow's path, the vae. Values in it that are not None must agree with what is known, but for two that are free: which decoder
     to use in latent space, and image_size, a side or (height, width), to which the model is resized. decay: of which
     average the weights are, if there are several. ValueError names both values, or what does not fit, or what to give.
 
@@ -138,7 +140,7 @@ def load_model(path, args, default_vae, decay=None):
     """
     weights, stored = load_checkpoint(path, decay)
     settings = believe(stored, settings_from_weights(weights), path)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
     for name in ("model", "mixer", "num_classes", "objective", "path"):
         if name in given and settings.get(name, given[name]) != given[name]:
             flag = "--" + name.replace("_", "-")

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from machine.flags import may_change
 from machine.precision import PRECISIONS, be_deterministic, check_compiler, compile_whole, in_precision
 from pde_ssm import BACKENDS, PDESSM, Diagonal, set_backend
 
@@ -12,10 +13,13 @@ from pde_ssm import BACKENDS, PDESSM, Diagonal, set_backend
 def add_speed_flags(add):
     """The flags that train.py, sample.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
-    add("--compile", action="store_true", help="by torch.compile, for which the first step takes about a minute longer")
+    minute = "by torch.compile, for which the first step takes about a minute longer"
+    may_change(add("--compile", action="store_true", help=minute))
     kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
-    add("--deterministic", action="store_true", help="ask MKL, PyTorch and cuDNN for the same bits every time; may be slower")
-    add("--pde-backend", **kernels, help="of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; or what kernels can")
+    same_bits = "ask MKL, PyTorch and cuDNN for the same bits every time; may be slower"
+    may_change(add("--deterministic", action="store_true", help=same_bits))
+    choices = "of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; or what kernels can"
+    may_change(add("--pde-backend", **kernels, help=choices))
 
 
 def prepare_to_sample(model, device, precision="fp32", compile=False, backend="default", deterministic=False):

@@ -36,7 +36,7 @@ ATTENTION = dict(mixer="attention", mixer_options={})
 
 
 def flags(**given):
-    return SimpleNamespace(**{name: given.get(name) for name in SETTINGS})
+    return {name: given.get(name) for name in SETTINGS}
 
 
 def write(path, mixer="pdessm", options=None, **changes):

@@ -18,9 +18,9 @@ import overlay
 from checkpoints.build import load_model, save_checkpoint
 from commands import ROOT, torchrun
 from comparing import check, checkouts, diff, exchange
-from mixers import MIXERS, PRESETS
+from mixers import MIXERS
 from models import DiT_models
-from pde_ssm import PDESSMBlock
+from pde_ssm import PRESETS, PDESSMBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,8 +62,7 @@ def draw(checkout, path, *flags):
 
 @torch.no_grad()
 def draw_ours(path):
-    args = argparse.Namespace(model=None, mixer=None, num_classes=None, vae=None, image_size=None)
-    model, settings = load_model(path, args, default_vae="ema")
+    model, settings = load_model(path, {}, default_vae="ema")
     x, t, y = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8), torch.tensor([10.0, 700.0]), torch.tensor([3, 10])
     return model(x, t, y), settings
 

@@ -14,6 +14,7 @@ import sample_ddp
 import train
 from commands import ROOT
 from images.named import DATASETS
+from mixers import mixer_options
 from models import MODELS
 from reproduce import grids_sheet, mixers_table, noise
 
@@ -69,7 +70,7 @@ def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
     for args in trained:
         assert args.model in MODELS
         assert args.objective == objective
-        train.mixer_options(args)
+        mixer_options(args.mixer, vars(args))
         assert (args.dataset in DATASETS) == (scale == "full")
     seeds = {args.global_seed for args in trained}
     assert seeds == ({0, 1, 2} if scale == "full" else {0})

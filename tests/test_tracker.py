@@ -1,6 +1,7 @@
 """What a run shows while it trains: grids of samples, and its numbers elsewhere."""
 
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -8,11 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import draw, fit
 from test_vae import save_autoencoder
+from training import trackers
+from training.trackers import TRACKERS
 
 SHORT = ["--global-batch-size", 8, "--max-steps", 4, "--log-every", 2, "--ckpt-every", 2]
 
@@ -24,7 +29,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_samples_of_a_run_are_those_of_its_checkpoint(tmp_path, monkeypatch, objective):
-    monkeypatch.setattr("train.SAMPLING_STEPS", 4)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 4)
     folder = fit(tmp_path / "r", *SHORT, "--objective", objective, "--lr", 1e-2, "--sample-every", 2)
     grids = sorted((folder / "samples").iterdir())
     assert [path.name for path in grids] == ["0000002.png", "0000004.png"]
@@ -35,7 +40,7 @@ def test_samples_of_a_run_are_those_of_its_checkpoint(tmp_path, monkeypatch, obj
 
 
 def test_looking_at_a_run_does_not_change_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     plain = fit(tmp_path / "a", *SHORT)
     watched = fit(tmp_path / "b", *SHORT, "--sample-every", 1, "--tracker", "tensorboard")
     weights = [torch.load(folder / "checkpoints" / "0000004.pt")["model"] for folder in (plain, watched)]
@@ -48,7 +53,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
     from commands import ALONE
     from images import encode
 
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     vae = save_autoencoder(tmp_path / "vae", levels=3, channels=4)
     flags = ["--vae", vae, "--image-size", "16"]
     encode.encode(encode.parse_args(["--out", str(tmp_path / "latents"), "--device", "cpu", *flags]), ALONE)
@@ -58,7 +63,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
 
 
 def test_tensorboard_has_every_row_of_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     folder = fit(tmp_path, *SHORT, "--sample-every", 2, "--tracker", "tensorboard")
     events = EventAccumulator(str(folder)).Reload()
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -82,7 +87,7 @@ def test_weights_and_biases_is_offline_unless_logged_in(tmp_path, monkeypatch, l
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     monkeypatch.setenv("WANDB_MODE", variable)
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     folder = fit(tmp_path, *SHORT, "--sample-every", 4, "--tracker", "wandb")
     assert (settings["mode"], settings["dir"], settings["name"]) == (mode, folder, "000-DiT-N-4")
     assert settings["config"]["max_steps"] == 4
@@ -137,7 +142,7 @@ def test_a_kill_shows_weights_and_biases_no_step_twice_and_none_never(tmp_path, 
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: True, init=init, Image=lambda path: path))
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     rest = cut_short(tmp_path, "--tracker", "wandb")
     for step in [step for step in starts[0] if step > kept]:
         del starts[0][step]
@@ -150,7 +155,7 @@ def test_a_kill_shows_weights_and_biases_no_step_twice_and_none_never(tmp_path, 
 
 
 def test_a_kill_shows_tensorboard_no_step_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     rest = cut_short(tmp_path, "--tracker", "tensorboard")
     folder = fit(tmp_path, *SHORT, *rest, "--tracker", "tensorboard")
     events = EventAccumulator(str(folder)).Reload()
@@ -167,21 +172,95 @@ def test_an_account_that_does_not_answer_is_named_in_one_line(tmp_path, monkeypa
         fit(tmp_path, *SHORT, "--tracker", "wandb")
 
 
-@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name, module):
-    monkeypatch.setitem(sys.modules, module, None)
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     with pytest.raises(OSError, match=f"--tracker {name}: pip install {name}"):
         fit(tmp_path, *SHORT, "--tracker", name)
 
 
+def test_every_tracker_of_accelerate_is_there():
+    assert TRACKERS.keys() == LOGGER_TYPE_TO_CLASS.keys()
+
+
+def stand_in(name, shown):
+    """What a tracker's package offers, as far as accelerate calls it: what is shown there is appended to a list."""
+
+    def log(row, step=None):
+        shown.extend((step, key) for key in row)
+
+    run = SimpleNamespace(log=log, finish=lambda: None)
+    config = SimpleNamespace(update=lambda values, allow_val_change: shown.append(values))
+    if name == "trackio":
+        return dict(trackio=SimpleNamespace(init=lambda project, name: run, config=config))
+    if name == "swanlab":
+        config = type("Config", (dict,), dict(update=staticmethod(config.update)))()
+        begin = SimpleNamespace(init=lambda project, experiment_name, logdir: run, Image=lambda pixels: pixels, config=config)
+        return dict(swanlab=begin)
+    if name == "dvclive":
+        class Live:
+            def __init__(self, dir):
+                self.step = 0
+
+            def log_params(self, values):
+                shown.append(values)
+
+            def log_metric(self, name, value):
+                log({name: value}, self.step)
+
+            def next_step(self):
+                self.step += 1
+
+        metric = SimpleNamespace(could_log=lambda value: isinstance(value, (int, float)))
+        return {"dvclive": SimpleNamespace(Live=Live), "dvclive.plots": SimpleNamespace(Metric=metric)}
+
+    class Run(dict):
+        def __init__(self, repo):
+            super().__init__()
+
+        def __setitem__(self, name, values):
+            shown.append(values)
+
+        def track(self, value, name, step):
+            log({name: value}, step)
+
+    return dict(aim=SimpleNamespace(Run=Run, Image=lambda pixels, caption: pixels))
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("aim", 1), ("swanlab", 1), ("trackio", 0), ("dvclive", 0)])
+def test_other_trackers_show_the_numbers_and_where_they_can_the_samples(tmp_path, monkeypatch, name, pictures):
+    shown = []
+    for module, contents in stand_in(name, shown).items():
+        monkeypatch.setitem(sys.modules, module, contents)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
+    folder = fit(tmp_path, *SHORT, "--sample-every", 4, "--tracker", name)
+    settings, *shown = shown
+    assert settings["global_batch_size"] == 8
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    expected = [(row["step"], key) for row in rows for key in row if key != "step"] + [(4, "samples")] * pictures
+    assert sorted(shown) == sorted(expected)
+
+
+def test_accelerate_is_not_told_of_other_processes(tmp_path, monkeypatch):
+    """It would set the number of threads, which the last bits depend on."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    threads = torch.get_num_threads()
+    trackers.tensorboard(tmp_path, {})
+    assert PartialState().num_processes == 1
+    assert torch.get_num_threads() == threads
+    assert os.environ["LOCAL_RANK"] == os.environ["WORLD_SIZE"] == "1"
+
+
 def test_a_model_without_classes_is_drawn_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     folder = fit(tmp_path, *SHORT, "--uncond", "--sample-every", 4)
     assert pixels(folder / "samples" / "0000004.png").shape == (2 + 4 * 66, 2 + 4 * 66, 3)
 
 
 def test_samples_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.SAMPLING_STEPS", 2)
+    monkeypatch.setattr("training.watching.SAMPLING_STEPS", 2)
     monkeypatch.setattr("images.autoencoder.PixelSpace.decode", lambda self, x: x / 0)
     folder = fit(tmp_path, *SHORT, "--sample-every", 2)
     log = (folder / "log.txt").read_text()

@@ -1,8 +1,13 @@
-"""Where else a run's numbers and pictures are shown, besides its folder: functions of the folder, the run's settings
-and the step after which it goes on that return track(step, numbers, picture=None), numbers by name, the path of a PNG."""
+"""Where else a run's numbers and pictures are shown, besides its folder: whatever accelerate has a tracker for.
+
+TRACKERS has functions of the folder, the run's settings and the step after which it goes on, which return
+track(step, numbers, picture=None): numbers by name, the path of a PNG. Their packages are imported when one is chosen.
+"""
 
 import json
 import os
+from functools import partial
+from importlib import import_module
 from uuid import uuid4
 
 import numpy as np
@@ -10,33 +15,57 @@ from PIL import Image
 
 from machine.files import whole_file
 
+PROJECT = "pde-ssm-dit"
+# What tells accelerate that there are several processes. One of them tracks, so that it need not know of the others: it would
+# choose a number of threads, on which the last bits of results depend.
+SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def start(name, /, *where, module=None, **how):
+    """Returns accelerate's tracker of that name, begun with these arguments. OSError if its package is not installed, or it
+    does not begin."""
+    try:
+        import_module(module or name)
+    except ImportError as error:
+        raise OSError(f"--tracker {name}: pip install {name} ({error})") from error
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    hidden = {variable: os.environ.pop(variable) for variable in SEVERAL if variable in os.environ}
+    try:
+        PartialState(cpu=True)  # without which accelerate's trackers do not log
+    finally:
+        os.environ |= hidden
+    tracker = LOGGER_TYPE_TO_CLASS[name](*where, **how)
+    try:
+        tracker.start()
+    except Exception as error:
+        advice = "; WANDB_MODE=offline keeps the run in its folder" if name == "wandb" else ""
+        raise OSError(f"--tracker {name} does not begin: {' '.join(str(error).split())}{advice}") from error
+    return tracker
+
 
 def tensorboard(folder, settings, first=0):
-    """Event files in the folder: `tensorboard --logdir results`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise OSError(f"--tracker tensorboard: pip install tensorboard ({error})") from error
-    writer = SummaryWriter(folder, purge_step=first + 1 if first else None)
-    writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
+    """Writes event files into the folder: `tensorboard --logdir results`."""
+    purge = dict(purge_step=first + 1) if first else {}
+    tracker = start("tensorboard", folder.name, folder.parent, module="torch.utils.tensorboard", **purge)
+    tracker.tracker.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
     def track(step, numbers, picture=None):
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
         if picture:
             with Image.open(picture) as image:
-                writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
-        writer.flush()  # a run that is killed has shown what it wrote
+                tracker.log_images({"samples": np.asarray(image)[None]}, step=step, dataformats="NHWC")
+        tracker.log(numbers, step=step)  # which flushes: a run that is killed has shown what it wrote
 
     return track
 
 
 def weights_and_biases(folder, settings, first=0):
-    """A run of the project pde-ssm-dit, which goes on when training does. Without an account, or as WANDB_MODE has it, kept
-    in the folder for `wandb sync`.
+    """Shows a run of the project, which goes on when training does. Without an account, or as WANDB_MODE has it, it stays in
+    the folder for `wandb sync`.
 
     A kill takes along what wandb had not written yet. So a run that goes on first shows again what its folder knows: offline
-    all of it, in place of what was kept before, and online what the account has not got.
+    all of it, in place of what was written before, and online what the account has not got.
     """
     try:
         import wandb
@@ -50,24 +79,41 @@ def weights_and_biases(folder, settings, first=0):
     for before in folder.glob("wandb/offline-run-*") if mode in ("offline", "dryrun") else []:
         os.renames(before, folder / "wandb-before" / before.name)  # where `wandb sync` does not look
     known = dict(id=identity.read_text(), resume="allow")
-    try:
-        run = wandb.init(project="pde-ssm-dit", name=folder.name, dir=folder, config=settings, mode=mode, **known)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"--tracker wandb does not begin: {reason}; WANDB_MODE=offline keeps the run in its folder") from error
-    begun = run.step
+    tracker = start("wandb", PROJECT, name=folder.name, dir=folder, config=settings, mode=mode, **known)
+    begun = tracker.tracker.step
 
     def track(step, numbers, picture=None):
         if step >= begun:  # of a run that goes on, the account has got the others
-            run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)
+            tracker.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step)
 
     for step, numbers, picture in shown_before(folder, first):
         track(step, numbers, picture)
     return track
 
 
+def other(name, arguments, folder, settings, first=0):
+    """Shows a run in one of accelerate's other trackers. A run that goes on begins a new one there, of the later steps.
+
+    arguments: a function of the folder that returns those of the tracker's class.
+    """
+    where, how = arguments(folder)
+    tracker = start(name, *where, **how)
+    plain = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for key, value in settings.items()}
+    tracker.store_init_configuration(plain)
+
+    def track(step, numbers, picture=None):
+        if numbers:
+            tracker.log(numbers, step=step)
+        if picture and hasattr(tracker, "log_images"):  # not comet_ml, mlflow, dvclive and trackio
+            with Image.open(picture) as image:
+                pixels = np.asarray(image)
+            tracker.log_images({"samples": [pixels] if name == "swanlab" else pixels}, step=step)
+
+    return track
+
+
 def shown_before(folder, last):
-    """(step, numbers, picture) of all that a run's folder has up to step `last`, in order."""
+    """Returns (step, numbers, picture) of all that a run's folder has up to step `last`, in order."""
     log = folder / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     shown = [(row["step"], numbers_of(row), None) for row in rows]
@@ -76,8 +122,19 @@ def shown_before(folder, last):
 
 
 def numbers_of(row):
-    """What trackers show of a line of the log."""
+    """Returns what trackers show of a row of the log."""
     return {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
 
 
+# What the classes of accelerate take first, and what else they hand on to their libraries.
+OTHERS = {
+    "aim": lambda folder: ([folder.name], dict(logging_dir=folder)),
+    "clearml": lambda folder: ([PROJECT], dict(task_name=folder.name)),
+    "comet_ml": lambda folder: ([PROJECT], {}),
+    "dvclive": lambda folder: ([PROJECT], dict(dir=str(folder / "dvclive"))),
+    "mlflow": lambda folder: ([PROJECT], dict(run_name=folder.name)),
+    "swanlab": lambda folder: ([PROJECT], dict(experiment_name=folder.name, logdir=str(folder / "swanlab"))),
+    "trackio": lambda folder: ([PROJECT], dict(name=folder.name)),
+}
 TRACKERS = {"tensorboard": tensorboard, "wandb": weights_and_biases}
+TRACKERS |= {name: partial(other, name, arguments) for name, arguments in OTHERS.items()}

@@ -1,0 +1,56 @@
+"""What a token mixer declares of itself, once: everything that has to know its options reads them here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a mixer's constructor, which is a flag of the commands, too.
+
+    flag:        what add_argument takes besides name and help: type, choices, nargs, action.
+    conditioned: it makes the mixer take the blocks' conditioning vector, which other people's blocks do not pass.
+    """
+
+    name: str
+    help: str
+    flag: dict = field(default_factory=dict)
+    conditioned: bool = False
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """One kind of mixer.
+
+    name:    its flags are --<name>-<option>.
+    build:   a class with the constructor of timm's Attention that maps (B, N, D) to (B, N, D), or a function that makes one.
+             One that takes `grid_size` is told the (h, w) of its tokens, and one with a true `conditioned` gets the blocks'
+             conditioning vector (B, D) as second argument.
+    read:    returns the options that a layer's state dict tells, None if the weights are not those of this mixer.
+    presets: the names of --mixer, with the options that each of them sets; the mixer's own name alone unless given.
+    check:   raises a ValueError for options (a dict) that mean nothing beside others.
+    told_as: by an option's name, that of the one which weights tell in its place.
+    """
+
+    name: str
+    build: Callable
+    read: Callable
+    options: tuple = ()
+    presets: dict | None = None
+    check: Callable = lambda options: None
+    told_as: dict = field(default_factory=dict)
+
+    @property
+    def named(self):
+        """The names of --mixer, with the options that each of them sets."""
+        return self.presets or {self.name: {}}
+
+    def flag_of(self, name):
+        """Returns the flag of an option."""
+        return f"--{self.name}-{name}".replace("_", "-")
+
+    def given(self, settings):
+        """Returns the options that a command's settings, a dict of what its flags say, set: neither None nor False."""
+        prefix = f"{self.name}_".replace("-", "_")
+        given = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+        return {name: value for name, value in given.items() if value is not None and value is not False}

@@ -1,0 +1,42 @@
+"""The PDE-SSM block: one declaration of its options, whatever preset they are added to."""
+
+from machine.flags import above_zero, positive
+from mixers.options import Mixer, Option
+from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock, options_from_weights
+
+SWITCH = dict(action="store_true")
+OPTIONS = (
+    Option(
+        "coupling",
+        "a PDE per channel (diagonal, unless given), per pair of channels (the paper's Algorithm 1), or a system (ours)",
+        dict(choices=COUPLINGS),
+    ),
+    Option("groups", "groups of channels that share one", dict(type=positive)),
+    Option("state_dim", "channels of the PDE, the hidden size unless given", dict(type=positive)),
+    Option("expand", "the same, as a multiple of the hidden size", dict(type=above_zero)),
+    Option("terms", f"some of {', '.join(TERMS)}; all unless given", dict(nargs="+", choices=TERMS, metavar="TERM")),
+    Option("components", "PDEs per channel, whose states are summed (not in the paper)", dict(type=positive)),
+    Option("activation", "silu before the PDE (not in the paper)", SWITCH),
+    Option("gate", "multiply by a gate, project back (not in the paper)", SWITCH),
+    Option("conditioned", "let timestep and class scale the PDE's time (not in the paper)", SWITCH, conditioned=True),
+)
+
+
+def check(options):
+    """Raises a ValueError for options that mean nothing to the coupling, or say the same twice."""
+    coupling = options.get("coupling", "diagonal")
+    if coupling == "diagonal" and "groups" in options:
+        raise ValueError("--pde-groups means nothing to the diagonal coupling; choose another with --pde-coupling")
+    if coupling != "diagonal" and (options.get("components", 1) > 1 or "conditioned" in options):
+        flag = "--pde-conditioned" if "conditioned" in options else "--pde-components"
+        raise ValueError(f"{flag} means nothing to --pde-coupling {coupling}; it needs the diagonal one")
+    if {"state_dim", "expand"} <= options.keys():
+        raise ValueError("--pde-state-dim and --pde-expand say the same; give one of them")
+
+
+def read(weights):
+    """Returns the options of a PDESSMBlock with these weights; None for another layer's."""
+    return options_from_weights(weights) if "pde.equation.g0" in weights else None
+
+
+MIXER = Mixer("pde", PDESSMBlock, read, OPTIONS, PRESETS, check, told_as={"expand": "state_dim"})

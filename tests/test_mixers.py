@@ -1,0 +1,75 @@
+"""What a mixer declares of itself, and that nothing else has to know of a new one."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from timm.models.vision_transformer import Attention
+
+import mixers
+import train
+from checkpoints.build import load_model
+from commands import QUICK, ROOT, draw, fit
+from machine.flags import positive
+from mixers import KINDS, MIXERS, mixer_options
+from mixers.options import Mixer, Option
+
+
+def declared_flags():
+    return {kind.flag_of(option.name) for kind in KINDS for option in kind.options}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_mixer_takes_the_options_that_it_declares(kind):
+    parameters = inspect.signature(kind.build).parameters
+    assert {option.name for option in kind.options} <= parameters.keys()
+    for name, preset in kind.named.items():
+        assert name in MIXERS
+        assert preset.keys() <= {option.name for option in kind.options}
+
+
+def test_the_table_in_the_docs_has_every_option():
+    rows = [line for line in (ROOT / "docs" / "operator.md").read_text().splitlines() if line.startswith("|")]
+    named = set(re.findall(r"`(--[a-z0-9-]+)", "\n".join(rows)))
+    assert declared_flags() | {"--mixer"} == named | {"--mixer"}
+
+
+class Blur(Attention):
+    """Attention with an option that no weight tells and one that its weights do."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, times=1, wide=False):
+        super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias)
+        self.times, self.extra = times, torch.nn.Linear(dim, 2 * dim if wide else dim)
+
+    def forward(self, tokens):
+        for _ in range(self.times):
+            tokens = (tokens + tokens.roll(1, 1)) / 2
+        return tokens + 0 * self.extra(tokens).sum()
+
+
+def read(weights):
+    return dict(wide=len(weights["extra.bias"]) > weights["extra.weight"].shape[1]) if "extra.weight" in weights else None
+
+
+@pytest.fixture
+def blur(monkeypatch):
+    options = (Option("times", "how often", dict(type=positive)), Option("wide", "more", dict(action="store_true")))
+    monkeypatch.setattr(mixers, "KINDS", (Mixer("blur", Blur, read, options), *KINDS))
+    monkeypatch.setitem(MIXERS, "blur", Blur)
+
+
+def test_a_declaration_is_all_that_a_new_mixer_needs(tmp_path, blur):
+    """From flags through training to samples; the option that weights do not tell comes from the checkpoint's settings."""
+    flags = ["--max-steps", 1, "--global-batch-size", 8, "--mixer", "blur", "--blur-times", 3, "--blur-wide"]
+    path = fit(tmp_path / "r", *flags) / "checkpoints" / "0000001.pt"
+    model, settings = load_model(path, {}, "ema")
+    assert (settings["mixer"], settings["mixer_options"]) == ("blur", dict(wide=True, times=3))
+    assert model.blocks[0].attn.times == 3
+    assert draw(path, tmp_path / "a.png", "--class-labels", 3).shape == (64, 64, 3)
+
+
+def test_the_flags_of_another_mixer_are_named(blur):
+    args = train.parse_args([*QUICK, "--mixer", "pdessm", "--blur-times", "2", "--pde-gate"])
+    with pytest.raises(ValueError, match=r"^--blur-times means nothing to --mixer pdessm$"):
+        mixer_options(args.mixer, vars(args))
