@@ -9,7 +9,7 @@ import pytest
 from machine import flags
 
 COMMANDS = {name: [] for name in ("train", "sample", "sample_ddp", "evaluate", "checkpoints.export", "images.encode")}
-COMMANDS |= {"overlay": [[]], "benchmarks.timing": ["about"]}
+COMMANDS |= {"overlay": [[]], "benchmarks.flags": ["about"]}
 NEVER = ["nan", "inf", "-inf", "-1", "1e400", "9" * 400, "", "x"]
 
 
