@@ -32,7 +32,9 @@ from pde_ssm import options_from_weights
 def main(argv):
     args, rest = mixer_flags().parse_known_args(argv)
     if rest and not rest[0].startswith("-"):
-        run(rest[0], rest[1:], args)
+        script, arguments = find_script(rest[0]), rest[1:]
+        mixer, options = choose_mixer(args.mixer, vars(args), args.attention_class, arguments)
+        run(script, arguments, mixer, options, args.attention_class)
         return
     args = parse_args(argv)
     if args.diff:
@@ -45,9 +47,9 @@ def show_differences(args):
     """--diff: prints what the mixer changes in a model of a checkout."""
     from comparing.diff import diff, diff_table
 
-    args.mixer = args.mixer or "pdessm"
-    exchange = Exchange(args.mixer, mixer_options(args.mixer, vars(args)), args.diff, args.attention_class)
-    if args.mixer == "attention":
+    mixer = args.mixer or "pdessm"
+    exchange = Exchange(mixer, mixer_options(mixer, vars(args)), args.diff, args.attention_class)
+    if mixer == "attention":
         raise ValueError("--diff compares attention with another mixer; give --mixer")
     found = diff(args.diff, exchange, args.model)
     print(json.dumps(found, indent=1) if args.json else diff_table(found))
@@ -63,16 +65,19 @@ def show_agreement(folder, as_json):
         raise ValueError(f"{len(wrong)} of {len(rows)} comparisons disagree: {', '.join(wrong)}")
 
 
-def run(script, arguments, args):
-    """Runs a script as `python script arguments` would, with the mixer that args or a checkpoint among arguments name."""
-    script = Path(script)
+def find_script(path):
+    """Returns the path of a script. FileNotFoundError if it is none."""
+    script = Path(path)
     if not script.is_file():
         raise FileNotFoundError(f"{script}: no such script" + (", but a folder" if script.is_dir() else ""))
-    mixer, options = choose_mixer(args, arguments)
-    root = checkout_of(script)
+    return script
+
+
+def run(script, arguments, mixer, options, attention_class):
+    """Runs a script as `python script arguments` would, with another mixer in the models that its checkout's code builds."""
     say(f"{script} runs as it is, with {describe(mixer, options)}")
     say("torch.load may read an argparse.Namespace, which torch >= 2.6 refuses; Python writes no __pycache__")
-    exchange = None if mixer == "attention" else Exchange(mixer, options, root, args.attention_class)
+    exchange = None if mixer == "attention" else Exchange(mixer, options, checkout_of(script), attention_class)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes of data loaders that start afresh
     argv, sys.argv = sys.argv, [str(script), *arguments]
     try:
@@ -94,15 +99,18 @@ def checkout_of(script):
     return next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), folder)
 
 
-def choose_mixer(args, arguments):
+def choose_mixer(mixer, settings, attention_class, arguments):
     """Returns (name, options) of the mixer that the flags name, or else of the one with which a checkpoint among the script's
-    arguments was trained. ValueError if the two contradict each other."""
+    arguments was trained. ValueError if the two contradict each other.
+
+    mixer: what --mixer says, or None. settings: a dict of all that the flags say.
+    """
     path, stored = stored_mixer(arguments)
-    if stored and args.mixer == "attention":
+    if stored and mixer == "attention":
         raise ValueError(f"--mixer attention contradicts {path}, which mixes tokens by a PDE; leave the flag out")
-    args.mixer = mixer = args.mixer or ("pdessm" if stored else "attention")
-    options = mixer_options(mixer, vars(args))
-    if mixer == "attention" and args.attention_class:
+    mixer = mixer or ("pdessm" if stored else "attention")
+    options = mixer_options(mixer, settings)
+    if mixer == "attention" and attention_class:
         raise ValueError("--attention-class means nothing to --mixer attention")
     if not stored:
         return mixer, options

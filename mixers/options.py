@@ -52,5 +52,5 @@ class Mixer:
     def given(self, settings):
         """Returns the options that a command's settings, a dict of what its flags say, set: neither None nor False."""
         prefix = f"{self.name}_".replace("-", "_")
-        given = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+        given = {option.name: settings.get(prefix + option.name) for option in self.options}
         return {name: value for name, value in given.items() if value is not None and value is not False}
