@@ -1,14 +1,11 @@
 """Samplers: functions of an objective, a network (x, t, **model_kwargs) and noise x (B, C, H, W) that return images like x.
 
 Samplers that draw noise call `randn_like(x)` once per step, the last one included, whatever else they do: the same generator
-state gives the same images. Pass a `PerImageNoise` to make each image depend on a seed of its own and not on its batch.
+state gives the same images. Pass a `noise.PerImageNoise` to make each image depend on a seed of its own and not on its batch.
 """
 
 import torch
 from tqdm import tqdm
-
-from .noise import PerImageNoise as PerImageNoise
-from .noise import image_seeds as image_seeds
 
 
 @torch.no_grad()
