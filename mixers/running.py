@@ -1,13 +1,12 @@
 """How a network runs: its precision, compiled or not, and by which kernels. It changes a result by rounding alone."""
 
-from copy import deepcopy
-from functools import cache
-
 import torch
 
 from machine.flags import may_change
 from machine.precision import PRECISIONS, be_deterministic, check_compiler, compile_whole, in_precision
-from pde_ssm import BACKENDS, PDESSM, Diagonal, set_backend
+import pde_ssm_kernels
+from pde_ssm import BACKENDS, PDESSM, set_backend
+from pde_ssm_kernels.kept import freeze
 
 
 def add_speed_flags(add):
@@ -31,30 +30,16 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
     forward = in_precision(model.forward, precision, device)
     if compile:
         check_compiler(device)
-        keep_symbols(model)
+        freeze(model)
         forward = compile_whole(forward, device)
     model.forward = forward  # of this one model: forward_with_cfg calls it, too
 
 
-def keep_symbols(model):
-    """Lets compiled networks take the PDEs' symbols for constants, computed once, as networks that are not compiled do."""
-    for layer in model.modules():
-        if isinstance(layer, Diagonal):
-            symbol, rows = cache(layer.symbol), cache(layer.rows)
-            layer.symbol = torch.compiler.assume_constant_result(lambda h, w, symbol=symbol: symbol(h, w))
-            layer.rows = torch.compiler.assume_constant_result(lambda rows=rows: rows())
-
-
 def choose_backend(name, model, device):
-    """What runs the model's PDEs on that device, by the names of `set_backend`. ValueError if it cannot."""
+    """Sets what runs the model's PDEs on that device, by the names of `set_backend`. ValueError if it cannot."""
     set_backend(name)
     layer = next((layer for layer in model.modules() if isinstance(layer, PDESSM)), None)
-    if name in ("cpp", "triton") and layer:
-        u = torch.zeros(1, layer.dim, *model.grid_size, device=device)
-        c = torch.zeros(1, layer.dim, device=device) if layer.conditioned else None
-        try:
-            with torch.no_grad():
-                deepcopy(layer).to(device)(u, c)  # one of the layers tries
-        except ValueError as error:
-            reason = str(error).partition(";")[0]
-            raise ValueError(f"--pde-backend {name}: {reason}; --pde-backend auto takes PyTorch there") from error
+    if name in ("cpp", "triton") and layer and layer.coupling == "diagonal":
+        reason = pde_ssm_kernels.why_not(name, torch.empty(1, *model.grid_size, layer.equation.dim, device=device))
+        if reason:
+            raise ValueError(f"--pde-backend {name}: {reason}; --pde-backend auto takes PyTorch there")

@@ -1,1 +1,82 @@
-"""Fast roads to the numbers of pde_ssm.py, which it never imports."""
+"""Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py, cpu.cpp), Triton for GPUs
+(gpu.py), and for couplings of many channels matrices in pieces (pytorch.py). This is the only place that chooses.
+
+A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to their state, which it gets out of the equation's
+`rows()` or `symbol(h, w)`. All of them are held against the plain road of pde_ssm.py, values and gradients.
+"""
+
+import torch
+
+from .modes import exporting, traced
+
+# By the name of a backend, the kernels that it asks, in order.
+BACKENDS = {"default": ["cpp"], "torch": [], "cpp": ["cpp"], "triton": ["triton"], "auto": ["triton", "cpp"], "plain": []}
+_backend = "default"
+
+
+def set_backend(name):
+    """Sets what runs PDEs from now on. Results agree up to rounding.
+
+    default: on CPUs the C++ kernels where they can, PyTorch elsewhere
+    torch:   PyTorch
+    cpp:     the C++ kernels, or an error where they cannot
+    triton:  the Triton kernels, for GPUs, or an error where they cannot; not for conditioned layers
+    auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
+    plain:   the equations as pde_ssm.py writes them: for checks, since pairs of channels take much memory
+
+    C++ and Triton run the diagonal coupling. ValueError for another name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    _backend = name
+
+
+def backend():
+    """The name that `set_backend` was given."""
+    return _backend
+
+
+def choose(v, equation, time_scale=None):
+    """Returns the road for tokens v (B, h, w, C), or None where there is none but the plain one.
+
+    ValueError where the backend names kernels that cannot take these tokens.
+    """
+    if _backend == "plain":
+        return None
+    if hasattr(equation, "is_system"):                                    # of matrices
+        from . import pytorch
+
+        return pytorch.evolve_in_pieces
+    tensors = [v, *equation._parameters.values(), *([] if time_scale is None else [time_scale])]
+    if exporting() or (not torch.compiler.is_compiling() and traced(*tensors)):
+        return None
+    for name in BACKENDS[_backend]:
+        kernels = _kernels(name)
+        if name == "triton" and time_scale is not None:
+            continue
+        if kernels and kernels.serves(v):
+            return kernels.evolve_tokens
+        if _backend == name:
+            raise ValueError(f"the backend is {name}, and {why_not(name, v)}; set_backend('auto') takes torch there")
+    return None
+
+
+def why_not(name, v):
+    """Says why the kernels of that name cannot take tokens v (B, h, w, C); None if they can."""
+    kernels = _kernels(name)
+    if kernels and kernels.serves(v):
+        return None
+    where = f"not for {v.dtype} of shape {tuple(v.shape)} on {v.device.type}" if kernels else "not installed"
+    return f"its kernels are {where}"
+
+
+def _kernels(name):
+    try:
+        if name == "cpp":
+            from . import cpu as kernels
+        else:
+            from . import gpu as kernels
+    except ImportError:
+        return None
+    return kernels

@@ -31,6 +31,11 @@ def reference(v, symbol):
     return torch.fft.irfft2(G * v_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
 
 
+def evolve_tokens(v, equation, time_scale=None):
+    """The road of `pde_ssm_kernels.choose`: tokens v (B, h, w, C) to their state."""
+    return evolve(v, equation.symbol(*v.shape[1:3]))
+
+
 def evolve(v, symbol):
     """The same as `reference`, on a GPU. float32, bfloat16 or float16, with h and w up to MAX_SIDE; see `serves`.
 

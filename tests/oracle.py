@@ -51,7 +51,7 @@ def solve(u, K, b, r, tau):
 
 
 def random_rows(*shape, dtype=torch.float32):
-    """`pde_ssm.SYMBOL_ROWS` (..., 9, C) for shape (..., C), with Lambda(k) of the order of 1 at the lowest wave vectors."""
+    """The rows (..., 9, C) of `pde_ssm.evolve_plainly` for shape (..., C); Lambda(k) is about 1 at the lowest wave vectors."""
     *leading, C = shape
     rows = torch.randn(*leading, 9, C, dtype=dtype)
     K = 0.05 * torch.randn(*leading, C, 2, 2, dtype=dtype)

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
@@ -16,14 +15,15 @@ import pde_ssm
 import train
 from commands import ROOT, fit
 from models import DiT
-from oracle import FourierTransforms, random_rows
+from oracle import FourierTransforms
 from pde_ssm import COUPLINGS, PDESSM, TERMS, PDESSMBlock, options_from_weights, receptive_field
+from pde_ssm_kernels import kept, pytorch
 from test_physics import random_operator, without_input_map
 from training import watching
 
 f64 = torch.float64
 couplings = pytest.mark.parametrize("coupling", COUPLINGS)
-backends = pytest.mark.parametrize("backend", ["default", "torch"])
+backends = pytest.mark.parametrize("backend", ["default", "torch", "plain"])
 
 
 def test_initial_scales_span_half_a_token_to_a_quarter_of_the_image():
@@ -111,7 +111,7 @@ def test_the_result_does_not_depend_on_the_chunks(coupling, monkeypatch):
     u = torch.randn(3, 6, 5, 8, dtype=f64)
 
     def run(chunk):
-        monkeypatch.setattr(pde_ssm, "CHUNK", chunk)
+        monkeypatch.setattr(pytorch, "CHUNK", chunk)
         pde.zero_grad()
         out = pde(u)
         out.square().sum().backward()
@@ -122,7 +122,7 @@ def test_the_result_does_not_depend_on_the_chunks(coupling, monkeypatch):
         torch.testing.assert_close(run(chunk), whole)
     with torch.no_grad():
         torch.testing.assert_close(pde.eval()(u), whole[0])
-        monkeypatch.setattr(pde_ssm, "LARGEST_WHOLE", 0)
+        monkeypatch.setattr(pytorch, "LARGEST_WHOLE", 0)
         torch.testing.assert_close(pde(u), whole[0])
 
 
@@ -255,7 +255,7 @@ def test_half_precision_weights_work_too(dtype, grid, coupling):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 def test_compiles_without_a_graph_break(options, randomize, monkeypatch):
-    monkeypatch.setattr(pde_ssm, "CHUNK", 1000)  # more than one
+    monkeypatch.setattr(pytorch, "CHUNK", 1000)  # more than one
     model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, num_classes=10, mixer="pdessm", **options)).eval()
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 2])
 
@@ -289,17 +289,6 @@ def test_exports_for_any_batch(options, randomize, tmp_path):
     assert any("aten.linear" in name for name in operators)
     assert not any("evolve_on_cpu" in name for name in operators)          # for machines without a compiler
     torch.testing.assert_close(exported(*other), model(*other))
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("grid", [(3, 4), (12, 7), (2, 33)])
-def test_transforms_as_operators_for_compilers(grid, transpose):
-    v = torch.randn(2, *grid, 2, dtype=f64, requires_grad=True)
-    v_hat = pde_ssm.spectrum_op(v.detach()).requires_grad_()
-    for operator, arguments in ((pde_ssm.spectrum_op, (v, transpose)), (pde_ssm.field_op, (v_hat, *grid, transpose))):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    assert torch.autograd.gradcheck(lambda v: pde_ssm.spectrum_op(v, transpose), v)
-    assert torch.autograd.gradcheck(lambda v: pde_ssm.field_op(pde_ssm.spectrum_op(v), *grid, transpose), v)
 
 
 @couplings
@@ -401,8 +390,8 @@ def test_weights_tell_their_options(options):
 def test_the_symbol_is_kept_for_inference(monkeypatch, coupling):
     pde_ssm.set_backend("torch")
     pde, computed = PDESSM(4, coupling=coupling).eval(), []
-    compute = pde.equation.compute_symbol
-    monkeypatch.setattr(pde.equation, "compute_symbol", lambda h, w: computed.append((h, w)) or compute(h, w))
+    tau = pde.equation.tau
+    monkeypatch.setattr(pde.equation, "tau", lambda: computed.append(grid) or tau())
     with torch.no_grad():
         for grid in [(4, 4), (4, 4), (3, 5), (4, 4), (3, 5)]:
             pde(torch.randn(1, 4, *grid))
@@ -416,7 +405,7 @@ def test_kept_symbols_are_few(coupling):
     with torch.no_grad():
         for n in range(1, 9):
             pde(torch.randn(1, 4, n, n))
-    assert len(pde_ssm._kept[pde.equation]) == pde_ssm.GRIDS_KEPT
+    assert len(kept.of(pde.equation)) == kept.VALUES
 
 
 def keep_something(coupling):
@@ -449,30 +438,31 @@ def test_nothing_is_kept_once_training_goes_on(event, coupling):
 @torch.no_grad()
 def test_what_all_layers_keep_has_a_limit(coupling, monkeypatch):
     pde_ssm.set_backend("torch")
-    pde_ssm.forget()
+    kept.forget()
     layers, u = [PDESSM(4, coupling=coupling).eval() for _ in range(3)], torch.randn(2, 4, 4, 4)
-    limit = 2 * layers[0].equation.compute_symbol(4, 4).nbytes
-    monkeypatch.setattr(pde_ssm, "KEPT", limit)
+    limit = 2 * layers[0].equation.symbol(4, 4).nbytes
+    kept.forget()
+    monkeypatch.setattr(kept, "KEPT", limit)
     for _ in range(2):
         for pde in layers:
             torch.testing.assert_close(pde(u), copy.deepcopy(pde)(u))
-        assert [len(pde_ssm._kept.get(pde.equation, {})) for pde in layers] == [1, 1, 0]
-        assert pde_ssm._bytes_kept() == limit
-    for grid, kept in [((4, 5), [(4, 5)]), ((8, 4), [])]:                  # another in place of the first; one too large
+        assert [len(kept.of(pde.equation)) for pde in layers] == [1, 1, 0]
+        assert kept.bytes_kept() == limit
+    for grid, left in [((4, 5), [("symbol", 4, 5)]), ((8, 4), [])]:        # another in place of the first; one too large
         layers[0](torch.randn(1, 4, *grid))
-        assert list(pde_ssm._kept[layers[0].equation]) == kept
+        assert list(kept.of(layers[0].equation)) == left
     del layers[0], pde
     layers[1](u)
-    assert pde_ssm._bytes_kept() == limit
+    assert kept.bytes_kept() == limit
 
 
 def test_training_keeps_nothing_of_what_it_evaluates(tmp_path, monkeypatch):
-    kept, draw_samples, update = [], watching.draw_samples, train.update
+    layers, draw_samples, update = [], watching.draw_samples, train.update
     monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(watching, "draw_samples", lambda *a: draw_samples(*a) or kept.append(len(pde_ssm._kept)))
-    monkeypatch.setattr(train, "update", lambda *a: kept.append(len(pde_ssm._kept)) or update(*a))
+    monkeypatch.setattr(watching, "draw_samples", lambda *a: draw_samples(*a) or layers.append(len(kept._kept)))
+    monkeypatch.setattr(train, "update", lambda *a: layers.append(len(kept._kept)) or update(*a))
     fit(tmp_path, "--mixer", "pdessm", "--global-batch-size", 4, "--max-steps", 2, "--sample-every", 1)
-    assert kept == [0, 6, 0, 6]                                            # of as many layers
+    assert layers == [0, 6, 0, 6]                                           # of as many layers
 
 
 @couplings
@@ -524,7 +514,8 @@ def change_parametrised(pde):
     register_parametrization(pde.equation, "log_tau", torch.nn.Identity())
     pde.equation.symbol(4, 6)
     pde.equation.parametrizations.log_tau.original.add_(0.1)
-    torch.testing.assert_close(pde.equation.symbol(4, 6), pde.equation.compute_symbol(4, 6), rtol=0, atol=0)
+    fresh = type(pde.equation).symbol.__wrapped__(pde.equation, 4, 6)
+    torch.testing.assert_close(pde.equation.symbol(4, 6), fresh, rtol=0, atol=0)
     remove_parametrizations(pde.equation, "log_tau")
     return pde
 
@@ -659,7 +650,7 @@ SEEN_ANYWHERE = [
 @torch.no_grad()
 def test_the_kept_symbol_is_never_stale(change, coupling, monkeypatch):
     if change in SEEN_ANYWHERE:
-        monkeypatch.setattr(pde_ssm, "COMPARED", 0)
+        monkeypatch.setattr(kept, "COMPARED", 0)
     pde = PDESSM(4, coupling=coupling).eval()
     pde.equation.log_tau.add_(0.1)
     before = pde.equation.symbol(4, 6)
@@ -710,91 +701,6 @@ def test_unknown_options_are_refused():
         PDESSMBlock(4, term="diffusion")
 
 
-def convolve_plainly(v, symbol):
-    symbol = symbol if symbol.is_complex() else torch.complex(*symbol.unbind(-4)).movedim(-1, -3)
-    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1).contiguous()), s=v.shape[1:3]).movedim(1, -1)
-
-
-def convolution_arguments(h, w, per_image):
-    """Tokens and a symbol, which is complex for grids that have an FFT."""
-    shape, dtype = ((2, h, w // 2 + 1), torch.complex128) if pde_ssm.by_channel(h, w) else ((2, h, w // 2 + 1, 2), f64)
-    symbol = torch.randn((3, *shape) if per_image else shape, dtype=dtype, requires_grad=True)
-    return torch.randn(3, h, w, 2, dtype=f64, requires_grad=True), symbol
-
-
-@pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("longest", [0, 32])  # an FFT, matrices
-@pytest.mark.parametrize("grid", [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (6, 4), (9, 16), (40, 6)])
-def test_convolution_by_hand_is_autograds(monkeypatch, grid, longest, per_image):
-    monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
-    v, symbol = convolution_arguments(*grid, per_image)
-    ours, plain = pde_ssm.convolve(v, symbol), convolve_plainly(v, symbol)
-    torch.testing.assert_close(ours, plain)
-    g = torch.randn_like(plain)
-    gradients = [torch.autograd.grad(out, (v, symbol), g, create_graph=True) for out in (ours, plain)]
-    torch.testing.assert_close(*gradients)
-    directions = [torch.randn_like(x) for x in (v, symbol)]
-    slopes = [sum((x * y).real.sum() for x, y in zip(pair, directions)) for pair in gradients]
-    torch.testing.assert_close(*(torch.autograd.grad(slope, (v, symbol)) for slope in slopes))
-
-
-@pytest.mark.parametrize("longest", [0, 32])
-def test_convolution_serves_functional_transforms(monkeypatch, longest):
-    monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
-    v, symbol = (x.detach() for x in convolution_arguments(4, 6, per_image=False))
-    dv, ds = torch.randn_like(v), torch.randn_like(symbol)
-    _, slope = torch.func.jvp(pde_ssm.convolve, (v, symbol), (dv, ds))
-    torch.testing.assert_close(slope, convolve_plainly(dv, symbol) + convolve_plainly(v, ds))
-    with forward_ad.dual_level():
-        dual = pde_ssm.convolve(forward_ad.make_dual(v, dv), symbol)
-        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, convolve_plainly(dv, symbol))
-    several = torch.stack([symbol, ds])
-    mapped = torch.func.vmap(pde_ssm.convolve, in_dims=(None, 0))(v, several)
-    torch.testing.assert_close(mapped, torch.stack([convolve_plainly(v, s) for s in several]))
-
-
-@pytest.mark.parametrize("longest", [0, 32])
-@pytest.mark.parametrize("shape", [(), (3,), (4, 1), (4, 3)], ids=["one", "components", "images", "both"])
-def test_the_symbols_gradient_by_hand_is_autograds(monkeypatch, shape, longest):
-    monkeypatch.setattr(pde_ssm, "LONGEST_MATRIX", longest)
-    rows = random_rows(*shape, 2, dtype=f64).requires_grad_()
-
-    def by_hand(rows):
-        return pde_ssm.EmbeddedGreen.apply(4, 3, rows)
-
-    def plain(rows):
-        return pde_ssm.embedded_green(4, 3, rows)[0]
-
-    torch.testing.assert_close(by_hand(rows), plain(rows), rtol=0, atol=0)
-    direction = torch.randn_like(plain(rows))
-    torch.testing.assert_close(*(torch.autograd.grad(symbol(rows), rows, direction) for symbol in (by_hand, plain)))
-    assert torch.autograd.gradgradcheck(by_hand, rows)
-
-
-@pytest.mark.parametrize("terms", [TERMS, *TERMS])
-@pytest.mark.parametrize("components", [1, 2])
-@pytest.mark.parametrize("bounded", [False, True])
-def test_the_rows_gradient_by_hand_is_autograds(components, terms, bounded):
-    equation = PDESSM(3, components=components, terms=terms).double().equation
-    parameters = dict(equation.named_parameters())
-    for p in parameters.values():
-        torch.nn.init.normal_(p, std=0.3)
-    if bounded and "reaction" in terms:  # all free; tau r at its bound; tau, too
-        equation.log_tau.data += torch.tensor([-2, 2, pde_ssm.LARGEST_LOG_TAU + 2])
-        equation.r_slack.data -= 3
-
-    def by_hand(*values):
-        given = dict(zip(parameters, values))
-        names = "log_tau", "log_lx", "log_ly", "shear", "b", "r_slack", "gx", "gy", "g0"
-        return pde_ssm.SymbolRows.apply(equation, *(given.get(name) for name in names))
-
-    plain, values = equation.plain_rows(), list(parameters.values())
-    torch.testing.assert_close(by_hand(*values), plain, rtol=0, atol=0)
-    direction = torch.randn_like(plain)
-    torch.testing.assert_close(*(torch.autograd.grad(result, values, direction) for result in (by_hand(*values), plain)))
-    assert torch.autograd.gradgradcheck(by_hand, values)
-
-
 def test_forward_mode_differentiates_a_conditioned_layer():
     pde = PDESSM(4, conditioned=True).double()
     torch.nn.init.normal_(pde.log_time_scale, std=0.3)
@@ -815,15 +721,6 @@ def test_inference_and_training_give_the_same_numbers(grid, activation, backend,
     with torch.no_grad():
         inferred = pde.eval()(u)
     torch.testing.assert_close(inferred, pde.train()(u).detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("frozen", ["input", "symbol"])
-def test_a_frozen_side_gets_no_gradient(frozen):
-    v, symbol = convolution_arguments(4, 6, per_image=False)
-    (v if frozen == "input" else symbol).requires_grad_(False)
-    pde_ssm.convolve(v, symbol).square().sum().backward()
-    assert (v.grad is None) == (frozen == "input")
-    assert (symbol.grad is None) == (frozen == "symbol")
 
 
 @backends
@@ -900,25 +797,3 @@ def test_gradients_are_as_precise_under_autocast(side, create_graph, backend):
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(loss, inputs, create_graph=create_graph)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@backends
-@pytest.mark.parametrize("side", [8, 40])
-@torch.no_grad()
-def test_projections_have_the_type_of_linear_layers(side, backend):
-    pde_ssm.set_backend(backend)
-    layer, u = pde_ssm.Projection(4, 6, bias=True), torch.randn(2, side, side, 4)
-    torch.testing.assert_close(layer(u), torch.nn.functional.linear(u, layer.weight, layer.bias))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(u).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
-def test_what_is_kept_of_a_grid_serves_after_any_mode(mode):
-    pde_ssm.set_backend("torch")
-    pde_ssm.fourier_matrices.cache_clear()
-    with mode():
-        PDESSM(3)(torch.randn(1, 3, 4, 6, device="cpu"))
-    v, symbol = (x.detach().float() for x in convolution_arguments(4, 6, per_image=False))
-    torch.testing.assert_close(pde_ssm.convolve(v, symbol), convolve_plainly(v, symbol))
-    assert not any(matrix.is_inference() for matrix in pde_ssm.fourier_matrices(4, 6, torch.float32))

@@ -9,19 +9,13 @@ from torch.autograd import forward_ad
 
 import pde_ssm
 from oracle import random_rows
-from pde_ssm import PDESSM
+from pde_ssm import PDESSM, evolve_plainly
 from pde_ssm_kernels import cpu
 from pde_ssm_kernels.cpu import MAX_SIDE, SIDES, evolve, evolve_backward
 
 KERNELS, REASON = cpu.library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
 f64 = torch.float64
-
-
-def evolve_plainly(v, rows):
-    symbol, _ = pde_ssm.embedded_green(*v.shape[1:3], rows)
-    symbol = pde_ssm._as_complex(symbol).sum(-4)                           # ([B], C, h, w // 2 + 1)
-    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.movedim(-1, 1).contiguous()), s=v.shape[1:3]).movedim(1, -1)
 
 
 def assert_close(mine, exact, of_largest, dim=None):

@@ -1,5 +1,6 @@
 """The operator against analysis: exact solutions, conservation laws, and other ways to solve the same equation."""
 
+import copy
 import math
 
 import pytest
@@ -25,7 +26,28 @@ def describe(options):
     return "-".join(str(value) for value in options.values())
 
 
+class Road:
+    """A way to run the operator: a backend, in one precision, with what rounding may cost there, of the largest value."""
+
+    def __init__(self, backend, dtype):
+        self.backend, self.dtype, self.rounding = backend, dtype, 1e-8 if dtype == f64 else 2e-5
+
+    def __call__(self, pde, u):
+        pde_ssm.set_backend(self.backend)
+        return copy.deepcopy(pde).to(self.dtype)(u.to(self.dtype)).double()
+
+    def __repr__(self):
+        return f"{self.backend}-{str(self.dtype)[-2:]}"
+
+    def assert_close(self, state, expected):
+        torch.testing.assert_close(state, expected, rtol=self.rounding, atol=self.rounding * expected.abs().max().item())
+
+
 couplings = pytest.mark.parametrize("options", COUPLINGS, ids=describe)
+# The equations as they stand, and what users get: in single precision C++ kernels, and for pairs of channels pieces.
+roads = pytest.mark.parametrize(
+    "road", [Road("plain", f64), Road("default", f64), Road("default", torch.float32), Road("plain", torch.float32)], ids=repr
+)
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
 
 
@@ -73,10 +95,11 @@ def in_groups(pde, u):
     return u.unflatten(1, (len(g[0]), -1)), zip(K, b, r, tau, *g)
 
 
+@roads
 @couplings
 @grids
 @torch.no_grad()
-def test_solves_the_discretised_equation(options, grid):
+def test_solves_the_discretised_equation(options, grid, road):
     pde = random_operator(2 if math.prod(grid) > 100 else 4, **options)
     u = torch.randn(1, pde.dim, *grid, dtype=f64)
     state, groups = in_groups(pde, torch.einsum("dc,bchw->bdhw", pde.R.weight, u))
@@ -89,7 +112,7 @@ def test_solves_the_discretised_equation(options, grid):
             expected += [sum(row) for row in pairs]
         else:
             expected += oracle.solve(v, K, b, r, tau)
-    torch.testing.assert_close(pde(u)[0], torch.stack(expected), rtol=1e-8, atol=1e-8)
+    road.assert_close(road(pde, u)[0], torch.stack(expected))
 
 
 @grids
@@ -119,7 +142,8 @@ def test_a_mode_is_multiplied_by_its_symbol(m):
 
 
 @torch.no_grad()
-def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential():
+@roads
+def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential(road):
     pde = without_input_map(random_operator(3, coupling="coupled", groups=1))
     K, b, r, tau = (x[0] for x in pde.coefficients())
     y, x = axes(7, 10)
@@ -128,7 +152,7 @@ def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential():
     a = torch.randn(3, dtype=f64)
     G = torch.linalg.matrix_exp(tau * torch.complex(r - torch.einsum("i,abij,j", k, K, k), b @ k))
     expected = (torch.einsum("ij,j->i", G, a.to(G.dtype))[:, None, None] * wave).real
-    torch.testing.assert_close(pde((a[:, None, None] * wave.real)[None])[0], expected)
+    road.assert_close(road(pde, (a[:, None, None] * wave.real)[None])[0], expected)
 
 
 def test_diffusion_spreads_a_gaussian_into_the_analytic_gaussian():
@@ -186,28 +210,30 @@ def test_reaction_scales_and_time_adds_up():
     torch.testing.assert_close(halves, green_symbol(K, b, r, tau, 5, 6))
 
 
+@roads
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @grids
 @torch.no_grad()
-def test_two_steps_in_time_are_one_long_step(coupling, grid):
+def test_two_steps_in_time_are_one_long_step(coupling, grid, road):
     pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
     u = torch.randn(1, 4, *grid, dtype=f64)
 
     def evolve(u, tau):
         pde.equation.log_tau.fill_(math.log(tau))
-        return pde(u)
+        return road(pde, u)
 
-    torch.testing.assert_close(evolve(evolve(u, 0.3), 0.6), evolve(u, 0.9))
+    road.assert_close(evolve(evolve(u, 0.3), 0.6), evolve(u, 0.9))
 
 
+@roads
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @torch.no_grad()
-def test_no_time_changes_nothing(coupling):
+def test_no_time_changes_nothing(coupling, road):
     pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
     u = torch.randn(1, 4, 6, 7, dtype=f64)
     for tau in (1e-4, 1e-6):
         pde.equation.log_tau.fill_(math.log(tau))
-        assert (pde(u) - u).abs().max() < 100 * tau * u.abs().max()
+        assert (road(pde, u) - u).abs().max() < (100 * tau + road.rounding) * u.abs().max()
 
 
 def test_embedding_differentiates():
@@ -219,24 +245,26 @@ def test_embedding_differentiates():
     torch.testing.assert_close(apply_symbol(embedding_symbol(g0, gx, gy, n, n), phase.sin()), expected)
 
 
+@roads
 @couplings
 @torch.no_grad()
-def test_moves_with_the_image(options):
+def test_moves_with_the_image(options, road):
     pde = random_operator(4, **options)
     u = torch.randn(1, 4, 6, 7, dtype=f64)
-    torch.testing.assert_close(pde(u.roll((2, 3), (2, 3))), pde(u).roll((2, 3), (2, 3)))
+    road.assert_close(road(pde, u.roll((2, 3), (2, 3))), road(pde, u).roll((2, 3), (2, 3)))
 
 
+@roads
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @grids
 @torch.no_grad()
-def test_without_reaction_a_contraction_keeps_the_mean(coupling, grid):
+def test_without_reaction_a_contraction_keeps_the_mean(coupling, grid, road):
     terms = ("diffusion", "convection")
     pde = without_input_map(random_operator(8, spread=0.2, coupling=coupling, groups=2, terms=terms))
     u = torch.randn(2, 8, *grid, dtype=f64)
-    h = pde(u)
-    assert h.norm() <= u.norm() * (1 + 1e-12)
-    torch.testing.assert_close(h.mean((2, 3)), u.mean((2, 3)))
+    h = road(pde, u)
+    assert h.norm() <= u.norm() * (1 + road.rounding)
+    road.assert_close(h.mean((2, 3)), u.mean((2, 3)))
 
 
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
@@ -285,7 +313,7 @@ def let_grow(pde, log_tau):
     return pde
 
 
-@pytest.mark.parametrize("backend", ["default", "torch"])
+@pytest.mark.parametrize("backend", ["default", "torch", "plain"])
 @pytest.mark.parametrize("log_tau", [math.log(120), 100, 1e30])
 @pytest.mark.parametrize("options", [*COUPLINGS, dict(conditioned=True), dict(components=2)], ids=describe)
 def test_no_state_outgrows_the_bound(options, log_tau, backend):
@@ -323,7 +351,7 @@ def test_below_the_bound_r_is_what_its_parameter_says(options):
         expected = R_MAX * torch.eye(equation.r_root.shape[-1], dtype=f64) - equation.r_root @ equation.r_root.mT
     else:
         expected = R_MAX - torch.nn.functional.softplus(equation.r_slack)
-    assert torch.equal(equation.scalars()[0], expected)
+    torch.testing.assert_close(equation.coefficients()[2], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("coupling", ["pairwise", "coupled"])
@@ -358,10 +386,11 @@ def test_coupled_channels_start_uncoupled():
     torch.testing.assert_close(coupled(u), diagonal(u), rtol=1e-4, atol=1e-5)
 
 
+@roads
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @pytest.mark.parametrize("grid", [(5, 8), (6, 6)])
 @torch.no_grad()
-def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid):
+def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid, road):
     pde = without_input_map(random_operator(2, coupling=coupling, groups=1))
     u = torch.randn(1, 2, *grid, dtype=f64)
     state, groups = in_groups(pde, u)
@@ -370,7 +399,7 @@ def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid):
         A = oracle.generator(K, b, r, *grid).numpy()
         path = solve_ivp(lambda t, y: A @ y, (0, tau.item()), v.flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-12)  # noqa: B023
         expected.append(torch.from_numpy(path.y[:, -1]).view_as(v))
-    torch.testing.assert_close(pde(u)[0], torch.cat(expected), rtol=1e-7, atol=1e-8)
+    road.assert_close(road(pde, u)[0], torch.cat(expected))
 
 
 def smooth(h, w):
@@ -418,9 +447,11 @@ def test_a_finer_grid_sees_the_same_operator(options):
     assert errors[2] < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["default", "plain"])
 @pytest.mark.parametrize("terms", [TERMS, ("convection",), ("diffusion", "reaction")], ids="-".join)
 @couplings
-def test_gradients_agree_with_finite_differences(options, terms):
+def test_gradients_agree_with_finite_differences(options, terms, backend):
+    pde_ssm.set_backend(backend)
     pde = random_operator(2, **options, terms=terms)
     u = torch.randn(1, 2, 3, 4, dtype=f64, requires_grad=True)
     names, values = zip(*pde.named_parameters())

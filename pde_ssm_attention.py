@@ -1,0 +1,87 @@
+"""Finds the self-attention of other people's models, and puts another mixer of tokens in its place."""
+
+import math
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+# What timm's Attention takes besides its channels, heads and qkv_bias.
+ARGUMENTS = {"attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated"}
+
+
+def exchange(model, build, name):
+    """Replaces every self-attention layer of `model` by build(its channels), in place, prints how many, and returns the model.
+
+    That is global self-attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or as diffusers has it
+    (`to_q`, `to_k`, `to_v`, `to_out`). Cross-attention, attention in windows and attention over channels stay.
+
+    The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer, or if the
+    model's tokens are not on one grid in all of them, as where a model merges tokens on the way; it then stays as it was.
+    """
+    windows = (owner for owner in model.modules() if hasattr(owner, "partition_size") or hasattr(owner, "window_size"))
+    inside = {layer for owner in windows for layer in owner.modules() if layer is not owner}
+    replacements = {}
+    for layer in model.modules():
+        if layer not in inside and (dim := attention_width(layer)):
+            weight = next(layer.parameters())
+            replacements[layer] = build(dim).to(weight.device, weight.dtype).train(layer.training)
+    if not replacements:
+        parts = "qkv and proj, or to_q, to_k, to_v and to_out"
+        raise ValueError(f"{type(model).__name__} has no layer of self-attention over all tokens with {parts}")
+    names = [(place, layer) for place, layer in model.named_modules(remove_duplicate=False) if layer in replacements]
+    for place, layer in names:
+        model.set_submodule(place, replacements[layer])
+    if reason := misfit(model):
+        for place, layer in names:
+            model.set_submodule(place, layer)
+        raise ValueError(f"the tokens of {type(model).__name__} are not on one grid in all layers of attention: {reason}")
+    print(f"replaced {len(replacements)} attention layers of {type(model).__name__} by {name}")
+    return model
+
+
+def attention_width(layer):
+    """The channels of a global self-attention layer, timm's or diffusers'; 0 for any other module."""
+    if isinstance(getattr(layer, "qkv", None), nn.Linear) and hasattr(layer, "proj") and hasattr(layer, "num_heads"):
+        return layer.qkv.in_features if sees_all_tokens(layer) else 0
+    if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and not layer.is_cross_attention:
+        return layer.to_q.in_features
+    return 0
+
+
+@torch.no_grad()
+def sees_all_tokens(layer):
+    """Whether attention in timm's manner takes every token to every other one, (1, N, D) -> (1, N, D), when all queries are
+    zero. Attention over channels then takes a token nowhere, and others want more than tokens."""
+    bias = getattr(layer, "relative_position_index", None)                 # (N, N), with a class token if not of a window
+    if hasattr(layer, "window_size") and (bias is None or len(bias) != math.prod(layer.window_size) + 1):
+        return False
+    if layer.qkv.weight.is_meta:                                           # nothing can be computed
+        return True
+    layer, width = deepcopy(layer).to("cpu", torch.float32).eval(), layer.qkv.in_features
+    for parameter in filter(lambda p: p is not None, (layer.qkv.weight, layer.qkv.bias, getattr(layer, "q_bias", None))):
+        parameter[:width] = 0
+    n = 5 if bias is None else len(bias)
+    tokens = torch.arange(n * width, dtype=torch.float32).sin().view(1, n, width)          # no random numbers are drawn
+    other = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], dim=1)
+    try:
+        moved = (layer(tokens) - layer(other)).abs()
+    except Exception:  # it is not called with tokens alone
+        return False
+    return moved.shape == tokens.shape and bool((moved[0, :-1].amax(-1) > 0).all())
+
+
+def misfit(model):
+    """What a PDESSMBlock says of the tokens that it gets for an image of the size that timm built the model for, or None.
+    Shapes alone are computed."""
+    patches = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", [None])[1:]
+    if not size or not hasattr(model, "pretrained_cfg"):
+        return None
+    try:
+        with torch.no_grad():
+            deepcopy(model).to("meta").eval()(torch.empty(1, getattr(model, "in_chans", 3), *size, device="meta"))
+    except ValueError as error:
+        return str(error) if str(error).startswith("PDESSMBlock") else None
+    except Exception:  # of the model, or of what computes shapes
+        return None

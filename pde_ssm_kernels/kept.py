@@ -1,0 +1,113 @@
+"""What evaluation computes of a layer's parameters alone, it computes once, and keeps until they change."""
+
+from functools import wraps
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .modes import observed, traced
+
+VALUES = 2           # kept of a layer, such as its symbols on two grids
+KEPT = 2**31         # bytes kept of all layers together
+COMPARED = 2**9      # entries of each parameter by which writes are seen that PyTorch does not count
+
+_kept = WeakKeyDictionary()  # {layer: {(method, *grid): (value, state, (compared, copies), (parameters, their memory))}}
+
+
+def kept(method):
+    """Makes a method (layer, *grid) -> tensor, which depends on parameters alone, one whose value evaluation keeps. Nothing is
+    kept where an argument is a tensor.
+
+    It is computed again once a parameter has changed, an optimiser has stepped or a forward pass has had gradients. A write
+    through `parameter.data` escapes PyTorch's version counter: on CPUs the first entries of each parameter are compared,
+    too; on other devices, where that would wait for them, train() or eval() makes such a write known.
+    """
+
+    @wraps(method)
+    def get(layer, *arguments):
+        grid = [argument for argument in arguments if argument is not None]
+        if any(isinstance(argument, torch.Tensor) for argument in grid):
+            return method(layer, *grid)
+        if layer.frozen and torch.compiler.is_compiling():
+            return layer.constant(method.__name__, *grid)
+        if layer.training or torch.is_grad_enabled() or observed():
+            return method(layer, *grid)
+        name, state = (method.__name__, *grid), _state(layer)
+        entry = of(layer).get(name)
+        if entry is None or entry[1] != state or not all(map(torch.equal, *entry[2])):
+            entry = method(layer, *grid), state
+            _keep(layer, name, *entry)
+        return entry[0]
+
+    return get
+
+
+class Keeping(nn.Module):
+    """A layer with `kept` methods."""
+
+    frozen = False
+
+    @torch.compiler.assume_constant_result
+    def constant(self, name, *grid):
+        with torch.no_grad():
+            return getattr(type(self), name).__wrapped__(self, *grid)
+
+    def _apply(self, fn, recurse=True):                                    # new storage
+        _kept.pop(self, None)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode=True):
+        _kept.pop(self, None)
+        return super().train(mode)
+
+
+def freeze(model):
+    """Lets torch.compile take what the layers of a model keep for constants: its weights must not change any more."""
+    for layer in model.modules():
+        if isinstance(layer, Keeping):
+            layer.frozen = True
+
+
+def forget(*_):
+    """Drops all that is kept, of every layer: training goes on, which changes parameters and needs the memory."""
+    if not torch.compiler.is_compiling() and _kept:
+        _kept.clear()
+
+
+register_optimizer_step_post_hook(forget)
+
+
+def of(layer):
+    """Returns what is kept of a layer: {(method, *grid): ...}."""
+    return _kept.get(layer, {})
+
+
+def bytes_kept():
+    return sum(entry[0].nbytes for layer in _kept.data.copy().values() for entry in layer.copy().values())
+
+
+def _state(layer):
+    """Returns what changes with every change of a parameter that PyTorch counts; None where that cannot be told."""
+    try:
+        return [(id(p), p.data_ptr(), p._version) for p in layer._parameters.values()]
+    except RuntimeError:  # inference tensors count no versions, and some tensors have no address
+        return None
+
+
+def _keep(layer, name, value, state):
+    """Keeps a value if there is room, at the expense of this layer's other values alone: layers that take turns would throw
+    out each other's for ever."""
+    own, parameters = _kept.setdefault(layer, {}), list(layer._parameters.values())
+    own.pop(name, None)
+    if state is None or not parameters or hasattr(layer, "parametrizations") or traced(*parameters):
+        return  # inference tensors; replicated or parametrised, with values elsewhere; of another class
+    while own and (len(own) == VALUES or bytes_kept() + value.nbytes > KEPT):
+        own.pop(next(iter(own)))
+    if bytes_kept() + value.nbytes > KEPT:
+        return
+    # As long as the parameters and their memory are held, no others can have their identity and their address.
+    memory = [p.data.flatten()[:COMPARED] if p.is_contiguous() else p.data for p in parameters]
+    compared = memory if value.device.type == "cpu" else []
+    own[name] = value, state, (compared, [x.clone() for x in compared]), (parameters, memory)

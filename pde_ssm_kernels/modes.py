@@ -1,0 +1,35 @@
+"""Who looks at tensors besides the code that runs, and in which types the operator computes."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+
+def traced(*tensors):
+    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation, a mode that
+    sees them (as counters of operations do), or tensors of another class (fake, distributed)."""
+    if observed() or any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def observed():
+    """The part of `traced` that is no matter of the tensors."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+
+
+def exporting():
+    """Whether a program is made that may go where no compiler is. PyTorch 2.7 and 2.8 say so in torch.compile, too."""
+    return torch.compiler.is_compiling() and hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def full_precision(x):
+    """A context without autocast on the device of x; the meta device has none."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def widen(x):
+    """x in float32, or in its own type where that is wider."""
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,138 @@
+"""Couplings of all pairs of channels, a few wave vectors at a time, in real arithmetic.
+
+The plain road needs the symbol of all wave vectors at once, N c D complex numbers for groups of c channels, and complex
+exponentials and products. One layer of 384 channels in one group, both passes, on one thread of an Intel Xeon (seconds, plain
+complex arithmetic in the same pieces / this): 4 images of 8 x 8 tokens 0.45 / 0.15, of 16 x 16 1.58 / 0.47; 16 images of
+16 x 16 1.73 / 1.03. Real parts lie before imaginary ones along an axis: real products run on tensor cores.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .modes import traced, widen
+
+CHUNK = 2**20            # entries of a symbol that exist at once in training
+LARGEST_WHOLE = 2**25    # entries of the largest symbol that evaluation computes at once, and may keep
+LEAST_GROWTH = -80       # the exponential of less is nothing in float32, but takes ten times as long where it underflows
+
+
+def evolve_in_pieces(v, equation, time_scale=None):
+    """The road of `pde_ssm_kernels.choose` for Pairwise and Coupled: tokens v (B, h, w, C) to their state."""
+    h, w = v.shape[1:3]
+    even, odd = monomials(equation, h, w)
+    embedded = embed(equation, real_spectrum(widen(v)), odd)               # (groups, f, 2 B, c)
+    if not torch.is_grad_enabled() and len(even) * equation.g0.numel() <= LARGEST_WHOLE:
+        states = multiply(equation.symbol(h, w), embedded)                 # (groups, f, 2, c, B)
+    else:
+        at_once, coefficients = max(1, CHUNK // equation.g0.numel()), exponents(equation)
+        pieces = list(zip(embedded.split(at_once, dim=1), even.split(at_once), odd.split(at_once)))
+        run = evolve_piece if len(pieces) == 1 else evolve_and_forget
+        states = torch.cat([run(equation, *piece, *coefficients) for piece in pieces], dim=1)
+    h_hat = states.permute(4, 2, 1, 0, 3).flatten(3).unflatten(2, (h, -1))       # (B, 2, h, w // 2 + 1, C)
+    h_hat = torch.complex(*h_hat.movedim(-1, -3).contiguous().unbind(1))
+    return torch.fft.irfft2(h_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
+
+
+def symbol(equation, h, w):
+    """G(k) at all wave vectors of a grid: see `symbol_at`."""
+    return symbol_at(equation, *monomials(equation, h, w), *exponents(equation))
+
+
+def monomials(equation, h, w):
+    """Returns what the exponent, Eq. (8), is linear in at the f = h (w // 2 + 1) wave vectors of a grid: (f, 4) and (f, 2)."""
+    kx, ky, kx_odd, ky_odd = equation.wave_vectors(h, w, widen(equation.g0))
+    even = torch.broadcast_tensors(torch.ones_like(kx), -(kx**2), -2 * kx_odd * ky_odd, -(ky**2))
+    odd = torch.broadcast_tensors(kx_odd, ky_odd)
+    return torch.stack(even, dim=-1).flatten(0, 1), torch.stack(odd, dim=-1).flatten(0, 1)
+
+
+def exponents(equation):
+    """Returns tau times the coefficients of growth, r, Kxx, Kxy and Kyy, (groups, 4, c c), and of phase, (groups, 2, c c)."""
+    tau = equation.tau()
+    entries = tau[:, None, None] * torch.stack(equation.entries(tau), dim=1).flatten(2)
+    growth, shift = entries.split([4, 2], dim=1)
+    return growth, shift if equation.is_system else shift - shift.round()  # a matrix under an exponential has no period
+
+
+def evolve_piece(equation, embedded, even, odd, growth, phase):
+    """A few wave vectors alone."""
+    return multiply(symbol_at(equation, even, odd, growth, phase), embedded)
+
+
+def evolve_and_forget(*arguments):
+    """The same, but training keeps nothing of the symbol: it is computed again for the gradients."""
+    return checkpoint(evolve_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def real_spectrum(v):
+    """rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
+    B, h, w, C = v.shape
+    if B == 0:
+        return v.reshape(B, 2, h, w // 2 + 1, C)                           # no view of complex numbers: those have no gradient
+    return torch.view_as_real(torch.fft.rfft2(v.movedim(-1, 1).contiguous())).permute(0, 4, 2, 3, 1)
+
+
+def embed(equation, v_hat, odd):
+    """Eq. (6): B(k) v_hat with B(k) = g0 + i (gx kx + gy ky): (B, 2, h, w // 2 + 1, C) -> (groups, f, 2 B, c)."""
+    g = torch.cat([widen(equation.g0), widen(equation.gx), widen(equation.gy)], dim=1)     # (groups, 3 c, c)
+    v_hat = v_hat.flatten(2, 3).unflatten(-1, (equation.groups, -1)).permute(3, 2, 1, 0, 4)
+    parts = v_hat.flatten(1, 3) @ g.mT                                     # (groups, f 2 B, 3 c)
+    v, v_x, v_y = parts.view(*v_hat.shape[:-1], g.shape[1]).chunk(3, dim=-1)     # (groups, f, 2, B, c)
+    kx, ky = odd[:, :, None, None, None].unbind(1)
+    (real, imag), (dx_real, dx_imag) = v.unbind(2), (kx * v_x + ky * v_y).unbind(2)
+    return torch.cat([real - dx_imag, imag + dx_real], dim=2)
+
+
+def symbol_at(equation, even, odd, growth, phase):
+    """G(k), real parts above imaginary ones, (groups, f, 2 c, c), at the f wave vectors of these monomials."""
+    exponential = matrix_exponential if equation.is_system else entrywise_exponential
+    G = exponential(polynomial(even, growth), polynomial(odd, phase))      # (groups, f, 2, c c)
+    return G.unflatten(-1, equation.g0.shape[1:]).flatten(2, 3)
+
+
+def polynomial(monomials, coefficients):
+    """sum_j monomials_j coefficients_j: (f, n), (groups, n, C) -> (groups, f, C)"""
+    if coefficients.device.type == "cpu" and not traced(coefficients):     # GPUs may round it to TF32, compilers fuse sums
+        return monomials @ coefficients
+    return (monomials[:, :, None] * coefficients[..., None, :, :]).sum(-2)
+
+
+def multiply(G, v):
+    """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, c, B)."""
+    B, c = v.shape[2] // 2, v.shape[3]  # said, as there may be no images
+    products = (G @ v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))        # (groups, f, 2, c, 2, B)
+    (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
+    return torch.stack([rr - ii, ri + ir], dim=2)
+
+
+def matrix_exponential(growth, phase):
+    """exp of c x c matrices growth + i phase, real part, then imaginary part: (..., c c), (..., c c) -> (..., 2, c c)."""
+    c = round(growth.shape[-1] ** 0.5)
+    G = torch.linalg.matrix_exp(torch.complex(growth, phase).unflatten(-1, (c, c))).flatten(-2)
+    return torch.stack([G.real, G.imag], dim=-2)
+
+
+def entrywise_exponential(growth, phase):
+    """exp(growth + i phase) of each entry, real part, then imaginary part: (..., n), (..., n) -> (..., 2, n)."""
+    return _exponential(growth, phase) if traced(growth) else Exponential.apply(growth, phase)
+
+
+def _exponential(growth, phase):
+    size = growth.clamp_min(LEAST_GROWTH).exp()
+    return torch.stack([size * phase.cos(), size * phase.sin()], dim=-2)
+
+
+class Exponential(torch.autograd.Function):
+    """`entrywise_exponential`, which keeps nothing but its result for the gradient."""
+
+    @staticmethod
+    def forward(ctx, growth, phase):
+        result = _exponential(growth, phase)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (real, imag), (g_real, g_imag) = (x.unbind(-2) for x in (*ctx.saved_tensors, gradient))
+        growth_grad = torch.addcmul(real * g_real, imag, g_imag)
+        return growth_grad, torch.addcmul(real * g_imag, imag, g_real, value=-1)
