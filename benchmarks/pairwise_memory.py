@@ -12,15 +12,14 @@ import sys
 
 import torch
 
-import pde_ssm
-from pde_ssm import PDESSM
+from pde_ssm import PDESSM, set_backend
 
 CHANNELS, SIDE, BATCH = 384, 16, 8
 
 
 def main(plain=False):
     if plain:
-        pde_ssm.CHUNK = 2**62
+        set_backend("plain")
     PDESSM(16, coupling="pairwise")(torch.randn(1, 16, 4, 4)).mean().backward()  # loads the libraries
     layer = PDESSM(CHANNELS, coupling="pairwise")
     u = torch.randn(BATCH, CHANNELS, SIDE, SIDE, requires_grad=True)

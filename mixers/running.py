@@ -2,9 +2,9 @@
 
 import torch
 
+import pde_ssm_kernels
 from machine.flags import may_change
 from machine.precision import PRECISIONS, be_deterministic, check_compiler, compile_whole, in_precision
-import pde_ssm_kernels
 from pde_ssm import BACKENDS, PDESSM, set_backend
 from pde_ssm_kernels.kept import freeze
 
@@ -42,4 +42,5 @@ def choose_backend(name, model, device):
     if name in ("cpp", "triton") and layer and layer.coupling == "diagonal":
         reason = pde_ssm_kernels.why_not(name, torch.empty(1, *model.grid_size, layer.equation.dim, device=device))
         if reason:
+            reason = f"the backend is {name}, and {reason}"
             raise ValueError(f"--pde-backend {name}: {reason}; --pde-backend auto takes PyTorch there")

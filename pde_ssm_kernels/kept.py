@@ -51,16 +51,24 @@ class Keeping(nn.Module):
 
     @torch.compiler.assume_constant_result
     def constant(self, name, *grid):
-        with torch.no_grad():
-            return getattr(type(self), name).__wrapped__(self, *grid)
+        constants = self.__dict__.setdefault("constants", {})
+        if (name, *grid) not in constants:
+            with torch.no_grad():
+                constants[name, *grid] = getattr(type(self), name).__wrapped__(self, *grid)
+        return constants[name, *grid]
 
     def _apply(self, fn, recurse=True):                                    # new storage
-        _kept.pop(self, None)
+        self.drop()
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
-        _kept.pop(self, None)
+        self.drop()
         return super().train(mode)
+
+    def drop(self):
+        """Drops what is kept of this layer."""
+        _kept.pop(self, None)
+        self.__dict__.pop("constants", None)
 
 
 def freeze(model):

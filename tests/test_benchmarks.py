@@ -9,7 +9,6 @@ from importlib import import_module
 import pytest
 import torch
 
-import pde_ssm
 from benchmarks import flags, forward, pairwise_memory, plot, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
 from commands import ROOT
@@ -189,7 +188,6 @@ def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys)
 def test_memory_of_a_pairwise_layer(plain, monkeypatch, capsys):
     for name in ("CHANNELS", "SIDE", "BATCH"):
         monkeypatch.setattr(pairwise_memory, name, 2)
-    monkeypatch.setattr(pde_ssm, "CHUNK", pde_ssm.CHUNK)
     pairwise_memory.main(plain)
     assert re.fullmatch(r"\d+\.\d\d GB\n", capsys.readouterr().out)
 

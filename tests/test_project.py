@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file at the top, or any file of a folder, imports only from those before it.
 ORDER = [
-    "machine", "diffusion", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images", "checkpoints", "download",
-    "evaluation", "training", "train", "sample", "sample_ddp", "evaluate", "comparing", "overlay",
+    "machine", "diffusion", "pde_ssm_attention", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images",
+    "checkpoints", "download", "evaluation", "training", "train", "sample", "sample_ddp", "evaluate", "comparing", "overlay",
 ]  # fmt: skip
 
 
@@ -39,8 +39,7 @@ def test_imports_flow_one_way(name):
             imported.add(node.module.split(".")[0])
     assert imported & set(ORDER) <= set(ORDER[: ORDER.index(name) + 1])    # files of a folder import one another
     if name == "pde_ssm":
-        kernels = {"pde_ssm_kernels"}                                      # for speed, imported where they run
-        assert imported == {"contextlib", "copy", "functools", "math", "torch", "weakref"} | kernels
+        assert imported == {"math", "pde_ssm_attention", "pde_ssm_kernels", "torch"}       # for other people's projects
 
 
 def test_who_reads_images_needs_no_network():

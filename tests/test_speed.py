@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pde_ssm
+import pde_ssm_kernels
 import sample
 import sample_ddp
 import train
@@ -96,8 +97,8 @@ def test_a_smaller_last_batch_is_compiled_too(tmp_path, checkpoint, compilations
 @pytest.mark.parametrize("backend", ["default", "torch"])
 def test_a_compiled_network_computes_symbols_once(randomize, compilations, monkeypatch, backend):
     model, calls = build(randomize, mixer="pdessm"), []
-    compute = pde_ssm.Diagonal.compute_rows
-    monkeypatch.setattr(pde_ssm.Diagonal, "compute_rows", lambda *a: calls.append(a) or compute(*a))
+    tau = pde_ssm.Diagonal.tau
+    monkeypatch.setattr(pde_ssm.Diagonal, "tau", lambda pde: calls.append(pde) or tau(pde))
     prepare_to_sample(model, CPU, **PLAIN | dict(compile=True, backend=backend))
     for _ in range(2):
         samples(model, "ddim", 2.0, None, INTERVAL)
@@ -225,12 +226,12 @@ def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatc
     path = checkpoint()
     plain = draw(path, tmp_path / "a.png")
     assert np.array_equal(draw(path, tmp_path / "a.png", "--pde-backend", "auto"), plain)
-    assert pde_ssm._backend == "auto"
+    assert pde_ssm_kernels.backend() == "auto"
     flags = ["--mixer", "attention", "--global-batch-size", 8, "--resume", "auto", "--max-steps"]
     fit(tmp_path / "r", *flags, 1)
-    assert pde_ssm._backend == "default"
+    assert pde_ssm_kernels.backend() == "default"
     folder = fit(tmp_path / "r", *flags, 2, "--pde-backend", "auto")
-    assert pde_ssm._backend == "auto"
+    assert pde_ssm_kernels.backend() == "auto"
     assert (folder / "checkpoints" / "0000002.pt").exists()
     assert " was " not in (folder / "log.txt").read_text()
 
