@@ -47,29 +47,35 @@ logger = logging.getLogger("train")
 def main(args, processes):
     """Trains as the flags say, or goes on with a run that was stopped. Every process calls it."""
     device, leads = processes.device, processes.rank == 0
-    set_up(args, processes)
+    set_up(processes, args.tf32, args.deterministic)
     space = open_space(args.vae)
     how = dict(image_size=args.image_size, uncond=args.uncond, name=args.dataset)
     dataset, held_out = open_images(args.data_path, args.val_path, processes, **how)
     check(args, processes, dataset, held_out, space)
-    settings = vars(args) | describe_images(args, dataset, held_out, processes)
+    settings = vars(args) | settings_of(dataset, None if args.dataset else int(args.num_classes), processes)
+    workers = worker_count(args.num_workers, args.data_path)
+    for images in filter(None, (dataset, held_out) if args.check_data else ()):
+        check_readable(images, processes, logger.warning, workers, args.max_bad_images)
     probe, path = None, args.val_path or args.data_path or "digits"
     if args.probe_every:
         probe = open_probe(path, args.image_size, args.features, args.weights, processes, args.dataset, bool(args.val_path))
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
     settings["vae_digest"] = dataset.index["vae_digest"] if isinstance(dataset, CachedLatents) else space.digest()
-    model = build_model(args, space, settings["num_classes"])
+    torch.manual_seed(args.global_seed)  # the same initial weights on every process
+    known = dict(in_channels=space.channels, num_classes=settings["num_classes"], learn_sigma=args.objective == "diffusion")
+    options = dict(mixer=args.mixer) | mixer_options(args.mixer, vars(args))
+    model = MODELS[args.model](args.image_size // space.factor, **known, **options)
     model.trained_classes = dataset.num_classes
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
 
-    run = find_run(args, settings, processes)
+    run = resume.find_run(args.resume, args.results_dir, args.model, processes)
+    changes = resume.check_changes(run, settings, marked_may_change(flags()), args.allow_changes) if run else []
     first = run["step"] if run else 0
     bad = BadImages(run["args"].get("bad_images", []) if run else [], args.max_bad_images)
     settings["bad_images"] = bad.known
-    images, workers = bad.replaced_in(dataset), worker_count(args.num_workers, args.data_path)
-    loader = make_loader(images, args.global_batch_size, args.global_seed, processes, workers)
+    loader = make_loader(bad.replaced_in(dataset), args.global_batch_size, args.global_seed, processes, workers)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
     watch = Watch(space, args.objective, args.path or "linear", bad, held_out, args.sample_every, probe, args.probe_every)
     seen = processes.share(runs.seen_at(run["folder"], first) if run and leads else set())
@@ -84,7 +90,7 @@ def main(args, processes):
     if probe:
         logger.info(probe.describe())
     conditions, otherwise = resume.record_rounding(run, processes)
-    learner = begin(args, model, run, processes)
+    learner = begin(args, model, run, changes, processes)
     if otherwise:
         logger.info(otherwise)
     track = TRACKERS[args.tracker](folder, settings, first) if args.tracker and leads else None
@@ -162,56 +168,27 @@ def train(args, processes, learner, progress, first, total, draw, objective, loa
         start += perf_counter() - paused
 
 
-def set_up(args, processes):
+def set_up(processes, tf32, deterministic):
     """Makes the log speak on the first process, and PyTorch compute as the flags say."""
     if processes.rank == 0:
         logger.setLevel(logging.INFO)
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.tf32
-    if args.deterministic:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
         be_deterministic()
 
 
-def describe_images(args, dataset, held_out, processes):
-    """Returns the settings that the images decide. ValueError if processes see different ones, or, with --check-data, if one
-    cannot be read."""
-    num_classes = dataset.num_classes if args.dataset or not dataset.num_classes else int(args.num_classes)
+def settings_of(dataset, num_classes, processes):
+    """Returns the settings that the images decide. num_classes: those asked for, None for the data set's own. ValueError if
+    processes see different images."""
     class_names, data = dataset.classes if dataset.num_classes else None, dataset.fingerprint()
     if processes.any(data != processes.share(data))[0]:
         raise ValueError("the processes do not see the same images: --data-path differs from one machine to another")
-    for images in filter(None, (dataset, held_out) if args.check_data else ()):
-        check_readable(images, processes, logger.warning, worker_count(args.num_workers, args.data_path), args.max_bad_images)
+    num_classes = num_classes if num_classes and dataset.num_classes else dataset.num_classes
     return dict(num_classes=num_classes, class_names=class_names, data=data)
 
 
-def build_model(args, space, num_classes):
-    """Returns the model with its initial weights, the same on every process."""
-    torch.manual_seed(args.global_seed)
-    return MODELS[args.model](
-        input_size=args.image_size // space.factor,
-        in_channels=space.channels,
-        num_classes=num_classes,
-        learn_sigma=args.objective == "diffusion",
-        mixer=args.mixer,
-        **mixer_options(args.mixer, vars(args)),
-    )
-
-
-def find_run(args, settings, processes):
-    """Returns the run that --resume means, as of read_run, with its folder and the changes of its settings; None where a new
-    one is to begin. ValueError that names the changes, unless --allow-changes."""
-    looks = args.resume and processes.rank == 0
-    path = processes.share(resume.checkpoint_to_resume(args.resume, args.results_dir, args.model) if looks else None)
-    if path is None:
-        return None
-    run = resume.read_run(path)
-    changes = resume.changed_settings(run["args"], settings, marked_may_change(flags()))
-    if changes and not args.allow_changes:
-        raise ValueError(f"{path} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
-    return run | dict(folder=path.parent.parent, changes=changes)
-
-
-def begin(args, model, run, processes):
+def begin(args, model, run, changes, processes):
     """Returns the learner of a new run, or of one that goes on, whose folder then forgets what came after the checkpoint."""
     if args.grad_checkpointing:
         model.checkpoint_gradients()
@@ -224,7 +201,7 @@ def begin(args, model, run, processes):
         if processes.rank == 0:
             runs.forget_rows_after(run["folder"], run["step"])
             resume.delete_half_written(run["folder"])
-        logger.info("; ".join([f"Going on after step {run['step']:,}, from {run['path']}", *run["changes"]]))
+        logger.info("; ".join([f"Going on after step {run['step']:,}, from {run['path']}", *changes]))
     return learner
 
 

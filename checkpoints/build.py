@@ -1,8 +1,6 @@
 """Checkpoints: a dict of model, ema, opt and args, as DiT's train.py writes them, except that args is a plain dict,
 so that torch.load reads it without trusting the file. Files with an argparse.Namespace, or bare weights, load too, and
-so do safetensors, with the weights and, as JSON in their metadata, the args. As a command it makes one of the other:
-
-    python checkpoint.py results/000-DiT-S-4/checkpoints/0050000.pt --format safetensors
+so do safetensors, with the weights and, as JSON in their metadata, the args; checkpoints/export.py makes one of the other.
 """
 
 import math
@@ -28,13 +26,14 @@ CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight
 
 
 def save_checkpoint(path, **contents):
+    """Writes these contents to a .pt file."""
     with whole_file(path, "checkpoint") as file:
         torch.save(contents, file)
 
 
 def settings_from_weights(weights):
-    """What weights tell of a network: model, mixer, mixer_options, num_classes, in_channels and learn_sigma (whether it has
-    learned variances among its outputs)."""
+    """Returns what weights tell of a network: model, mixer, mixer_options, num_classes, in_channels and learn_sigma (whether it
+    has learned variances among its outputs)."""
     return (_settings_of_unet if READ_FROM_UNET[0] in weights else _settings_of_dit)(weights)
 
 
@@ -75,18 +74,18 @@ def _settings_of_unet(weights):
     }
 
 
-def stated_settings(args, path):
-    """What a checkpoint's args state in train.py's words, or in SiT's. ValueError for a SiT that is no flow known here."""
-    if "path_type" in args or str(args.get("model")).startswith("SiT-"):
-        kind = str(args.get("path_type")), str(args.get("prediction"))
+def stated_settings(stored, path):
+    """Returns what a checkpoint's args state, in train.py's words or SiT's. ValueError for a SiT that is no flow known here."""
+    if "path_type" in stored or str(stored.get("model")).startswith("SiT-"):
+        kind = str(stored.get("path_type")), str(stored.get("prediction"))
         if kind not in SIT_PATHS:
             known = " or ".join(map(" and ".join, SIT_PATHS))
             raise ValueError(f"{path} is SiT's with path_type {kind[0]} and prediction {kind[1]}; what can be sampled: {known}")
-        name = str(args.get("model")).replace("SiT", "DiT", 1)
-        args = args | dict(model=name, objective="flow", path=SIT_PATHS[kind], time_scale=1)
-    stated = {name: args[name] for name in ("time_scale",) if name in args}
+        name = str(stored.get("model")).replace("SiT", "DiT", 1)
+        stored = stored | dict(model=name, objective="flow", path=SIT_PATHS[kind], time_scale=1)
+    stated = {name: stored[name] for name in ("time_scale",) if name in stored}
     for name, known in STATED.items():
-        value = args.get(name)
+        value = stored.get(name)
         if type(value) is known if isinstance(known, type) else isinstance(value, str) and value in known:
             stated[name] = value
     if stated.get("objective") == "flow":
@@ -94,12 +93,12 @@ def stated_settings(args, path):
     return stated
 
 
-def _stated_options(args, model, path):
+def _stated_options(stored, model, path):
     """Returns the mixer's options that its name and the flags in a checkpoint's args decide: those that weights tell as well,
     as they would tell them, and the others."""
-    mixer, kind = args["mixer"], kind_of(args["mixer"])
+    mixer, kind = stored["mixer"], kind_of(stored["mixer"])
     try:
-        given = kind.named[mixer] | mixer_options(mixer, args)
+        given = kind.named[mixer] | mixer_options(mixer, stored)
         with torch.device("meta"):
             layer = build_mixer(mixer, MODELS[model].keywords["hidden_size"], 1, None, **given)
     except (ValueError, TypeError) as error:
@@ -109,14 +108,14 @@ def _stated_options(args, model, path):
     return told, {name: value for name, value in given.items() if names[name] not in built}
 
 
-def believe(args, settings, path):
+def reconcile(stored, settings, path):
     """Returns the settings that weights tell, with those that a checkpoint's args state. ValueError, with both values, where
     they differ."""
-    stated, told, options = stated_settings(args, path), dict(settings), {}
+    stated, told, options = stated_settings(stored, path), dict(settings), {}
     kind = kind_of(settings["mixer"])
     if kind.options and stated.get("mixer") in kind.named:
         told |= settings["mixer_options"] | dict(mixer=stated["mixer"])
-        as_weights_tell, options = _stated_options(args, settings["model"], path)
+        as_weights_tell, options = _stated_options(stored, settings["model"], path)
         stated |= as_weights_tell
     for name, value in stated.items():
         if told.get(name, value) != value:
@@ -139,7 +138,7 @@ def load_model(path, given, default_vae, decay=None):
     Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
     """
     weights, stored = load_checkpoint(path, decay)
-    settings = believe(stored, settings_from_weights(weights), path)
+    settings = reconcile(stored, settings_from_weights(weights), path)
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("model", "mixer", "num_classes", "objective", "path"):
         if name in given and settings.get(name, given[name]) != given[name]:
@@ -166,7 +165,7 @@ def load_model(path, given, default_vae, decay=None):
 
 
 def learnt_variances(weights, settings):
-    """Whether the network has variances among its outputs, and has learnt them: SiT's leave theirs at zero."""
+    """Returns whether a network has variances among its outputs, and has learnt them: SiT's leave theirs at zero."""
     last = weights.get("final_layer.linear.weight")
     if not settings["learn_sigma"] or last is None:
         return settings["learn_sigma"]
@@ -194,7 +193,7 @@ def choose_objective(settings, given, learnt_variances, path):
 
 
 def choose_space(settings, given, default_vae, path):
-    """The space in which the model lives, whose name goes into the settings. ValueError if it is none of the model's."""
+    """Returns the space in which the model lives, whose name goes into the settings. ValueError if it is not the model's."""
     stated, channels = settings.get("vae"), settings["in_channels"]
     vae = given.get("vae")
     if stated and vae and (vae == "none") != (stated == "none"):
@@ -212,8 +211,8 @@ def choose_space(settings, given, default_vae, path):
 
 
 def trained_size(settings, tokens, given, space, path):
-    """(height, width) of the images that a model was trained on. tokens: how many of them its weights have positions for, or
-    None. given: --image-size, or None. ValueError if nothing tells, or two of these disagree."""
+    """Returns (height, width) of the images that a model was trained on. tokens: how many of them its weights have positions
+    for, or None. given: --image-size, or None. ValueError if nothing tells, or two of these disagree."""
     stated, given = ((size, size) if isinstance(size, int) else size for size in (settings.get("image_size"), given))
     if tokens is None:
         if not (stated or given):
@@ -233,9 +232,9 @@ def trained_size(settings, tokens, given, space, path):
     return given
 
 
-def trained_classes(args, num_classes, path):
-    """Of how many classes there were images, which a checkpoint's args name; all if they do not. ValueError for more."""
-    names = args.get("class_names")
+def trained_classes(stored, num_classes, path):
+    """Returns of how many classes there were images, which a checkpoint's args name; all if not. ValueError for more."""
+    names = stored.get("class_names")
     trained = len(names) if isinstance(names, list) and names else num_classes
     if trained > num_classes:
         raise ValueError(f"{path} contradicts itself: it names {trained} classes, its weights have num_classes={num_classes}")
@@ -253,7 +252,7 @@ def resize(model, image_size, factor):
 
 
 def load_weights(model, weights, path):
-    """load_state_dict, strictly, with a ValueError of one line that says what differs."""
+    """Loads weights into a model, all of them. ValueError of one line that says what differs."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -296,6 +295,6 @@ def initialize(model, path):
 
 
 def _by_kind(names):
-    """Names that differ in a number alone, such as a block's, once, with how many there are."""
+    """Returns names that differ in a number alone, such as a block's, once, with how many there are."""
     kinds = [re.sub(r"\b\d+\b", "*", name) for name in names]
     return ", ".join(f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))

@@ -28,29 +28,29 @@ READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedd
 
 
 def average_names(decays):
-    """The first average of weights is a checkpoint's `ema`, as DiT has it, the others are `ema_<decay>`."""
+    """Returns the names of averages in a checkpoint, by decay: the first is `ema`, as DiT has it, the others `ema_<decay>`."""
     return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(decays)}
 
 
-def averages_of(args):
-    """The same, from a checkpoint's settings, which may be of another code base."""
-    decays = args.get("ema_decay") if isinstance(args, dict) else None
+def averages_of(stored):
+    """Returns the same, from a checkpoint's settings, which may be of another code base."""
+    decays = stored.get("ema_decay") if isinstance(stored, dict) else None
     known = isinstance(decays, list) and all(isinstance(decay, float) for decay in decays)
     return average_names(decays) if known else {}
 
 
-def choose_average(args, decay, path):
-    """The name of the average of that decay, or of the first for None. ValueError names those that there are."""
-    names = {None: "ema"} | averages_of(args)
+def choose_average(stored, decay, path):
+    """Returns the name of the average of that decay, or of the first for None. ValueError names those that there are."""
+    names = {None: "ema"} | averages_of(stored)
     if decay not in names:
-        raise ValueError(f"--ema {decay}: {path} has averages of decay {', '.join(map(str, averages_of(args))) or 'unknown'}")
+        raise ValueError(f"--ema {decay}: {path} has averages of decay {', '.join(map(str, averages_of(stored))) or 'unknown'}")
     return names[decay]
 
 
 def read_checkpoint(path, decay=None):
-    """The dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its averages,
-    and args. The tensors of a .pt file stay in it, which must stay as it is, until they are used; `load_checkpoint` compares
-    their checksums.
+    """Returns the dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its
+    averages, and args. The tensors of a .pt file stay in it, which must stay as it is, until they are used; `load_checkpoint`
+    compares their checksums.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
@@ -81,7 +81,7 @@ def read_checkpoint(path, decay=None):
 
 
 def _zip_entries(path):
-    """What a .pt file consists of; nothing for PyTorch's older format. BadZipFile if any but a tensor is damaged, which
+    """Returns what a .pt file consists of; nothing for PyTorch's older format. BadZipFile if any but a tensor is damaged, which
     PyTorch itself would not notice."""
     if not zipfile.is_zipfile(path):
         return []
@@ -94,7 +94,7 @@ def _zip_entries(path):
 
 
 def _refused_types(path, error):
-    """The names of the types in a file that are not safe to read, as far as PyTorch tells."""
+    """Returns the names of the types in a file that are not safe to read, as far as PyTorch tells."""
     if Path(path).suffix == ".safetensors":
         return []
     with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
@@ -103,7 +103,7 @@ def _refused_types(path, error):
 
 
 def _kind_of_folder(path):
-    """What a folder is that FSDP's checkpoints are not, and what to give instead."""
+    """Says what a folder is that is none of FSDP's checkpoints, and what to give instead."""
     there = set(os.listdir(path))
     if "checkpoints" in there:
         return "the folder of a run; give one of the files in its checkpoints/"
@@ -123,7 +123,7 @@ def _read_safetensors(path):
 
 
 def load_checkpoint(path, decay=None):
-    """(weights, args) of a checkpoint: its EMA's state dict if it has one, that of `decay` if it has several, and its
+    """Returns (weights, args) of a checkpoint: its EMA's state dict if it has one, that of `decay` if it has several, and its
     settings as a dict. ValueError for anything else, and for weights that are damaged or not finite.
 
     Weights are under the names that DiT has for them, without prefixes that other tools give them.
@@ -144,7 +144,7 @@ def load_checkpoint(path, decay=None):
 
 
 def _under_plain_names(weights, path):
-    """The tensors of a network without what wrappers put into their names, and without a name before all of them.
+    """Returns the tensors of a network without what wrappers put into their names, and without a name before all of them.
 
     Of several networks it is the one whose name has "ema" in it; ValueError if that is none or several.
     """
@@ -172,7 +172,7 @@ def _of_another_tool(contents, weights):
 
 
 def _check_weights(weights, path):
-    """ValueError, with a name, unless all are floating-point numbers, finite in float32, and as they were written."""
+    """Raises a ValueError, with a name, unless all are floating-point numbers, finite in float32, and as they were written."""
     sums = {(entry.file_size, entry.CRC) for entry in _zip_entries(path)}
     whole = set()
     for name, w in weights.items():

@@ -85,21 +85,33 @@ def check_whole(path):
         raise ValueError(f"{path} is damaged ({damaged})")
 
 
-def read_run(path):
-    """Returns what a checkpoint holds but for its tensors, with its path: step, args, scaler and what else there is. ValueError
-    if no run can go on from it."""
+def find_run(resume, results_dir, model, processes):
+    """Returns the run that --resume means: what its checkpoint holds but for tensors (step, args, scaler and what else there
+    is), its path and the experiment's folder. None where a new run is to begin. ValueError if no run can go on from it."""
+    looks = resume and processes.rank == 0
+    path = processes.share(checkpoint_to_resume(resume, results_dir, model) if looks else None)
+    if path is None:
+        return None
     sharded = path.suffix == ".dcp"
     contents = read_settings(path) if sharded else read_checkpoint(path)
     needed = {"args", "step", "scaler"} if sharded else {"args", "step", "scaler", "model", "ema", "opt"}
     if missing := needed - contents.keys():
         raise ValueError(f"--resume {path}: no run can go on from it, it lacks {', '.join(sorted(missing))}")
     plain = {name: value for name, value in contents.items() if not name.startswith(("model", "ema", "opt"))}
-    return plain | dict(path=path)
+    return plain | dict(path=path, folder=path.parent.parent)
+
+
+def check_changes(run, settings, may_change, allowed):
+    """Returns what has changed in a run's settings, a list of phrases. ValueError that has them, unless changes are allowed."""
+    changes = changed_settings(run["args"], settings, may_change)
+    if changes and not allowed:
+        raise ValueError(f"{run['path']} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
+    return changes
 
 
 def record_rounding(run, processes):
     """Returns what the bits of a run's weights depend on, one dict for each time that it went on under other conditions, and a
-    line that says what has changed since its last checkpoint, or None. run: of read_run, or None for a new one."""
+    line that says what has changed since its last checkpoint, or None. run: of find_run."""
     now, before = rounding(processes), run.get("rounding", []) if run else []
     if not before or before[-1] == now:
         return before or [now], None
@@ -135,7 +147,7 @@ def changed_images(before, now):
 
 
 def restore(learner, run):
-    """Makes the learner what it was at the checkpoint of read_run. ValueError if its tensors are not the learner's."""
+    """Makes the learner what it was at the checkpoint of find_run. ValueError if its tensors are not the learner's."""
     if run["path"].suffix == ".dcp":
         load_sharded(run["path"], tensors(learner))
     else:

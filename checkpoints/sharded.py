@@ -6,18 +6,19 @@ import pickle
 import shutil
 import warnings
 import zlib
-from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from machine.files import whole_file
+
 SETTINGS = "settings.pt"  # what is not a tensor, and the checksums of the other files
 
 
 def save_sharded(path, tensors, **contents):
-    """Writes dicts of tensors to a folder of a temporary name and renames it. Every process calls it."""
+    """Writes dicts of tensors to a folder under a temporary name, which the first process renames. Every process calls it."""
     partial = Path(f"{path}.partial")
     first = dist.get_rank() == 0
     if first:
@@ -42,14 +43,13 @@ def save_sharded(path, tensors, **contents):
 
 
 def write_settings(path, contents):
-    serialized = BytesIO()
-    torch.save(contents, serialized)
-    with open(path / SETTINGS, "wb") as file:
-        file.write(serialized.getvalue())
-        os.fsync(file.fileno())
+    """Writes what is not a tensor into the folder."""
+    with whole_file(path / SETTINGS, "settings") as file:
+        torch.save(contents, file)
 
 
 def checksum(path):
+    """Returns the CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
         while part := file.read(2**24):
@@ -58,7 +58,7 @@ def checksum(path):
 
 
 def read_settings(path):
-    """What a folder holds besides tensors. ValueError if it is none or lacks it."""
+    """Returns what a folder holds besides tensors. ValueError if it is no such folder."""
     try:
         return torch.load(Path(path, SETTINGS), weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
@@ -66,7 +66,7 @@ def read_settings(path):
 
 
 def check_pieces(path):
-    """ValueError for a folder of which a byte is missing or has changed."""
+    """Reads the whole folder. ValueError if a byte of it is missing or has changed."""
     for name, value in read_settings(path)["files"].items():
         if not Path(path, name).is_file() or checksum(Path(path, name)) != value:
             raise ValueError(f"{path} is damaged ({name})")
@@ -86,7 +86,7 @@ def load_sharded(path, tensors):
 
 
 def read_whole(path, part):
-    """One of the dicts of tensors that were saved, as whole tensors on the CPU."""
+    """Returns one of the dicts of tensors that were saved, as whole tensors on the CPU."""
     metadata = Reader(path).read_metadata().state_dict_metadata
     named = {name.removeprefix(f"{part}."): entry for name, entry in metadata.items() if name.startswith(f"{part}.")}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in named.items()}

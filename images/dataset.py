@@ -14,7 +14,7 @@ from tqdm import tqdm
 from images import latents
 from images.folders import Folder
 from images.named import CIFAR10_FOLDER, DATASETS, read_cifar10, read_digits, read_named
-from machine.stops import read, shelter
+from machine.stops import ignore_stops, read_batches
 
 CHECK = "first read every image once, name those that cannot be read, and end if there are any"
 SIZES = 10_000  # files whose sizes a run compares, evenly spread: looking up a million takes minutes on some disks
@@ -129,10 +129,10 @@ def check_readable(images, processes, say, workers=0, most=None):
     """Reads every image once, on all processes and their workers, and calls `say` with what is wrong with each that cannot be
     read, in order. ValueError if there are more than `most`, or any at all for None."""
     mine = range(processes.rank, len(images), processes.size)
-    loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=workers, worker_init_fn=shelter)
+    loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=workers, worker_init_fn=ignore_stops)
     progress = tqdm(total=len(mine), desc="Checking", unit="image", disable=processes.rank > 0)
     found = []
-    for faults in read(loader):
+    for faults in read_batches(loader):
         found += [(mine[progress.n + place], fault) for place, fault in enumerate(faults) if fault]
         progress.update(len(faults))
     progress.close()

@@ -19,7 +19,7 @@ from images.folders import describe_classes
 from images.named import DATASETS
 from machine.flags import not_negative, positive
 from machine.processes import launch
-from machine.stops import read, shelter
+from machine.stops import ignore_stops, read_batches
 
 
 def encode(args, processes):
@@ -107,9 +107,9 @@ def encode_shards(numbers, images, index, space, processes, batch_size, workers)
     n = min(batch_size, space.at_once(index["image_size"], index["image_size"]))
     batches = [torch.tensor(latents.shard_images(index, number)).split(n) for number in numbers]
     in_order = [batch.tolist() for shard in batches for batch in shard]
-    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers, worker_init_fn=shelter)
+    loader = DataLoader(images, batch_sampler=in_order, num_workers=workers, worker_init_fn=ignore_stops)
     progress = tqdm(total=sum(len(batch) for batch in in_order), unit="image", disable=processes.rank > 0)
-    read_in_order = read(loader)
+    read_in_order = read_batches(loader)
     for number, shard in zip(numbers, batches):
         moments, classes = [], []
         for pixels, labels in islice(read_in_order, len(shard)):

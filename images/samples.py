@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from images.dataset import center_crop_arr, load_dataset
 from machine.files import whole_file
-from machine.stops import read, shelter
+from machine.stops import ignore_stops, read_batches
 
 SHOWN_SIDE = 64  # a grid enlarges smaller images, smoothly, to about this many pixels
 
@@ -103,7 +103,8 @@ class FolderImages(Dataset):
     def read(self, batches):
         """Yields a list of uint8 (H, W, 3) for each of `batches`, sequences of numbers."""
         workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-        yield from read(DataLoader(self, batch_sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=shelter))
+        how = dict(collate_fn=list, num_workers=workers, worker_init_fn=ignore_stops)
+        yield from read_batches(DataLoader(self, batch_sampler=batches, **how))
 
 
 class ArrayImages:

@@ -23,9 +23,9 @@ OTHERS = ("NVL", "Laptop", "4090 D")  # slower ones whose names begin alike
 
 @torch.no_grad()
 def forward_flops(model, *inputs):
-    """Of a forward pass: PyTorch's count of matrix products, attention and convolutions, four times for complex matrices,
-    and 2.5 n log2 n for each real Fourier transform of n points, half the usual of a complex one (on CPUs short ones are
-    matrix products, which take more operations and less time)."""
+    """Counts the operations of a forward pass: matrix products, attention and convolutions as PyTorch does, four times as many
+    for complex matrices, and 2.5 n log2 n for each real Fourier transform of n points, half the usual of a complex one (on CPUs
+    short ones are matrix products, which take more operations and less time)."""
 
     def product(a, b, *_, **__):
         return (8 if a.is_complex() else 2) * a.numel() * b.shape[-1]
@@ -47,8 +47,8 @@ def forward_flops(model, *inputs):
 
 
 def training_flops(model, images):
-    """Of a step on so many images, forward and backward, counted as three forward passes, without computing anything: values
-    that --grad-checkpointing computes again do not count."""
+    """Counts the operations of a training step on that many images as three forward passes, without computing anything. What
+    --grad-checkpointing computes twice counts once."""
     tensors = {name: x.to("meta") for name, x in (*model.named_parameters(), *model.named_buffers())}
     x = torch.empty(images, model.in_channels, *model.input_size, device="meta")
     t, y = (torch.empty(images, dtype=torch.long, device="meta") for _ in range(2))
@@ -56,14 +56,14 @@ def training_flops(model, images):
 
 
 def peak_flops(device, precision, tf32):
-    """How many operations per second the device's maker promises in that precision of PRECISIONS; None if not known."""
+    """Returns how many operations per second the device's maker promises in that precision of PRECISIONS, None if not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = [peaks for start, peaks in PEAKS.items() if name.startswith(start) and not any(other in name for other in OTHERS)]
     return known[0][0 if precision != "fp32" else 1 if tf32 else 2] * 1e12 if known else None
 
 
 def peak_memory(device):
-    """Bytes: on CUDA the most that tensors took since the last call, on CPUs the most that the process ever took."""
+    """Returns bytes: on CUDA the most that tensors took since the last call, on CPUs the most that the process ever took."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

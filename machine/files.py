@@ -11,7 +11,7 @@ logger = logging.getLogger("train")
 
 @contextmanager
 def whole_file(path, what):
-    """A file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
+    """Opens a file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -29,7 +29,7 @@ def whole_file(path, what):
 
 
 def check_writable(path, flag):
-    """OSError, which names the flag that gave the path, unless a file can be written there."""
+    """Raises an OSError, which names the flag that gave the path, unless a file can be written there."""
     if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
         raise OSError(f"{flag} {path}: not a file in a folder that can be written")
 

@@ -52,7 +52,7 @@ class Default(int):
 
 
 def image_size(text):
-    """A side, "48", or "32x48" as (height, width)."""
+    """Reads a side, "48", or "32x48" as (height, width)."""
     sides = [positive(side) for side in text.split("x")]
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text} is neither a side nor HxW")

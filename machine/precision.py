@@ -25,7 +25,7 @@ def be_deterministic():
 
 
 def rounding(processes):
-    """Describes what the last bits of a result depend on besides its settings: a dict of plain values."""
+    """Returns what the last bits of a result depend on besides its settings: a dict of plain values."""
     gpu = processes.device.type == "cuda"
     return dict(
         processor=torch.cuda.get_device_name(processes.device) if gpu else processor(),
@@ -39,7 +39,7 @@ def rounding(processes):
 
 
 def processor():
-    """The name of this machine's processor."""
+    """Returns the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -48,7 +48,7 @@ def processor():
 
 
 def in_precision(network, precision, device):
-    """The network with its matrix products in that precision; parameters, inputs and outputs stay float32."""
+    """Returns the network with its matrix products in that precision; parameters, inputs and outputs stay float32."""
     if precision == "fp32":
         return network
 
@@ -60,7 +60,7 @@ def in_precision(network, precision, device):
 
 
 def compile_whole(network, device):
-    """The network, compiled for each shape of its inputs as one piece; on GPUs it runs as a CUDA graph.
+    """Returns the network, compiled for each shape of its inputs as one piece; on GPUs it runs as a CUDA graph.
 
     A graph writes its output where it wrote the one before, which samplers may still need: they get a copy.
     """
@@ -71,7 +71,7 @@ def compile_whole(network, device):
 
 
 def check_compiler(device):
-    """ValueError if torch.compile lacks what it needs on CPUs."""
+    """Raises a ValueError if torch.compile lacks what it needs on CPUs."""
     compiler = os.environ.get("CXX") or "g++"
     if device.type == "cpu" and not shutil.which(compiler.split()[0]):
         raise ValueError(f"--compile needs a C++ compiler on CPUs and finds no {compiler}; install it, or name another in CXX")

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOPS = [number for number in signal.Signals if number.name in NAMES]
 STATUS = 75  # of a command that one of them ended: os.EX_TEMPFAIL, which says that it may be started again
-came = []  # the names of those that this process has received
+received = []  # the names of those that this process has received
 _postponed = False
 
 
 class Stopped(SystemExit):
-    """What a signal that announces an end raises. str() of it is the signal's name."""
+    """An end that a signal has announced. str() of it is the signal's name."""
 
     def __init__(self, name):
         super().__init__(STATUS)
@@ -28,7 +28,7 @@ class Stopped(SystemExit):
 
 
 def catch():
-    """From now on these signals raise Stopped, wherever this process is, but not where they are ignored (nohup)."""
+    """Makes these signals raise Stopped from now on, wherever this process is, unless they are ignored (nohup)."""
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
@@ -36,8 +36,8 @@ def catch():
 
 def _note(number, frame):
     name = signal.Signals(number).name
-    again = name == "SIGINT" and name in came
-    came.append(name)
+    again = name == "SIGINT" and name in received
+    received.append(name)
     if again or not _postponed:
         raise Stopped(name)
     if name == "SIGINT":
@@ -45,20 +45,20 @@ def _note(number, frame):
 
 
 def tell(message):
-    """A line for the terminal, from any place: print() must not be called while it runs already."""
+    """Writes a line to the terminal from a signal handler, where print() must not be called: it may be running already."""
     with suppress(OSError):
         os.write(2, f"\n{message}\n".encode())
 
 
 def postpone():
-    """From now on signals are noted in `came` and raise nothing, but for a second Ctrl-C."""
+    """Makes signals be noted in `received` from now on, and raise nothing, but for a second Ctrl-C."""
     global _postponed
     _postponed = True
 
 
 @contextmanager
 def postponed(wait=True):
-    """Inside, signals are noted and raise Stopped at the end; or, where they are, with wait=False, they raise it at once."""
+    """Lets signals raise Stopped only at the end of what is inside; or, with wait=False, at once again."""
     global _postponed
     before, _postponed = _postponed, wait
     try:
@@ -70,11 +70,11 @@ def postponed(wait=True):
 
 
 def _raise_noted():
-    if came and not _postponed:
-        raise Stopped(came[0])
+    if received and not _postponed:
+        raise Stopped(received[0])
 
 
-def shelter(worker):
+def ignore_stops(worker):
     """Makes a process that reads images ignore signals that announce an end: they are for the one that it reads for."""
     os.setpgid(0, 0)
     sys.excepthook = lambda *error: None  # of the thread that hands images over, when that one hangs up on it
@@ -83,7 +83,7 @@ def shelter(worker):
             signal.signal(number, signal.SIG_IGN)
 
 
-def read(loader):
+def read_batches(loader):
     """Yields the batches of a DataLoader. OSError if a process of its own has died, Stopped if a signal has ended it that
     announces an end."""
     batches = iter(loader)
@@ -111,8 +111,8 @@ def read(loader):
 
 
 @contextmanager
-def within(seconds, message):
-    """OSError if what happens inside takes longer."""
+def time_limit(seconds, message):
+    """Raises an OSError if what happens inside takes longer."""
 
     def expire(number, frame):
         raise OSError(message)
@@ -134,7 +134,7 @@ def end_readers():
 
 class Outlived:
     """A stream that may be closed at its other end, as when a terminal is, or `head` has seen enough: what is written then
-    goes nowhere, and work goes on. Of one that is not needed, any other error is taken so, too."""
+    goes nowhere, and work goes on. A stream that is not needed survives any other error, too."""
 
     def __init__(self, stream, needed):
         self._stream, self._needed = stream or open(os.devnull, "w"), needed  # noqa: SIM115  (None if closed from the start)
@@ -159,7 +159,7 @@ class Outlived:
 
 @contextmanager
 def outlived_terminal():
-    """Standard error takes what it can inside, and standard output is not missed when its reader has gone."""
+    """Lets what is inside go on when the terminal, or whatever reads standard output and standard error, has gone."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Outlived(sys.stdout, needed=True), Outlived(sys.stderr, needed=False)
     try:

@@ -131,7 +131,7 @@ def default_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    stops.came.clear()
+    stops.received.clear()
     stops._postponed = False
 
 

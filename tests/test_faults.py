@@ -403,7 +403,7 @@ def test_a_folder_that_cannot_be_written_sends_the_checkpoint_elsewhere(calm, fl
     assert elsewhere[1] == elsewhere[2]
     assert_same(learnt(calm(1), AT - 1), learnt(tmp_path / "t", AT - 1))
     monkeypatch.undo()
-    stops.came.clear()
+    stops.received.clear()
     assert end_of_training(*flags, "--resume", elsewhere[1]) == 0
     assert_same(learnt(calm(1), STEPS), learnt(tmp_path / "t", STEPS))
 
@@ -473,7 +473,7 @@ def test_an_encoder_keeps_its_whole_shards(shards, tmp_path, monkeypatch, capfd,
     kept = 1 if end == 75 else 2
     assert sorted(os.listdir(tmp_path / "l")) == [*(f"0000{i}.safetensors" for i in range(kept)), "latents.json"]
     monkeypatch.undo()
-    stops.came.clear()
+    stops.received.clear()
     assert end_of(encode.encode, shards) == 0
     assert f"Encoding {4 - kept} of 4 shards" in capfd.readouterr().out
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from diffusion.noise import PerImageNoise, image_seeds
 from images.autoencoder import draw_latents
 from images.dataset import Replacing, collate, load_dataset
-from machine.stops import Stopped, came, end_readers, postponed, read, shelter, within
+from machine.stops import Stopped, end_readers, ignore_stops, postponed, read_batches, received, time_limit
 
 PATIENCE = 1800  # seconds that a process waits for its images
 ANOTHER = "stopped, because another process could not read an image"
@@ -67,7 +67,7 @@ def make_loader(dataset, batch_size, seed, processes, workers=0):
         num_workers=workers,
         collate_fn=collate if isinstance(dataset, Replacing) else None,
         persistent_workers=workers > 0,
-        worker_init_fn=shelter,
+        worker_init_fn=ignore_stops,
         pin_memory=processes.device.type == "cuda",
     )
 
@@ -88,7 +88,7 @@ def epochs(loader, step):
         logger.info(f"Beginning epoch {epoch}...")
         loader.sampler.set_epoch(epoch)
         loader.sampler.first = position * loader.batch_size
-        yield from read(loader)
+        yield from read_batches(loader)
         position = 0
 
 
@@ -101,12 +101,13 @@ def batches(loader, first, processes, save, bad):
     while True:
         faults, problem = [], None
         try:
-            with postponed(False), within(PATIENCE, f"no images have come for {PATIENCE:,} seconds: what holds them is stuck"):
+            late = f"no images have come for {PATIENCE:,} seconds: what holds them is stuck"
+            with postponed(False), time_limit(PATIENCE, late):
                 images, labels, *faults = next(reader)
         except (Exception, Stopped) as error:
             problem = error
-        if came:
-            problem = Stopped(" and ".join(came))
+        if received:
+            problem = Stopped(" and ".join(received))
         stop = isinstance(problem, Stopped)
         failed, stopped, replaced = processes.any(problem is not None and not stop, stop, any(faults))
         if replaced and not (failed or stopped):
