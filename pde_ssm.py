@@ -10,7 +10,7 @@ up to time tau. A Fourier mode with wave vector k = 2 pi (m_x, m_y) is multiplie
 
 costs O(N log N). Equation numbers are those of the PDE-SSM paper. x runs along the width and y along the height:
 tensors are (..., h, w), so x is their last axis, while pairs of coefficients are in the order (x, y).
-This file needs nothing but torch and the folder pde_ssm_kernels, which has faster roads to the same numbers.
+Beside torch it needs pde_ssm_kernels/, which has faster roads to the same numbers, and pde_ssm_attention.py.
 """
 
 import math
@@ -216,7 +216,7 @@ class Diagonal(PDE):
         self.create_scalars(log_l, torch.zeros_like(log_l))
 
     def evolve(self, v, time_scale=None):                                  # (B, h, w, dim), (B, dim) or None
-        """From R u to the state at time tau; time_scale multiplies tau."""
+        """Takes R u to the state at time tau; time_scale multiplies tau."""
         if fast := pde_ssm_kernels.choose(v, self, time_scale):
             return fast(v, self, time_scale)
         return irfft2(self.symbol(*v.shape[1:3], time_scale) * rfft2(v), v)
@@ -267,7 +267,7 @@ class Pairwise(PDE):
         self.create_scalars(log_l, math.log(c) * (own - 1))
 
     def evolve(self, v):                                                   # (B, h, w, dim)
-        """From R u to the state at time tau."""
+        """Takes R u to the state at time tau."""
         if fast := pde_ssm_kernels.choose(v, self):
             return fast(v, self)
         G, B = self.green(*v.shape[1:3]), embedding_symbol(*self.embedding(), *v.shape[1:3])
@@ -358,7 +358,7 @@ class PDESSM(nn.Module):
     state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back.
     expand:      the same in multiples of dim, where state_dim is not given.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
-    components:  not the paper's: so many PDEs per channel, whose states are summed. For the diagonal coupling alone.
+    components:  not the paper's: how many PDEs a channel has, whose states are summed. For the diagonal coupling alone.
     activation:  not the paper's: silu(R u + bias) in place of R u.
     gate:        not the paper's: the state times silu of a second projection of u, then a linear layer.
     conditioned: not the paper's: forward takes a vector c (B, dim) too, and each channel's tau is multiplied by exp of
@@ -427,12 +427,12 @@ class PDESSM(nn.Module):
         return (2 * torch.tanh(widen(c) @ widen(self.log_time_scale).T / 2)).exp()   # (B, C), from e^-2 to e^2
 
     def coefficients(self):
-        """K, b, r and tau of the PDE; see `Diagonal.coefficients`."""
+        """Returns K, b, r and tau of the PDE; see `PDE.coefficients`."""
         with full_precision(self.R.weight):
             return self.equation.coefficients()
 
     def kernel(self, h, w):
-        """The Green's function in space, real: what a unit impulse at token (0, 0) has become at time tau, without R and B.
+        """Returns the Green's function in space, real: what a unit impulse at token (0, 0) is at time tau, without R and B.
 
         (C, h, w) for the diagonal coupling, (components, C, h, w) if there are several. For the others
         (C, C / groups, h, w), output channels before input channels, as the weight of a grouped, circular convolution.
@@ -446,7 +446,7 @@ class PDESSM(nn.Module):
 
 
 def receptive_field(kernel):
-    """How far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
+    """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
     kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone it is the length of the shift, for
     isotropic diffusion of standard deviation s it is sqrt(2) s.
@@ -465,9 +465,9 @@ class PDESSMBlock(nn.Module):
     grid_size is the (h, w) of the h w tokens of the grid, row by row; without it, their number must be a square.
     The other options are those of `PDESSM`.
 
-    prefix_tokens is the number of tokens before the grid's that have no place on it, such as a class token. To them the
-    torus is one well-stirred vessel: each is a uniform field, which diffusion and convection leave as it is, so their
-    mean after a linear layer is added to every token of the grid, and the mean of the grid's result to each of them.
+    prefix_tokens is the number of tokens before the grid's that have no place on it, such as a class token. The mean of
+    these tokens, after a linear layer, is added to every token of the grid, and the mean of the grid's result to each of
+    them: a uniform field, which diffusion and convection leave as it is.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
@@ -518,7 +518,7 @@ PRESETS = {
 
 
 def options_from_weights(weights):
-    """The options of the PDESSMBlock without prefix tokens that has these weights, a state dict: build it, then load them.
+    """Returns the options of the PDESSMBlock that has these weights, a state dict: build it, then load them. No prefix tokens.
 
     KeyError if the weights are not those of a PDESSMBlock.
     """
