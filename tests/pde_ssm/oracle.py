@@ -71,3 +71,14 @@ class FourierTransforms(TorchDispatchMode):
         if "_fft" in str(function) and args[0].is_complex():
             self.seen.append((args[0].ndim, list(args[1]), args[0].is_contiguous()))
         return function(*args, **kwargs or {})
+
+
+# Options of a PDESSM, one for each kind of code that it runs.
+VARIANTS = [
+    dict(coupling="diagonal"),
+    dict(coupling="pairwise"),
+    dict(coupling="coupled"),
+    dict(gate=True),
+    dict(conditioned=True),
+    dict(components=3, activation=True),
+]

@@ -1,6 +1,5 @@
 """The operator against analysis: exact solutions, conservation laws, and other ways to solve the same equation."""
 
-import copy
 import math
 
 import pytest
@@ -9,6 +8,7 @@ from scipy.integrate import solve_ivp
 
 import oracle
 import pde_ssm
+from operators import Road, random_coefficients, random_operator, without_input_map
 from pde_ssm import PDESSM, R_MAX, TERMS, embedding_symbol, green_symbol, wave_numbers
 
 GRIDS = [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (7, 5), (8, 8), (9, 16), (12, 20)]
@@ -26,55 +26,12 @@ def describe(options):
     return "-".join(str(value) for value in options.values())
 
 
-class Road:
-    """A way to run the operator: a backend, in one precision, with what rounding may cost there, of the largest value."""
-
-    def __init__(self, backend, dtype):
-        self.backend, self.dtype, self.rounding = backend, dtype, 1e-8 if dtype == f64 else 2e-5
-
-    def __call__(self, pde, u):
-        pde_ssm.set_backend(self.backend)
-        return copy.deepcopy(pde).to(self.dtype)(u.to(self.dtype)).double()
-
-    def __repr__(self):
-        return f"{self.backend}-{str(self.dtype)[-2:]}"
-
-    def assert_close(self, state, expected):
-        torch.testing.assert_close(state, expected, rtol=self.rounding, atol=self.rounding * expected.abs().max().item())
-
-
 couplings = pytest.mark.parametrize("options", COUPLINGS, ids=describe)
 # The equations as they stand, and what users get: in single precision C++ kernels, and for pairs of channels pieces.
 roads = pytest.mark.parametrize(
     "road", [Road("plain", f64), Road("default", f64), Road("default", torch.float32), Road("plain", torch.float32)], ids=repr
 )
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
-
-
-def random_coefficients(*shape):
-    """K, b, r, tau with some diffusion in every direction, over `shape`."""
-    L = 0.05 * torch.randn(*shape, 2, 2, dtype=f64)
-    return L @ L.mT, 0.2 * torch.randn(*shape, 2, dtype=f64), torch.randn(shape, dtype=f64), 0.5 + torch.rand(shape, dtype=f64)
-
-
-def random_operator(dim, spread=0.05, coupling="diagonal", groups=None, **options):
-    """A PDESSM in float64 whose every coefficient is random, with groups where the coupling has any."""
-    groups = groups if coupling != "diagonal" else None
-    pde = PDESSM(dim, grid_size=(8, 8), coupling=coupling, groups=groups, **options).double()
-    with torch.no_grad():
-        for parameter in pde.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
-    return pde
-
-
-def without_input_map(pde):
-    """The PDE's flow alone: R and B are the identity."""
-    with torch.no_grad():
-        pde.R.weight.copy_(torch.eye(pde.dim))
-        g0 = pde.equation.g0
-        g0.copy_(torch.ones(pde.dim) if pde.coupling == "diagonal" else torch.eye(g0.shape[-1]))
-        pde.equation.gx.zero_(), pde.equation.gy.zero_()
-    return pde
 
 
 def apply_symbol(symbol, u):

@@ -55,7 +55,7 @@ def assert_like_the_plain_path(v, symbol):
 
 
 def test_the_plain_path_transforms_images_that_lie_in_one_piece():
-    """As in tests/test_pde_ssm.py, where the reason is."""
+    """As in test_pde_ssm.py, where the reason is."""
     v, symbol = random_problem((3, 129), torch.float32, B=1)
     with FourierTransforms() as transforms:
         pde_ssm_triton.reference(v, symbol).backward(torch.randn_like(v))

@@ -1,25 +1,18 @@
 import copy
 import math
-import shutil
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from torch.autograd import forward_ad
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import pde_ssm
-import train
-from commands import ROOT, fit
-from models import DiT
-from oracle import FourierTransforms
+from commands import ROOT
+from operators import random_operator, without_input_map
+from oracle import VARIANTS, FourierTransforms
 from pde_ssm import COUPLINGS, PDESSM, TERMS, PDESSMBlock, options_from_weights, receptive_field
-from pde_ssm_kernels import kept, pytorch
-from test_physics import random_operator, without_input_map
-from training import watching
+from pde_ssm_kernels import pytorch
 
 f64 = torch.float64
 couplings = pytest.mark.parametrize("coupling", COUPLINGS)
@@ -201,16 +194,6 @@ def test_a_fresh_condition_changes_nothing():
     torch.testing.assert_close(conditioned(u, torch.randn(2, 8)), plain(u))
 
 
-VARIANTS = [
-    dict(coupling="diagonal"),
-    dict(coupling="pairwise"),
-    dict(coupling="coupled"),
-    dict(gate=True),
-    dict(conditioned=True),
-    dict(components=3, activation=True),
-]
-
-
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
@@ -251,99 +234,6 @@ def test_half_precision_weights_work_too(dtype, grid, coupling):
     for theirs, mine in zip(torch.autograd.grad(expected, [inputs, *exact.parameters()], direction.double()), found):
         assert mine.dtype == dtype
         assert (mine - theirs).norm() <= 8 * torch.finfo(dtype).eps * theirs.norm()
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
-def test_compiles_without_a_graph_break(options, randomize, monkeypatch):
-    monkeypatch.setattr(pytorch, "CHUNK", 1000)  # more than one
-    model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, num_classes=10, mixer="pdessm", **options)).eval()
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 2])
-
-    def run(network):
-        model.zero_grad()
-        out = network(*inputs)
-        out.square().sum().backward()
-        with torch.no_grad():
-            kept = network(*inputs)
-        return [out.detach(), kept] + [p.grad for p in model.parameters() if p.requires_grad]
-
-    torch.compiler.reset()
-    assert torch._dynamo.explain(model)(*inputs).graph_break_count == 0
-    torch.compiler.reset()
-    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager")), run(model), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 cannot export a Fourier transform")
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
-@torch.no_grad()
-def test_exports_for_any_batch(options, randomize, tmp_path):
-    model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, num_classes=10, mixer="pdessm", **options)).eval()
-
-    def inputs(B):
-        return torch.randn(B, 4, 8, 8), torch.full((B,), 500), torch.arange(B)
-
-    batch = {0: torch.export.Dim("batch", min=2, max=64)}
-    torch.export.save(torch.export.export(model, inputs(2), dynamic_shapes=(batch, batch, batch)), tmp_path / "a.pt2")
-    exported, other = torch.export.load(tmp_path / "a.pt2").module(), inputs(5)
-    operators = {str(node.target) for part in exported.modules() if hasattr(part, "graph") for node in part.graph.nodes}
-    assert any("aten.linear" in name for name in operators)
-    assert not any("evolve_on_cpu" in name for name in operators)          # for machines without a compiler
-    torch.testing.assert_close(exported(*other), model(*other))
-
-
-@couplings
-@pytest.mark.parametrize("grid", [(3, 4), (2, 33)])
-def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
-    pde = random_operator(8, coupling=coupling)
-    u = torch.randn(2, 8, *grid, dtype=f64, requires_grad=True)
-    inputs = [u, *pde.parameters()]
-    torch.compiler.reset()
-    expected, mine = (torch.autograd.grad(f(u).square().sum(), inputs) for f in (pde, torch.compile(pde, backend="aot_eager")))
-    for theirs, ours in zip(expected, mine):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("backend", "coupling", "shapes"),
-    [
-        ("cpp", "diagonal", [(2, 3, 7, 13), (1, 3, 35, 4)]),
-        ("torch", "diagonal", [(2, 3, 7, 13), (1, 3, 35, 4)]),
-        ("torch", "pairwise", [(2, 3, 7, 13)]),
-        ("torch", "coupled", [(1, 3, 35, 4)]),
-    ],
-)
-def test_after_a_compiled_convolution_that_runs_channels_last(backend, coupling, shapes):
-    pde_ssm.set_backend(backend)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), PDESSM(16, coupling=coupling))
-    net.to(memory_format=torch.channels_last)
-    torch.compiler.reset()
-    compiled = torch.compile(net, dynamic=True, backend="aot_eager")
-    for shape in shapes:
-        u = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
-        expected, mine, direction = net(u), compiled(u), torch.randn(shape[0], 16, *shape[2:])
-        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-        gradients = (torch.autograd.grad(out, [u, *net.parameters()], direction) for out in (mine, expected))
-        for ours, theirs in zip(*gradients):
-            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
-@backends
-def test_the_compiled_model_gives_the_same_numbers(randomize, backend):
-    pde_ssm.set_backend(backend)
-    options = dict(num_classes=10, mixer="pdessm", gate=True, conditioned=True)
-    model = randomize(DiT(8, hidden_size=16, depth=1, num_heads=2, **options)).eval()
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([1, 2])
-
-    def run(network):
-        model.zero_grad()
-        out = network(*inputs)
-        out.square().sum().backward()
-        return [out.detach()] + [p.grad for p in model.parameters() if p.requires_grad]
-
-    torch.compiler.reset()
-    torch.testing.assert_close(run(torch.compile(model)), run(model), rtol=1e-4, atol=1e-5)
 
 
 def test_block_puts_tokens_on_the_grid_row_by_row():
@@ -387,99 +277,6 @@ def test_weights_tell_their_options(options):
 
 
 @couplings
-def test_the_symbol_is_kept_for_inference(monkeypatch, coupling):
-    pde_ssm.set_backend("torch")
-    pde, computed = PDESSM(4, coupling=coupling).eval(), []
-    tau = pde.equation.tau
-    monkeypatch.setattr(pde.equation, "tau", lambda: computed.append(grid) or tau())
-    with torch.no_grad():
-        for grid in [(4, 4), (4, 4), (3, 5), (4, 4), (3, 5)]:
-            pde(torch.randn(1, 4, *grid))
-    assert computed == [(4, 4), (3, 5)]
-
-
-@couplings
-def test_kept_symbols_are_few(coupling):
-    pde_ssm.set_backend("torch")
-    pde = PDESSM(4, coupling=coupling).eval()
-    with torch.no_grad():
-        for n in range(1, 9):
-            pde(torch.randn(1, 4, n, n))
-    assert len(kept.of(pde.equation)) == kept.VALUES
-
-
-def keep_something(coupling):
-    """A layer that has kept its symbol, and a reference to that which does not hold it."""
-    pde_ssm.set_backend("torch")
-    pde = PDESSM(4, coupling=coupling).eval()
-    with torch.no_grad():
-        return pde, weakref.ref(pde.equation.symbol(4, 4))
-
-
-@pytest.mark.parametrize("event", ["forward", "step", "train", "deleted"])
-@couplings
-def test_nothing_is_kept_once_training_goes_on(event, coupling):
-    """Of no layer: an average of the weights, which is evaluated between steps, is never trained itself."""
-    pde, symbol = keep_something(coupling)
-    assert symbol() is not None
-    other = PDESSM(4)
-    if event == "forward":
-        other(torch.randn(1, 4, 2, 2))
-    elif event == "step":
-        torch.optim.SGD(other.parameters()).step()
-    elif event == "train":
-        pde.train()
-    else:
-        del pde
-    assert symbol() is None
-
-
-@couplings
-@torch.no_grad()
-def test_what_all_layers_keep_has_a_limit(coupling, monkeypatch):
-    pde_ssm.set_backend("torch")
-    kept.forget()
-    layers, u = [PDESSM(4, coupling=coupling).eval() for _ in range(3)], torch.randn(2, 4, 4, 4)
-    limit = 2 * layers[0].equation.symbol(4, 4).nbytes
-    kept.forget()
-    monkeypatch.setattr(kept, "KEPT", limit)
-    for _ in range(2):
-        for pde in layers:
-            torch.testing.assert_close(pde(u), copy.deepcopy(pde)(u))
-        assert [len(kept.of(pde.equation)) for pde in layers] == [1, 1, 0]
-        assert kept.bytes_kept() == limit
-    for grid, left in [((4, 5), [("symbol", 4, 5)]), ((8, 4), [])]:        # another in place of the first; one too large
-        layers[0](torch.randn(1, 4, *grid))
-        assert list(kept.of(layers[0].equation)) == left
-    del layers[0], pde
-    layers[1](u)
-    assert kept.bytes_kept() == limit
-
-
-def test_training_keeps_nothing_of_what_it_evaluates(tmp_path, monkeypatch):
-    layers, draw_samples, update = [], watching.draw_samples, train.update
-    monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(watching, "draw_samples", lambda *a: draw_samples(*a) or layers.append(len(kept._kept)))
-    monkeypatch.setattr(train, "update", lambda *a: layers.append(len(kept._kept)) or update(*a))
-    fit(tmp_path, "--mixer", "pdessm", "--global-batch-size", 4, "--max-steps", 2, "--sample-every", 1)
-    assert layers == [0, 6, 0, 6]                                           # of as many layers
-
-
-@couplings
-def test_an_ensemble_under_vmap_is_never_stale(coupling):
-    models = [PDESSM(4, coupling=coupling).eval() for _ in range(3)]
-    weights, _ = torch.func.stack_module_state(models)
-    u = torch.randn(2, 4, 3, 5)
-    with torch.no_grad():
-        for scale in (1, 2):
-            weights = {name: scale * w for name, w in weights.items()}
-            outs = torch.vmap(lambda w: torch.func.functional_call(models[0], w, u))(weights)
-            for i, model in enumerate(models):
-                model.load_state_dict({name: w[i] for name, w in weights.items()})
-                torch.testing.assert_close(outs[i], model(u), rtol=1e-4, atol=1e-5)
-
-
-@couplings
 @torch.no_grad()
 def test_a_whole_module_can_be_pickled(coupling, tmp_path):
     pde, u = PDESSM(4, coupling=coupling).eval(), torch.randn(2, 4, 3, 5)
@@ -508,158 +305,6 @@ def test_arguments_of_timms_attention():
     assert {(p.device.type, p.dtype) for p in block.parameters()} == {("meta", torch.bfloat16)}
     assert PDESSM(4, terms="diffusion").equation.terms == ("diffusion",)
     assert PDESSM(4, terms=(t for t in reversed(TERMS))).equation.terms == TERMS
-
-
-def change_parametrised(pde):
-    register_parametrization(pde.equation, "log_tau", torch.nn.Identity())
-    pde.equation.symbol(4, 6)
-    pde.equation.parametrizations.log_tau.original.add_(0.1)
-    fresh = type(pde.equation).symbol.__wrapped__(pde.equation, 4, 6)
-    torch.testing.assert_close(pde.equation.symbol(4, 6), fresh, rtol=0, atol=0)
-    remove_parametrizations(pde.equation, "log_tau")
-    return pde
-
-
-def change_in_place(pde):
-    pde.equation.log_tau.add_(0.5)
-    return pde
-
-
-def step_optimiser(pde):
-    for p in pde.parameters():
-        p.grad = torch.ones_like(p)
-    torch.optim.AdamW(pde.parameters(), lr=0.1).step()
-    return pde
-
-
-def step_fused(pde, optimiser=torch.optim.AdamW):
-    for p in pde.parameters():
-        p.grad = torch.ones_like(p)
-    optimiser(pde.parameters(), lr=0.1, fused=True).step()
-    return pde
-
-
-def step_fused_adam(pde):
-    return step_fused(pde, torch.optim.Adam)
-
-
-def step_fused_sgd(pde):
-    return step_fused(pde, torch.optim.SGD)
-
-
-def load_other_weights(pde):
-    pde.load_state_dict(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).state_dict())
-    return pde
-
-
-def assign_other_weights(pde):
-    pde.load_state_dict(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).state_dict(), assign=True)
-    return pde
-
-
-def replace_parameters(pde):
-    for shift in (0.2, 0.3):  # the second may lie where the first one lay
-        pde.equation.log_tau = torch.nn.Parameter(torch.full_like(pde.equation.log_tau, shift))
-    return pde
-
-
-def average_with_another(pde):
-    torch._foreach_lerp_(list(pde.parameters()), list(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).parameters()), 0.5)
-    return pde
-
-
-def borrow_an_average(pde, foreach=False):
-    """As diffusers does for validation."""
-    average = EMAModel(PDESSM(4, grid_size=(2, 2), coupling=pde.coupling).parameters(), foreach=foreach)
-    average.store(pde.parameters())
-    average.copy_to(pde.parameters())
-    return pde, average
-
-
-def copy_an_average(pde):
-    return borrow_an_average(pde)[0]
-
-
-def copy_an_average_at_once(pde):
-    return borrow_an_average(pde, foreach=True)[0]
-
-
-def return_an_average(pde):
-    pde, average = borrow_an_average(pde)
-    pde.equation.symbol(4, 6)
-    average.temp_stored_params[-1].add_(0.1)
-    average.restore(pde.parameters())
-    return pde
-
-
-def swap_tensors(pde):
-    for shift in (0.2, 0.3):
-        torch.utils.swap_tensors(pde.equation.log_tau, torch.nn.Parameter(torch.full_like(pde.equation.log_tau, shift)))
-    return pde
-
-
-def replace_values(pde):
-    for shift in (0.2, 0.3):  # the second may lie where the first one lay
-        pde.equation.log_tau.data = torch.full_like(pde.equation.log_tau, shift)
-    return pde
-
-
-def write_in_inference_mode(pde):
-    with torch.inference_mode():
-        pde.equation.log_tau.add_(0.1)
-    return pde
-
-
-def go_through_half(pde):
-    return pde.half().float()
-
-
-def change_a_copy(pde):
-    twin = copy.deepcopy(pde)
-    for _ in range(5):
-        twin.equation.log_tau.add_(0.1)
-    return twin
-
-
-def edit_behind_autograd(pde):
-    pde.equation.log_tau.data.add_(0.5)
-    return pde
-
-
-def edit_and_say_so(pde):
-    return edit_behind_autograd(pde).train().eval()
-
-
-def edit_and_train(pde):
-    edit_behind_autograd(pde)
-    with torch.enable_grad():
-        pde(torch.randn(1, 4, 2, 2))
-    return pde
-
-
-SEEN_BY_VALUE = [edit_behind_autograd, copy_an_average, copy_an_average_at_once, return_an_average]  # on CPUs
-SEEN_ANYWHERE = [
-    change_in_place, step_optimiser, step_fused, step_fused_adam, step_fused_sgd, load_other_weights, assign_other_weights,
-    replace_parameters, replace_values, average_with_another, go_through_half, change_a_copy, change_parametrised,
-    swap_tensors, write_in_inference_mode, edit_and_say_so, edit_and_train,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", SEEN_BY_VALUE + SEEN_ANYWHERE, ids=lambda f: f.__name__)
-@couplings
-@torch.no_grad()
-def test_the_kept_symbol_is_never_stale(change, coupling, monkeypatch):
-    if change in SEEN_ANYWHERE:
-        monkeypatch.setattr(kept, "COMPARED", 0)
-    pde = PDESSM(4, coupling=coupling).eval()
-    pde.equation.log_tau.add_(0.1)
-    before = pde.equation.symbol(4, 6)
-    pde = change(pde)
-    fresh = PDESSM(4, coupling=coupling)
-    fresh.load_state_dict(pde.state_dict())
-    after = pde.equation.symbol(4, 6)
-    torch.testing.assert_close(after, fresh.equation.symbol(4, 6), rtol=0, atol=0)
-    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize(
