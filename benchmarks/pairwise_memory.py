@@ -2,7 +2,7 @@
 
     export MALLOC_MMAP_THRESHOLD_=65536             glibc hands freed memory back; what it keeps varies by 0.2 GB
     python -m benchmarks.pairwise_memory            as it is
-    python -m benchmarks.pairwise_memory plain      all wave vectors at once, autograd keeping everything
+    python -m benchmarks.pairwise_memory plain      the equations as they are written: all wave vectors at once
 
 256 tokens, 384 channels, batch 8.
 """
