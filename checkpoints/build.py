@@ -98,7 +98,7 @@ def _stated_options(stored, model, path):
     as they would tell them, and the others."""
     mixer, kind = stored["mixer"], kind_of(stored["mixer"])
     try:
-        given = kind.named[mixer] | mixer_options(mixer, stored)
+        given = kind.named[mixer] | kind.stored(stored) | mixer_options(mixer, stored)
         with torch.device("meta"):
             layer = build_mixer(mixer, MODELS[model].keywords["hidden_size"], 1, None, **given)
     except (ValueError, TypeError) as error:

@@ -51,6 +51,11 @@ class Mixer:
 
     def given(self, settings):
         """Returns the options that a command's settings, a dict of what its flags say, set: neither None nor False."""
+        named = self.stored(settings)
+        return {option.name: named[option.name] for option in self.options if option.name in named}
+
+    def stored(self, settings):
+        """Returns the same of a checkpoint's settings, where whatever is named as an option of this mixer would be one."""
         prefix = f"{self.name}_".replace("-", "_")
-        given = {option.name: settings.get(prefix + option.name) for option in self.options}
-        return {name: value for name, value in given.items() if value is not None and value is not False}
+        named = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+        return {name: value for name, value in named.items() if value is not None and value is not False}
