@@ -42,8 +42,12 @@ def test_imports_flow_one_way(name):
         assert imported == {"math", "pde_ssm_attention", "pde_ssm_kernels", "torch"}       # for other people's projects
 
 
-def test_who_reads_images_needs_no_network():
-    command = "import sys, images.folders; print({'pde_ssm', 'models', 'mixers', 'timm'} & {*sys.modules})"
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [("images.folders", {"pde_ssm", "models", "mixers", "timm"}), ("train", {"accelerate", "diffusers", "tensorboard"})],
+)
+def test_what_nobody_asked_for_is_not_imported(module, others):
+    command = f"import sys, {module}; print({others} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
