@@ -62,10 +62,8 @@ def main(args, processes):
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
     settings["vae_digest"] = dataset.index["vae_digest"] if isinstance(dataset, CachedLatents) else space.digest()
-    torch.manual_seed(args.global_seed)  # the same initial weights on every process
-    known = dict(in_channels=space.channels, num_classes=settings["num_classes"], learn_sigma=args.objective == "diffusion")
-    options = dict(mixer=args.mixer) | mixer_options(args.mixer, vars(args))
-    model = MODELS[args.model](args.image_size // space.factor, **known, **options)
+
+    model = build_model(args, space, settings["num_classes"])
     model.trained_classes = dataset.num_classes
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
@@ -82,6 +80,7 @@ def main(args, processes):
     if run and first >= total and not watch.due(first, True) - seen:
         logger.info(f"Done! All {total:,} steps were done before: {run['path']}")
         return
+
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
     folder = run["folder"] if run else None
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
@@ -112,12 +111,11 @@ def main(args, processes):
 
     if run:
         show(first, seen)  # what a kill came before
+
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes)
     draw = partial(draw_batch, flip=dataset.flip, space=space, objective=objective, **shared)
-    logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {processes.size} x {device.type}...")
-    parts = f" in {args.grad_accum} parts" if args.grad_accum > 1 else ""
-    logger.info(f"A step has {args.global_batch_size:,} images, {loader.batch_size:,} on each process{parts}")
+    runs.describe_steps(total, loader, args.global_batch_size, args.grad_accum, processes)
     with resume.rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=not leads)
@@ -186,6 +184,14 @@ def settings_of(dataset, num_classes, processes):
         raise ValueError("the processes do not see the same images: --data-path differs from one machine to another")
     num_classes = num_classes if num_classes and dataset.num_classes else dataset.num_classes
     return dict(num_classes=num_classes, class_names=class_names, data=data)
+
+
+def build_model(args, space, num_classes):
+    """Returns the model with its initial weights, the same on every process."""
+    torch.manual_seed(args.global_seed)
+    known = dict(in_channels=space.channels, num_classes=num_classes, learn_sigma=args.objective == "diffusion")
+    options = dict(mixer=args.mixer) | mixer_options(args.mixer, vars(args))
+    return MODELS[args.model](args.image_size // space.factor, **known, **options)
 
 
 def begin(args, model, run, changes, processes):

@@ -141,6 +141,14 @@ def describe_images(dataset, held_out, path, num_classes):
         )
 
 
+def describe_steps(total, loader, batch_size, parts, processes):
+    """Logs how many steps there are and how many images each has, over all processes and on each, in that many parts."""
+    where = f"{processes.size} x {processes.device.type}"
+    logger.info(f"Training for {total:,} steps ({total / len(loader):.1f} epochs) on {where}...")
+    in_parts = f" in {parts} parts" if parts > 1 else ""
+    logger.info(f"A step has {batch_size:,} images, {loader.batch_size:,} on each process{in_parts}")
+
+
 def log_interval(step, losses, seconds, cost, processes, write_row):
     """Logs the mean of the losses since the last time; the speed, in steps and operations per process; and the most memory that
     this process took. cost: flops of a step, and those per second that the device is made for, or None."""
