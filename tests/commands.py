@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -56,6 +57,22 @@ def draw_many(path, folder, *flags):
     sample_ddp.main(args, ALONE)
     with np.load(next(Path(folder).glob("*.npz"))) as arrays:
         return arrays["arr_0"]
+
+
+def error_of(command, *flags):
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as end:
+        launch(command.main, command.parse_args(list(map(str, flags))))
+    assert "\n" not in str(end.value)
+    return str(end.value)
+
+
+def change_weights(path, edit):
+    """Lets edit(weights) change a checkpoint's averaged weights."""
+    contents = torch.load(path, weights_only=True)
+    edit(contents["ema"])
+    torch.save(contents, path)
+    return path
 
 
 def torchrun(processes, script, *flags, fails=False):

@@ -78,6 +78,22 @@ def photos(tmp_path):
     return write_photos(tmp_path / "photos")
 
 
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def random_images(rng):
+    """random_images(n, brightness): uint8 (n, 6, 6, 3)."""
+
+    def draw(n, brightness=1.0):
+        tints = rng.uniform(0.3, brightness, size=(n, 1, 1, 3))
+        return (255 * tints * rng.uniform(0.5, 1, size=(n, 6, 6, 3))).astype(np.uint8)
+
+    return draw
+
+
 @pytest.fixture(scope="module")
 def shallow():
     """Two layers of the smallest model are enough to stop and go on, and a kill takes no disk along."""

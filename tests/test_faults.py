@@ -24,6 +24,7 @@ from torch.utils.data import dataloader
 import evaluate
 import sample_ddp
 import train
+from autoencoders import save_autoencoder
 from checkpoints import resume
 from commands import FEW_STEPS, QUICK, Colours, fork, write_photos
 from evaluation import sides
@@ -32,7 +33,6 @@ from images.samples import write_npz
 from machine import stops
 from machine.processes import launch
 from test_resume import TINY, assert_same, learnt, names
-from test_vae import save_autoencoder
 from training import batches, learner, probe, runs, watching
 
 STEPS = 8

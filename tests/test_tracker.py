@@ -14,8 +14,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from autoencoders import save_autoencoder
 from commands import draw, fit
-from test_vae import save_autoencoder
 from training import trackers
 from training.trackers import TRACKERS
 

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
+from autoencoders import save_autoencoder
 from commands import ALONE, fit, forked, lasting, torchrun
 from diffusion import create_diffusion
 from images import encode
 from images.autoencoder import LatentSpace, open_space
 from images.dataset import load_dataset
 from images.latents import CachedLatents
-from test_vae import save_autoencoder
 from training.batches import draw_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

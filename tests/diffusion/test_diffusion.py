@@ -1,3 +1,5 @@
+"""Diffusion against published numbers and where everything is known."""
+
 import pytest
 import torch
 

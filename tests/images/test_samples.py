@@ -1,12 +1,16 @@
+"""Finished images: the .npz that ADM's evaluator reads, and folders."""
+
 import os
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from images.samples import ArrayImages, FolderImages, NpzImages, npz_shape, write_npz
+from images.numbered import gather_npz
+from images.samples import ArrayImages, FolderImages, NpzImages, npz_shape, save_grid, write_npz
 
 
 @pytest.fixture
@@ -169,3 +173,28 @@ def test_a_bad_image_in_a_folder_is_named(tmp_path, pixels, kind):
 def test_arrays_that_are_no_images(pixels):
     with pytest.raises(ValueError, match="not float64"):
         ArrayImages(pixels / 255)
+
+
+def test_large_samples_are_shown_as_they_are(tmp_path):
+    images = torch.randint(0, 256, (3, 64, 96, 3), dtype=torch.uint8)
+    save_grid(images, tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid)
+    assert np.array_equal(shown[2:66, 2:98], images[0])
+    assert np.array_equal(shown[68:132, 2:98], images[2])
+
+
+def test_the_npz_takes_no_memory(tmp_path):
+    """Two thousand images of 3 kB are gathered in well under their 6 MB."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:06d}.png", compress_level=0)
+    tracemalloc.start()
+    gather_npz(folder, 2000, (32, 32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+    with np.load(f"{folder}.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], pixels)

@@ -1,3 +1,5 @@
+"""The networks whose features are compared."""
+
 import sys
 
 import numpy as np

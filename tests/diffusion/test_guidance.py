@@ -1,0 +1,35 @@
+"""Classifier-free guidance by its formula."""
+
+import torch
+
+from diffusion import create_diffusion, create_flow
+from diffusion.guidance import Guidance, guided
+from models import DiT_models
+
+
+@torch.no_grad()
+def test_guidance_on_a_part_of_the_way_and_on_all_channels(randomize):
+    model = randomize(DiT_models["DiT-N/4"](input_size=8, in_channels=4, num_classes=10, learn_sigma=False)).eval()
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 7])
+    flow, null = create_flow(), torch.full((2,), 10)
+
+    def network(t, *settings):
+        return guided(model, flow, Guidance(2.5, *settings))(x, t, y)
+
+    t = torch.full((2,), 400.0)
+    plain, without = model(x, t, y), model(x, t, null)
+    all_channels = without + 2.5 * (plain - without)
+    torch.testing.assert_close(network(t, None), all_channels)
+    torch.testing.assert_close(network(t)[:, :3], all_channels[:, :3])
+    torch.testing.assert_close(network(t)[:, 3], plain[:, 3])
+    torch.testing.assert_close(network(t, None, (0.3, 0.5)), all_channels)
+    torch.testing.assert_close(network(t, None, (0.5, 0.9)), plain)
+    t[1] = 800  # of a sampler in which every image has steps of its own
+    plain, without = model(x, t, y), model(x, t, null)
+    expected = torch.stack([without[0] + 2.5 * (plain - without)[0], plain[1]])
+    torch.testing.assert_close(network(t, None, (0.3, 0.5)), expected)
+    expected = torch.stack([without[0], plain[1]])
+    half = guided(model, flow, Guidance(0, None, (0.3, 0.5)))
+    torch.testing.assert_close(half(x, t, y), expected)
+    diffusion = create_diffusion("10")
+    assert [diffusion.progress(t) for t in (1000, 250, 0)] == [0, 0.75, 1]

@@ -1,0 +1,120 @@
+"""What a network makes of each side: in any batches, on any number of processes, in little memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from commands import Colours, forked
+from evaluation import report, sides
+from evaluation.report import compare
+from evaluation.sides import measure, open_source
+from machine.processes import ALONE, Processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def in_processes(size, run, folder):
+    """Calls run(processes) in so many of them."""
+
+    def join(rank):
+        if size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        run(Processes(rank, size, torch.device("cpu")))
+        if size > 1:
+            dist.destroy_process_group()
+
+    children = [forked(join, rank) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * size
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batches_and_processes_change_nothing(tmp_path, random_images, batch, size):
+    arrays = random_images(150), random_images(130, 0.8)
+    network = Colours()
+
+    def run(processes):
+        sides = [measure(open_source(array, network), network, processes, batch) for array in arrays]
+        if processes.rank == 0:
+            torch.save((sides[0].pool, compare(*sides, network)), tmp_path / "results.pt")
+
+    in_processes(size, run, tmp_path)
+    pool, results = torch.load(tmp_path / "results.pt")
+    whole = [measure(open_source(array, network), network, batch_size=len(array)) for array in arrays]
+    torch.testing.assert_close(pool, whole[0].pool)
+    assert list(results) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    assert results == pytest.approx(compare(*whole, network), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("features", ["pool", "spatial"])
+def test_features_that_are_not_finite_end_every_process(tmp_path, random_images, features, size):
+    array = random_images(9)
+    array[6] = 0
+
+    class Overflowing(Colours):
+        def forward(self, images):
+            found = super().forward(images)
+            found[features][(images == 0).flatten(1).all(1)] = torch.inf
+            return found
+
+    def run(processes):
+        with pytest.raises(ValueError, match=r"memory: features of (image 6|an image) are not finite in inception"):
+            measure(open_source(array, Overflowing()), Overflowing(), processes, 2)
+
+    in_processes(size, run, tmp_path)
+
+
+def test_some_of_the_images_are_evenly_spread(random_images):
+    assert sides.evenly_spread(10, 4) == [0, 2, 5, 7]
+    assert sides.evenly_spread(4) == [0, 1, 2, 3]
+    array = random_images(10)
+    side = measure(open_source(array, Colours(), num=4, part=slice(1, None, 2)), Colours())
+    whole = measure(open_source(array, Colours()), Colours())
+    torch.testing.assert_close(side.pool, whole.pool[[2, 7]])
+
+
+def test_fewer_images_than_processes(tmp_path, random_images):
+    few, many = (open_source(random_images(n), Colours()) for n in (2, 9))
+    three = Processes(1, 3, torch.device("cpu"))
+    with pytest.raises(ValueError, match="the 2 images of images in memory are fewer than the 3 processes"):
+        report.look_ahead(many, few, Colours(), three)
+    with pytest.raises(ValueError, match="takes at least 2, and 1 for each of 3 processes; images in memory holds 2 images"):
+        sides.make_reference(few, tmp_path / "ref.npz", Colours(), three)
+
+
+def test_images_of_several_sizes_keep_their_order(tmp_path, random_images):
+    array = random_images(7)
+    for number, image in enumerate(array):
+        size = (6, 6) if number % 3 else (12, 12)
+        Image.fromarray(image).resize(size, Image.Resampling.NEAREST).save(tmp_path / f"{number}.png")
+    side = measure(open_source(tmp_path, Colours()), Colours(), batch_size=4)
+    same = measure(open_source(array, Colours()), Colours())
+    torch.testing.assert_close(side.pool[:, :3], same.pool[:, :3])  # enlarging keeps the mean colour
+
+
+def test_a_reference_of_an_npz_with_statistics_is_of_its_images(tmp_path, random_images):
+    np.savez(tmp_path / "a.npz", arr_0=random_images(20), mu=np.zeros(6), sigma=np.eye(6))
+    source = open_source(tmp_path / "a.npz", Colours())
+    sides.make_reference(source, tmp_path / "ref.npz", Colours(), ALONE)
+    with np.load(tmp_path / "ref.npz") as arrays:
+        assert int(arrays["count"]) == 20
+        assert arrays["mu"].min() > 0
+
+
+def test_memory_grows_with_features_only(tmp_path):
+    """A thousand images of 64 x 64 (12 MB) pass through in far less."""
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((1000, 64, 64, 3), np.uint8))
+    tracemalloc.start()
+    measure(open_source(tmp_path / "a.npz", Colours()), Colours(), batch_size=10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6
