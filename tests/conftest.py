@@ -144,11 +144,11 @@ def seeded():
 def default_signals():
     """launch() leaves them as the end of a process needs them."""
     before = {number: signal.getsignal(number) for number in [*stops.STOPS, signal.SIGCHLD]}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    stops.received.clear()
-    stops._postponed = False
+    with stops.postponed(wait=False):
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stops.received.clear()
 
 
 @pytest.fixture(autouse=True)

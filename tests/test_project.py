@@ -4,17 +4,38 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
+from importlib import import_module
+from operator import attrgetter
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from commands import ROOT
+
 PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 # Imports flow one way: a file at the top, or any file of a folder, imports only from those before it.
 ORDER = [
     "machine", "diffusion", "pde_ssm_attention", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images",
     "checkpoints", "download", "evaluation", "training", "train", "sample", "sample_ddp", "evaluate", "comparing", "overlay",
 ]  # fmt: skip
+FOLDERS = sorted(path.parent for path in ROOT.glob("[!.]*/__init__.py"))
+PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
+# What other people's scripts import or call.
+PUBLIC = {
+    "train": "main parse_args center_crop_arr",
+    "sample": "main parse_args",
+    "sample_ddp": "main parse_args",
+    "evaluate": "main parse_args Statistics frechet_distance inception_score precision_recall kernel_distance compare measure "
+    "open_network open_source make_reference",
+    "overlay": "main parse_args",
+    "download": "find_model find_checkpoint load_checkpoint pretrained_models",
+    "models": "DiT DiT_models DiT.forward_with_cfg DiTBlock FinalLayer TimestepEmbedder LabelEmbedder modulate UNet "
+    "UNets MODELS",
+    "diffusion": "create_diffusion create_flow create_objective create_sampler PATHS TIMES SAMPLERS FLOW_SAMPLERS "
+    "GaussianDiffusion.q_sample GaussianDiffusion.p_mean_variance GaussianDiffusion.training_losses "
+    "GaussianDiffusion.p_sample_loop GaussianDiffusion.ddim_sample_loop",
+    "pde_ssm": "PDESSM PDESSM.kernel PDESSMBlock PRESETS TERMS COUPLINGS BACKENDS R_MAX green_symbol embedding_symbol "
+    "wave_numbers receptive_field options_from_weights replace_attention set_backend",
+}
 
 
 def test_pins_lie_in_the_ranges_that_are_promised():
@@ -70,3 +91,32 @@ def test_what_a_page_links_to_is_there(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
     assert links or page.name != "README.md"
     assert [link for link in links if not (page.parent / link).is_file()] == []
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in PUBLIC.items() for name in names.split()])
+def test_names_that_outside_scripts_take_are_there(module, name):
+    attrgetter(name)(import_module(module))
+
+
+def test_the_top_is_seen_at_a_glance():
+    assert len(list(ROOT.glob("*.py"))) <= 11
+    assert len((ROOT / "README.md").read_text().split()) <= 2200
+
+
+def functions_of(text):
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("folder", [ROOT, *FOLDERS], ids=lambda folder: folder.name if folder != ROOT else "top")
+def test_files_and_functions_are_short(folder):
+    longest = {ROOT / "pde_ssm.py": 560, ROOT / "train.py": 300}
+    for path in folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= longest.get(path, 450), path
+        assert [f"{path}: {f.name}" for f in functions_of(text) if f.end_lineno - f.lineno >= 80] == []
+
+
+def test_few_functions_take_all_of_a_commands_flags():
+    """The others take the values that they need."""
+    functions = [function for path in PRODUCT for function in functions_of(path.read_text())]
+    assert sum("args" in {a.arg for a in [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]} for f in functions) <= 25
