@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from test_physics import random_operator
 
 import pde_ssm
 from models import DiT
+from operators import random_operator
 from oracle import VARIANTS
 from pde_ssm import COUPLINGS, PDESSM
 from pde_ssm_kernels import pytorch
