@@ -81,7 +81,7 @@ def test_after_a_compiled_convolution_that_runs_channels_last(backend, coupling,
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), PDESSM(16, coupling=coupling))
     net.to(memory_format=torch.channels_last)
     torch.compiler.reset()
-    compiled = torch.compile(net, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(net, dynamic=len(shapes) > 1, backend="aot_eager")
     for shape in shapes:
         u = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
         expected, mine, direction = net(u), compiled(u), torch.randn(shape[0], 16, *shape[2:])
