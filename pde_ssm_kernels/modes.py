@@ -21,8 +21,8 @@ def observed():
 
 
 def exporting():
-    """Whether a program is made that may go where no compiler is. PyTorch 2.7 and 2.8 say so in torch.compile, too."""
-    return torch.compiler.is_compiling() and hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    """Whether torch.export makes a program, which may go where no compiler is."""
+    return torch.compiler.is_exporting()
 
 
 def full_precision(x):

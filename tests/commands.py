@@ -133,7 +133,6 @@ def fork(*flags, processes=1, spoil=None):
             if isinstance(end.code, str):
                 sys.stderr.write(f"{end.code}\n")  # in one piece: others may be writing theirs
             sys.stderr.flush()
-            # Here, for PyTorch 2.6 waits for ever for processes that were killed, when it frees what the error holds.
             os._exit(1 if isinstance(end.code, str) else end.code)
 
     children = [forked(run, rank) for rank in range(processes)]

@@ -440,7 +440,6 @@ def test_processes_that_meet_the_same_error_save_once(calm, flags, tmp_path, cap
     assert names(tmp_path / "r") == ["0000003.pt"]
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="PyTorch 2.6 has FSDP2 for GPUs only")
 def test_what_no_process_has_alone_is_said_not_to_be_saved(flags, tmp_path, capfd):
     def spoil(rank):
         if rank == 1:

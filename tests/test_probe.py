@@ -128,8 +128,6 @@ def test_a_probe_does_not_change_the_run(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--parallel", "fsdp"]], ids=["ddp", "fsdp"])
 def test_two_processes_draw_what_one_does(tmp_path, photos, flags):
-    if flags and not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("PyTorch 2.6 has FSDP2 for GPUs only")
     flags = [*SHORT, "--data-path", photos, "--num-workers", 0, "--probe-every", 2, "--mixer", "pdessm", "--lr", 0.1, *flags]
     assert fork(*flags, "--results-dir", tmp_path / "two", processes=2) == [0, 0]
     one = fit(tmp_path / "one", *flags[: -2 if "fsdp" in flags else None])

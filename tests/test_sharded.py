@@ -4,7 +4,7 @@ import re
 import resource
 import shutil
 import signal
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,16 +24,12 @@ from training import watching
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
 FLAGS = [*EQUAL, "--max-grad-norm", 0.5, "--mixer", "pdessm", "--ema-decay", 0.9999, 0.5]
-OLD = not hasattr(torch.cpu.Stream, "record_event")
-FSDP = partial(pytest.param, marks=pytest.mark.skipif(OLD, reason="PyTorch 2.6 has FSDP2 for GPUs only"))
 pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of equal runs by two processes, with the whole model on each and with half of it; held-out loss every 4 steps."""
-    if OLD:
-        pytest.skip("PyTorch 2.6 has FSDP2 for GPUs only")
     folder = tmp_path_factory.mktemp("runs")
     flags = [*FLAGS, "--data-path", write_photos(folder / "photos"), "--val-path", folder / "photos"]
     for name, more in (("ddp", []), ("fsdp", ["--parallel", "fsdp", "--grad-accum", 2])):
@@ -85,8 +81,8 @@ def reference(tmp_path_factory):
         (1, ["--grad-accum", 2]),
         (2, []),
         (2, ["--grad-accum", 2]),
-        FSDP(2, ["--parallel", "fsdp"]),
-        FSDP(2, ["--parallel", "fsdp", "--grad-accum", 2]),
+        (2, ["--parallel", "fsdp"]),
+        (2, ["--parallel", "fsdp", "--grad-accum", 2]),
     ],
     ids=lambda value: "-".join(map(str, value)) or "ddp" if isinstance(value, list) else None,
 )

@@ -1,6 +1,5 @@
 """Settings of a run that cannot work together, or not with its images."""
 
-import torch
 
 from images.latents import CachedLatents
 from machine.flags import Default
@@ -21,8 +20,6 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError("--parallel fsdp has nothing to shard on one process; start several with torchrun, or leave it out")
     if args.parallel == "fsdp" and args.ema_device:
         raise ValueError("--ema-device is not for --parallel fsdp, which leaves every process its part of the averages")
-    if args.parallel == "fsdp" and processes.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-        raise ValueError(f"--parallel fsdp on CPUs needs a newer PyTorch than {torch.__version__}")
     if len(dataset) < args.global_batch_size:
         raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
     brings_classes = args.dataset or not dataset.num_classes

@@ -37,7 +37,6 @@ def test_compiles_without_a_graph_break(options, randomize, monkeypatch):
     torch.testing.assert_close(run(torch.compile(model, backend="aot_eager")), run(model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 cannot export a Fourier transform")
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 @torch.no_grad()
 def test_exports_for_any_batch(options, randomize, tmp_path):

@@ -402,10 +402,7 @@ def test_deterministic_algorithms_are_all_there_is(options, grid, backend, deter
         pde.eval()(u, *[c] * pde.conditioned)
 
 
-no_empty_fft = pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 cannot transform no images")
-
-
-@pytest.mark.parametrize("side", [8, pytest.param(40, marks=no_empty_fft)])
+@pytest.mark.parametrize("side", [8, 40])
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 @backends
 def test_no_images_are_no_mistake(side, options, backend):

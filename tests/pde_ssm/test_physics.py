@@ -255,7 +255,8 @@ def test_growth_is_bounded_whatever_the_parameters(options, terms, log_tau):
         assert torch.linalg.eigvalsh(K).min() >= -1e-9 * K.abs().max()
         assert (r <= R_MAX).all()
         size = symbol.abs().flatten(1).amax(1)
-    rounding = 1e-6 if log_tau > 100 and options["coupling"] == "coupled" else 1e-9        # of 30 squarings
+    # Of 30 squarings: in 30 draws 1e-6 with MKL's own kernels and 1.2e-6 with those that all processors have.
+    rounding = 1e-5 if log_tau > 100 and options["coupling"] == "coupled" else 1e-9
     assert (size <= (math.exp(R_MAX) if "reaction" in terms else 1) * (1 + rounding)).all()
 
 
