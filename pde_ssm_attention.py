@@ -21,27 +21,39 @@ def exchange(model, build, name):
     """
     windows = (owner for owner in model.modules() if hasattr(owner, "partition_size") or hasattr(owner, "window_size"))
     inside = {layer for owner in windows for layer in owner.modules() if layer is not owner}
-    replacements = {}
-    for layer in model.modules():
-        if layer not in inside and (dim := attention_width(layer)):
-            weight = next(layer.parameters())
-            replacements[layer] = build(dim).to(weight.device, weight.dtype).train(layer.training)
-    if not replacements:
+    widths = {layer: attention_width(layer) for layer in model.modules() if layer not in inside}
+    replaced = replace_layers(model, lambda layer: build(widths[layer]), lambda layer, _: widths.get(layer))
+    if not replaced:
         parts = "qkv and proj, or to_q, to_k, to_v and to_out"
         raise ValueError(f"{type(model).__name__} has no layer of self-attention over all tokens with {parts}")
-    names = [(place, layer) for place, layer in model.named_modules(remove_duplicate=False) if layer in replacements]
-    for place, layer in names:
-        model.set_submodule(place, replacements[layer])
     if reason := misfit(model):
-        for place, layer in names:
+        for place, (layer, _) in replaced.items():
             model.set_submodule(place, layer)
         raise ValueError(f"the tokens of {type(model).__name__} are not on one grid in all layers of attention: {reason}")
-    print(f"replaced {len(replacements)} attention layers of {type(model).__name__} by {name}")
+    count = len({layer for layer, _ in replaced.values()})
+    print(f"replaced {count} attention layers of {type(model).__name__} by {name}")
     return model
 
 
+def replace_layers(model, build, is_meant):
+    """Replaces every layer of a model for which is_meant(layer, its owner) is true by build(layer), in place, on the device and
+    of the type of its weights. Returns {place: (old layer, new layer)}; a layer in several places is replaced in all by one."""
+    found = {
+        place: layer
+        for place, layer in model.named_modules(remove_duplicate=False)
+        if place and is_meant(layer, model.get_submodule(place.rpartition(".")[0]))
+    }
+    new = {}
+    for layer in dict.fromkeys(found.values()):
+        weight = next(layer.parameters())
+        new[layer] = build(layer).to(weight.device, weight.dtype).train(layer.training)
+    for place, layer in found.items():
+        model.set_submodule(place, new[layer])
+    return {place: (layer, new[layer]) for place, layer in found.items()}
+
+
 def attention_width(layer):
-    """The channels of a global self-attention layer, timm's or diffusers'; 0 for any other module."""
+    """Returns the channels of a global self-attention layer, timm's or diffusers'; 0 for any other module."""
     if isinstance(getattr(layer, "qkv", None), nn.Linear) and hasattr(layer, "proj") and hasattr(layer, "num_heads"):
         return layer.qkv.in_features if sees_all_tokens(layer) else 0
     if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and not layer.is_cross_attention:
@@ -51,7 +63,7 @@ def attention_width(layer):
 
 @torch.no_grad()
 def sees_all_tokens(layer):
-    """Whether attention in timm's manner takes every token to every other one, (1, N, D) -> (1, N, D), when all queries are
+    """Says whether attention in timm's manner takes every token to every other, (1, N, D) -> (1, N, D), when all queries are
     zero. Attention over channels then takes a token nowhere, and others want more than tokens."""
     bias = getattr(layer, "relative_position_index", None)                 # (N, N), with a class token if not of a window
     if hasattr(layer, "window_size") and (bias is None or len(bias) != math.prod(layer.window_size) + 1):
@@ -72,7 +84,7 @@ def sees_all_tokens(layer):
 
 
 def misfit(model):
-    """What a PDESSMBlock says of the tokens that it gets for an image of the size that timm built the model for, or None.
+    """Returns what a PDESSMBlock says of the tokens of an image of the size that timm built the model for, or None.
     Shapes alone are computed."""
     patches = getattr(model, "patch_embed", None)
     size = getattr(patches, "img_size", None) or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", [None])[1:]

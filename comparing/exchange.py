@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from comparing.checkouts import lies_in
 from mixers import build_mixer
+from pde_ssm_attention import replace_layers
 
 said = set()
 
@@ -36,25 +37,19 @@ class Exchange:
         replaced in all."""
         grids = [getattr(module, "grid_size", None) for module in model.modules()]
         grid_size = next((tuple(grid) for grid in grids if isinstance(grid, (tuple, list)) and len(grid) == 2), None)
-        found = {
-            name: layer
-            for name, layer in model.named_modules(remove_duplicate=False)
-            if name and self.is_meant(layer, model.get_submodule(name.rpartition(".")[0]))
-        }
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # The new weights have a stream of random numbers of their own, so that the script draws others later.
             torch.default_generator.manual_seed(torch.randint(2**62, ()).item())
-            new = {layer: self.build(layer, grid_size) for layer in dict.fromkeys(found.values())}
-        for name, layer in found.items():
-            model.set_submodule(name, new[layer])
-        self.count += len(new)
+            replaced = replace_layers(model, lambda layer: self.build(layer, grid_size), self.is_meant)
+        old_layers = {old for old, _ in replaced.values()}
+        self.count += len(old_layers)
         self.others.update(kind(module) for module in model.modules() if "attention" in type(module).__name__.lower())
-        if new:
+        if replaced:
             grid = "{} x {}".format(*grid_size) if grid_size else "a square number of"
-            old = Counter(type(layer).__name__ for layer in new)
+            old = Counter(type(layer).__name__ for layer in old_layers)
             what = ", ".join(f"{count} {name}" for name, count in old.items())
             say(f"{type(model).__name__}: {what} -> {describe(self.mixer, self.options)} on {grid} tokens")
-        return {name: (layer, new[layer]) for name, layer in found.items()}
+        return replaced
 
     def is_meant(self, layer, owner):
         if not self.attention_class:
@@ -67,8 +62,7 @@ class Exchange:
         if first is None:
             raise ValueError(f"{kind(layer)} has no nn.Linear, whose input would be the channels to mix")
         dim, heads = first.in_features, getattr(layer, "num_heads", 8)
-        mixer = build_mixer(self.mixer, dim, heads, grid_size, **self.options)
-        return mixer.to(first.weight.device, first.weight.dtype).train(layer.training)
+        return build_mixer(self.mixer, dim, heads, grid_size, **self.options)
 
     def require_any(self):
         """Raises ValueError if nothing has been replaced, and says what was looked for and what there is instead."""
