@@ -75,6 +75,14 @@ def change_weights(path, edit):
     return path
 
 
+def write_modules(folder, **sources):
+    """A folder with those files of Python."""
+    folder.mkdir()
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    return folder
+
+
 def torchrun(processes, script, *flags, fails=False):
     """Runs a command, a file or a module, on that many processes of one thread each; returns what it printed."""
     assert_one_thread()

@@ -1,3 +1,5 @@
+"""Other people's scripts with a mixer of ours, and what it changes in their models."""
+
 import argparse
 import json
 import os
@@ -16,7 +18,7 @@ from torch import nn
 import models
 import overlay
 from checkpoints.build import load_model, save_checkpoint
-from commands import ROOT, torchrun
+from commands import ROOT, torchrun, write_modules
 from comparing import check, checkouts, diff, exchange
 from mixers import MIXERS
 from models import DiT_models
@@ -166,10 +168,11 @@ def test_afterwards_all_is_as_it_was(checkout):
 
 
 def test_of_this_repository_a_script_finds_the_operator_alone(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name != "tests"])  # whose folders have our names
     with checkouts.imports_of(checkout):
         assert find_spec("checkpoints") is None
         assert find_spec("models").origin == str(checkout / "models.py")
-        monkeypatch.setattr(checkouts, "HERE", ready(tmp_path / "ours", pde_ssm_more="fast = True"))
+        monkeypatch.setattr(checkouts, "HERE", write_modules(tmp_path / "ours", pde_ssm_more="fast = True"))
         assert import_module("pde_ssm_more").fast  # as pde_ssm imports what it needs on some devices only
     assert find_spec("checkpoints").origin == str(ROOT / "checkpoints" / "__init__.py")
 
@@ -184,30 +187,6 @@ def test_an_attention_of_ones_own(checkout):
     assert "blocks.5.attn.pde.R.weight" in weights
     with pytest.raises(ValueError, match="holds models:Other; they hold 6 models:SelfAttention"):
         fit(checkout, *PDE, "--attention-class", "models:Other", model="Own-N/4")
-
-
-def test_a_model_of_timm_within_a_model_keeps_its_attention(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = timm.create_model("vit_tiny_patch16_224", depth=1)
-            self.attn = self.again = timm.layers.Attention(96)
-
-    net, replace = Net(), exchange.Exchange("pdessm", {}, tmp_path)
-    assert list(replace(net)) == ["attn", "again"]
-    assert net.attn is net.again
-    assert replace.count == 1
-    assert isinstance(net.attn, PDESSMBlock)
-    assert isinstance(net.encoder.blocks[0].attn, timm.layers.Attention)
-    named = exchange.Exchange("pdessm", {}, tmp_path, "timm.models.vision_transformer:Attention")
-    assert list(named(net)) == ["encoder.blocks.0.attn"]
-
-
-def test_layers_keep_device_type_and_mode(tmp_path):
-    net = nn.Sequential(timm.layers.Attention(96)).to("meta", torch.bfloat16).eval()
-    exchange.Exchange("pdessm", {}, tmp_path)(net)
-    assert {(p.device.type, p.dtype) for p in net.parameters()} == {("meta", torch.bfloat16)}
-    assert not net[0].training
 
 
 @pytest.mark.parametrize(
@@ -276,18 +255,11 @@ def test_what_is_no_script_and_no_checkout(checkout, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         overlay.main(["--check", str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match="has no DiT_models"):
-        check.check(ready(tmp_path / "a", models="Other_models = {}", diffusion="", train=""))
+        check.check(write_modules(tmp_path / "a", models="Other_models = {}", diffusion="", train=""))
     with pytest.raises(ValueError, match="has no dict of models"):
-        overlay.main(["--diff", str(ready(tmp_path / "b", models="x = {}"))])
+        overlay.main(["--diff", str(write_modules(tmp_path / "b", models="x = {}"))])
     with pytest.raises(ValueError, match="cannot be imported: No module named 'nowhere'"):
-        overlay.main(["--diff", str(ready(tmp_path / "c", models="import nowhere"))])
-
-
-def ready(folder, **sources):
-    folder.mkdir()
-    for name, source in sources.items():
-        (folder / f"{name}.py").write_text(source)
-    return folder
+        overlay.main(["--diff", str(write_modules(tmp_path / "c", models="import nowhere"))])
 
 
 def test_errors_of_the_script_are_its_own(checkout):
@@ -327,53 +299,6 @@ def test_diff_of_what_it_cannot_compare(checkout):
         overlay.main(["--diff", str(checkout), "--mixer", "attention"])
     with pytest.raises(ValueError, match=r"holds timm.*:Attention; they hold 6 models:SelfAttention"):
         overlay.main(["--diff", str(checkout), "--model", "Own-N/4"])
-
-
-@pytest.fixture
-def copy(tmp_path, monkeypatch):
-    """A checkout that is this repository with one model, and a function (file, old, new) that changes it."""
-    monkeypatch.setattr(check, "SIDE", 16)
-    folder = ready(tmp_path / "copy", train="from images.dataset import center_crop_arr")
-    for path in ROOT.glob("*.py"):
-        if path.name not in ("train.py", "pde_ssm.py"):
-            shutil.copy(path, folder)
-    for name in ("backbones", "mixers", "diffusion", "images", "machine"):
-        shutil.copytree(ROOT / name, folder / name)
-
-    def change(file, old, new):
-        text = (folder / file).read_text()
-        assert text.count(old) == 1
-        (folder / file).write_text(text.replace(old, new))
-
-    change("models.py", "for patch in (1, 2, 4, 8, 16)", "for patch in (8,)")
-    change("models.py", "in SIZES.items()", 'in [("S", SIZES["S"])]')
-    return folder, change
-
-
-def test_check_agrees_with_a_copy(copy, capsys):
-    overlay.main(["--check", str(copy[0])])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 4 + len(check.DIFFUSIONS) + len(check.CROPS)
-    assert not [line for line in lines if "DISAGREES" in line]
-
-
-def test_check_finds_differences(copy, capsys):
-    folder, change = copy
-    change("backbones/__init__.py", "channels=3)", "channels=4)")
-    change("diffusion/__init__.py", "sigma_small=sigma_small", "sigma_small=False")
-    change("images/dataset.py", "Resampling.BICUBIC", "Resampling.BILINEAR")
-    with pytest.raises(ValueError, match=r"^5 of 22 comparisons disagree: DiT-S/8: guided forward, create_diffusion"):
-        overlay.main(["--check", str(folder), "--json"])
-    wrong = [row["what"] for row in json.loads(capsys.readouterr().out) if not row["agrees"]]
-    assert "sigma_small=True" in wrong[1]
-    assert [what.split(" of ")[0] for what in wrong[2:]] == ["centre crop"] * 3
-
-    change("models.py", "self.final_layer = FinalLayer(hidden_size", "self.final_layer = FinalLayer(hidden_size + 0")
-    change("models.py", "nn.Linear(hidden_size, 2 * hidden_size)", "nn.Linear(hidden_size, 2 * hidden_size, bias=False)")
-    change("models.py", "nn.init.zeros_(last.bias)", "last.bias is None or nn.init.zeros_(last.bias)")
-    rows = {row["what"].split(":")[0]: row["difference"] for row in check.check(folder)[:2]}
-    assert rows["DiT-S/8"] == 1  # and no outputs, since the weights do not fit
-    assert list(rows)[1].startswith("create_diffusion")
 
 
 @pytest.mark.skipif(not UPSTREAM, reason="UPSTREAM_DIT names no checkout of DiT")

@@ -17,8 +17,8 @@ ORDER = [
     "machine", "diffusion", "pde_ssm_attention", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images",
     "checkpoints", "download", "evaluation", "training", "train", "sample", "sample_ddp", "evaluate", "comparing", "overlay",
 ]  # fmt: skip
-FOLDERS = sorted(path.parent for path in ROOT.glob("[!.]*/__init__.py"))
-PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("[!.]*/__init__.py"))
+PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 # What other people's scripts import or call.
 PUBLIC = {
     "train": "main parse_args center_crop_arr",
@@ -107,10 +107,10 @@ def functions_of(text):
     return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
 
 
-@pytest.mark.parametrize("folder", [ROOT, *FOLDERS], ids=lambda folder: folder.name if folder != ROOT else "top")
+@pytest.mark.parametrize("folder", [".", *FOLDERS, "tests"])
 def test_files_and_functions_are_short(folder):
     longest = {ROOT / "pde_ssm.py": 560, ROOT / "train.py": 300}
-    for path in folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"):
+    for path in ROOT.glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py"):
         text = path.read_text()
         assert text.count("\n") <= longest.get(path, 450), path
         assert [f"{path}: {f.name}" for f in functions_of(text) if f.end_lineno - f.lineno >= 80] == []
@@ -120,3 +120,11 @@ def test_few_functions_take_all_of_a_commands_flags():
     """The others take the values that they need."""
     functions = [function for path in PRODUCT for function in functions_of(path.read_text())]
     assert sum("args" in {a.arg for a in [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]} for f in functions) <= 25
+
+
+def test_tests_live_in_the_rooms_and_know_no_other_test():
+    """What tests share stands in modules of helpers."""
+    tests = ROOT / "tests"
+    assert {path.parent.name for path in tests.glob("*/test_*.py")} <= {*ORDER, *FOLDERS}
+    for path in tests.rglob("*.py"):
+        assert re.findall(r"^ *(?:from|import) (?:test_|conftest).*", path.read_text(), re.MULTILINE) == [], path

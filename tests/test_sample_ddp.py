@@ -232,3 +232,18 @@ def test_labels_and_seed_vary_the_images(tmp_path, checkpoint, monkeypatch):
     first = draw_many(path, tmp_path / "s", "--num-fid-samples", 40)
     assert set(drawn) == set(range(10))
     assert not np.array_equal(first, draw_many(path, tmp_path / "t", "--num-fid-samples", 40, "--global-seed", 1))
+
+
+def test_a_folder_keeps_its_precision(tmp_path, checkpoint):
+    path, two = checkpoint(), ["--num-fid-samples", 2]
+    draw_many(path, tmp_path / "half", *two, "--precision", "bf16")
+    with pytest.raises(ValueError, match="precision bf16 and now fp32; give another --sample-dir"):
+        draw_many(path, tmp_path / "half", *two)
+    draw_many(path, tmp_path / "old", *two)
+    record = next((tmp_path / "old").rglob("settings.json"))
+    settings = json.loads(record.read_text())
+    assert settings.pop("precision") == "fp32"
+    record.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="precision fp32 and now fp16"):
+        draw_many(path, tmp_path / "old", *two, "--precision", "fp16")
+    draw_many(path, tmp_path / "old", *two)

@@ -1,8 +1,6 @@
 import json
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +10,16 @@ import torch
 import train
 from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint
-from checkpoints.resume import checkpoint_to_resume
-from commands import ALONE, QUICK, Colours, draw, draw_many, fit, fork, torchrun
-from diffusion import create_diffusion, drawing
+from commands import ALONE, QUICK, Colours, draw, draw_many, fit, fork
+from diffusion import drawing
 from diffusion.samplers import FLOW_SAMPLERS
-from images.autoencoder import open_space
 from images.dataset import load_dataset
 from images.named import DATASETS
 from machine.cost import training_flops
-from machine.processes import Processes, launch
+from machine.processes import launch
 from pde_ssm import TERMS
 from training import probe, watching
-from training.batches import draw_batch, epochs, make_loader
-from training.runs import create_experiment
+from training.batches import draw_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,35 +55,6 @@ def test_what_a_run_leaves(tmp_path):
         assert row["gflops_per_sec"] == pytest.approx(training_flops(model, 16) * row["steps_per_sec"] / 1e9)
         assert 0.1 < row["peak_memory_gb"] < 100
     assert fit(tmp_path, *flags).name == "001-DiT-N-4"
-
-
-@pytest.mark.parametrize(
-    ("there", "new"),
-    [
-        ([], "000"),
-        (["998-DiT-S-2", "999-DiT-S-2"], "1000"),
-        (["999-DiT-S-2", "1000-DiT-B-2", "1001-UNet-S"], "1002"),
-        (["²01-x", "٣٤٥-x", "x", "1-x", "20261125-notes", "-", ".hidden"], "000"),
-    ],
-)
-def test_every_experiment_has_a_number_of_its_own(tmp_path, there, new):
-    for name in there:
-        (tmp_path / name).mkdir()
-    assert create_experiment(tmp_path, "DiT-N/4").name == f"{new}-DiT-N-4"
-
-
-def test_the_last_experiment_is_the_one_with_the_highest_number(tmp_path):
-    for name in ("999-DiT-N-4", "1000-DiT-N-4", "1001-DiT-N-2", "²01-DiT-N-4", "٣٤٥٦-DiT-N-4"):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-        for step in ("0000001", "²"):
-            torch.save({}, tmp_path / name / "checkpoints" / f"{step}.pt")
-    assert checkpoint_to_resume("auto", tmp_path, "DiT-N/4") == tmp_path / "1000-DiT-N-4" / "checkpoints" / "0000001.pt"
-
-
-def test_experiments_that_begin_at_once_do_not_share_a_folder(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: create_experiment(tmp_path / "new", "DiT-N/4"), range(32)))
-    assert sorted(folder.name for folder in folders) == [f"{index:03d}-DiT-N-4" for index in range(32)]
 
 
 def test_the_share_of_what_the_device_is_made_for(tmp_path, monkeypatch):
@@ -134,64 +100,11 @@ def test_the_loss_curve_is_the_committed_one(tmp_path, mixer, golden):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_an_epoch_is_the_same_for_any_number_of_processes():
-    images = torch.utils.data.TensorDataset(torch.arange(43))
-
-    def batches(size):
-        loaders = [make_loader(images, 12, 0, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
-        for loader in loaders:
-            loader.sampler.set_epoch(3)
-        return [sorted(torch.cat([part for (part,) in share]).tolist()) for share in zip(*loaders)]
-
-    assert batches(1) == batches(2) == batches(4)
-    assert len(batches(1)) == 3
-
-
 def test_unconditional_training(tmp_path, photos):
     folder = fit(tmp_path / "r", "--data-path", f"{photos}/0", "--uncond", "--global-batch-size", 8, "--max-steps", 2)
     checkpoint = load(folder, 2)
     assert checkpoint["model"]["y_embedder.embedding_table.weight"].shape[0] == 1
     assert checkpoint["args"]["num_classes"] == 0
-
-
-def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
-    images = torch.arange(8.0).expand(400, 3, 8, 8)
-    diffusion, labels = create_diffusion(""), torch.zeros(400, dtype=torch.long)
-
-    def draw(flip):
-        how = dict(seed=0, batch_size=400, space=open_space("none"), objective=diffusion, processes=ALONE)
-        return draw_batch(images, labels, 1, flip=flip, **how)
-
-    mirrored = (draw(True)["x_start"] == images.flip(3)).flatten(1).all(1)
-    assert 160 < mirrored.sum() < 240
-    assert torch.equal(draw(True)["x_start"][~mirrored], images[~mirrored])
-    assert torch.equal(draw(False)["x_start"], images)
-    batch = draw(True)
-    assert 20 < batch["model_kwargs"]["drop"].sum() < 65
-    assert batch["t"].float().mean() == pytest.approx(500, abs=50)
-
-
-def test_every_epoch_has_an_order_of_its_own():
-    batches = epochs(make_loader(torch.utils.data.TensorDataset(torch.arange(40)), 40, 0, ALONE), 0)
-    (first,), (second,) = next(batches), next(batches)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
-    assert first.tolist() != second.tolist()
-
-
-@pytest.mark.parametrize("step", [1, 4, 5, 7])
-def test_going_on_with_other_processes_shows_no_image_twice_in_an_epoch(step):
-    """Five steps an epoch; step 5 is the last of the first."""
-    images = torch.utils.data.TensorDataset(torch.arange(43))
-
-    def seen(size, first, last):
-        loaders = [make_loader(images, 8, 0, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
-        shares = [islice(epochs(loader, first), last - first) for loader in loaders]
-        return [sorted(torch.cat([part for (part,) in parts]).tolist()) for parts in zip(*shares)]
-
-    whole = seen(1, 0, 10)
-    assert all(len({number for batch in whole[epoch : epoch + 5] for number in batch}) == 40 for epoch in (0, 5))
-    assert seen(1, 0, step) + seen(2, step, 10) == whole
-    assert seen(4, 0, step) + seen(1, step, 10) == whole
 
 
 def test_what_was_learnt_is_saved_before_a_bad_image_ends_the_run(tmp_path, monkeypatch):
@@ -312,23 +225,6 @@ def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
         train.main(args, ALONE)
 
 
-def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
-    flags = ["--data-path", photos, "--val-path", photos, "--global-batch-size", 12, "--num-workers", 0]
-
-    def rows(name, *more):
-        folder = fit(tmp_path / name, *flags, *more)
-        return [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "held_out_loss" in row]
-
-    often = rows("often", "--max-steps", 4, "--ckpt-every", 2)
-    assert [row["step"] for row in often] == [2, 4]
-    assert often[0]["held_out_loss"] > often[1]["held_out_loss"]
-    assert often[1]["held_out_loss"] == pytest.approx(often[1]["held_out_mse"] + often[1]["held_out_vb"])
-    assert rows("once", "--max-steps", 4) == often[1:]
-    torchrun(2, "train.py", *QUICK, "--results-dir", tmp_path / "two", *flags, "--max-steps", 4)
-    two = json.loads((tmp_path / "two" / "000-DiT-N-4" / "log.jsonl").read_text().splitlines()[-1])
-    assert two == pytest.approx(often[1], rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -361,12 +257,6 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, flags, message):
         launch(train.main, train.parse_args([*QUICK, *flags]))
     assert "\n" not in str(end.value)
     assert not list(tmp_path.rglob("*.pt"))
-
-
-def test_a_batch_must_divide_over_the_processes():
-    args = train.parse_args([*QUICK, "--global-batch-size", "9"])
-    with pytest.raises(ValueError, match="--global-batch-size 9 is not divisible by 2 processes"):
-        train.main(args, Processes(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

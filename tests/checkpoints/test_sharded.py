@@ -1,4 +1,5 @@
-import os
+"""Checkpoints of which every process writes a part."""
+
 import pickle
 import re
 import resource
@@ -12,14 +13,14 @@ import torch
 from PIL import Image
 
 import train
+from checkpoint_files import Hostile
 from checkpoints import resume, sharded
 from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint, read_checkpoint
 from checkpoints.resume import tensors
 from checkpoints.sharded import Index, read_whole
 from commands import draw, fork, lasting, write_photos
-from test_resume import TINY, assert_same, at_update, die, flipped, names, rows
-from test_update import spoil_weights
+from small_runs import TINY, assert_same, at_update, checkpoint_names, die, flipped, log_rows, spoil_weights
 from training import watching
 
 EQUAL = [*TINY, "--max-steps", 10, "--num-workers", 0]
@@ -98,7 +99,7 @@ def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, t
         for name, x in one[part].items():
             torch.testing.assert_close(other[part][name], x, rtol=0, atol=rounding, msg=lambda m, name=name: f"{name}: {m}")
     assert max(moment.abs().max() for moment in one["moments"].values()) > 3e-3
-    losses = [[row["loss"] for row in rows(folder)] for folder in (reference(mixer), tmp_path / "r")]
+    losses = [[row["loss"] for row in log_rows(folder)] for folder in (reference(mixer), tmp_path / "r")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -139,13 +140,13 @@ def test_a_checkpoint_needs_no_other_process(tmp_path):
             resume.save_run = lambda *_: die()
 
     assert fork(*EQUAL, "--results-dir", tmp_path, processes=2, spoil=die_before_saving) == [1, -9]
-    assert names(tmp_path) == ["0000004.pt"]
+    assert checkpoint_names(tmp_path) == ["0000004.pt"]
 
 
 def test_a_sharded_model_learns_as_a_whole_one(runs):
-    assert names(runs / "fsdp") == ["0000004.dcp", "0000008.dcp", "0000010.dcp"]
+    assert checkpoint_names(runs / "fsdp") == ["0000004.dcp", "0000008.dcp", "0000010.dcp"]
     assert_close(weights(final(runs / "ddp")), weights(final(runs / "fsdp")))
-    for one, other in zip(rows(runs / "ddp"), rows(runs / "fsdp"), strict=True):
+    for one, other in zip(log_rows(runs / "ddp"), log_rows(runs / "fsdp"), strict=True):
         assert lasting(one) == pytest.approx(lasting(other), rel=1e-4)
 
 
@@ -218,7 +219,7 @@ def test_a_full_disk_is_named_and_takes_no_sharded_checkpoint_along(runs, tmp_pa
 def test_a_part_that_is_not_finite_is_not_saved(runs, tmp_path, capfd):
     flags = [*FLAGS, "--parallel", "fsdp", "--data-path", runs / "photos", "--results-dir", tmp_path / "r", "--ckpt-every", 1]
     assert fork(*flags, processes=2, spoil=lambda rank: spoil_weights("ema", np.nan, 2) if rank == 1 else None) == [1, 1]
-    assert names(tmp_path / "r") == ["0000001.dcp"]
+    assert checkpoint_names(tmp_path / "r") == ["0000001.dcp"]
     errors = capfd.readouterr().err
     assert "error: after step 2 final_layer.linear.weight of ema is not finite" in errors
     assert "error: after step 2 a part on another process is not finite" in errors
@@ -238,14 +239,6 @@ def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
     assert not torch.equal(fast["final_layer.linear.bias"], stored["final_layer.linear.bias"])
     with pytest.raises(ValueError, match=r"--ema 0\.3: .*0000010\.dcp has averages of decay 0\.9999, 0\.5"):
         load_checkpoint(final(runs / "fsdp"), 0.3)
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_samples_of_a_damaged_sharded_checkpoint_are_not_drawn(runs, tmp_path):

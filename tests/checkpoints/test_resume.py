@@ -1,5 +1,6 @@
+"""Stopped runs go on as if nothing had been."""
+
 import errno
-import json
 import os
 import random
 import re
@@ -17,34 +18,16 @@ import torch
 
 import train
 from checkpoints import resume
-from checkpoints.read import read_checkpoint
+from checkpoints.resume import checkpoint_to_resume
 from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
 from images import dataset
 from machine import files
+from small_runs import TINY, assert_same, at_update, checkpoint_names, die, flipped, learnt, log_rows
 from training import probe, watching
 
-TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 1, "--lr", 1e-3]
 STEPS = 14
 SAVED = [4, 8, 12, STEPS]
 pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_update(number, act=die):
-    """Does something right before an update."""
-
-    def spoil(update=train.update):
-        def wrapped(learner, loss, step, *rest):
-            if step == number:
-                act()
-            return update(learner, loss, step, *rest)
-
-        train.update = wrapped
-
-    return spoil
 
 
 def half_written(number, share):
@@ -80,12 +63,6 @@ def before_deleting(number):
     return spoil
 
 
-def flipped(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
@@ -94,36 +71,8 @@ def emptied(path):
     os.truncate(path, 0)
 
 
-def assert_same(one, other):
-    """Equal to the last bit, in dicts of whatever."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_same(one[name], other[name])
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("*/checkpoints/*"))
-
-
-def learnt(folder, step=STEPS):
-    """All of a checkpoint but its settings."""
-    (path,) = folder.glob(f"*/checkpoints/{step:07d}.pt")
-    contents = read_checkpoint(path)
-    return {name: contents[name] for name in contents if name != "args"}
-
-
-def rows(folder):
-    return [json.loads(line) for line in max(folder.iterdir()).joinpath("log.jsonl").read_text().splitlines()]
-
-
 def losses(folder):
-    return {row["step"]: row["loss"] for row in rows(folder)}
+    return {row["step"]: row["loss"] for row in log_rows(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +133,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, f
     print(f"KILL_SEED={seed} repeats this:", *(f"{what} {step} on rank {rank};" for what, step, _, rank in kills))
     flags = [*flags, "--num-workers", workers, "--resume", "auto", "--keep-last", 2]
     for _, step, kill, victim in kills:
-        if f"{step:07d}.pt" in names(tmp_path / "r"):
+        if f"{step:07d}.pt" in checkpoint_names(tmp_path / "r"):
             continue  # one process wrote it while the other died
         statuses = fork(*flags, processes=processes, spoil=lambda rank: kill() if rank == victim else None)  # noqa: B023
         assert statuses[victim] == -signal.SIGKILL, step
@@ -207,7 +156,7 @@ def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, num
             at_update(6, lambda: os.killpg(0, number))()
 
     assert fork(*flags, "--num-workers", 1, processes=processes, spoil=spoil) == [os.EX_TEMPFAIL] * processes
-    assert names(tmp_path / "r") == ["0000004.pt", f"000000{after}.pt"]
+    assert checkpoint_names(tmp_path / "r") == ["0000004.pt", f"000000{after}.pt"]
     by = number.name if processes == 1 else "a signal to another process"
     assert f"Stopped after step {after} by {by}" in capfd.readouterr().err
     assert fork(*flags, "--resume", tmp_path / "r" / "000-DiT-N-8", processes=processes) == [0] * processes
@@ -242,12 +191,12 @@ def test_other_settings_are_named_and_stop(calm, flags, begun):
     folder = begun / "000-DiT-N-8"
     changed = ["--resume", folder, "--lr", 0.5, "--mixer", "pdessm", "--max-steps", 15, "--log-every", 1]
     message = "--mixer was attention and is pdessm; --lr was 0.001 and is 0.5; --allow-changes goes on all the same"
-    before = rows(begun)
+    before = log_rows(begun)
     with pytest.raises(ValueError, match=message):
         again(flags, *changed)
     with pytest.raises(ValueError, match=r"0000014\.pt does not fit: blocks\.0\.attn\.\S+ is missing"):
         again(flags, *changed, "--allow-changes")
-    assert rows(begun) == before
+    assert log_rows(begun) == before
     again(flags, *changed, "--mixer", "attention", "--allow-changes")
     assert learnt(begun, 15)["opt"]["param_groups"][0]["lr"] == 0.5
     moved = learnt(begun, 15)["model"]["pos_embed"], learnt(begun, 15)["model"]["x_embedder.proj.bias"]
@@ -310,20 +259,20 @@ def test_what_no_run_can_go_on_from(flags, begun, tmp_path, resume, message):
 
 def test_the_last_and_every_so_many_steps_checkpoints_are_kept(flags, tmp_path):
     again(flags, "--ckpt-every", 1, "--keep-last", 2, "--keep-every", 5)
-    assert names(tmp_path / "r") == [f"{step:07d}.pt" for step in (5, 10, 13, 14)]
+    assert checkpoint_names(tmp_path / "r") == [f"{step:07d}.pt" for step in (5, 10, 13, 14)]
 
 
 def test_the_log_is_that_of_the_weights(flags, begun):
     log = begun / "000-DiT-N-8" / "log.jsonl"
-    whole = rows(begun)
+    whole = log_rows(begun)
     for path in sorted(log.parent.glob("checkpoints/*"))[2:]:
         path.unlink()
     (log.parent / "checkpoints" / "0000012.pt.123.partial").write_bytes(b"cut")
     with open(log, "a") as file:
         file.write('{"step": 15, "los')
     again(flags, "--resume", "auto")
-    assert [(row["step"], row["loss"]) for row in rows(begun)] == [(row["step"], row["loss"]) for row in whole]
-    assert names(begun) == ["0000004.pt", "0000008.pt", "0000012.pt", "0000014.pt"]
+    assert [(row["step"], row["loss"]) for row in log_rows(begun)] == [(row["step"], row["loss"]) for row in whole]
+    assert checkpoint_names(begun) == ["0000004.pt", "0000008.pt", "0000012.pt", "0000014.pt"]
 
 
 def test_what_was_learnt_is_saved_when_another_process_meets_a_bad_image(flags, tmp_path, capfd):
@@ -341,7 +290,7 @@ def test_what_was_learnt_is_saved_when_another_process_meets_a_bad_image(flags, 
         dataset.TrainingImages.__getitem__ = read
 
     assert fork(*flags, processes=2, spoil=spoil) == [1, 1]
-    assert names(tmp_path / "r") == ["0000004.pt", "0000005.pt"]
+    assert checkpoint_names(tmp_path / "r") == ["0000004.pt", "0000005.pt"]
     errors = re.findall(r"error: (.*)", capfd.readouterr().err)
     assert sorted(errors) == ["cannot read the image x.png", "stopped, because another process could not read an image"]
 
@@ -411,11 +360,11 @@ def test_what_a_kill_came_before_is_shown_after_all(flags, tmp_path, monkeypatch
         patch.setattr(watching, killed_in, stop)
         with pytest.raises(RuntimeError, match="stopped"):
             again(flags)
-    assert names(tmp_path / "r") == ["0000004.pt"]
+    assert checkpoint_names(tmp_path / "r") == ["0000004.pt"]
     for _ in range(2):
         again(flags, "--resume", "auto")
         monkeypatch.setattr(watching, killed_in, stop)  # the second time there is nothing to do
-        shown, expected = ([lasting(row) for row in rows(tmp_path / name)] for name in ("r", "calm"))
+        shown, expected = ([lasting(row) for row in log_rows(tmp_path / name)] for name in ("r", "calm"))
         assert sorted(map(str, shown)) == sorted(map(str, expected))
         grids = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*/samples/*"))] for name in ("r", "calm")]
         assert grids[0] == grids[1]
@@ -435,19 +384,27 @@ def test_torchrun_brings_back_a_run_whose_worker_was_killed(calm, images, tmp_pa
     errors = run.communicate(timeout=300)[1]
     assert run.returncode == 0, errors
     assert "Going on after step 7" in errors
-    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in log_rows(folder)] == list(range(1, STEPS + 1))
     assert_same(learnt(calm(2)), learnt(folder))
 
 
 KILLED_ONCE = """
 import logging, os
 from functools import partial
-import test_resume, train
+import small_runs, train
 from models import DiT_models
 from machine.processes import launch
 train.MODELS["DiT-N/8"] = partial(DiT_models["DiT-N/8"], depth=2)
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    test_resume.at_update(7)()
+    small_runs.at_update(7)()
 train.log_to(logging.StreamHandler())
 launch(train.main, train.parse_args())
 """
+
+
+def test_the_last_experiment_is_the_one_with_the_highest_number(tmp_path):
+    for name in ("999-DiT-N-4", "1000-DiT-N-4", "1001-DiT-N-2", "²01-DiT-N-4", "٣٤٥٦-DiT-N-4"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        for step in ("0000001", "²"):
+            torch.save({}, tmp_path / name / "checkpoints" / f"{step}.pt")
+    assert checkpoint_to_resume("auto", tmp_path, "DiT-N/4") == tmp_path / "1000-DiT-N-4" / "checkpoints" / "0000001.pt"

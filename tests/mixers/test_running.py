@@ -1,7 +1,7 @@
-import json
+"""A network as samplers run it: compiled, in half precision, with the operator's kernels."""
+
 import os
 import shutil
-import subprocess
 import sys
 from functools import partial
 
@@ -14,13 +14,13 @@ import pde_ssm_kernels
 import sample
 import sample_ddp
 import train
-from commands import FEW_STEPS, QUICK, ROOT, draw, draw_many, fit
+from commands import FEW_STEPS, QUICK, draw, draw_many, fit
 from diffusion import create_objective
 from diffusion.drawing import generate
 from diffusion.guidance import Guidance
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
-from machine.precision import PRECISIONS, compile_whole
+from machine.precision import PRECISIONS
 from machine.processes import launch
 from mixers.running import prepare_to_sample
 from models import MODELS, DiT_models
@@ -105,31 +105,6 @@ def test_a_compiled_network_computes_symbols_once(randomize, compilations, monke
     assert len(calls) == len(model.blocks)
 
 
-@pytest.mark.parametrize("sampler", [*SAMPLERS, *FLOW_SAMPLERS])
-def test_no_sampler_reads_what_a_cuda_graph_has_overwritten(monkeypatch, sampler):
-    """Stands for a CUDA graph: every call writes into the same memory as the one before."""
-
-    def graph(network, **options):
-        assert options == dict(fullgraph=True, dynamic=False, mode="reduce-overhead")
-        outputs = {}
-
-        def run(x, t, y):
-            out = network(x, t, y)
-            return outputs.setdefault(out.shape, torch.empty_like(out)).copy_(out)
-
-        return run
-
-    def network(x, t, y):
-        out = x.roll(1, dims=3).sin() * (1 + t[:, None, None, None] / 1000)
-        return torch.cat([out, -out], dim=1) if sampler in SAMPLERS else out
-
-    objective, x = create_objective("flow" if sampler in FLOW_SAMPLERS else "diffusion", 4), torch.randn(2, 3, 8, 8)
-    run = partial((SAMPLERS | FLOW_SAMPLERS)[sampler], objective, x=x, model_kwargs=dict(y=None), randn_like=torch.zeros_like)
-    plain = run(network)
-    monkeypatch.setattr(torch, "compile", graph)
-    assert torch.equal(run(compile_whole(network, torch.device("cuda"))), plain)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sampler", ["dpm-solver", "heun", "rk45"])
 def test_cuda_graphs_draw_the_same(randomize, sampler):
@@ -176,21 +151,6 @@ def test_half_precision_is_near_full(randomize, mixer, precision, bound):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_folder_keeps_its_precision(tmp_path, checkpoint):
-    path, two = checkpoint(), ["--num-fid-samples", 2]
-    draw_many(path, tmp_path / "half", *two, "--precision", "bf16")
-    with pytest.raises(ValueError, match="precision bf16 and now fp32; give another --sample-dir"):
-        draw_many(path, tmp_path / "half", *two)
-    draw_many(path, tmp_path / "old", *two)
-    record = next((tmp_path / "old").rglob("settings.json"))
-    settings = json.loads(record.read_text())
-    assert settings.pop("precision") == "fp32"
-    record.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="precision fp32 and now fp16"):
-        draw_many(path, tmp_path / "old", *two, "--precision", "fp16")
-    draw_many(path, tmp_path / "old", *two)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -234,26 +194,3 @@ def test_the_backend_is_of_the_machine_and_not_of_the_model(tmp_path, monkeypatc
     assert pde_ssm_kernels.backend() == "auto"
     assert (folder / "checkpoints" / "0000002.pt").exists()
     assert " was " not in (folder / "log.txt").read_text()
-
-
-BY_THREADS = """
-import sys, torch
-from commands import fit
-runs = []
-for threads in (1, 2):
-    torch.set_num_threads(threads)
-    flags = ["--mixer", "pdessm", "--global-batch-size", 24, "--lr", 1e-3, "--max-steps", 3, "--deterministic"]
-    folder = fit(f"{sys.argv[1]}/{threads}", *flags)
-    runs.append(torch.load(folder / "checkpoints" / "0000003.pt"))
-assert [run["rounding"][0]["threads"] for run in runs] == [1, 2]
-assert runs[0]["rounding"][0]["deterministic"] and runs[0]["rounding"][0]["mkl"] != "default"
-print(sum(not torch.equal(value, runs[1]["model"][name]) for name, value in runs[0]["model"].items()))
-"""
-
-
-def test_deterministic_runs_are_the_same_with_any_number_of_threads(tmp_path):
-    """In a process of its own, for MKL reads its mode once."""
-    command = [sys.executable, "-c", BY_THREADS, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "0", done.stderr

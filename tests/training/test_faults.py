@@ -1,4 +1,4 @@
-"""What a command can lose while it works, and what it leaves then. Each has a row in docs/faults.md."""
+"""What training can lose while it works, and what it leaves then. Each has a row in docs/faults.md."""
 
 import errno
 import logging
@@ -21,18 +21,13 @@ import pytest
 import torch
 from torch.utils.data import dataloader
 
-import evaluate
-import sample_ddp
 import train
-from autoencoders import save_autoencoder
 from checkpoints import resume
-from commands import FEW_STEPS, QUICK, Colours, fork, write_photos
-from evaluation import sides
-from images import dataset, encode, latents
-from images.samples import write_npz
+from commands import QUICK, Colours, fork, write_photos
+from faults import end_of, in_call, reader, send, throw
+from images import dataset
 from machine import stops
-from machine.processes import launch
-from test_resume import TINY, assert_same, learnt, names
+from small_runs import TINY, assert_same, checkpoint_names, learnt
 from training import batches, learner, probe, runs, watching
 
 STEPS = 8
@@ -80,17 +75,6 @@ def watched(monkeypatch, images):
 WATCHED = ["held_out_loss", "draw_samples", "distance"]
 
 
-def end_of(command, args):
-    """How a command ends: its status, its last line without its name, or an exception that would show a traceback."""
-    try:
-        launch(command, args)
-        return 0
-    except SystemExit as end:
-        return end.code.partition(": ")[2] if isinstance(end.code, str) else end.code
-    except Exception as error:
-        return error
-
-
 def end_of_training(*flags):
     train.log_to(logging.StreamHandler())
     return end_of(train.main, train.parse_args([*QUICK, *map(str, flags)]))
@@ -110,31 +94,6 @@ def in_step(number, act):
     return spoil
 
 
-def in_call(module, name, act):
-    """Does something before a function does its work."""
-
-    def spoil(patch):
-        whole = getattr(module, name)
-        patch.setattr(module, name, lambda *args, **kwargs: act() or whole(*args, **kwargs))
-
-    return spoil
-
-
-def send(*numbers, to=os.getpid):
-    return lambda: [os.kill(to(), number) for number in numbers].clear()
-
-
-def throw(error):
-    def act(*args, **kwargs):
-        raise error
-
-    return act
-
-
-def reader():
-    return multiprocessing.active_children()[0].pid
-
-
 def hang(patch, get=dataset.TrainingImages.__getitem__):
     """The process that reads images has its run stopped, and reads no more."""
     read = []
@@ -152,7 +111,7 @@ def hang(patch, get=dataset.TrainingImages.__getitem__):
 def assert_saved_once(calm, folder, log, processes=1):
     """All that was learnt up to the step that the log names, to the last bit, and nothing else. Returns the step."""
     (step,) = map(int, re.findall(r"Stopped after step (\d+)", log))
-    assert names(folder) == [f"{step:07d}.pt"]
+    assert checkpoint_names(folder) == [f"{step:07d}.pt"]
     assert log.count("Saved checkpoint") == 1
     assert_same(learnt(calm(processes), step), learnt(folder, step))
     return step
@@ -193,7 +152,7 @@ def test_ctrl_c_twice_ends_at_once_and_damages_nothing(calm, flags, tmp_path, mo
     err = capfd.readouterr().err
     assert "stopping; what was learnt is saved first, unless Ctrl-C comes once more" in err
     assert "0000004.pt is not written, because Ctrl-C came twice" in err
-    assert names(tmp_path / "r") == ["0000002.pt"]
+    assert checkpoint_names(tmp_path / "r") == ["0000002.pt"]
     assert_same(learnt(calm(1), 2), learnt(tmp_path / "r", 2))
 
 
@@ -211,7 +170,7 @@ def test_a_signal_before_step_1_ends_at_once(flags, tmp_path, monkeypatch, capfd
     spoil(monkeypatch)
     assert end_of_training(*flags) == 75
     assert re.findall(r"stopped by \w+", capfd.readouterr().err) == ["stopped by SIGTERM"]
-    assert names(tmp_path / "r") == []
+    assert checkpoint_names(tmp_path / "r") == []
 
 
 def test_a_signal_while_networks_are_compiled_ends_at_once(flags, tmp_path, monkeypatch, capfd, compilations):
@@ -219,7 +178,7 @@ def test_a_signal_while_networks_are_compiled_ends_at_once(flags, tmp_path, monk
     in_call(compilations, "backend", send(signal.SIGTERM))(monkeypatch)
     assert end_of_training(*flags, "--compile") == 75
     assert "Stopped after step 0 by SIGTERM" in capfd.readouterr().err
-    assert names(tmp_path / "r") == []
+    assert checkpoint_names(tmp_path / "r") == []
 
 
 SHARED = RuntimeError("unable to open shared memory object </torch_7_8> in read-write mode: Too many open files (24)")
@@ -255,7 +214,7 @@ def test_an_update_that_was_interrupted_is_not_saved(flags, tmp_path, monkeypatc
     in_call(learner, "update_ema", throw(MemoryError()))(monkeypatch)
     assert end_of_training(*flags) == "error: out of memory"
     assert "Stopped in the middle of an update: out of memory; nothing is saved" in capfd.readouterr().err
-    assert names(tmp_path / "r") == []
+    assert checkpoint_names(tmp_path / "r") == []
 
 
 @pytest.mark.parametrize(
@@ -411,7 +370,7 @@ def test_a_folder_that_cannot_be_written_sends_the_checkpoint_elsewhere(calm, fl
 def test_older_checkpoints_that_cannot_be_deleted_end_nothing(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(resume, "delete", throw(PermissionError(errno.EACCES, "Permission denied")))
     assert end_of_training(*flags, "--ckpt-every", 2, "--keep-last", 1) == 0
-    assert len(names(tmp_path / "r")) == STEPS / 2
+    assert len(checkpoint_names(tmp_path / "r")) == STEPS / 2
     assert capfd.readouterr().err.count("Deleting older checkpoints failed, and training goes on: [Errno 13]") == 1
 
 
@@ -430,14 +389,14 @@ def test_one_of_two_processes_is_lost(calm, flags, tmp_path, capfd, act, status,
     statuses = fork(*flags, processes=2, spoil=spoil)
     assert statuses[victim] == status
     assert statuses[1 - victim] == 1
-    assert names(tmp_path / "r") == ["0000003.pt"]
+    assert checkpoint_names(tmp_path / "r") == ["0000003.pt"]
     assert_same(learnt(calm(2), AT - 1), learnt(tmp_path / "r", AT - 1))
 
 
 def test_processes_that_meet_the_same_error_save_once(calm, flags, tmp_path, capfd):
     calm(2)
     assert fork(*flags, processes=2, spoil=lambda rank: in_step(AT, throw(MemoryError()))(pytest.MonkeyPatch())) == [1, 1]
-    assert names(tmp_path / "r") == ["0000003.pt"]
+    assert checkpoint_names(tmp_path / "r") == ["0000003.pt"]
 
 
 def test_what_no_process_has_alone_is_said_not_to_be_saved(flags, tmp_path, capfd):
@@ -446,57 +405,5 @@ def test_what_no_process_has_alone_is_said_not_to_be_saved(flags, tmp_path, capf
             in_step(AT, throw(MemoryError()))(pytest.MonkeyPatch())
 
     assert fork(*flags, "--parallel", "fsdp", "--ckpt-every", 2, processes=2, spoil=spoil) == [1, 1]
-    assert names(tmp_path / "r") == ["0000002.dcp"]
+    assert checkpoint_names(tmp_path / "r") == ["0000002.dcp"]
     assert "0000003.dcp: every process has a part of it" in capfd.readouterr().err
-
-
-@pytest.fixture
-def shards(tmp_path, images):
-    vae = save_autoencoder(tmp_path / "vae", levels=3, channels=4)
-    flags = ["--data-path", images, "--vae", vae, "--out", tmp_path / "l", "--image-size", 8, "--shard-size", 10]
-    return encode.parse_args([*map(str, flags), "--device", "cpu", "--num-workers", "1"])
-
-
-@pytest.mark.parametrize("end", [75, "ended by SIGKILL"])
-def test_an_encoder_keeps_its_whole_shards(shards, tmp_path, monkeypatch, capfd, end):
-    def write(path, *rest, write=latents.write_shard):
-        if path.name == "00001.safetensors":
-            send(signal.SIGTERM)() if end == 75 else send(signal.SIGKILL, to=reader)()
-        return write(path, *rest)
-
-    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
-    monkeypatch.setattr(latents, "write_shard", write)
-    monkeypatch.setattr(shards, "batch_size", 1)  # so many batches are not read ahead
-    how = end_of(encode.encode, shards)
-    assert how == 75 if end == 75 else end in how
-    kept = 1 if end == 75 else 2
-    assert sorted(os.listdir(tmp_path / "l")) == [*(f"0000{i}.safetensors" for i in range(kept)), "latents.json"]
-    monkeypatch.undo()
-    stops.received.clear()
-    assert end_of(encode.encode, shards) == 0
-    assert f"Encoding {4 - kept} of 4 shards" in capfd.readouterr().out
-
-
-def test_a_stopped_sampler_keeps_its_whole_images(tmp_path, monkeypatch, capfd, checkpoint):
-    def save(pixels, path, save=sample_ddp.save_png):
-        if path.name == "000002.png":
-            in_call(os, "replace", send(signal.SIGTERM))(monkeypatch)
-        return save(pixels, path)
-
-    monkeypatch.setattr(sample_ddp, "save_png", save)
-    flags = ["--ckpt", checkpoint(), "--sample-dir", tmp_path / "s", *FEW_STEPS, "--num-fid-samples", 4]
-    assert end_of(sample_ddp.main, sample_ddp.parse_args(list(map(str, flags)))) == 75
-    assert "stopped by SIGTERM" in capfd.readouterr().err
-    (folder,) = (tmp_path / "s").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["000000.png", "000001.png", "settings.json"]
-
-
-def test_a_stopped_evaluation_says_so(tmp_path, monkeypatch, capfd):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
-    write_npz(tmp_path / "a.npz", pixels, len(pixels))
-    monkeypatch.setattr(evaluate, "open_network", lambda *_: Colours())
-    in_call(sides, "features_of", send(signal.SIGINT))(monkeypatch)
-    args = [str(tmp_path / "a.npz")] * 2 + ["--json", str(tmp_path / "out.json"), "--device", "cpu"]
-    assert end_of(evaluate.main, evaluate.parse_args(args)) == 75
-    assert capfd.readouterr().err.splitlines()[-1].endswith(": stopped by SIGINT")
-    assert not Path(tmp_path / "out.json").exists()

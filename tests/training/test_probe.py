@@ -1,3 +1,5 @@
+"""The distance to the data that a run measures as it goes."""
+
 import json
 import re
 

@@ -1,3 +1,5 @@
+"""One update: averages, accumulated and clipped gradients, half precision, steps that are not finite."""
+
 import json
 import math
 import os
@@ -7,17 +9,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 import train
 from checkpoints.export import export
 from checkpoints.export import parse_args as export_args
 from checkpoints.read import load_checkpoint, read_checkpoint
-from checkpoints.resume import first_not_finite, tensors
+from checkpoints.resume import first_not_finite
 from commands import ALONE, QUICK, draw, draw_many, fit
 from images import dataset
 from machine.processes import Processes
 from models import MODELS
+from small_runs import spoil_weights
 from training import watching
 from training.learner import create_learner, decay_at, only_the_scale_falls, update, update_ema
 
@@ -188,20 +190,6 @@ def test_gradients_whose_squares_overflow_do_not_reach_the_moments(gradient, lea
     assert update(learner, torch.tensor(1.0), 1) == learns
     assert first_not_finite(learner) is None
     assert learner.opt.state[learner.model.weight]["exp_avg_sq"].any() == learns
-
-
-def spoil_weights(part, value, step):
-    """Writes that value into a tensor of a learner's right after an update; of a sharded one, into this process's part."""
-
-    def spoilt(learner, *rest, update=train.update):
-        learnt = update(learner, *rest)
-        if rest[1] == step:
-            x = tensors(learner)[part]["final_layer.linear.weight"]
-            x = x["exp_avg_sq"] if part == "opt" else x
-            (x.to_local() if isinstance(x, DTensor) else x)[-1, -1] = value
-        return learnt
-
-    train.update = spoilt
 
 
 @pytest.mark.parametrize(("part", "value"), [("model", math.inf), ("ema", math.nan), ("ema_0.5", -math.inf), ("opt", math.inf)])

@@ -1,0 +1,132 @@
+"""Weights written for others, and read again."""
+
+import argparse
+import os
+import pickle
+import resource
+
+import pytest
+import torch
+
+from checkpoint_files import PIXELS, SETTINGS, Hostile, empty, garbage, given_flags, text, truncated, write_as, write_checkpoint
+from checkpoints.build import load_model
+from checkpoints.read import load_checkpoint
+from download import find_model
+from models import DiT_models
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"), [("attention", {}), ("pdessm-g", {}), ("pdessm", dict(coupling="coupled", groups=4))]
+)
+def test_safetensors_there_and_back(tmp_path, mixer, options):
+    written = write_checkpoint(tmp_path / "a.pt", mixer, options).state_dict()
+    write_as(tmp_path / "a.pt", "--format", "safetensors")
+    write_as(tmp_path / "a.safetensors", "--format", "pt", "--out", tmp_path / "b.pt")
+    expected, settings = load_model(tmp_path / "a.pt", given_flags(), "ema")
+    for name in ("a.safetensors", "b.pt"):
+        model, read = load_model(tmp_path / name, given_flags(), "ema")
+        assert read == settings
+        assert str(model) == str(expected)
+        assert all(torch.equal(value, written[key]) for key, value in model.state_dict().items())
+        assert find_model(tmp_path / name).keys() == written.keys()
+    assert load_checkpoint(tmp_path / "b.pt")[1] == load_checkpoint(tmp_path / "a.pt")[1]
+    assert torch.load(tmp_path / "b.pt")["ema"].keys() == written.keys()  # where the public code looks for them
+
+
+def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
+    model = DiT_models["DiT-N/4"](**PIXELS).state_dict()
+    average = {name: value + 1 for name, value in model.items()}
+    average["final_layer.linear.bias"] = average["t_embedder.mlp.0.weight"][0, :96]  # shares its memory
+    args = argparse.Namespace(model="DiT-N/4", image_size=16, num_classes=10, vae="none")
+    args.path, args.odd = ("data", 3), {(1, 2): 3}
+    torch.save(dict(model=model, ema=average, opt={}, args=args), tmp_path / "a.pt")
+    write_as(tmp_path / "a.pt", "--format", "safetensors", "--out", tmp_path / "b.safetensors")
+    weights, settings = load_checkpoint(tmp_path / "b.safetensors")
+    assert all(torch.equal(weights[name], average[name]) for name in average)
+    assert settings == dict(model="DiT-N/4", image_size=16, num_classes=10, vae="none", path=["data", 3], odd={})
+    assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
+
+
+def test_safetensors_of_others_are_bare_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    written = DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm")
+    save_file(written.state_dict(), tmp_path / "a.safetensors")
+    assert load_model(tmp_path / "a.safetensors", given_flags(), "ema")[1] == SETTINGS
+    for args in ("{", "[3]", "null", "[" * 100_000):
+        save_file(written.state_dict(), tmp_path / "a.safetensors", dict(args=args))
+        if args in ("[3]", "null"):
+            assert load_model(tmp_path / "a.safetensors", given_flags(), "ema")[1] == SETTINGS
+        else:
+            with pytest.raises(ValueError, match="not a whole checkpoint"):
+                load_model(tmp_path / "a.safetensors", given_flags(), "ema")
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: os.path.getsize(path) // 2])
+
+
+def no_header(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def huge_header(path):
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def a_pickle(path):
+    path.write_bytes(pickle.dumps(Hostile(str(path.parent / "owned"))))
+
+
+def a_torch_file(path):
+    torch.save(dict(ema={}, args=Hostile(str(path.parent / "owned"))), path)
+
+
+SPOILT_SAFETENSORS = [truncated, half, text, empty, garbage, no_header, huge_header, a_pickle, a_torch_file]
+
+
+@pytest.mark.parametrize("spoil", SPOILT_SAFETENSORS, ids=lambda f: f.__name__)
+def test_spoilt_safetensors_are_named_and_run_nothing(tmp_path, spoil):
+    write_checkpoint(tmp_path / "a.pt")
+    write_as(tmp_path / "a.pt", "--format", "safetensors")
+    spoil(tmp_path / "a.safetensors")
+    for use in (
+        lambda path: load_model(path, given_flags(), "ema"),
+        lambda path: write_as(path, "--format", "pt", "--out", "b.pt"),
+    ):
+        with pytest.raises(ValueError, match=r"a\.safetensors is not a whole checkpoint"):
+            use(tmp_path / "a.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--format", "pt"], r"a\.pt is there already; give another --out"),
+        (["--format", "safetensors", "--out", "b.pt"], r"--out b\.pt should end in \.safetensors"),
+        (["--format", "pt", "--out", "b.safetensors"], r"--out b\.safetensors should end in \.pt"),
+        (["--format", "pt", "--out", "/proc/b.pt"], r"could not write the checkpoint /proc/b\.pt"),
+        (["--format", "safetensors", "--out", "/proc/b.safetensors"], r"could not write the checkpoint /proc/b\.safetensors"),
+    ],
+)
+def test_an_export_that_cannot_be_says_why(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises((ValueError, OSError), match=message):
+        write_as("a.pt", *given)
+    assert os.listdir() == ["a.pt"]
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_full_disk_leaves_no_half_export(tmp_path, form):
+    write_checkpoint(tmp_path / "a.pt")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=rf"could not write the checkpoint .*b\.{form}: .*File too large"):
+            write_as(tmp_path / "a.pt", "--format", form, "--out", tmp_path / f"b.{form}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert os.listdir(tmp_path) == ["a.pt"]

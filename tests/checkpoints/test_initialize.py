@@ -1,0 +1,112 @@
+"""Weights of another network as the beginning of a run."""
+
+import pytest
+import torch
+
+from checkpoint_files import PIXELS, write_as
+from checkpoints.build import initialize
+from checkpoints.read import load_checkpoint
+from commands import draw, fit
+from models import MODELS, DiT_models
+
+
+def filled(model, start):
+    """Every weight another number."""
+    with torch.no_grad():
+        for number, value in enumerate(model.state_dict().values(), start):
+            value.fill_(number)
+    return model
+
+
+def saved(path, model):
+    torch.save(dict(model={}, ema=model.state_dict()), path)
+    return path
+
+
+def test_fine_tuning_with_other_classes_keeps_all_but_their_table(tmp_path):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS | dict(num_classes=3)), 0)
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    table = "y_embedder.embedding_table.weight"
+    for name, value in new.state_dict().items():
+        if name != table:
+            assert torch.equal(value, old.state_dict()[name]), name
+    assert (new.state_dict()[table][:3] < 1000).all()
+    assert torch.equal(new.state_dict()[table][3], old.state_dict()[table][10])
+    assert report[1:] == [f"... not {table}, which is (11, 96) there and (4, 96) here; the null class is kept"]
+    count = len(old.state_dict())
+    assert report[0].endswith(f"a.pt: {count - 1} of the model's {count} tensors")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [("attention", "pdessm", {}), ("pdessm", "attention", {}), ("attention", "pdessm", dict(gate=True))],
+)
+def test_a_mixer_of_another_kind_is_initial_whole(tmp_path, before, after, options):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS, mixer=before), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS, mixer=after, **options), 0)
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    mixing = {name for name in new.state_dict() if ".attn." in name}
+    for name, value in new.state_dict().items():
+        assert torch.equal(value < 1000, torch.full(value.shape, name in mixing)), name
+    assert len(report) == 3
+    key = {"attention": "blocks.*.attn.qkv.weight (6)", "pdessm": "blocks.*.attn.pde.equation.g0 (6)"}
+    assert report[1].startswith("... not there, and initial: ")
+    assert key[after] in report[1]
+    assert report[2].startswith("... there, and not taken: ")
+    assert key[before] in report[2]
+
+
+def test_an_option_more_of_the_same_mixer_leaves_the_rest_as_it_was(tmp_path):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm"), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm", gate=True), 0)
+    initialize(new, saved(tmp_path / "a.pt", old))
+    kept = {name for name, value in new.state_dict().items() if (value >= 1000).all()}
+    assert kept == new.state_dict().keys() & old.state_dict().keys()
+
+
+@pytest.mark.parametrize("other", ["DiT-Ti/4", "UNet-N"])
+def test_a_network_of_which_nothing_fits_is_no_beginning(tmp_path, other):
+    old = MODELS[other](input_size=16, in_channels=3, num_classes=10)
+    new = DiT_models["DiT-N/4"](**PIXELS)
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    with pytest.raises(ValueError, match="is of another network or size"):
+        initialize(new, saved(tmp_path / "a.pt", old))
+    assert all(torch.equal(value, before[name]) for name, value in new.state_dict().items())
+
+
+def test_a_unet_keeps_its_null_class(tmp_path):
+    old, new = (MODELS["UNet-N"](input_size=16, in_channels=3, num_classes=n) for n in (4, 2))
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    assert torch.equal(new.net.class_embedding.weight[2], old.net.class_embedding.weight[4])
+    assert torch.equal(new.net.conv_in.weight, old.net.conv_in.weight)
+    assert len(report) == 2
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_training_begins_where_another_run_ended(tmp_path, ending):
+    """From attention over ten classes to a PDE over ten: after one step at a tiny rate all else is still there."""
+    quick = ["--global-batch-size", 2, "--max-steps", 1, "--log-every", 1]
+    path = fit(tmp_path / "a", *quick, "--lr", 1e-2) / "checkpoints" / "0000001.pt"
+    if ending == "safetensors":
+        write_as(path, "--format", "safetensors")
+        path = path.with_suffix(".safetensors")
+    folder = fit(tmp_path / "b", *quick, "--lr", 1e-9, "--mixer", "pdessm", "--init-from", path)
+    old, new = load_checkpoint(path)[0], torch.load(folder / "checkpoints" / "0000001.pt")
+    for name, value in new["model"].items():
+        if ".attn." not in name:
+            torch.testing.assert_close(value, old[name], rtol=0, atol=1e-7)
+            torch.testing.assert_close(new["ema"][name], old[name], rtol=0, atol=1e-7)
+    assert old["final_layer.linear.weight"].abs().max() > 1e-3
+    log = (folder / "log.txt").read_text()
+    assert f"Initial weights from {path}: " in log
+    assert "... not there, and initial: blocks.*.attn.pde." in log
+    draw(folder / "checkpoints" / "0000001.pt", tmp_path / "a.png", "--class-labels", 1)
+
+
+def test_a_beginning_that_is_none_leaves_no_folder(tmp_path):
+    for name in ("nowhere.pt", "a.pt"):
+        (tmp_path / "a.pt").write_text("not weights")
+        with pytest.raises((ValueError, OSError), match=rf"{name}"):
+            fit(tmp_path / "r", "--init-from", tmp_path / name)
+    assert not (tmp_path / "r").exists()

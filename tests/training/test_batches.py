@@ -1,0 +1,92 @@
+"""Which images a step sees, and what is random in them."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+import train
+from commands import ALONE, QUICK, fit, torchrun
+from diffusion import create_diffusion
+from images.autoencoder import open_space
+from machine.processes import Processes
+from training.batches import draw_batch, epochs, make_loader
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_an_epoch_is_the_same_for_any_number_of_processes():
+    images = torch.utils.data.TensorDataset(torch.arange(43))
+
+    def batches(size):
+        loaders = [make_loader(images, 12, 0, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
+        for loader in loaders:
+            loader.sampler.set_epoch(3)
+        return [sorted(torch.cat([part for (part,) in share]).tolist()) for share in zip(*loaders)]
+
+    assert batches(1) == batches(2) == batches(4)
+    assert len(batches(1)) == 3
+
+
+def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
+    images = torch.arange(8.0).expand(400, 3, 8, 8)
+    diffusion, labels = create_diffusion(""), torch.zeros(400, dtype=torch.long)
+
+    def draw(flip):
+        how = dict(seed=0, batch_size=400, space=open_space("none"), objective=diffusion, processes=ALONE)
+        return draw_batch(images, labels, 1, flip=flip, **how)
+
+    mirrored = (draw(True)["x_start"] == images.flip(3)).flatten(1).all(1)
+    assert 160 < mirrored.sum() < 240
+    assert torch.equal(draw(True)["x_start"][~mirrored], images[~mirrored])
+    assert torch.equal(draw(False)["x_start"], images)
+    batch = draw(True)
+    assert 20 < batch["model_kwargs"]["drop"].sum() < 65
+    assert batch["t"].float().mean() == pytest.approx(500, abs=50)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    batches = epochs(make_loader(torch.utils.data.TensorDataset(torch.arange(40)), 40, 0, ALONE), 0)
+    (first,), (second,) = next(batches), next(batches)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(40))
+    assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 7])
+def test_going_on_with_other_processes_shows_no_image_twice_in_an_epoch(step):
+    """Five steps an epoch; step 5 is the last of the first."""
+    images = torch.utils.data.TensorDataset(torch.arange(43))
+
+    def seen(size, first, last):
+        loaders = [make_loader(images, 8, 0, Processes(rank, size, torch.device("cpu"))) for rank in range(size)]
+        shares = [islice(epochs(loader, first), last - first) for loader in loaders]
+        return [sorted(torch.cat([part for (part,) in parts]).tolist()) for parts in zip(*shares)]
+
+    whole = seen(1, 0, 10)
+    assert all(len({number for batch in whole[epoch : epoch + 5] for number in batch}) == 40 for epoch in (0, 5))
+    assert seen(1, 0, step) + seen(2, step, 10) == whole
+    assert seen(4, 0, step) + seen(1, step, 10) == whole
+
+
+def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
+    flags = ["--data-path", photos, "--val-path", photos, "--global-batch-size", 12, "--num-workers", 0]
+
+    def rows(name, *more):
+        folder = fit(tmp_path / name, *flags, *more)
+        return [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "held_out_loss" in row]
+
+    often = rows("often", "--max-steps", 4, "--ckpt-every", 2)
+    assert [row["step"] for row in often] == [2, 4]
+    assert often[0]["held_out_loss"] > often[1]["held_out_loss"]
+    assert often[1]["held_out_loss"] == pytest.approx(often[1]["held_out_mse"] + often[1]["held_out_vb"])
+    assert rows("once", "--max-steps", 4) == often[1:]
+    torchrun(2, "train.py", *QUICK, "--results-dir", tmp_path / "two", *flags, "--max-steps", 4)
+    two = json.loads((tmp_path / "two" / "000-DiT-N-4" / "log.jsonl").read_text().splitlines()[-1])
+    assert two == pytest.approx(often[1], rel=1e-4)
+
+
+def test_a_batch_must_divide_over_the_processes():
+    args = train.parse_args([*QUICK, "--global-batch-size", "9"])
+    with pytest.raises(ValueError, match="--global-batch-size 9 is not divisible by 2 processes"):
+        train.main(args, Processes(0, 2, torch.device("cpu")))

@@ -1,0 +1,28 @@
+"""The folder of a run."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from training.runs import create_experiment
+
+
+@pytest.mark.parametrize(
+    ("there", "new"),
+    [
+        ([], "000"),
+        (["998-DiT-S-2", "999-DiT-S-2"], "1000"),
+        (["999-DiT-S-2", "1000-DiT-B-2", "1001-UNet-S"], "1002"),
+        (["²01-x", "٣٤٥-x", "x", "1-x", "20261125-notes", "-", ".hidden"], "000"),
+    ],
+)
+def test_every_experiment_has_a_number_of_its_own(tmp_path, there, new):
+    for name in there:
+        (tmp_path / name).mkdir()
+    assert create_experiment(tmp_path, "DiT-N/4").name == f"{new}-DiT-N-4"
+
+
+def test_experiments_that_begin_at_once_do_not_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: create_experiment(tmp_path / "new", "DiT-N/4"), range(32)))
+    assert sorted(folder.name for folder in folders) == [f"{index:03d}-DiT-N-4" for index in range(32)]
