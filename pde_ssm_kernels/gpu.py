@@ -1,6 +1,6 @@
 """Triton kernels of the diagonal coupling: irfft2(symbol rfft2(v)) and its gradients.
 
-Never needed for a result, only for speed on GPUs; `reference` is what they compute. The transforms are matrix products with
+Never needed for a result, only for speed on GPUs. The transforms are matrix products with
 Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are padded with zeros to powers of
 two of at least 16, which tensor cores want.
 
@@ -22,24 +22,16 @@ LEAST = 16  # of a matrix product on tensor cores
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on CPUs, for tests; Triton reads it now, too
 
 
-def reference(v, symbol):
-    """v (B, h, w, C), symbol (2, h, w // 2 + 1, C), its real and imaginary part -> (B, h, w, C), in v's type, computed in
-    float32."""
-    h, w = v.shape[1:3]
-    v_hat = torch.fft.rfft2(v.float().movedim(-1, 1).contiguous())         # MKL is not safe with other layouts
-    G = torch.complex(*symbol).movedim(-1, 0).contiguous()
-    return torch.fft.irfft2(G * v_hat, s=(h, w)).movedim(1, -1).to(v.dtype)
-
-
 def evolve_tokens(v, equation, time_scale=None):
     """The road of `pde_ssm_kernels.choose`: tokens v (B, h, w, C) to their state."""
     return evolve(v, equation.symbol(*v.shape[1:3]))
 
 
 def evolve(v, symbol):
-    """The same as `reference`, on a GPU. float32, bfloat16 or float16, with h and w up to MAX_SIDE; see `serves`.
+    """Computes irfft2(symbol rfft2(v)): v (B, h, w, C), symbol (2, h, w // 2 + 1, C), its real and imaginary part.
 
-    On grids that take three passes v may lie in memory channel after channel, and the symbol may be complex (C, h, w // 2 + 1).
+    v is float32, bfloat16 or float16, as `serves` says; the result has its type, and is computed in float32. The symbol may be
+    complex (C, h, w // 2 + 1), too. On grids that take three passes v may lie in memory channel after channel.
     """
     if symbol.is_complex():
         symbol = torch.view_as_real(symbol).permute(3, 1, 2, 0)

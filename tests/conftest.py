@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,13 @@ from commands import write_photos
 from machine import stops
 from models import MODELS
 from pde_ssm_kernels import cpu
+
+# Triton's kernels run in its interpreter where there is no GPU, which is decided where they are defined: here, and not at the
+# import of Triton's own.
+os.environ |= {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+with suppress(ImportError):
+    from pde_ssm_kernels import gpu  # noqa: F401
+os.environ.pop("TRITON_INTERPRET", None)
 
 HERE = Path(__file__).parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored by what they start in the background

@@ -39,15 +39,15 @@ def without_input_map(pde):
 class Road:
     """A way to run the operator: a backend, in one precision, with what rounding may cost there, of the largest value."""
 
-    def __init__(self, backend, dtype):
-        self.backend, self.dtype, self.rounding = backend, dtype, 1e-8 if dtype == f64 else 2e-5
+    def __init__(self, backend, dtype, device="cpu"):
+        self.backend, self.dtype, self.device, self.rounding = backend, dtype, device, 1e-8 if dtype == f64 else 2e-5
 
     def __call__(self, pde, u):
         pde_ssm.set_backend(self.backend)
-        return copy.deepcopy(pde).to(self.dtype)(u.to(self.dtype)).double()
+        return copy.deepcopy(pde).to(self.device, self.dtype)(u.to(self.device, self.dtype)).to("cpu", f64)
 
     def __repr__(self):
-        return f"{self.backend}-{str(self.dtype)[-2:]}"
+        return f"{self.backend}-{str(self.dtype)[-2:]}-{self.device}"
 
     def assert_close(self, state, expected):
         torch.testing.assert_close(state, expected, rtol=self.rounding, atol=self.rounding * expected.abs().max().item())

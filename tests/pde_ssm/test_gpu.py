@@ -1,20 +1,15 @@
 """The kernels against the plain path: on a GPU if there is one, else under Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
 import pde_ssm
-from oracle import FourierTransforms
 from pde_ssm import PDESSM
 
 pytest.importorskip("triton")
+from pde_ssm_kernels import gpu
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: here, and not at the import of triton's own
-pde_ssm_triton = pytest.importorskip("pde_ssm_triton")
-os.environ.pop("TRITON_INTERPRET", None)
 
 # In units of the largest value. All but tokens and results is float32; bfloat16 has 8 bits, and the interpreter cuts off
 # where GPUs and PyTorch round.
@@ -48,18 +43,11 @@ def random_problem(grid, dtype, B=3, C=5):
 
 def assert_like_the_plain_path(v, symbol):
     gradient, dtype = torch.randn_like(v), v.dtype
-    expected, mine = (f(v, symbol) for f in (pde_ssm_triton.reference, pde_ssm_triton.evolve))
+    expected = pde_ssm.irfft2(torch.complex(*symbol).movedim(-1, 0) * pde_ssm.rfft2(v), v)
+    mine = gpu.evolve(v, symbol)
     assert_close(mine, expected, dtype)
     for theirs, ours in zip(*(torch.autograd.grad(out, (v, symbol), gradient) for out in (expected, mine))):
         assert_close(ours, theirs, dtype)
-
-
-def test_the_plain_path_transforms_images_that_lie_in_one_piece():
-    """As in test_pde_ssm.py, where the reason is."""
-    v, symbol = random_problem((3, 129), torch.float32, B=1)
-    with FourierTransforms() as transforms:
-        pde_ssm_triton.reference(v, symbol).backward(torch.randn_like(v))
-    assert transforms.seen == 2 * [(4, [2, 3], True)]
 
 
 @types
@@ -92,17 +80,17 @@ def by_channel(v):
 
 @pytest.mark.parametrize("grid", [(2, 34), (18, 3)], ids=str)
 def test_three_passes_in_several_steps_each(grid, monkeypatch):
-    monkeypatch.setattr(pde_ssm_triton, "LONGEST_AT_ONCE", 0)
-    monkeypatch.setattr(pde_ssm_triton, "BLOCK", 16)
+    monkeypatch.setattr(gpu, "LONGEST_AT_ONCE", 0)
+    monkeypatch.setattr(gpu, "BLOCK", 16)
     v, symbol = random_problem(grid, torch.float32, B=2, C=17)
     assert_like_the_plain_path(by_channel(v), symbol)
 
 
 def test_channels_in_several_programs_the_last_not_full(monkeypatch):
-    monkeypatch.setattr(pde_ssm_triton, "FORWARD_BYTES", 16 * 16 * 4 * 2)
-    monkeypatch.setattr(pde_ssm_triton, "BACKWARD_BYTES", 16 * 16 * 4 * 4)
+    monkeypatch.setattr(gpu, "FORWARD_BYTES", 16 * 16 * 4 * 2)
+    monkeypatch.setattr(gpu, "BACKWARD_BYTES", 16 * 16 * 4 * 4)
     v, symbol = random_problem((5, 6), torch.float32, B=5, C=7)
-    assert pde_ssm_triton.constants(v, pde_ssm_triton.FORWARD_BYTES)["CB"] == 2
+    assert gpu.constants(v, gpu.FORWARD_BYTES)["CB"] == 2
     assert_like_the_plain_path(v, symbol)
 
 
@@ -127,13 +115,13 @@ def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, gr
 
 def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
     v, symbol = random_problem((3, 4), torch.float32, B=2, C=2)
-    torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils=("test_schema", "test_autograd_registration"))
-    torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils="test_faketensor")
+    torch.library.opcheck(gpu.evolve_op, (v, symbol), test_utils=("test_schema", "test_autograd_registration"))
+    torch.library.opcheck(gpu.evolve_op, (v, symbol), test_utils="test_faketensor")
     v, symbol = random_problem((1, 33), torch.float32, B=2, C=2)
     v = by_channel(v)
-    torch.library.opcheck(pde_ssm_triton.evolve_op, (v, symbol), test_utils="test_faketensor")
+    torch.library.opcheck(gpu.evolve_op, (v, symbol), test_utils="test_faketensor")
     gradient = torch.randn(2, 1, 33, 2)
-    torch.library.opcheck(pde_ssm_triton.evolve_backward, (gradient, v, symbol), test_utils="test_faketensor")
+    torch.library.opcheck(gpu.evolve_backward, (gradient, v, symbol), test_utils="test_faketensor")
 
 
 def test_a_compiled_layer_has_no_graph_break(triton_backend):

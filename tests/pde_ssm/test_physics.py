@@ -27,10 +27,11 @@ def describe(options):
 
 
 couplings = pytest.mark.parametrize("options", COUPLINGS, ids=describe)
-# The equations as they stand, and what users get: in single precision C++ kernels, and for pairs of channels pieces.
-roads = pytest.mark.parametrize(
-    "road", [Road("plain", f64), Road("default", f64), Road("default", torch.float32), Road("plain", torch.float32)], ids=repr
-)
+# The equations as they stand, and what users get: in single precision C++ kernels or Triton, and for pairs of channels pieces.
+ROADS = [Road("plain", f64), Road("default", f64), Road("default", torch.float32), Road("plain", torch.float32)]
+if torch.cuda.is_available():
+    ROADS += [Road(backend, torch.float32, "cuda") for backend in ("default", "auto")]
+roads = pytest.mark.parametrize("road", ROADS, ids=repr)
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
 
 
