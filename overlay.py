@@ -32,45 +32,29 @@ from pde_ssm import options_from_weights
 def main(argv):
     args, rest = mixer_flags().parse_known_args(argv)
     if rest and not rest[0].startswith("-"):
-        script, arguments = find_script(rest[0]), rest[1:]
+        script, arguments = Path(rest[0]), rest[1:]
+        if not script.is_file():
+            raise FileNotFoundError(f"{script}: no such script" + (", but a folder" if script.is_dir() else ""))
         mixer, options = choose_mixer(args.mixer, vars(args), args.attention_class, arguments)
         run(script, arguments, mixer, options, args.attention_class)
         return
     args = parse_args(argv)
     if args.diff:
-        show_differences(args)
-    else:
-        show_agreement(args.check, args.json)
+        from comparing.diff import diff, diff_table
 
-
-def show_differences(args):
-    """--diff: prints what the mixer changes in a model of a checkout."""
-    from comparing.diff import diff, diff_table
-
-    mixer = args.mixer or "pdessm"
-    exchange = Exchange(mixer, mixer_options(mixer, vars(args)), args.diff, args.attention_class)
-    if mixer == "attention":
-        raise ValueError("--diff compares attention with another mixer; give --mixer")
-    found = diff(args.diff, exchange, args.model)
-    print(json.dumps(found, indent=1) if args.json else diff_table(found))
-
-
-def show_agreement(folder, as_json):
-    """--check: prints all comparisons. ValueError, with their names, if some disagree."""
+        mixer = args.mixer or "pdessm"
+        exchange = Exchange(mixer, mixer_options(mixer, vars(args)), args.diff, args.attention_class)
+        if mixer == "attention":
+            raise ValueError("--diff compares attention with another mixer; give --mixer")
+        found = diff(args.diff, exchange, args.model)
+        print(json.dumps(found, indent=1) if args.json else diff_table(found))
+        return
     from comparing.check import check, check_table
 
-    rows = check(folder)
-    print(json.dumps(rows, indent=1) if as_json else check_table(rows))
+    rows = check(args.check)
+    print(json.dumps(rows, indent=1) if args.json else check_table(rows))
     if wrong := [row["what"] for row in rows if not row["agrees"]]:
         raise ValueError(f"{len(wrong)} of {len(rows)} comparisons disagree: {', '.join(wrong)}")
-
-
-def find_script(path):
-    """Returns the path of a script. FileNotFoundError if it is none."""
-    script = Path(path)
-    if not script.is_file():
-        raise FileNotFoundError(f"{script}: no such script" + (", but a folder" if script.is_dir() else ""))
-    return script
 
 
 def run(script, arguments, mixer, options, attention_class):

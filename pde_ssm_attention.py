@@ -37,7 +37,8 @@ def exchange(model, build, name):
 
 def replace_layers(model, build, is_meant):
     """Replaces every layer of a model for which is_meant(layer, its owner) is true by build(layer), in place, on the device and
-    of the type of its weights. Returns {place: (old layer, new layer)}; a layer in several places is replaced in all by one."""
+    of the type of its first nn.Linear. Returns {place: (old layer, new layer)}; a layer in several places is replaced in all by
+    one."""
     found = {
         place: layer
         for place, layer in model.named_modules(remove_duplicate=False)
@@ -45,8 +46,9 @@ def replace_layers(model, build, is_meant):
     }
     new = {}
     for layer in dict.fromkeys(found.values()):
-        weight = next(layer.parameters())
-        new[layer] = build(layer).to(weight.device, weight.dtype).train(layer.training)
+        mixer = build(layer)  # first, for it says so if a layer has no weights
+        weight = next(part.weight for part in layer.modules() if isinstance(part, nn.Linear))
+        new[layer] = mixer.to(weight.device, weight.dtype).train(layer.training)
     for place, layer in found.items():
         model.set_submodule(place, new[layer])
     return {place: (layer, new[layer]) for place, layer in found.items()}
