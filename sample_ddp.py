@@ -94,16 +94,10 @@ def settings_of_images(model, settings, space, drawn, precision):
 
     settings: the checkpoint's, as `load_model` returns them. drawn: those of sampler and guidance.
     """
-    vae = settings["vae"]
-    return dict(
-        weights=digest(model.state_dict()),
-        **drawn,
-        vae=str(Path(vae).resolve()) if Path(vae).is_dir() else vae,
-        path=settings["path"],
-        time_scale=settings["time_scale"],
-        decoder=space.digest(DECODER),
-        precision=precision,
-    )
+    vae, flow = settings["vae"], dict(path=settings["path"], time_scale=settings["time_scale"])
+    vae = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
+    weights, decoder = digest(model.state_dict()), space.digest(DECODER)
+    return dict(weights=weights, **drawn, vae=vae, **flow, decoder=decoder, precision=precision)
 
 
 def parse_args(argv=None):

@@ -41,8 +41,8 @@ def draw(model, space, objective, sampler, labels, seed, guidance, progress=True
     labels = torch.tensor(labels, device=device)
     for numbers in torch.arange(len(labels)).split(AT_ONCE):
         noise = PerImageNoise(image_seeds(seed, numbers.tolist(), "sampling"), device)
-        some = dict(progress=progress, numbers=numbers.tolist())
-        images.append(generate(model, space, objective, sampler, labels[numbers], noise, guidance, **some))
+        some = labels[numbers]
+        images.append(generate(model, space, objective, sampler, some, noise, guidance, progress, numbers.tolist()))
     return torch.cat(images)
 
 

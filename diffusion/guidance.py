@@ -6,16 +6,11 @@ import torch
 
 
 class Guidance(NamedTuple):
-    """Says how a network is guided.
+    """Says how a network is guided."""
 
-    scale:    the strength; 1 is no guidance, and 0 leaves the class away.
-    channels: how many channels are guided, None for all.
-    interval: on which part of the way from noise, 0, to image, 1.
-    """
-
-    scale: float
-    channels: int | None = 3
-    interval: tuple[float, float] = (0.0, 1.0)
+    scale: float                                # 1 is no guidance, and 0 leaves the class away
+    channels: int | None = 3                    # how many channels are guided, None for all
+    interval: tuple[float, float] = (0.0, 1.0)  # on which part of the way from noise, 0, to image, 1
 
 
 def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):

@@ -165,24 +165,15 @@ def kernel_distance(ref, sample):
 
 
 class Metric(NamedTuple):
-    """A metric that compares two sides (evaluation/sides.py).
+    """A metric that compares two sides (evaluation/sides.py)."""
 
-    name:            what messages call it.
-    numbers:         the names of its results, in order.
-    compute:         a function of reference and samples that returns those results.
-    images:          how many images each side must hold.
-    features:        which of the network's features it takes, "pool" or "spatial".
-    from_statistics: whether a mean and covariance of those features will do without images.
-    of_samples:      whether it looks at the samples alone.
-    """
-
-    name: str
-    numbers: tuple[str, ...]
-    compute: Callable
-    images: int
-    features: str = "pool"
-    from_statistics: bool = False
-    of_samples: bool = False
+    name: str                      # what messages call it
+    numbers: tuple[str, ...]       # the names of its results, in order
+    compute: Callable              # (reference, samples) -> those results
+    images: int                    # how many images each side must hold
+    features: str = "pool"         # which of the network's features it takes, "pool" or "spatial"
+    from_statistics: bool = False  # whether a mean and covariance of those features will do without images
+    of_samples: bool = False       # whether it looks at the samples alone
 
 
 def metrics_of(network, kid=False, prefix="", exact=False, progress=False):

@@ -18,19 +18,13 @@ STORED = 10_000  # images that a reference keeps, as many as ADM's do; its stati
 
 
 class Source(NamedTuple):
-    """Describes one side of a comparison before a network has seen it.
-
-    images:     all images there are (images/samples.py), or None.
-    numbers:    the numbers of those that are compared.
-    statistics: those of the file, {"pool": (mu, sigma), ...}, or empty.
-    counted:    how many images the statistics are of, None if the file does not say so.
-    """
+    """Describes one side of a comparison before a network has seen it."""
 
     name: str
-    images: object
-    numbers: list
-    statistics: dict
-    counted: int | None
+    images: object       # all images there are (images/samples.py), or None
+    numbers: list        # the numbers of those that are compared
+    statistics: dict     # those of the file, {"pool": (mu, sigma), ...}, or empty
+    counted: int | None  # how many images the statistics are of, None if the file does not say so
 
     @property
     def shown(self):
@@ -44,19 +38,13 @@ class Source(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Holds one side of a comparison, as a network has seen it.
-
-    pool:       features (N, D) of its images in order, or None.
-    statistics: {"pool": (mean (D,), covariance (D, D)), and perhaps "spatial": ...}.
-    counted:    how many images the statistics are of, None if unknown.
-    sizes:      the (height, width) that occur among the images.
-    """
+    """Holds one side of a comparison, as a network has seen it."""
 
     name: str
-    pool: torch.Tensor | None
-    statistics: dict
-    counted: int | None
-    sizes: set
+    pool: torch.Tensor | None  # features (N, D) of its images in order
+    statistics: dict           # {"pool": (mean (D,), covariance (D, D)), and perhaps "spatial": ...}
+    counted: int | None        # how many images the statistics are of, None if unknown
+    sizes: set                 # the (height, width) that occur among the images
 
     @property
     def shown(self):

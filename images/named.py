@@ -22,19 +22,13 @@ DATASETS = {}
 
 
 class Named(NamedTuple):
-    """Describes a data set of the paper.
+    """Describes a data set of the paper."""
 
-    images, held_out: how many images it has for training, and held out.
-    num_classes:      how many classes, 0 where the paper trains without.
-    where:            where its files come from.
-    read:             a function (folder, held_out, uncond) that returns a sequence of (PIL image, class).
-    """
-
-    images: int
-    held_out: int
-    num_classes: int
-    where: str
-    read: Callable
+    images: int       # for training
+    held_out: int     # held-out images
+    num_classes: int  # 0 where the paper trains without classes
+    where: str        # where its files come from
+    read: Callable    # (folder, held_out, uncond) -> a sequence of (PIL image, class)
 
 
 def dataset(name, images, held_out, num_classes, where):
@@ -71,9 +65,6 @@ def read_digits():
     return [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(images, digits.target)]
 
 
-# CIFAR-10
-
-
 def read_cifar10(folder, train):
     """Reads CIFAR-10 as torchvision unpacks it, in `folder` or in CIFAR10_FOLDER inside it. OSError if it is not whole."""
     root = folder.parent if folder.name == CIFAR10_FOLDER else folder
@@ -89,9 +80,6 @@ def read_cifar10(folder, train):
 )  # fmt: skip
 def _cifar10(folder, held_out, uncond):
     return read_cifar10(Path(folder), train=not held_out)
-
-
-# ImageNet at 64 x 64: downsampled, or ImageNet's own images
 
 
 @dataset(
@@ -158,18 +146,12 @@ class _Arrays(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
-# ImageNet at 256 x 256
-
-
 @dataset(
     "imagenet256", 1_281_167, 50_000, 1000,
     "ImageNet's training images (held out: validation) of https://image-net.org/challenges/LSVRC/2012, a folder per class",
 )  # fmt: skip
 def _imagenet256(folder, held_out, uncond):
     return Folder(folder, labelled=not uncond)
-
-
-# CelebA-HQ
 
 
 @dataset(
@@ -180,9 +162,6 @@ def _celeba_hq(folder, held_out, uncond):
     if held_out:
         raise ValueError("celeba-hq has no held-out images of its own")
     return Folder(folder, labelled=False)
-
-
-# LSUN's churches
 
 
 @dataset(
@@ -228,9 +207,6 @@ class _Database(Dataset):
 
     def __reduce__(self):
         return _Database, (self.path,)
-
-
-# Oxford's flowers
 
 
 @dataset(

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from images.folders import read_image
-from images.samples import npz_shape, write_npz
+from images.samples import NpzImages, write_npz
 from machine.files import lock
 
 
@@ -50,7 +50,7 @@ def claim_folder(folder, settings, count):
     if differences := [f"{name} {before[name]} and now {value}" for name, value in changed.items()]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
     npz = Path(f"{folder}.npz")
-    if npz.exists() and (there := npz_shape(npz)[0]) > count:
+    if npz.exists() and (there := len(NpzImages(npz))) > count:
         raise ValueError(f"{npz} holds {there:,} images, more than --num-fid-samples {count:,}; move it away")
     return record
 

@@ -141,11 +141,6 @@ def write_npz(path, images, n, **arrays):
                 np.lib.format.write_array(file, np.asarray(array), version=(1, 0), allow_pickle=False)
 
 
-def npz_shape(path):
-    """Returns the shape of arr_0 in an .npz, from its header alone."""
-    return NpzImages(path).shape
-
-
 def open_npz(path):
     """Opens an .npz as a zip archive. OSError if it is none."""
     try:

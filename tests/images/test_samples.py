@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from images.numbered import gather_npz
-from images.samples import ArrayImages, FolderImages, NpzImages, npz_shape, save_grid, write_npz
+from images.samples import ArrayImages, FolderImages, NpzImages, save_grid, write_npz
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def everything(source, size):
 def test_an_npz_is_read_in_any_batches(tmp_path, pixels, save):
     save(tmp_path / "a.npz", arr_0=pixels)
     source = NpzImages(tmp_path / "a.npz")
-    assert (len(source), npz_shape(tmp_path / "a.npz")) == (11, (11, 5, 7, 3))
+    assert (len(source), source.shape) == (11, (11, 5, 7, 3))
     for size in (1, 4, 11):
         assert np.array_equal(everything(source, size), pixels)
         assert np.array_equal(everything(ArrayImages(pixels), size), pixels)
