@@ -33,8 +33,7 @@ class Exchange:
         self.count, self.others = 0, Counter()
 
     def __call__(self, model):
-        """Replaces the layers of a model; returns {name: (old layer, new layer)}. A layer that stands in several places is
-        replaced in all."""
+        """Replaces the layers of a model and returns {name: (old layer, new layer)}, as `replace_layers` does."""
         grids = [getattr(module, "grid_size", None) for module in model.modules()]
         grid_size = next((tuple(grid) for grid in grids if isinstance(grid, (tuple, list)) and len(grid) == 2), None)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -121,7 +120,7 @@ def exchanging(exchange):
 
 
 def describe(mixer, options):
-    """Words for a mixer and its options, as flags would name it."""
+    """Names a mixer and its options, as flags would name it."""
     given = [f"{name}={value}" for name, value in options.items() if value not in (None, False)]
     return f"--mixer {mixer}" + (f" ({', '.join(given)})" if given else "")
 

@@ -36,8 +36,7 @@ TIMES = {"uniform": uniform, "logit-normal": logit_normal}
 
 
 class FlowMatching:
-    """Leads from noise to images along a path; `create_flow` makes it. It has the interface of GaussianDiffusion, but times t
-    (B,) are floats in [0, 1]."""
+    """Leads from noise to images along a path. It has the interface of GaussianDiffusion, but times t (B,) are in [0, 1]."""
 
     def __init__(self, path, times, num_timesteps, time_scale):
         self.path, self.times, self.num_timesteps, self.time_scale = PATHS[path], TIMES[times], num_timesteps, time_scale
@@ -72,7 +71,6 @@ class FlowMatching:
         return (sigma * velocity - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
 
     def noise(self, x, t, velocity):
-        """Computes the noise that x and its velocity at t point back to; on the linear path x - t v. The score is
-        -noise / sigma."""
+        """Computes the noise that x and its velocity point back to, on the linear path x - t v. The score is -noise / sigma."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
         return (d_alpha * x - alpha * velocity) / (sigma * d_alpha - d_sigma * alpha)

@@ -80,9 +80,8 @@ def warnings_of(results, ref, sample):
 
 
 def report(results, ref, sample, network, to=None, prefix=""):
-    """Prints results with what they rest on, one line each, and writes them as JSON to the file `to`, or prints the JSON
-    alone if `to` is "-". prefix: as in `compare`. Results that are not finite are left out, and raise a ValueError at the
-    end."""
+    """Prints results and what each rests on, and writes them as JSON to the file `to`, or prints the JSON alone if `to` is "-".
+    prefix: as in `compare`. ValueError, at the end, for results that are not finite, which are left out."""
     wrong = [f"{name} is {value}" for name, value in results.items() if not math.isfinite(value)]
     results = {name: value for name, value in results.items() if math.isfinite(value)}
     warnings = warnings_of(results, ref, sample)

@@ -20,8 +20,6 @@ ENCODER, DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.",
 
 
 class PixelSpace:
-    """Takes images as they are."""
-
     channels, factor = 3, 1
 
     def load(self, device):
@@ -229,7 +227,6 @@ def quiet_diffusers():
 
 
 def draw_latents(moments, noise):                                          # (B, 2, C, h, w), (B, C, h, w)
-    """Draws latents from their moments."""
     mean, std = moments.unbind(1)
     return mean + std * noise                                              # (B, C, h, w)
 

@@ -66,8 +66,7 @@ class TrainingImages(Dataset):
         return self.source.sizes(numbers) if hasattr(self.source, "sizes") else None
 
     def fingerprint(self):
-        """Returns what tells these images from others: how many there are, all their names, and the sizes of SIZES of their
-        files."""
+        """Returns what tells these images from others: their count, all their names, and the sizes of SIZES of their files."""
         count = min(len(self), SIZES)
         return dict(images=len(self), names=self.names(), sizes=self.sizes(i * len(self) // count for i in range(count)))
 
@@ -172,7 +171,7 @@ def load_dataset(path, image_size, uncond=False, held_out=False, name=None):
             raise ValueError("the digits have no held-out images")
         source, num_classes, flip = read_digits(), 10, False  # a mirrored digit is no digit
     elif (folder := Path(path)).name == CIFAR10_FOLDER or (folder / CIFAR10_FOLDER).is_dir():
-        source, num_classes, flip = read_cifar10(folder, train=not held_out), 10, True
+        source, num_classes, flip = read_cifar10(folder, held_out, uncond), 10, True
     elif folder.is_dir():
         if not any(folder.iterdir()):
             raise FileNotFoundError(f"{path} is empty")

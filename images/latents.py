@@ -61,8 +61,7 @@ class CachedLatents(Dataset):
         return torch.stack([mean, std], dim=1).float(), 0 if self.uncond else int(label)
 
     def fingerprint(self):
-        """Returns what tells these latents from others: how many there are, and digests of the index and of what shards are
-        made of."""
+        """Returns what tells these latents from others: their count, and digests of the index and of what shards are of."""
         index = json.dumps({name: value for name, value in self.index.items() if name not in ("vae", "source", "shard_size")})
         made_of = json.dumps([shard.metadata() for shard in self.shards])
         return dict(images=len(self), names=digest(index.encode()), sizes=digest(made_of.encode()))
@@ -77,7 +76,6 @@ class CachedLatents(Dataset):
 
 
 def holds_latents(folder):
-    """Tells whether a folder has an index of latents."""
     return Path(folder, INDEX).is_file()
 
 

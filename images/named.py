@@ -42,8 +42,7 @@ def dataset(name, images, held_out, num_classes, where):
 
 
 def read_named(name, folder, held_out, uncond):
-    """Reads a data set of DATASETS from its folder. OSError says what is missing, and where it comes from; ValueError that it
-    has no held-out images."""
+    """Reads a data set of DATASETS from its folder. OSError says what is missing, and where it comes from."""
     named = DATASETS[name]
     if folder is None or not Path(folder).is_dir():
         raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
@@ -65,21 +64,18 @@ def read_digits():
     return [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(images, digits.target)]
 
 
-def read_cifar10(folder, train):
-    """Reads CIFAR-10 as torchvision unpacks it, in `folder` or in CIFAR10_FOLDER inside it. OSError if it is not whole."""
-    root = folder.parent if folder.name == CIFAR10_FOLDER else folder
-    try:
-        return CIFAR10(root, train)
-    except (RuntimeError, OSError) as error:
-        raise OSError(f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged: {error}") from error
-
-
 @dataset(
     "cifar10", 50_000, 10_000, 10,
     "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked there",
 )  # fmt: skip
-def _cifar10(folder, held_out, uncond):
-    return read_cifar10(Path(folder), train=not held_out)
+def read_cifar10(folder, held_out, uncond):
+    """Reads CIFAR-10 as torchvision unpacks it, in `folder` or in CIFAR10_FOLDER inside it. OSError if it is not whole."""
+    folder = Path(folder)
+    root = folder.parent if folder.name == CIFAR10_FOLDER else folder
+    try:
+        return CIFAR10(root, train=not held_out)
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"CIFAR-10 in {root / CIFAR10_FOLDER} is incomplete or damaged: {error}") from error
 
 
 @dataset(

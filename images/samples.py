@@ -35,8 +35,7 @@ def save_grid(images, path, columns):
 
 
 class NpzImages:
-    """Reads arr_0 of an .npz, uint8 (N, H, W, 3), of which one batch at a time is in memory. ValueError or OSError says what is
-    wrong with it."""
+    """Reads arr_0 of an .npz, uint8 (N, H, W, 3), one batch at a time. ValueError or OSError says what is wrong with it."""
 
     def __init__(self, path):
         self.path = path
@@ -150,7 +149,6 @@ def open_npz(path):
 
 
 def names(archive):
-    """Lists the names of the arrays in an archive."""
     return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
