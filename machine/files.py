@@ -30,7 +30,8 @@ def whole_file(path, what):
 
 def check_writable(path, flag):
     """Raises an OSError, which names the flag that gave the path, unless a file can be written there."""
-    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+    folder = Path(path).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(f"{flag} {path}: not a file in a folder that can be written")
 
 
