@@ -49,16 +49,14 @@ def main(args, processes):
     device, leads = processes.device, processes.rank == 0
     set_up(processes, args.tf32, args.deterministic)
     space = open_space(args.vae)
-    how = dict(image_size=args.image_size, uncond=args.uncond, name=args.dataset)
-    dataset, held_out = open_images(args.data_path, args.val_path, processes, **how)
+    dataset, held_out = open_images(args.data_path, args.val_path, args.image_size, args.uncond, args.dataset, processes)
     check(args, processes, dataset, held_out, space)
-    settings = vars(args) | settings_of(dataset, None if args.dataset else int(args.num_classes), processes)
+    settings = vars(args) | settings_of(args, dataset, processes)
     workers = worker_count(args.num_workers, args.data_path)
     for images in filter(None, (dataset, held_out) if args.check_data else ()):
         check_readable(images, processes, logger.warning, workers, args.max_bad_images)
-    probe, path = None, args.val_path or args.data_path or "digits"
-    if args.probe_every:
-        probe = open_probe(path, args.image_size, args.features, args.weights, processes, args.dataset, bool(args.val_path))
+    compared = args.data_path, args.val_path, args.image_size, args.dataset
+    probe = open_probe(*compared, args.features, args.weights, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
         space.load(device)
     settings["vae_digest"] = dataset.index["vae_digest"] if isinstance(dataset, CachedLatents) else space.digest()
@@ -84,8 +82,7 @@ def main(args, processes):
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
     folder = run["folder"] if run else None
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
-    runs.describe_model(model, begun_from)
-    runs.describe_images(dataset, held_out, args.data_path, settings["num_classes"])
+    runs.describe(model, begun_from, dataset, held_out, args.data_path)
     if probe:
         logger.info(probe.describe())
     conditions, otherwise = resume.record_rounding(run, processes)
@@ -109,36 +106,35 @@ def main(args, processes):
         average = next(iter(learner.averages.values()))
         watch.show(watch.due(step, step in saved) - seen, step, average, processes, journal)
 
-    if run:
-        show(first, seen)  # what a kill came before
-
+    replica = replicate(learner.model, processes)  # where a signal still ends the run at once
+    network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes)
     draw = partial(draw_batch, flip=dataset.flip, space=space, objective=objective, **shared)
+
+    def loss_of(images, labels, step, part):
+        batch = draw(images.to(device), labels.to(device), step, part)
+        return objective.training_losses(network, **batch)["loss"].mean() / args.grad_accum
+
+    if run:
+        show(first, seen)  # what a kill came before
     runs.describe_steps(total, loader, args.global_batch_size, args.grad_accum, processes)
     with resume.rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=not leads)
-        train(args, processes, learner, progress, first, total, draw, objective, loader, cost, journal, save, show)
+        train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show)
     logger.info("Done!")
 
 
-def train(args, processes, learner, progress, first, total, draw, objective, loader, cost, journal, save, show):
-    """Takes the steps after `first`, one for each batch of progress, saves and shows.
-
-    draw(images, labels, step, part) makes a part of a batch what the objective's training_losses takes.
-    """
-    device = processes.device
-    replica = replicate(learner.model, processes)
-    network = in_precision(replica, args.precision, device)
+def train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show):
+    """Takes the steps after `first`, one for each batch of progress, saves and shows. loss_of(images, labels, step, part) is
+    what a part of a batch adds to the step's loss."""
     losses, skipped, start = [], 0, perf_counter()
     for step, (images, labels) in enumerate(progress, start=first + 1):
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), device=processes.device)
         for part, (x, y) in enumerate(zip(images.chunk(args.grad_accum), labels.chunk(args.grad_accum))):
-            batch = draw(x.to(device), y.to(device), step, part)
             with sync_gradients(replica, part == args.grad_accum - 1):
-                terms = objective.training_losses(network, **batch)
-                part_loss = terms["loss"].mean() / args.grad_accum
+                part_loss = loss_of(x, y, step, part)
                 learner.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         loss = processes.mean(loss)
@@ -176,22 +172,26 @@ def set_up(processes, tf32, deterministic):
         be_deterministic()
 
 
-def settings_of(dataset, num_classes, processes):
-    """Returns the settings that the images decide. num_classes: those asked for, None for the data set's own. ValueError if
-    processes see different images."""
+def settings_of(args, dataset, processes):
+    """Returns the settings that the images decide. ValueError if processes see different images."""
     class_names, data = dataset.classes if dataset.num_classes else None, dataset.fingerprint()
     if processes.any(data != processes.share(data))[0]:
         raise ValueError("the processes do not see the same images: --data-path differs from one machine to another")
-    num_classes = num_classes if num_classes and dataset.num_classes else dataset.num_classes
+    num_classes = dataset.num_classes if args.dataset or not dataset.num_classes else int(args.num_classes)
     return dict(num_classes=num_classes, class_names=class_names, data=data)
 
 
 def build_model(args, space, num_classes):
     """Returns the model with its initial weights, the same on every process."""
     torch.manual_seed(args.global_seed)
-    known = dict(in_channels=space.channels, num_classes=num_classes, learn_sigma=args.objective == "diffusion")
-    options = dict(mixer=args.mixer) | mixer_options(args.mixer, vars(args))
-    return MODELS[args.model](args.image_size // space.factor, **known, **options)
+    return MODELS[args.model](
+        args.image_size // space.factor,
+        in_channels=space.channels,
+        num_classes=num_classes,
+        learn_sigma=args.objective == "diffusion",
+        mixer=args.mixer,
+        **mixer_options(args.mixer, vars(args)),
+    )
 
 
 def begin(args, model, run, changes, processes):

@@ -9,8 +9,7 @@ KINDS = (
     attention.MIXER,
     pde.MIXER,
 )
-NAMED = [(name, kind.build, preset) for kind in KINDS for name, preset in kind.named.items()]
-MIXERS = {name: partial(build, **preset) if preset else build for name, build, preset in NAMED}
+MIXERS = {name: partial(kind.build, **preset) for kind in KINDS for name, preset in kind.named.items()}
 
 
 def kind_of(mixer):

@@ -10,7 +10,7 @@ from pde_ssm_kernels.kept import freeze
 
 
 def add_speed_flags(add):
-    """The flags that train.py, sample.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
+    """Adds the flags that train.py, sample.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     minute = "by torch.compile, for which the first step takes about a minute longer"
     may_change(add("--compile", action="store_true", help=minute))

@@ -45,13 +45,13 @@ class BadImages(NamedTuple):
         return None
 
 
-def open_images(path, held_out_path, processes, **how):
-    """Returns the images to train on and those held out, or None without a path. how: arguments of load_dataset."""
-    if how["name"] and processes.rank > 0:
+def open_images(path, held_out_path, image_size, uncond, name, processes):
+    """Returns the images to train on and those held out, or None without a path. The others: arguments of load_dataset."""
+    if name and processes.rank > 0:
         processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
-    dataset = load_dataset(path, **how)
-    held_out = load_dataset(held_out_path, held_out=True, **how) if held_out_path else None
-    if how["name"] and processes.rank == 0:
+    dataset = load_dataset(path, image_size, uncond, name=name)
+    held_out = load_dataset(held_out_path, image_size, uncond, held_out=True, name=name) if held_out_path else None
+    if name and processes.rank == 0:
         processes.barrier()
     return dataset, held_out
 

@@ -1,6 +1,5 @@
 """Settings of a run that cannot work together, or not with its images."""
 
-
 from images.latents import CachedLatents
 from machine.flags import Default
 from machine.precision import check_compiler

@@ -36,10 +36,10 @@ class Probe(NamedTuple):
         return f"{self.name} compares {self.samples:,} samples with {self.images:,} images{few}"
 
 
-def open_probe(path, image_size, features, weights, processes, dataset=None, held_out=False):
-    """Returns a Probe against images at a path, evenly spread over all that are there. features, weights: of open_network.
-    dataset: the name of the set, if it has one, whose held_out images they are or not. OSError or ValueError says what is
-    missing."""
+def open_probe(path, held_out_path, image_size, dataset, features, weights, processes):
+    """Returns a Probe against images held out, or else those to train on, evenly spread over all that are there. dataset: the
+    name of their set, if it has one. features, weights: of open_network. OSError or ValueError says what is missing."""
+    path, held_out = held_out_path or path or "digits", bool(held_out_path)
     if path != "digits" and holds_latents(path):
         raise ValueError(f"--probe-every compares with images, and {path} holds latents; name images with --val-path")
     network = open_network(features, weights, FEATURES if features == "inception" else None)

@@ -119,25 +119,19 @@ def forget_rows_after(folder, step):
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def describe_model(model, begun_from):
-    """Logs how large a model is, and the lines on the weights that it begins from."""
+def describe(model, begun_from, dataset, held_out, path):
+    """Logs a model's size, the lines on the weights that it begins from, and the images, at a path, that it is trained on."""
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
-    for line in begun_from:
-        logger.info(line)
-
-
-def describe_images(dataset, held_out, path, num_classes):
-    """Logs which images, at a path, a model of num_classes classes is trained on. held_out: more of them, or None."""
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
-    logger.info(f"Dataset contains {len(dataset):,} images{classes} ({path or 'digits'})")
-    for line in dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks):
+    remarks = dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks)
+    named = describe_classes(dataset.classes) if dataset.num_classes else []
+    for line in (*begun_from, f"Dataset contains {len(dataset):,} images{classes} ({path or 'digits'})", *remarks, *named):
         logger.info(line)
-    for line in describe_classes(dataset.classes) if dataset.num_classes else []:
-        logger.info(line)
-    if dataset.num_classes < num_classes:
+    there, asked = dataset.num_classes, model.num_classes
+    if there < asked:
         logger.info(
-            f"The images have {dataset.num_classes} classes, fewer than --num-classes {num_classes}: the others will stay "
-            f"untrained, {dataset.num_classes} to {num_classes - 1}"
+            f"The images have {there} classes, fewer than --num-classes {asked}: the others will stay untrained, {there} to "
+            f"{asked - 1}"
         )
 
 

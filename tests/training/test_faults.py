@@ -141,6 +141,14 @@ def test_a_signal_at_any_moment_saves_once(calm, flags, tmp_path, monkeypatch, c
     assert_saved_once(calm, tmp_path / "r", capfd.readouterr().err)
 
 
+def test_a_signal_before_the_first_step_ends_at_once(flags, tmp_path, monkeypatch, capfd):
+    """Also while processes connect their models, which may take long."""
+    in_call(train, "replicate", send(signal.SIGTERM))(monkeypatch)
+    assert end_of_training(*flags) == 75
+    assert "Stopped after step" not in capfd.readouterr().err
+    assert names(tmp_path / "r") == []
+
+
 def test_ctrl_c_twice_ends_at_once_and_damages_nothing(calm, flags, tmp_path, monkeypatch, capfd):
     def save(contents, file, save=torch.save):
         save(contents, file)

@@ -178,4 +178,4 @@ def test_what_is_missing_shows_before_anything_is_done(tmp_path, monkeypatch, fl
 def test_latents_are_no_images(tmp_path):
     (tmp_path / "latents.json").write_text("{}")
     with pytest.raises(ValueError, match=f"--probe-every compares with images, and {tmp_path} holds latents; name images with"):
-        probe.open_probe(str(tmp_path), 8, "inception", None, ALONE)
+        probe.open_probe(str(tmp_path), None, 8, None, "inception", None, ALONE)
