@@ -53,8 +53,9 @@ def main(args, processes):
     check(args, processes, dataset, held_out, space)
     settings = vars(args) | settings_of(args, dataset, processes)
     workers = worker_count(args.num_workers, args.data_path)
-    for images in filter(None, (dataset, held_out) if args.check_data else ()):
-        check_readable(images, processes, logger.warning, workers, args.max_bad_images)
+    for images in (dataset, held_out):
+        if images and args.check_data:
+            check_readable(images, processes, logger.warning, workers, args.max_bad_images)
     compared = args.data_path, args.val_path, args.image_size, args.dataset
     probe = open_probe(*compared, args.features, args.weights, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
@@ -68,19 +69,18 @@ def main(args, processes):
 
     run = resume.find_run(args.resume, args.results_dir, args.model, processes)
     changes = resume.check_changes(run, settings, marked_may_change(flags()), args.allow_changes) if run else []
-    first = run["step"] if run else 0
+    first, folder = (run["step"], run["folder"]) if run else (0, None)
     bad = BadImages(run["args"].get("bad_images", []) if run else [], args.max_bad_images)
     settings["bad_images"] = bad.known
     loader = make_loader(bad.replaced_in(dataset), args.global_batch_size, args.global_seed, processes, workers)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
     watch = Watch(space, args.objective, args.path or "linear", bad, held_out, args.sample_every, probe, args.probe_every)
-    seen = processes.share(runs.seen_at(run["folder"], first) if run and leads else set())
+    seen = processes.share(runs.seen_at(folder, first) if run and leads else set())
     if run and first >= total and not watch.due(first, True) - seen:
         logger.info(f"Done! All {total:,} steps were done before: {run['path']}")
         return
 
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
-    folder = run["folder"] if run else None
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
     runs.describe(model, begun_from, dataset, held_out, args.data_path)
     if probe:

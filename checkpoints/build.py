@@ -26,7 +26,6 @@ CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight
 
 
 def save_checkpoint(path, **contents):
-    """Writes these contents to a .pt file."""
     with whole_file(path, "checkpoint") as file:
         torch.save(contents, file)
 

@@ -101,14 +101,6 @@ def find_run(resume, results_dir, model, processes):
     return plain | dict(path=path, folder=path.parent.parent)
 
 
-def check_changes(run, settings, may_change, allowed):
-    """Returns what has changed in a run's settings, a list of phrases. ValueError that has them, unless changes are allowed."""
-    changes = changed_settings(run["args"], settings, may_change)
-    if changes and not allowed:
-        raise ValueError(f"{run['path']} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
-    return changes
-
-
 def record_rounding(run, processes):
     """Returns what the bits of a run's weights depend on, one dict for each time that it went on under other conditions, and a
     line that says what has changed since its last checkpoint, or None. run: of find_run."""
@@ -120,15 +112,19 @@ def record_rounding(run, processes):
     return [*before, now], f"The last bits may differ from those of a run that was not stopped: {changes}"
 
 
-def changed_settings(before, now, may_change):
-    """Returns a phrase for every setting, of those that decide about the weights, that is not what it was. before, now: dicts.
-    may_change: names of settings that decide about nothing else than how long, how fast and how watched a run is."""
+def check_changes(run, now, may_change, allowed):
+    """Returns a phrase for every setting, of those that decide about the weights, that is not what it was. ValueError that has
+    them, unless changes are allowed. now: the settings, a dict. may_change: names of those that decide about nothing else than
+    how long, how fast and how watched a run is."""
+    before = run["args"]
     ignored = may_change | ABOUT_IMAGES | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural
     names = [name for name in now if name in before and name not in ignored and before[name] != now[name]]
     called = {name: WITHOUT_FLAG.get(name, f"--{name.replace('_', '-')}") for name in names}
     changes = [f"{called[name]} was {before[name]} and is {now[name]}" for name in names] + changed_images(before, now)
     if changes and any(name in before and before[name] != now[name] for name in ("global_batch_size", "global_seed", "data")):
         changes.append("so that images may come twice in the epoch that was begun, and others not at all")
+    if changes and not allowed:
+        raise ValueError(f"{run['path']} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
     return changes
 
 
@@ -277,7 +273,6 @@ def delete_half_written(experiment):
 
 
 def delete(path):
-    """Deletes a checkpoint, a file or a folder."""
     return shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

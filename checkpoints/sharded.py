@@ -49,7 +49,6 @@ def write_settings(path, contents):
 
 
 def checksum(path):
-    """Returns the CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
         while part := file.read(2**24):

@@ -39,7 +39,6 @@ def rounding(processes):
 
 
 def processor():
-    """Returns the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

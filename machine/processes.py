@@ -36,7 +36,6 @@ class Processes(NamedTuple):
     device: torch.device
 
     def barrier(self):
-        """Waits for all processes."""
         if self.size > 1:
             dist.barrier()
 

@@ -40,10 +40,9 @@ def create_experiment(results_dir, model):
 
 def open_folder(folder, results_dir, model):
     """Returns the folder of a run that goes on, or else a new one, after logging to it."""
-    there = folder is not None
-    folder = folder if there else create_experiment(results_dir, model)
+    opened, folder = ("reopened", folder) if folder else ("created", create_experiment(results_dir, model))
     log_to(open_log(folder))
-    logger.info(f"Experiment directory {'reopened' if there else 'created'} at {folder}")
+    logger.info(f"Experiment directory {opened} at {folder}")
     return folder
 
 

@@ -1,7 +1,6 @@
 """What a run shows of its averaged weights while it trains: held-out loss, samples, and their distance to images."""
 
 import logging
-from contextlib import nullcontext
 from math import isfinite
 from typing import NamedTuple
 
@@ -48,23 +47,22 @@ class Watch(NamedTuple):
 
     def show(self, names, step, model, processes, journal):
         """Logs what is due after a step, by its names, of that model, an average of weights. All processes take part."""
-        with moved_to(processes.device, model) if names else nullcontext():
+        if not names:
+            return
+        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, path=self.path)  # with its objective
+        with moved_to(processes.device, model):
             if "held_out_loss" in names:
                 objective = create_objective(self.objective, path=self.path)
                 losses = held_out_loss(model, self.held_out, objective, self.space, processes, self.bad)
                 log_held_out(step, losses, journal.write_row)
             if "samples" in names:
-                draw_samples(step, model, self.space, self.quick_sampler(), journal)
+                draw_samples(step, model, self.space, quick_sampler, journal)
             if self.probe and self.probe.name in names:
                 try:
-                    found = distance(self.probe, model, self.space, *self.quick_sampler(), processes)
+                    found = distance(self.probe, model, self.space, *quick_sampler, processes)
                 except ValueError as error:  # of these weights, which training goes on to change
                     found = error
                 log_probe(step, self.probe.name, found, journal.write_row)
-
-    def quick_sampler(self):
-        """Returns the objective in few steps, and the sampler that sample.py takes for it."""
-        return create_sampler(self.objective, steps=SAMPLING_STEPS, path=self.path)
 
 
 @torch.no_grad()
