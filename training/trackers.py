@@ -21,9 +21,9 @@ PROJECT = "pde-ssm-dit"
 SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def start(name, /, *where, module=None, **how):
-    """Returns accelerate's tracker of that name, begun with these arguments. OSError if its package is not installed, or it
-    does not begin."""
+def start(name, title, /, module=None, **how):
+    """Returns accelerate's tracker of that name, begun under a title. module: what it needs besides accelerate. how:
+    further arguments of its class. OSError if its package is not installed, or it does not begin."""
     try:
         import_module(module or name)
     except ImportError as error:
@@ -36,7 +36,7 @@ def start(name, /, *where, module=None, **how):
         PartialState(cpu=True)  # without which accelerate's trackers do not log
     finally:
         os.environ |= hidden
-    tracker = LOGGER_TYPE_TO_CLASS[name](*where, **how)
+    tracker = LOGGER_TYPE_TO_CLASS[name](title, **how)
     try:
         tracker.start()
     except Exception as error:
@@ -47,8 +47,8 @@ def start(name, /, *where, module=None, **how):
 
 def tensorboard(folder, settings, first=0):
     """Writes event files into the folder: `tensorboard --logdir results`."""
-    purge = dict(purge_step=first + 1) if first else {}
-    tracker = start("tensorboard", folder.name, folder.parent, module="torch.utils.tensorboard", **purge)
+    how = dict(logging_dir=folder.parent, purge_step=first + 1 if first else None)
+    tracker = start("tensorboard", folder.name, "torch.utils.tensorboard", **how)
     tracker.tracker.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
     def track(step, numbers, picture=None):
@@ -94,10 +94,10 @@ def weights_and_biases(folder, settings, first=0):
 def other(name, arguments, folder, settings, first=0):
     """Shows a run in one of accelerate's other trackers. A run that goes on begins a new one there, of the later steps.
 
-    arguments: a function of the folder that returns those of the tracker's class.
+    arguments: a function of the folder that returns title and further arguments of the tracker's class.
     """
-    where, how = arguments(folder)
-    tracker = start(name, *where, **how)
+    title, how = arguments(folder)
+    tracker = start(name, title, **how)
     plain = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for key, value in settings.items()}
     tracker.store_init_configuration(plain)
 
@@ -128,13 +128,13 @@ def numbers_of(row):
 
 # What the classes of accelerate take first, and what else they hand on to their libraries.
 OTHERS = {
-    "aim": lambda folder: ([folder.name], dict(logging_dir=folder)),
-    "clearml": lambda folder: ([PROJECT], dict(task_name=folder.name)),
-    "comet_ml": lambda folder: ([PROJECT], {}),
-    "dvclive": lambda folder: ([PROJECT], dict(dir=str(folder / "dvclive"))),
-    "mlflow": lambda folder: ([PROJECT], dict(run_name=folder.name)),
-    "swanlab": lambda folder: ([PROJECT], dict(experiment_name=folder.name, logdir=str(folder / "swanlab"))),
-    "trackio": lambda folder: ([PROJECT], dict(name=folder.name)),
+    "aim": lambda folder: (folder.name, dict(logging_dir=folder)),
+    "clearml": lambda folder: (PROJECT, dict(task_name=folder.name)),
+    "comet_ml": lambda folder: (PROJECT, {}),
+    "dvclive": lambda folder: (PROJECT, dict(dir=str(folder / "dvclive"))),
+    "mlflow": lambda folder: (PROJECT, dict(run_name=folder.name)),
+    "swanlab": lambda folder: (PROJECT, dict(experiment_name=folder.name, logdir=str(folder / "swanlab"))),
+    "trackio": lambda folder: (PROJECT, dict(name=folder.name)),
 }
 TRACKERS = {"tensorboard": tensorboard, "wandb": weights_and_biases}
 TRACKERS |= {name: partial(other, name, arguments) for name, arguments in OTHERS.items()}

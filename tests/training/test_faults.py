@@ -146,7 +146,7 @@ def test_a_signal_before_the_first_step_ends_at_once(flags, tmp_path, monkeypatc
     in_call(train, "replicate", send(signal.SIGTERM))(monkeypatch)
     assert end_of_training(*flags) == 75
     assert "Stopped after step" not in capfd.readouterr().err
-    assert names(tmp_path / "r") == []
+    assert checkpoint_names(tmp_path / "r") == []
 
 
 def test_ctrl_c_twice_ends_at_once_and_damages_nothing(calm, flags, tmp_path, monkeypatch, capfd):
