@@ -35,7 +35,7 @@ from models import MODELS
 from training import runs
 from training.batches import BadImages, batches, draw_batch, images_of_step, make_loader, open_images
 from training.checks import check
-from training.learner import compile_blocks, create_learner, only_the_scale_falls, replicate, start_from, sync_gradients, update
+from training.learner import create_learner, only_the_scale_falls, replicate, start_from, sync_gradients, update
 from training.probe import open_probe
 from training.runs import log_to
 from training.trackers import TRACKERS
@@ -200,8 +200,8 @@ def begin(args, model, run, changes, processes):
         model.checkpoint_gradients()
     sharded, float16 = args.parallel == "fsdp", args.precision == "fp16"
     learner = create_learner(model, processes, args.lr, args.ema_decay, args.ema_device, sharded, float16)
-    if args.compile:
-        compile_blocks(model)
+    for layer in getattr(model, "blocks", [model]) if args.compile else []:  # equal blocks are compiled once
+        layer.forward = torch.compile(layer.forward)
     if run:
         resume.restore(learner, run)
         if processes.rank == 0:

@@ -65,12 +65,6 @@ def start_from(checkpoint, model, processes):
     return initialize(model, find_checkpoint(checkpoint))
 
 
-def compile_blocks(model):
-    """Makes torch.compile compile a model block by block: equal blocks are compiled once."""
-    for layer in getattr(model, "blocks", [model]):
-        layer.forward = torch.compile(layer.forward)
-
-
 def shard(model, processes):
     """Leaves each process its part of every parameter, which they put together block by block as they compute (FSDP2)."""
     # What a network returns is a view; nobody writes into it.

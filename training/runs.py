@@ -39,9 +39,13 @@ def create_experiment(results_dir, model):
 
 
 def open_folder(folder, results_dir, model):
-    """Returns the folder of a run that goes on, or else a new one, after logging to it."""
+    """Returns the folder of a run that goes on, or else a new one, to whose log.txt training now logs as long as that can be
+    written. ValueError if another process is at work in it."""
     opened, folder = ("reopened", folder) if folder else ("created", create_experiment(results_dir, model))
-    log_to(open_log(folder))
+    log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+    lock(log.stream, folder)
+    log.handleError = lambda record: warn_once(f"Writing to {log.baseFilename} failed, and training goes on: {sys.exception()}")
+    log_to(log)
     logger.info(f"Experiment directory {opened} at {folder}")
     return folder
 
@@ -50,15 +54,6 @@ def log_to(handler):
     """Adds a handler, whose lines begin with the time, to the log of training."""
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
-
-
-def open_log(folder):
-    """Returns a handler that writes to the folder's log.txt as long as that can be written. ValueError if another process is at
-    work in the folder."""
-    log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
-    lock(log.stream, folder)
-    log.handleError = lambda record: warn_once(f"Writing to {log.baseFilename} failed, and training goes on: {sys.exception()}")
-    return log
 
 
 @contextmanager
