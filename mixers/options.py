@@ -46,7 +46,6 @@ class Mixer:
         return self.presets or {self.name: {}}
 
     def flag_of(self, name):
-        """Returns the flag of an option."""
         return f"--{self.name}-{name}".replace("_", "-")
 
     def given(self, settings):

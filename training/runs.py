@@ -66,7 +66,6 @@ def best_effort(what):
 
 
 def warn_once(message):
-    """Warns of something, unless it did before."""
     if message not in warned:
         warned.add(message)  # first, for the warning may be what cannot be written
         logger.warning(message)
