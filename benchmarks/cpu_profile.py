@@ -64,7 +64,7 @@ def show_kernels():
     run = cpu.run
 
     def recorded(name, *tensors, **sizes):
-        with record_function(f"pde_ssm_cpu.{name}"):
+        with record_function(f"pde_ssm_kernels.cpu.{name}"):
             run(name, *tensors, **sizes)
 
     cpu.run = recorded

@@ -17,7 +17,7 @@ def add_speed_flags(add):
     kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
     same_bits = "ask MKL, PyTorch and cuDNN for the same bits every time; may be slower"
     may_change(add("--deterministic", action="store_true", help=same_bits))
-    choices = "of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; or what kernels can"
+    choices = "of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; what kernels can; or its equations as written"
     may_change(add("--pde-backend", **kernels, help=choices))
 
 
