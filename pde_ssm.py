@@ -147,8 +147,8 @@ class PDE(Keeping):
         if "reaction" in self.terms:
             self.r_slack = nn.Parameter((R_MAX - r).expm1().log())
 
-    def entries(self, tau):
-        """Returns r, Kxx, Kxy, Kyy, bx and by."""
+    def entries(self):
+        """Returns r, which `bound` makes smaller where tau is large, Kxx, Kxy, Kyy, bx and by."""
         r = Kxx = Kxy = Kyy = bx = by = self.absent()
         if "diffusion" in self.terms:
             lx, ly, shear = widen(self.log_lx).exp(), widen(self.log_ly).exp(), widen(self.shear)
@@ -157,12 +157,14 @@ class PDE(Keeping):
         if "convection" in self.terms:
             bx, by = widen(self.b).unbind(-1)
         if "reaction" in self.terms:
-            most = R_MAX / (tau if self.g0.ndim < 3 else tau[:, None, None])
-            r = torch.minimum(R_MAX - nn.functional.softplus(widen(self.r_slack)), most)
+            r = R_MAX - nn.functional.softplus(widen(self.r_slack))
         return r, Kxx, Kxy, Kyy, bx, by
 
+    def bound(self, r, tau):
+        """Returns r with tau r <= R_MAX."""
+        return torch.minimum(r, R_MAX / (tau if r.ndim < 3 else tau[:, None, None]))
+
     def embedding(self):
-        """Returns g0, gx and gy in float32 or wider."""
         return widen(self.g0), widen(self.gx), widen(self.gy)
 
     def tau(self):
@@ -174,11 +176,10 @@ class PDE(Keeping):
         Their leading axes are (dim,) or (components, dim); where channels are coupled, (groups, c, c) with tau (groups,).
         """
         tau = self.tau()
-        r, Kxx, Kxy, Kyy, bx, by = self.entries(tau)
-        return matrix(Kxx, Kxy, Kyy), torch.stack([bx, by], dim=-1), r, tau
+        r, Kxx, Kxy, Kyy, bx, by = self.entries()
+        return matrix(Kxx, Kxy, Kyy), torch.stack([bx, by], dim=-1), self.bound(r, tau), tau
 
     def absent(self):
-        """Returns an entry of an absent term, if there is any."""
         return None if len(self.terms) == len(TERMS) else widen(self.g0).new_zeros(()).expand(self.g0.shape)
 
 
@@ -191,16 +192,13 @@ class Diagonal(PDE):
     layer, whose time goes up to e^2 tau. The bound is a minimum, which leaves every r below it as it is; where it acts, which
     takes tau > 1, r_slack has no gradient. tau itself ends at e^LARGEST_LOG_TAU.
     With one token's width 1 / max(h, w), they start at
-
     - tau = 1, r = 0, g0 = 1, gx = gy = 0: a contraction that keeps the mean;
     - K isotropic, its Gaussian (variance 2 tau K) with a standard deviation that runs log-uniformly over the channels
-      from half a token, the finest that the grid resolves, to 1/4, beyond which the torus looks flat: as S4 spreads
-      its time scales, so that every range is there before training;
+      from half a token, the finest that the grid resolves, to 1/4, beyond which the torus looks flat;
     - b tau: shifts of up to two tokens in all directions, so that first neighbours are told apart.
 
-    With more than one component all of these are (components, dim, ...), the widths are shuffled within a component, and
-    all components but the first, whose g0 is 1, have a random g0 of standard deviation 1/2: one PDE alone can only
-    smooth, shift and differentiate, several make band-pass filters.
+    With components, which together make band-pass filters, all of these are (components, dim, ...), the widths are shuffled
+    within a component, and all but the first, whose g0 is 1, have a random g0 of standard deviation 1/2.
     """
 
     evolve_plainly = staticmethod(evolve_plainly)
@@ -233,12 +231,13 @@ class Diagonal(PDE):
     @kept
     def rows(self, time_scale=None):
         """Returns what kernels make symbols of, ([B], components, 9, dim): see `evolve_plainly`."""
-        (g0, gx, gy), tau = self.embedding(), self.tau()
-        exponents = (tau[..., None, :] * torch.stack(self.entries(tau), dim=-2)).view(-1, 6, self.dim)
-        embedding = torch.stack([gx, gy, g0], dim=-2).view(-1, 3, self.dim)
+        (g0, gx, gy), tau, (r, *others) = self.embedding(), self.tau(), self.entries()
+        growth = (tau * r).clamp_max(R_MAX)[..., None, :]                  # tau times `bound` of r, with a shorter gradient
+        exponents = tau[..., None, :] * torch.stack(others, dim=-2)
+        rows = torch.cat([growth, exponents, torch.stack([gx, gy, g0], dim=-2)], dim=-2).view(-1, 9, self.dim)
         if time_scale is not None:
-            exponents, embedding = time_scale[:, None, None] * exponents, embedding.expand(len(time_scale), -1, -1, -1)
-        return torch.cat([exponents, embedding], dim=-2)
+            rows = torch.cat([time_scale[:, None, None] * rows[:, :6], rows[:, 6:].expand(len(time_scale), -1, -1, -1)], dim=-2)
+        return rows
 
     def kernel(self, h, w):
         return torch.fft.irfft2(green_symbol(*self.coefficients(), h, w), s=(h, w))
@@ -251,8 +250,8 @@ class Pairwise(PDE):
     the shape (groups, c, c), output channels before input channels; log_tau is (groups,). The exponential is taken
     entry by entry: h_i = sum_j G_ij * (B R u)_j, like a convolution of as many channels, in O(N c dim).
 
-    A pair of a channel with itself starts as in `Diagonal`. Between two channels r starts at -log c, so that a channel
-    hears all the others together about as loud as itself; without the reaction term g0 starts at 1 / c instead of 1.
+    A channel and itself start as in `Diagonal`. Between two channels r starts at -log c, so that all the others together are
+    about as loud as the channel itself; without the reaction term g0 starts at 1 / c instead of 1.
     """
 
     is_system, wave_vectors = False, staticmethod(wave_vectors)
@@ -327,7 +326,7 @@ class Coupled(PDE):
         exponents = tau.view(-1, 1, 1, 1, 1) * torch.complex(*torch.broadcast_tensors(*exponent(K, b, r, h, w)))
         return torch.linalg.matrix_exp(exponents.movedim((1, 2), (3, 4)).contiguous()).movedim((3, 4), (1, 2))
 
-    def entries(self, tau):
+    def entries(self):
         r = Kxx = Kxy = Kyy = bx = by = self.absent()
         if "diffusion" in self.terms:
             lx, ly, shear = widen(self.lx), widen(self.ly), widen(self.shear)
@@ -336,12 +335,14 @@ class Coupled(PDE):
             bx, by = ((b + b.mT) / 2 for b in (widen(self.bx), widen(self.by)))
         if "reaction" in self.terms:
             root = widen(self.r_root)
-            one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-            r = R_MAX * one - root @ root.mT
-            own = r.diagonal(dim1=-2, dim2=-1)
-            largest = (own + r.abs().sum(-1) - own.abs()).amax(-1)         # no eigenvalue is larger
-            r = r - (largest.clamp_max(R_MAX) - R_MAX / tau).clamp_min(0)[:, None, None] * one
+            r = R_MAX * torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
         return r, Kxx, Kxy, Kyy, bx, by
+
+    def bound(self, r, tau):
+        own = r.diagonal(dim1=-2, dim2=-1)
+        largest = (own + r.abs().sum(-1) - own.abs()).amax(-1)             # no eigenvalue is larger
+        excess = (largest.clamp_max(R_MAX) - R_MAX / tau).clamp_min(0)
+        return r - excess[:, None, None] * torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
 
 
 EQUATIONS = {"diagonal": Diagonal, "pairwise": Pairwise, "coupled": Coupled}
@@ -545,8 +546,7 @@ def replace_attention(model, mixer="pdessm", grid_size=None, **options):
     grid_size: (h, w) of the tokens; by default the model's, if it has a `grid_size` or its `patch_embed` has one. For
                other inputs later, set `grid_size` of the blocks.
     options:   of PDESSMBlock; prefix_tokens is by default the model's `num_prefix_tokens`.
-
-    See `exchange` of pde_ssm_attention.py for what is replaced, and for errors.
+    For what is replaced, and for errors: `exchange` of pde_ssm_attention.py.
     """
     if isinstance(mixer, str):
         if mixer not in PRESETS:
