@@ -20,6 +20,8 @@ from commands import ALONE, FEW_STEPS, Colours, change_weights, draw_many, error
 from diffusion import drawing
 from images.numbered import gather_npz
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_two_processes_draw_the_same_images_as_one(tmp_path, checkpoint):
     path = checkpoint()
