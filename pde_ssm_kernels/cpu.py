@@ -2,6 +2,9 @@
 
 Never needed for a result, only for speed. A compiler (CXX, else g++ or c++) builds them at their first use, in a second or two,
 into the user's cache (XDG_CACHE_HOME, else ~/.cache); without one, or without OpenMP, `serves` says no.
+
+One layer of 384 channels, batch 4, 16 to 4,096 tokens, takes 0.41 to 0.56 of the plain road's time forward and 0.43 to 0.50 in
+both passes (2 threads of an Intel Xeon: `python -m benchmarks.mixer --quick`, without and with CXX=/no/compiler).
 """
 
 import ctypes

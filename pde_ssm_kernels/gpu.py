@@ -1,8 +1,8 @@
 """Triton kernels of the diagonal coupling: irfft2(symbol rfft2(v)) and its gradients.
 
-Never needed for a result, only for speed on GPUs. The transforms are matrix products with
-Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are padded with zeros to powers of
-two of at least 16, which tensor cores want.
+Never needed for a result, only for speed on GPUs, where nobody has timed them yet: so they run on request alone. The transforms
+are matrix products with Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are padded
+with zeros to powers of two of at least 16, which tensor cores want.
 
 Up to 32 x 32 tokens one pass does all: each program holds a few channels of one image on chip, loads them, transforms,
 multiplies, transforms back and stores them. Larger grids take three, of which each program holds a few channels of one row

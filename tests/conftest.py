@@ -103,6 +103,11 @@ def random_images(rng):
 
 
 @pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
 def shallow():
     """Two layers of the smallest model are enough to stop and go on, and a kill takes no disk along."""
     with pytest.MonkeyPatch.context() as patch:

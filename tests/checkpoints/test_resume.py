@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import pytest
 import torch
@@ -19,10 +18,10 @@ import torch
 import train
 from checkpoints import resume
 from checkpoints.resume import checkpoint_to_resume
-from commands import ALONE, QUICK, ROOT, Colours, fork, lasting, write_photos
+from commands import ALONE, QUICK, ROOT, Colours, fork, lasting
 from images import dataset
 from machine import files
-from small_runs import TINY, assert_same, at_update, checkpoint_names, die, flipped, learnt, log_rows
+from small_runs import TINY, assert_same, at_update, checkpoint_names, die, flipped, learnt, log_rows, undisturbed
 from training import probe, watching
 
 STEPS = 14
@@ -76,22 +75,10 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_photos(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def calm(tmp_path_factory, images):
     """calm(processes): the folder of a run that nothing disturbed, three epochs of five steps, without the last."""
 
-    @cache
-    def run(processes):
-        folder = tmp_path_factory.mktemp("calm")
-        flags = [*TINY, "--data-path", images, "--max-steps", STEPS, "--num-workers", 0, "--results-dir", folder]
-        assert fork(*flags, processes=processes) == [0] * processes
-        return folder
-
-    return run
+    return undisturbed(tmp_path_factory, "--data-path", images, "--max-steps", STEPS)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,11 @@ from torch.utils.data import dataloader
 
 import train
 from checkpoints import resume
-from commands import QUICK, Colours, fork, write_photos
+from commands import QUICK, Colours, fork
 from faults import end_of, in_call, reader, send, throw
 from images import dataset
 from machine import stops
-from small_runs import TINY, assert_same, checkpoint_names, learnt
+from small_runs import TINY, assert_same, checkpoint_names, learnt, undisturbed
 from training import batches, learner, probe, runs, watching
 
 STEPS = 8
@@ -36,22 +35,10 @@ pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_photos(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def calm(tmp_path_factory, images):
     """calm(processes): the folder of a run that loses nothing, with a checkpoint of every step."""
 
-    @cache
-    def run(processes):
-        folder = tmp_path_factory.mktemp("calm")
-        flags = [*TINY, "--ckpt-every", 1, "--data-path", images, "--max-steps", STEPS, "--num-workers", 0]
-        assert fork(*flags, "--results-dir", folder, processes=processes) == [0] * processes
-        return folder
-
-    return run
+    return undisturbed(tmp_path_factory, "--ckpt-every", 1, "--data-path", images, "--max-steps", STEPS)
 
 
 @pytest.fixture
