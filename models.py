@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones import Backbone, drop_labels
 from backbones.unet import UNet
-from mixers import build_mixer
+from mixers import build_mixer, read_mixer
 
 
 def sincos_position(positions, dim, max_period=10000):
@@ -116,6 +116,8 @@ class DiT(Backbone):
     ValueError for sizes that do not fit and for unknown mixers or options.
     """
 
+    read_from = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
+
     # fmt: off
     def __init__(
         self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
@@ -135,13 +137,32 @@ class DiT(Backbone):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(grid_embedding(*self.grid_size, hidden_size), requires_grad=False)
-        mixers = [build_mixer(mixer, hidden_size, num_heads, self.grid_size, **mixer_options) for _ in range(depth)]
+        mixers = [build_mixer(mixer, hidden_size, num_heads, self.grid_size, i, **mixer_options) for i in range(depth)]
         self.blocks = nn.ModuleList(DiTBlock(m, hidden_size, mlp_ratio) for m in mixers)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize()
 
+    @classmethod
+    def stride_of(cls, keywords):
+        return keywords["patch_size"]
+
+    @classmethod
+    def read(cls, weights):
+        hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        first = "blocks.0.attn."
+        mixer, options = read_mixer({name.removeprefix(first): w for name, w in weights.items() if name.startswith(first)})
+        return dict(hidden_size=hidden, depth=depth, patch_size=patch), {
+            "mixer": mixer,
+            "mixer_options": options,
+            "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
+            "in_channels": channels,
+            "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
+        }
+
     def _initialize(self):
-        """Xavier for the layers; zero for what modulates, gates and ends, so that every block starts as the identity."""
+        """Xavier for the layers; zero for what modulates, gates and ends, so that every block starts as the identity. A mixer
+        whose own layers must start otherwise has a method `initialize`, which sets them again."""
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.flatten(1))
         nn.init.zeros_(patches.bias)
@@ -149,6 +170,9 @@ class DiT(Backbone):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        for block in self.blocks:
+            if hasattr(block.attn, "initialize"):
+                block.attn.initialize()
         for last in [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -206,9 +230,14 @@ UNets = {
     "UNet-N": partial(UNet, channels=(32, 64, 96), layers=1, attention_levels=(1,)),
 }
 MODELS = DiT_models | UNets  # every backbone by name
+BACKBONES = tuple(dict.fromkeys(build.func for build in MODELS.values()))
+
+
+def backbone_of(weights):
+    """Returns the class in BACKBONES whose weights these are, or None."""
+    return next((backbone for backbone in BACKBONES if backbone.read_from[0] in weights), None)
 
 
 def stride(name):
     """What both sides of the input of the model of that name must be divisible by."""
-    options = MODELS[name].keywords
-    return options["patch_size"] if name in DiT_models else 2 ** (len(options["channels"]) - 1)
+    return MODELS[name].func.stride_of(MODELS[name].keywords)

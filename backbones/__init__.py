@@ -11,6 +11,11 @@ class Backbone(nn.Module):
     A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
     divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the
     null class, or leaves it to chance in training.
+
+    Two class methods speak of networks that are not built: stride_of(keywords) is the stride of one with these arguments, and
+    read(weights) tells from a state dict what it was built with: a dict of the arguments that tell the named sizes apart, and
+    one of mixer, mixer_options, num_classes, in_channels and learn_sigma. read_from names the weights that it needs; the first
+    of them no other backbone has.
     """
 
     recompute = False

@@ -1,11 +1,15 @@
 """The convolutional U-Net as a baseline: diffusers' UNet2DModel with the interface of DiT."""
 
+import re
+
 from . import Backbone, drop_labels
 
 
 class UNet(Backbone):
     """channels has one entry per resolution, each half of the one before, with `layers` residual blocks; those numbered
     in attention_levels have self-attention. Other arguments are DiT's; ValueError for any mixer but attention."""
+
+    read_from = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
 
     def __init__(
         self, input_size=32, in_channels=4, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, mixer="attention",
@@ -19,7 +23,7 @@ class UNet(Backbone):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes = self.trained_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
-        self.stride = 2 ** (len(channels) - 1)
+        self.stride = self.stride_of(dict(channels=channels))
         self.resize(input_size)
         kinds = ["Attn" if level in attention_levels else "" for level in range(len(channels))]
         self.net = UNet2DModel(
@@ -32,6 +36,22 @@ class UNet(Backbone):
             attention_head_dim=32,
             num_class_embeds=num_classes + 1,
         )
+
+    @classmethod
+    def stride_of(cls, keywords):
+        return 2 ** (len(keywords["channels"]) - 1)
+
+    @classmethod
+    def read(cls, weights):
+        ends = re.compile(r"net\.down_blocks\.\d+\.resnets\.0\.conv2\.weight")
+        channels = weights["net.conv_in.weight"].shape[1]
+        return dict(channels=tuple(len(w) for name, w in weights.items() if ends.fullmatch(name))), {
+            "mixer": "attention",
+            "mixer_options": {},
+            "num_classes": len(weights["net.class_embedding.weight"]) - 1,
+            "in_channels": channels,
+            "learn_sigma": len(weights["net.conv_out.weight"]) != channels,
+        }
 
     def resize(self, input_size):
         """A convolutional network runs at any size: returns the model."""

@@ -133,7 +133,7 @@ def layer_pass(device, mixer, batch, dim, heads, grid, training, compile=None, *
     torch.manual_seed(0)
     tokens = torch.randn(batch, grid[0] * grid[1], dim, device=device, requires_grad=training)
     with device:
-        layer = fill_zeros(build_mixer(mixer, dim, heads, grid, **options)).train(training)
+        layer = fill_zeros(build_mixer(mixer, dim, heads, grid, 0, **options)).train(training)
     layer = compiled(layer, compile)
     inputs = [tokens, *layer.parameters()]
     gradient = torch.randn_like(tokens, dtype=torch.bfloat16 if device.type == "cuda" else tokens.dtype)

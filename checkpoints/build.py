@@ -8,12 +8,12 @@ import re
 
 import torch
 
-from checkpoints.read import READ_FROM_UNET, load_checkpoint
+from checkpoints.read import load_checkpoint
 from diffusion import OBJECTIVES, PATHS
 from images.autoencoder import open_space
 from machine.files import whole_file
-from mixers import MIXERS, build_mixer, kind_of, mixer_options, read_mixer
-from models import MODELS, DiT_models, UNets, stride
+from mixers import MIXERS, build_mixer, kind_of, mixer_options
+from models import MODELS, backbone_of, stride
 
 # The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
@@ -32,45 +32,14 @@ def save_checkpoint(path, **contents):
 
 def settings_from_weights(weights):
     """Returns what weights tell of a network: model, mixer, mixer_options, num_classes, in_channels and learn_sigma (whether it
-    has learned variances among its outputs)."""
-    return (_settings_of_unet if READ_FROM_UNET[0] in weights else _settings_of_dit)(weights)
-
-
-def _settings_of_dit(weights):
-    hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
-    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    names = [
-        name
-        for name, build in DiT_models.items()
-        if (build.keywords["hidden_size"], build.keywords["depth"], build.keywords["patch_size"]) == (hidden, depth, patch)
-    ]
-    if not names:
-        raise ValueError(f"no model is known with hidden size {hidden}, depth {depth} and patch size {patch}")
-    first = {name.removeprefix("blocks.0.attn."): w for name, w in weights.items() if name.startswith("blocks.0.attn.")}
-    mixer, options = read_mixer(first)
-    return {
-        "model": names[0],
-        "mixer": mixer,
-        "mixer_options": options,
-        "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
-        "in_channels": channels,
-        "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
-    }
-
-
-def _settings_of_unet(weights):
-    width, channels = weights["net.conv_in.weight"].shape[:2]
-    names = [name for name, build in UNets.items() if build.keywords["channels"][0] == width]
-    if not names:
-        raise ValueError(f"no U-Net is known that begins with {width} channels")
-    return {
-        "model": names[0],
-        "mixer": "attention",
-        "mixer_options": {},
-        "num_classes": len(weights["net.class_embedding.weight"]) - 1,
-        "in_channels": channels,
-        "learn_sigma": len(weights["net.conv_out.weight"]) != channels,
-    }
+    has learned variances among its outputs). ValueError if it is none of MODELS."""
+    backbone = backbone_of(weights)
+    size, settings = backbone.read(weights)
+    for name, build in MODELS.items():
+        if build.func is backbone and size.items() <= build.keywords.items():
+            return {"model": name, **settings}
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in size.items())
+    raise ValueError(f"no {backbone.__name__} is known with {numbers}")
 
 
 def stated_settings(stored, path):
@@ -99,7 +68,8 @@ def _stated_options(stored, model, path):
     try:
         given = kind.named[mixer] | kind.stored(stored) | mixer_options(mixer, stored)
         with torch.device("meta"):
-            layer = build_mixer(mixer, MODELS[model].keywords["hidden_size"], 1, None, **given)
+            size = MODELS[model].keywords
+            layer = build_mixer(mixer, size["hidden_size"], size["num_heads"], None, 0, **given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} states options that its mixer cannot have: {error}") from error
     built, names = kind.read(layer.state_dict()), {name: kind.told_as.get(name, name) for name in given}

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoints.sharded import SETTINGS, check_pieces, read_settings, read_whole
+from models import BACKBONES, DiT, backbone_of
 
 # Where weights are in a file, the average first; after DiT's two names those of other tools.
 CONTAINERS = (
@@ -22,9 +23,6 @@ CONTAINERS = (
 # What DistributedDataParallel, AveragedModel, torch.compile and FSDP put before or into the names of weights.
 WRAPPERS = re.compile(r"(?<![^.])(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
-# Of a DiT and of a U-Net, what tells their settings.
-READ_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
-READ_FROM_UNET = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
 
 
 def average_names(decays):
@@ -134,10 +132,10 @@ def load_checkpoint(path, decay=None):
     names = CONTAINERS if decay is None or os.path.isdir(path) else [choose_average(args, decay, path)]
     weights = next((contents[name] for name in names if isinstance(contents.get(name), dict)), contents)
     weights = _under_plain_names(weights, path)
-    needed = READ_FROM_UNET if READ_FROM_UNET[0] in weights else READ_FROM
-    if missing := [name for name in needed if name not in weights]:
-        kind = "U-Net" if needed is READ_FROM_UNET else "DiT"
-        raise ValueError(f"{path} holds no {kind}: {missing[0]} is missing{_of_another_tool(contents, weights)}")
+    backbone = backbone_of(weights) or DiT
+    if missing := [name for name in backbone.read_from if name not in weights]:
+        more = _of_another_tool(contents, weights)
+        raise ValueError(f"{path} holds no {backbone.__name__}: {missing[0]} is missing{more}")
     _check_weights(weights, path)
     # Copies, for these weights may outlive the file, or be written over it.
     return {name: w.clone() for name, w in weights.items()}, args if isinstance(args, dict) else {}
@@ -150,7 +148,8 @@ def _under_plain_names(weights, path):
     """
     named = {WRAPPERS.sub("", name): w for name, w in weights.items() if isinstance(name, str) and isinstance(w, torch.Tensor)}
     named.pop("n_averaged", None)
-    found = [re.fullmatch(rf"(.*\.|)({re.escape(READ_FROM[0])}|{re.escape(READ_FROM_UNET[0])})", name) for name in named]
+    known = "|".join(re.escape(backbone.read_from[0]) for backbone in BACKBONES)
+    found = [re.fullmatch(rf"(.*\.|)({known})", name) for name in named]
     prefixes = [match[1] for match in found if match]
     if len(prefixes) > 1 and "" not in prefixes:
         averages = [prefix for prefix in prefixes if "ema" in prefix]

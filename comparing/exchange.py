@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from functools import wraps
+from itertools import count
 
 import torch
 from timm.models.vision_transformer import Attention
@@ -39,7 +40,8 @@ class Exchange:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # The new weights have a stream of random numbers of their own, so that the script draws others later.
             torch.default_generator.manual_seed(torch.randint(2**62, ()).item())
-            replaced = replace_layers(model, lambda layer: self.build(layer, grid_size), self.is_meant)
+            numbers = count()
+            replaced = replace_layers(model, lambda old: self.build(old, grid_size, next(numbers)), self.is_meant)
         old_layers = {old for old, _ in replaced.values()}
         self.count += len(old_layers)
         self.others.update(kind(module) for module in model.modules() if "attention" in type(module).__name__.lower())
@@ -56,12 +58,12 @@ class Exchange:
         module, _, name = self.attention_class.partition(":")
         return type(layer) is getattr(sys.modules.get(module), name, None)
 
-    def build(self, layer, grid_size):
-        first = next((module for module in layer.modules() if isinstance(module, nn.Linear)), None)
+    def build(self, old, grid_size, layer):
+        first = next((module for module in old.modules() if isinstance(module, nn.Linear)), None)
         if first is None:
-            raise ValueError(f"{kind(layer)} has no nn.Linear, whose input would be the channels to mix")
-        dim, heads = first.in_features, getattr(layer, "num_heads", 8)
-        return build_mixer(self.mixer, dim, heads, grid_size, **self.options)
+            raise ValueError(f"{kind(old)} has no nn.Linear, whose input would be the channels to mix")
+        dim, heads = first.in_features, getattr(old, "num_heads", 8)
+        return build_mixer(self.mixer, dim, heads, grid_size, layer, **self.options)
 
     def require_any(self):
         """Raises ValueError if nothing has been replaced, and says what was looked for and what there is instead."""

@@ -17,18 +17,19 @@ def kind_of(mixer):
     return next(kind for kind in KINDS if mixer in kind.named)
 
 
-def build_mixer(mixer, dim, num_heads, grid_size, /, **options):
-    """Returns one mixer layer: `mixer` is a name in MIXERS or a class. ValueError for an unknown name or option."""
+def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
+    """Returns one mixer, that of block number `layer`: `mixer` is a name in MIXERS or a class. ValueError for an unknown name
+    or option."""
     if isinstance(mixer, str) and mixer not in MIXERS:
         raise ValueError(f"unknown mixer {mixer!r}; known: {', '.join(MIXERS)}")
     build = MIXERS[mixer] if isinstance(mixer, str) else mixer
     parameters = inspect.signature(build).parameters
-    # The model decides the first four, and its tokens are all on the grid.
-    accepted = parameters.keys() - {"dim", "num_heads", "qkv_bias", "grid_size", "prefix_tokens", "ignored"}
+    # The model decides the first five, and its tokens are all on the grid.
+    accepted = parameters.keys() - {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored"}
     if unknown := [name for name in options if name not in accepted]:
         raise ValueError(f"mixer {mixer} has no option {', '.join(unknown)}")
-    if "grid_size" in parameters:
-        options["grid_size"] = grid_size
+    told = dict(grid_size=grid_size, layer=layer)
+    options |= {name: value for name, value in told.items() if name in parameters}
     return build(dim, num_heads=num_heads, qkv_bias=True, **options)
 
 
@@ -58,4 +59,4 @@ def read_mixer(weights):
     for kind in KINDS:
         if (options := kind.read(weights)) is not None:
             return next(iter(kind.named)), options
-    raise ValueError("the weights' blocks mix tokens neither by attention nor by a PDE of this version")
+    raise ValueError(f"the weights' blocks mix tokens in a way unknown here; known: {', '.join(kind.name for kind in KINDS)}")

@@ -24,8 +24,9 @@ class Mixer:
 
     name:    its flags are --<name>-<option>.
     build:   a class with the constructor of timm's Attention that maps (B, N, D) to (B, N, D), or a function that makes one.
-             One that takes `grid_size` is told the (h, w) of its tokens, and one with a true `conditioned` gets the blocks'
-             conditioning vector (B, D) as second argument.
+             One that takes `grid_size` is told the (h, w) of its tokens, one that takes `layer` the number of its block, and
+             one with a true `conditioned` gets the blocks' conditioning vector (B, D) as second argument. DiT's initialisation
+             walks over all nn.Linear, and then calls `initialize()` of a mixer that has it.
     read:    returns the options that a layer's state dict tells, None if the weights are not those of this mixer.
     presets: the names of --mixer, with the options that each of them sets; the mixer's own name alone unless given.
     check:   raises a ValueError for options (a dict) that mean nothing beside others.

@@ -214,4 +214,4 @@ def test_compiled_sides_compute_the_same(monkeypatch):
     model = sides.build_model(CPU, "pdessm", compile="reduce-overhead", input_size=8, hidden_size=16, depth=1, num_heads=2)
     assert calls == [dict(mode="reduce-overhead", dynamic=False)]
     assert isinstance(model, DiT)
-    assert build_mixer(sides.Floor, 8, 2, (2, 2)).R.bias is None
+    assert build_mixer(sides.Floor, 8, 2, (2, 2), 0).R.bias is None

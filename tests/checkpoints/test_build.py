@@ -243,7 +243,7 @@ def test_resizing_there_and_back_changes_nothing(mixer):
 def test_the_weights_say_which_mixer_they_are_for(tmp_path):
     state = {name: w for name, w in write_checkpoint(tmp_path / "a.pt").state_dict().items() if ".attn." not in name}
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="neither by attention nor by a PDE"):
+    with pytest.raises(ValueError, match="mix tokens in a way unknown here"):
         load_model(tmp_path / "a.pt", given_flags(), "ema")
 
 
@@ -286,5 +286,5 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path):
 
 
 def test_a_size_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="hidden size 32, depth 1 and patch size 2"):
+    with pytest.raises(ValueError, match="no DiT is known with hidden size 32, depth 1, patch size 2"):
         settings_from_weights(DiT(8, hidden_size=32, depth=1, num_heads=1).state_dict())

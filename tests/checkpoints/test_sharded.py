@@ -227,7 +227,7 @@ def test_a_part_that_is_not_finite_is_not_saved(runs, tmp_path, capfd):
 
 def test_samples_come_from_a_sharded_checkpoint_too(runs, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("checkpoints.build.DiT_models", {"DiT-N/8": train.MODELS["DiT-N/8"]})
+        patch.setattr("checkpoints.build.MODELS", {"DiT-N/8": train.MODELS["DiT-N/8"]})
         model, settings = load_model(final(runs / "fsdp"), {}, "ema")
         assert draw(final(runs / "fsdp"), tmp_path / "a.png", "--class-labels", 2).shape == (64, 64, 3)
     assert settings["mixer"] == "pdessm"
