@@ -1,5 +1,6 @@
 """Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py, cpu.cpp), Triton for GPUs
-(gpu.py), and for couplings of many channels matrices in pieces (pytorch.py). This is the only place that chooses.
+(gpu.py), and for couplings of many channels matrices in pieces (pytorch.py). This is the only place that chooses. building.py
+builds C++ kernels, also those of mixers/.
 
 A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to their state, which it gets out of the equation's
 `rows()` or `symbol(h, w)`. All of them are held against the plain road of pde_ssm.py, values and gradients.

@@ -1,26 +1,20 @@
 """The C++ kernels of cpu.cpp: irfft2(symbol rfft2(v)) of the diagonal coupling and its gradients, on CPUs.
 
-Never needed for a result, only for speed. A compiler (CXX, else g++ or c++) builds them at their first use, in a second or two,
-into the user's cache (XDG_CACHE_HOME, else ~/.cache); without one, or without OpenMP, `serves` says no.
+Never needed for a result, only for speed. building.py builds them at their first use; without a compiler, or without OpenMP,
+`serves` says no.
 
 One layer of 384 channels, batch 4, 16 to 4,096 tokens, takes 0.41 to 0.56 of the plain road's time forward and 0.43 to 0.50 in
 both passes (2 threads of an Intel Xeon: `python -m benchmarks.mixer --quick`, without and with CXX=/no/compiler).
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from .building import load
 from .modes import full_precision, widen
 
 ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
@@ -29,8 +23,7 @@ LARGEST_PRIME = 127     # in a side, whose transform costs its square: longer on
 CHANNELS = 16           # about as many at once
 FIXED_THREADS = 8       # for which work is cut where results must not depend on their number
 BLOCKS_PER_THREAD = 4   # of channels and images: with fewer, threads wait for one another at the end
-FLAGS = f"""-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -shared -std=c++17 -Wno-psabi
--DROWS={ROWS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME}""".split()
+FLAGS = f"-DROWS={ROWS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME}".split()
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -152,46 +145,16 @@ def run(name, *tensors, sizes):
 
 @cache
 def library():
-    """The compiled kernels and None, or None and why there are none. Builds them unless they are in the cache."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
-    if not compiler:
-        return None, "there is no C++ compiler: install g++, or name another in CXX"
-    command = [*compiler, *FLAGS, str(SOURCE)]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *compiler, *FLAGS, processor()]).encode()).hexdigest()[:16]
-    try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pde_ssm", f"{key}.so")
-        if not path.exists():
-            build(command, path)
-        kernels = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError) as error:                               # RuntimeError: there is no home
-        return None, f"the kernels of pde_ssm_kernels could not be built: {error}"
+    """The compiled kernels and None, or None and why there are none."""
+    kernels, reason = load(SOURCE, *FLAGS)
+    if reason:
+        return None, reason
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     after_tensors = [long, integer, integer, long, integer, integer, long, integer]
     kernels.evolve.argtypes = [pointer] * 3 + after_tensors
     kernels.evolve_backward.argtypes = [pointer] * 5 + after_tensors
     kernels.evolve.restype = kernels.evolve_backward.restype = None
     return kernels, None
-
-
-def processor():
-    """What the machine's code depends on: a home can be shared by machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    return " ".join([platform.machine(), platform.processor(), *features])
-
-
-def build(command, path):
-    """Compiles the kernels into a file. OSError with the compiler's first complaint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:           # others may build the same: whole files alone
-        result = subprocess.run([*command, "-o", f"{folder}/kernels.so"], capture_output=True, text=True)
-        if result.returncode:
-            lines = result.stderr.splitlines()
-            raise OSError(next((line for line in lines if "error" in line), f"{command[0]} failed"))
-        os.replace(f"{folder}/kernels.so", path)
 
 
 @torch.library.custom_op("pde_ssm::evolve_on_cpu", mutates_args=())

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 import pde_ssm
 from oracle import random_rows
 from pde_ssm import PDESSM, evolve_plainly
-from pde_ssm_kernels import cpu
+from pde_ssm_kernels import building, cpu
 from pde_ssm_kernels.cpu import MAX_SIDE, SIDES, evolve, evolve_backward
 
 KERNELS, REASON = cpu.library()
@@ -247,13 +247,13 @@ def test_what_they_cannot_is_done_by_pytorch(shape, dtype):
 def builds(monkeypatch, tmp_path):
     """Another machine, with an empty cache: the sizes of the files that are built there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build, sizes = cpu.build, []
+    build, sizes = building.build, []
 
     def watched(command, path):
         build(command, path)
         sizes.append(path.stat().st_size)
 
-    monkeypatch.setattr(cpu, "build", watched)
+    monkeypatch.setattr(building, "build", watched)
     return sizes
 
 
@@ -264,7 +264,7 @@ def test_kernels_are_built_once_for_each_kind_of_processor(builds, tmp_path, mon
         assert reason is None
         assert kernels.evolve.argtypes
     assert len(builds) == 1
-    monkeypatch.setattr(cpu, "processor", lambda: "another one")
+    monkeypatch.setattr(building, "processor", lambda: "another one")
     library()
     assert len(builds) == 2
     assert {path.suffix for path in (tmp_path / "cache").rglob("*")} == {"", ".so"}
@@ -289,7 +289,7 @@ def with_a_cache_that_is_a_file(monkeypatch, tmp_path):
 
 
 def with_a_broken_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "build", lambda command, path: os.makedirs(path))
+    monkeypatch.setattr(building, "build", lambda command, path: os.makedirs(path))
 
 
 TROUBLES = {

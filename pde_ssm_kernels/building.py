@@ -1,0 +1,52 @@
+"""How C++ kernels come to be: a compiler (CXX, else g++ or c++) builds them at their first use, in a second or two, into the
+user's cache (XDG_CACHE_HOME, else ~/.cache)."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-Wno-psabi"]
+
+
+def load(source, *flags):
+    """Returns the compiled kernels of a C++ file and None, or None and why there are none. Builds them unless they are in the
+    cache; flags are the compiler's, beside FLAGS."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
+    if not compiler:
+        return None, "there is no C++ compiler: install g++, or name another in CXX"
+    command = [*compiler, *FLAGS, *flags]
+    key = hashlib.sha256("\n".join([source.read_text(), *command, processor()]).encode()).hexdigest()[:16]
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pde_ssm", f"{key}.so")
+        if not path.exists():
+            build([*command, str(source)], path)
+        return ctypes.CDLL(str(path)), None
+    except (OSError, RuntimeError) as error:                               # RuntimeError: there is no home
+        return None, f"the kernels of {source.parent.name}/{source.name} could not be built: {error}"
+
+
+def processor():
+    """What the machine's code depends on: a home can be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return " ".join([platform.machine(), platform.processor(), *features])
+
+
+def build(command, path):
+    """Compiles the kernels into a file. OSError with the compiler's first complaint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:           # others may build the same: whole files alone
+        result = subprocess.run([*command, "-o", f"{folder}/kernels.so"], capture_output=True, text=True)
+        if result.returncode:
+            lines = result.stderr.splitlines()
+            raise OSError(next((line for line in lines if "error" in line), f"{command[0]} failed"))
+        os.replace(f"{folder}/kernels.so", path)
