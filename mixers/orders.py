@@ -1,0 +1,71 @@
+"""Paths through a grid of tokens, along which state-space mixers read a picture: every token once, line after line.
+
+A path is the raster of the grid after it was mirrored, transposed, and had every second line turned round. That holds on every
+grid, h x w, odd or even.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+
+from pde_ssm_kernels.modes import traced
+
+
+@dataclass(frozen=True)
+class Path:
+    """Rows one after another, or columns; from the top left, or from the bottom (up) or from the right (left); every line in
+    the same direction, or as a snake, which comes back along every second one, so that the next token is always a neighbour."""
+
+    columns: bool = False
+    up: bool = False
+    left: bool = False
+    snake: bool = False
+
+    def places(self, h, w):
+        """Returns the numbers, in raster order, of the tokens of an h x w grid as the path meets them, (h w,)."""
+        grid = torch.arange(h * w).view(h, w)
+        grid = grid.flip([axis for axis, mirrored in enumerate((self.up, self.left)) if mirrored])
+        lines = grid.T.clone() if self.columns else grid
+        if self.snake:
+            lines[1::2] = lines[1::2].flip(1)
+        return lines.flatten()
+
+
+ORDERS = {
+    # VMamba's, arXiv 2401.10166: rows, columns, and both from the end
+    "cross": tuple(Path(columns, end, end) for end, columns in product((False, True), repeat=2)),
+    # LaMamba-Diff's, arXiv 2408.02615: down, up, to the right, to the left. On odd grids the second is not the first reversed
+    "continuous": (
+        Path(snake=True),
+        Path(up=True, snake=True),
+        Path(columns=True, up=True, snake=True),
+        Path(columns=True, up=True, left=True, snake=True),
+    ),
+    # ZigMa's, arXiv 2403.13802: from every corner, by rows and by columns
+    "zigzag": tuple(Path(columns, up, left, snake=True) for up, left, columns in product((False, True), repeat=3)),
+}
+
+
+def follow(tokens, paths, grid_size):                                      # (B, N, D), K paths
+    """Returns the tokens of an (h, w) grid as each path meets them, (B, N, K, D)."""
+    return tokens.index_select(1, places(paths, grid_size, tokens)).unflatten(1, (-1, len(paths)))
+
+
+def put_back(sequences, paths, grid_size):                                 # (B, N, K, D), K paths
+    """Returns for every place of an (h, w) grid the sum of what the paths found there, (B, N, D)."""
+    grid = sequences.new_zeros(len(sequences), sequences.shape[1], sequences.shape[3])
+    return grid.index_add(1, places(paths, grid_size, sequences), sequences.flatten(1, 2))
+
+
+def places(paths, grid_size, like):
+    """Returns the places of the paths side by side, (N K,), on the device of a tensor; kept between calls."""
+    compute = _places.__wrapped__ if traced(like) else _places
+    return compute(paths, tuple(grid_size), like.device)
+
+
+@lru_cache(maxsize=64)
+def _places(paths, grid_size, device):
+    with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
+        return torch.stack([path.places(*grid_size) for path in paths], dim=1).flatten().to(device)

@@ -1,0 +1,43 @@
+"""The paths along which pictures are read."""
+
+import pytest
+import torch
+
+from mixers.orders import ORDERS, follow, put_back
+
+PUBLIC = {"continuous": "lamamba.{}", "zigzag": "zigma.zigzag.{}"}
+grids = pytest.mark.parametrize("grid_size", [(1, 1), (1, 4), (5, 1), (3, 4), (5, 5)])
+
+
+@pytest.mark.parametrize("order", PUBLIC)
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_public_paths(golden, order, n):
+    """Those of LaMamba-Diff at 27b3c1d and ZigMa at 37d837b."""
+    public = golden("scan_paths.npz")[PUBLIC[order].format(n)]
+    assert torch.equal(torch.stack([path.places(n, n) for path in ORDERS[order]]), public)
+
+
+def test_cross_is_rows_and_columns_from_either_end():
+    rows, columns = [0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]
+    assert [path.places(2, 3).tolist() for path in ORDERS["cross"]] == [rows, columns, rows[::-1], columns[::-1]]
+
+
+@grids
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_path_meets_every_token_once(order, grid_size):
+    tokens, paths = torch.randn(2, grid_size[0] * grid_size[1], 3), ORDERS[order]
+    sequences = follow(tokens, paths, grid_size)
+    for k, path in enumerate(paths):
+        places = path.places(*grid_size)
+        assert places.sort().values.tolist() == list(range(tokens.shape[1]))
+        assert torch.equal(sequences[:, :, k], tokens[:, places])
+        assert torch.equal(put_back(sequences[:, :, k : k + 1], (path,), grid_size), tokens)
+    torch.testing.assert_close(put_back(sequences, paths, grid_size), len(paths) * tokens)
+
+
+@grids
+@pytest.mark.parametrize("order", ["continuous", "zigzag"])
+def test_a_snake_steps_from_neighbour_to_neighbour(order, grid_size):
+    for places in (path.places(*grid_size) for path in ORDERS[order]):
+        row, column = places // grid_size[1], places % grid_size[1]
+        assert (row.diff().abs() + column.diff().abs() == 1).all()
