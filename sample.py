@@ -11,14 +11,14 @@ import torch
 
 from checkpoints.build import load_model
 from diffusion import OBJECTIVES, PATHS, create_sampler
-from diffusion.drawing import choose_classes, draw
+from diffusion.drawing import choose_classes, draw, name_classes
 from diffusion.guidance import create_guidance, guidance_in_words
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
 from download import find_checkpoint, public_checkpoint
 from images.autoencoder import load_trained_space
 from images.samples import save_grid
 from machine.files import check_writable
-from machine.flags import decay, from_zero, image_size, not_negative, positive, share
+from machine.flags import class_label, decay, from_zero, image_size, not_negative, positive, share
 from machine.processes import launch
 from mixers import MIXERS
 from mixers.running import add_speed_flags, prepare_to_sample
@@ -40,7 +40,8 @@ def main(args, processes):
     drawn = in_words(model, settings, sampler, steps, args.precision, guidance)
     print(f"Drawing {len(labels)} images: {drawn}")
     images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
-    save_grid(images, args.out, columns=args.samples_per_class if args.samples_per_class > 1 else 4)
+    columns = args.samples_per_class if args.samples_per_class > 1 else 4
+    save_grid(images, args.out, columns, name_classes(model, labels))
     print(f"{len(labels)} samples are in {args.out}")
 
 
@@ -82,7 +83,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw samples from a DiT.")
     add = parser.add_argument
     add_model_flags(add, vae="mse")
-    add("--class-labels", type=not_negative, nargs="+", metavar="CLASS", help="classes to draw; num_classes is the null class")
+    add("--class-labels", type=class_label, nargs="+", metavar="CLASS", help="numbers or names; num_classes is the null class")
     add("--samples-per-class", type=positive, default=1)
     add("--cfg-scale", type=from_zero, default=4.0, help="strength of classifier-free guidance; 1 is none")
     add("--seed", type=not_negative, default=0)

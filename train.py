@@ -63,7 +63,7 @@ def main(args, processes):
     settings["vae_digest"] = dataset.index["vae_digest"] if isinstance(dataset, CachedLatents) else space.digest()
 
     model = build_model(args, space, settings["num_classes"])
-    model.trained_classes = dataset.num_classes
+    model.trained_classes, model.class_names = dataset.num_classes, settings["class_names"]
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
 

@@ -6,7 +6,7 @@ from torch import nn
 
 class Backbone(nn.Module):
     """What they share. Class num_classes is the null class; the first trained_classes, all unless set otherwise, are those of
-    which there were images, and which samplers draw.
+    which there were images, and which samplers draw; class_names is a list of their names, or None.
 
     A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
     divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the
@@ -19,6 +19,7 @@ class Backbone(nn.Module):
     """
 
     recompute = False
+    class_names = None
 
     def checkpoint_gradients(self):
         """From now on training keeps what enters a block only, and computes the rest again when it needs gradients."""

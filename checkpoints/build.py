@@ -126,7 +126,8 @@ def load_model(path, given, default_vae, decay=None):
         **settings["mixer_options"],
     )
     load_weights(model, weights, path)
-    model.trained_classes = trained_classes(stored, model.num_classes, path)
+    model.class_names = class_names(stored, model.num_classes, path)
+    model.trained_classes = len(model.class_names or range(model.num_classes))
     settings["image_size"] = given.get("image_size", size[0])
     if "image_size" in given:
         resize(model, given["image_size"], space.factor)
@@ -201,13 +202,15 @@ def trained_size(settings, tokens, given, space, path):
     return given
 
 
-def trained_classes(stored, num_classes, path):
-    """Returns of how many classes there were images, which a checkpoint's args name; all if not. ValueError for more."""
+def class_names(stored, num_classes, path):
+    """Returns the names of the classes of which there were images, if a checkpoint's args have them, or None. ValueError for
+    more names than the weights have classes."""
     names = stored.get("class_names")
-    trained = len(names) if isinstance(names, list) and names else num_classes
-    if trained > num_classes:
-        raise ValueError(f"{path} contradicts itself: it names {trained} classes, its weights have num_classes={num_classes}")
-    return trained
+    if not isinstance(names, list) or not names:
+        return None
+    if (there := len(names)) > num_classes:
+        raise ValueError(f"{path} contradicts itself: it names {there} classes, its weights have num_classes={num_classes}")
+    return [str(name) for name in names]
 
 
 def resize(model, image_size, factor):

@@ -1,8 +1,11 @@
 """From labels to finished images, by any model, space, objective and sampler that are given.
 
-A model has in_channels, input_size (height, width), num_classes, which is also the number of its null class, and
-trained_classes, of how many classes it has seen images. A space has a factor, and decode(x) (images/autoencoder.py).
+A model has in_channels, input_size (height, width), num_classes, which is also the number of its null class,
+trained_classes, of how many classes it has seen images, and class_names, their names or None. A space has a factor, and
+decode(x) (images/autoencoder.py).
 """
+
+from difflib import get_close_matches
 
 import torch
 
@@ -20,7 +23,8 @@ REMEDIES = {
 
 
 def choose_classes(model, wanted=None):
-    """Returns the classes that are wanted, or else the first ones that were trained, or eight of ImageNet's 1000.
+    """Returns the classes that are wanted, by their numbers or names, or else the first ones that were trained, or eight of
+    ImageNet's 1000.
 
     A model without classes has only the null class, 0. ValueError for classes that there are not, or that were not trained.
     """
@@ -28,11 +32,34 @@ def choose_classes(model, wanted=None):
     classes = wanted or (IMAGENET_FAVOURITES if trained == 1000 else list(range(max(min(trained, 16), 1))))
     if num_classes == 0 and wanted:
         raise ValueError("the checkpoint was trained without classes, so --class-labels means nothing to it")
+    classes = [find_class(label, model.class_names) if isinstance(label, str) else label for label in classes]
     if wrong := [label for label in classes if not 0 <= label <= num_classes]:
         raise ValueError(f"class {wrong[0]} is out of range: the checkpoint has 0 to {num_classes - 1}, {num_classes} is none")
     if wrong := [label for label in classes if trained <= label < num_classes]:
         raise ValueError(f"class {wrong[0]} was not trained: there were images of 0 to {trained - 1}; {num_classes} is none")
     return classes
+
+
+def find_class(name, names):
+    """Returns the number of the class of that name, in capitals or not. ValueError offers the nearest names, or says that
+    there are none."""
+    if not names:
+        raise ValueError(f"class {name!r}: the checkpoint does not name its classes; give their numbers")
+    if name in names:
+        return names.index(name)
+    plain = [known.casefold() for known in names]
+    if plain.count(name.casefold()) == 1:
+        return plain.index(name.casefold())
+    near = [names[plain.index(match)] for match in get_close_matches(name.casefold(), plain, n=3, cutoff=0.5)]
+    offered = f"the nearest are {', '.join(near)}" if near else f"it has {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+    raise ValueError(f"the checkpoint has no class {name!r}; {offered}")
+
+
+def name_classes(model, labels):
+    """Returns the names of classes, one for each label of a list; None where they are only numbers."""
+    names = model.class_names or []
+    named = [names[label] if label < len(names) else "" for label in labels]
+    return named if any(name not in ("", str(label)) for name, label in zip(named, labels)) else None
 
 
 def draw(model, space, objective, sampler, labels, seed, guidance, progress=True):

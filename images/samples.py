@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.nn.functional import interpolate
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
@@ -18,6 +18,7 @@ from machine.files import whole_file
 from machine.stops import ignore_stops, read_batches
 
 SHOWN_SIDE = 64  # a grid enlarges smaller images, smoothly, to about this many pixels
+CAPTION = 16  # pixels of the strip above an image that says what it is
 
 
 def save_png(pixels, path):
@@ -26,12 +27,31 @@ def save_png(pixels, path):
         Image.fromarray(pixels).save(file, format="png")
 
 
-def save_grid(images, path, columns):
-    """Writes a tensor uint8 (n, H, W, 3) as one PNG, `columns` images to a row."""
+def save_grid(images, path, columns, captions=None):
+    """Writes a tensor uint8 (n, H, W, 3) as one PNG, `columns` images to a row. captions: a text for each image; one that
+    several neighbours have in common stands over the first of them."""
     scale = max(1, SHOWN_SIDE // images.shape[1])
     shown = interpolate(images.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="bicubic")
-    grid = make_grid(shown.round().clamp(0, 255).byte(), nrow=columns, pad_value=255)
-    save_png(grid.permute(1, 2, 0).numpy(), path)
+    shown = shown.round().clamp(0, 255).byte()
+    if captions:
+        shown = pad(shown, (0, 0, CAPTION, 0), value=255)
+    grid = make_grid(shown, nrow=columns, pad_value=255).permute(1, 2, 0).numpy()
+    save_png(write_captions(grid, captions, min(columns, len(captions)), *shown.shape[2:]) if captions else grid, path)
+
+
+def write_captions(grid, captions, columns, height, width):
+    """Writes captions into the strips above the images of a grid, (H, W, 3) of NumPy, shortened to where the next begins."""
+    picture, places = Image.fromarray(grid), [(i // columns, i % columns) for i in range(len(captions))]
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(CAPTION - 4)
+    for (row, column), text in zip(places, captions):
+        same = [there == text for (at, _), there in zip(places, captions) if at == row]
+        if column and same[column - 1]:
+            continue
+        room = (same[column:] + [False]).index(False) * (width + 2) - 4
+        while text and pen.textlength(text, font) > room:
+            text = f"{text.removesuffix('…')[:-1].rstrip()}…" if len(text) > 1 else ""
+        pen.text((2 + column * (width + 2), 2 + row * (height + 2)), text, fill="black", font=font)
+    return np.asarray(picture)
 
 
 class NpzImages:

@@ -47,6 +47,11 @@ def marked_may_change(parser):
     return {flag.dest for flag in parser._actions if getattr(flag, "may_change", False)}
 
 
+def class_label(text):
+    """Reads the number of a class, or else its name: "007" is a name, since no number is written so."""
+    return int(text) if text.isdecimal() and text == str(int(text)) else text
+
+
 class Default(int):
     """A default that can be told from the same number when it is given."""
 

@@ -209,9 +209,7 @@ def test_without_a_checkpoint_there_is_one_model(flags):
 def test_only_classes_that_were_trained_are_drawn(tmp_path, checkpoint, monkeypatch):
     """The model has 10, and there were images of 2."""
     path, drawn, generate = checkpoint(), [], drawing.generate
-    contents = torch.load(path)
-    contents["args"]["class_names"] = ["cat", "dog"]
-    torch.save(contents, path)
+    name_classes(path, "cat", "dog")
     monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.append(set(a[4].tolist())) or generate(*a, **k))
     draw(path, tmp_path / "a.png")
     draw_many(path, tmp_path / "s", "--num-fid-samples", 12, "--per-proc-batch-size", 12)
@@ -219,10 +217,42 @@ def test_only_classes_that_were_trained_are_drawn(tmp_path, checkpoint, monkeypa
     assert drawn == [{0, 1}, {0, 1}, {1, 10}]
     with pytest.raises(ValueError, match="class 2 was not trained: there were images of 0 to 1; 10 is none"):
         draw(path, tmp_path / "a.png", "--class-labels", 0, 2)
-    contents["args"]["class_names"] = [str(n) for n in range(11)]
-    torch.save(contents, path)
+    name_classes(path, *map(str, range(11)))
     with pytest.raises(ValueError, match=r"a\.pt contradicts itself: it names 11 classes, its weights have num_classes=10"):
         draw(path, tmp_path / "a.png")
+
+
+def name_classes(path, *names):
+    contents = torch.load(path)
+    contents["args"]["class_names"] = [*names]
+    torch.save(contents, path)
+    return path
+
+
+def test_classes_have_names(tmp_path, checkpoint):
+    path = name_classes(checkpoint(), "bird of paradise", "rose", "007")
+    wanted = (["Rose", 0, "007"], [1, "bird of paradise", 2])
+    grids = [draw(path, tmp_path / "a.png", "--class-labels", *classes) for classes in wanted]
+    assert grids[0].shape == (2 + 66 + 16, 2 + 3 * 66, 3)  # with room for the names
+    assert np.array_equal(*grids)
+    bare = draw(name_classes(path, "0", "1", "2"), tmp_path / "a.png", "--class-labels", 1, 0, 2)
+    assert np.array_equal(bare[2:], grids[0][18:])  # the same images; numbers are not written above them
+    assert [(grids[0][2:18, x : x + 64] < 128).any() for x in (2, 68, 134)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "message"),
+    [
+        (["rose", "tulip", "lily"], "roos", "the checkpoint has no class 'roos'; the nearest are rose"),
+        (["rose", "tulip", "lily"], "Zzz", "has no class 'Zzz'; it has rose, tulip, lily"),
+        (["Rose", "rose"], "ROSE", "has no class 'ROSE'; the nearest are"),
+        ([], "rose", "class 'rose': the checkpoint does not name its classes; give their numbers"),
+        (["rose"], "-1", "has no class '-1'; it has rose"),
+    ],
+)
+def test_a_name_of_no_class_is_answered_with_the_nearest(tmp_path, checkpoint, names, wanted, message):
+    path = name_classes(checkpoint(), *names)
+    assert message in error_of(sample, "--ckpt", path, *FEW_STEPS, "--class-labels", wanted, "--out", tmp_path / "a.png")
 
 
 def test_classes_cannot_be_asked_of_a_model_without(checkpoint):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from diffusion import create_objective, create_sampler
-from diffusion.drawing import choose_classes, draw
+from diffusion.drawing import choose_classes, draw, name_classes
 from diffusion.guidance import create_guidance, guidance_in_words
 from diffusion.noise import PerImageNoise, image_seeds
 from images.autoencoder import LatentSpace, PixelSpace
@@ -119,7 +119,7 @@ def draw_samples(step, model, space, quick_sampler, journal):
     path = journal.folder / "samples" / f"{step:07d}.png"
     with best_effort("Writing a grid of samples"):
         path.parent.mkdir(exist_ok=True)
-        save_grid(images, path, columns=4)
+        save_grid(images, path, 4, name_classes(model, labels))
         drawn = f"drawn {guidance_in_words(guidance, model)}"
         logger.info(f"(step={step:07d}) {len(labels)} samples are in {path}, {drawn}")
     if journal.track and path.exists():

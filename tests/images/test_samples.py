@@ -184,6 +184,17 @@ def test_large_samples_are_shown_as_they_are(tmp_path):
     assert np.array_equal(shown[68:132, 2:98], images[2])
 
 
+def test_a_caption_stands_once_above_its_neighbours_and_in_its_room(tmp_path):
+    images = torch.full((5, 64, 64, 3), 200, dtype=torch.uint8)
+    save_grid(images, tmp_path / "grid.png", 3, ["a name that is longer than one image", *["two of them"] * 3, ""])
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid.convert("L"))
+    assert shown.shape == (2 * (66 + 16) + 2, 3 * 66 + 2)
+    dark = [[(shown[y : y + 16, x : x + 62] < 128).any() for x in (2, 68, 134)] for y in (2, 84)]
+    assert dark == [[True, True, False], [True, False, False]]
+    assert (shown[2:18, 64:68] > 200).all()  # the first is shortened
+
+
 def test_the_npz_takes_no_memory(tmp_path):
     """Two thousand images of 3 kB are gathered in well under their 6 MB."""
     folder = tmp_path / "images"
