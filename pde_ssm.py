@@ -542,7 +542,7 @@ def options_from_weights(weights):
 def replace_attention(model, mixer="pdessm", grid_size=None, **options):
     """Replaces every self-attention layer of `model` by a PDESSMBlock, in place, prints how many, and returns the model.
 
-    mixer:     a name in PRESETS, or a class with the constructor of PDESSMBlock.
+    mixer:     a name in PRESETS, or a class that takes dim, grid_size and, if there are prefix tokens, prefix_tokens.
     grid_size: (h, w) of the tokens; by default the model's, if it has a `grid_size` or its `patch_embed` has one. For
                other inputs later, set `grid_size` of the blocks.
     options:   of PDESSMBlock; prefix_tokens is by default the model's `num_prefix_tokens`.
@@ -556,5 +556,5 @@ def replace_attention(model, mixer="pdessm", grid_size=None, **options):
         raise ValueError("conditioned needs blocks that pass a conditioning vector to their mixer, as DiT of this project does")
     for owner in (model, getattr(model, "patch_embed", None)):
         grid_size = grid_size or getattr(owner, "grid_size", None)
-    options = dict(prefix_tokens=getattr(model, "num_prefix_tokens", 0), grid_size=grid_size) | options
-    return exchange(model, lambda dim: mixer(dim, **options), getattr(mixer, "__name__", mixer))
+    options = ({"prefix_tokens": n} if (n := getattr(model, "num_prefix_tokens", 0)) else {}) | options
+    return exchange(model, lambda dim: mixer(dim, grid_size=grid_size, **options), getattr(mixer, "__name__", mixer))

@@ -3,11 +3,14 @@
 import inspect
 from functools import partial
 
-from mixers import attention, pde
+from mixers import attention, global_filter, mean, pde, s4nd
 
 KINDS = (
     attention.MIXER,
     pde.MIXER,
+    s4nd.MIXER,
+    global_filter.MIXER,
+    mean.MIXER,
 )
 MIXERS = {name: partial(kind.build, **preset) for kind in KINDS for name, preset in kind.named.items()}
 

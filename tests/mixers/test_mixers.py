@@ -29,8 +29,9 @@ def test_a_mixer_takes_the_options_that_it_declares(kind):
         assert preset.keys() <= {option.name for option in kind.options}
 
 
-def test_the_table_in_the_docs_has_every_option():
-    rows = [line for line in (ROOT / "docs" / "operator.md").read_text().splitlines() if line.startswith("|")]
+def test_the_tables_in_the_docs_have_every_option():
+    pages = [(ROOT / "docs" / name).read_text() for name in ("operator.md", "mixers.md")]
+    rows = [line for page in pages for line in page.splitlines() if line.startswith("|")]
     named = set(re.findall(r"`(--[a-z0-9-]+)", "\n".join(rows)))
     assert declared_flags() | {"--mixer"} == named | {"--mixer"}
 

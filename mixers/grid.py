@@ -1,0 +1,23 @@
+"""Tokens on their grid, for mixers that need to know where each of them is."""
+
+
+def on_grid(tokens, grid_size, name):
+    """Returns tokens (B, h w, D) as (B, h, w, D). ValueError if there are more or fewer than on the grid; `name` says whose."""
+    h, w = grid_size
+    if tokens.ndim != 3 or tokens.shape[1] != h * w:
+        raise ValueError(f"{name} is on a grid of {h} x {w} = {h * w} tokens (B, N, D); it got the shape {tuple(tokens.shape)}")
+    return tokens.unflatten(1, (h, w))
+
+
+def checked_grid(grid_size, name):
+    """Returns the (h, w) that a mixer was told. ValueError if it was told none, as where other people's models tell none."""
+    if not grid_size:
+        raise ValueError(f"{name} has to know the grid of its tokens: grid_size=(h, w)")
+    return tuple(grid_size)
+
+
+def refuse(call, name):
+    """Raises a ValueError for what callers passed besides tokens, by name: a mask, a context or anything but None, False and
+    rope, which tells tokens where they are."""
+    if given := [what for what, value in call.items() if value is not None and value is not False and what != "rope"]:
+        raise ValueError(f"{name} mixes a grid of tokens and cannot follow {', '.join(given)}")

@@ -1,0 +1,102 @@
+"""S4ND (Nguyen et al., arXiv 2210.06583): a state-space model along each axis of the grid, their kernels multiplied."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+
+from machine.flags import above_zero, positive
+from mixers.grid import checked_grid, on_grid, refuse
+from mixers.options import Mixer, Option
+from pde_ssm_kernels.modes import full_precision, widen
+
+
+class Kernel(nn.Module):
+    """The kernels along one axis, two for each of D channels: c = 0 for the lags 0, 1, ..., c = 1 for -1, -2, ...
+
+        a = dt A,    K_c[l] = 2 Re sum_n B_n C_cn (exp(a_n) - 1) / A_n exp(a_n l)
+
+    N states in conjugate pairs, of which N / 2 are kept, A and B one for all channels. Names are the public ones: `inv_dt` is
+    log dt, `A_real` log(-Re A), `A_imag` -Im A, and `B` and `C` are pairs of real numbers. Initial values are S4D-Lin's:
+    A_n = -1/2 - i pi n, B = 1, C complex normal, dt log-uniform from 0.001 to 0.1.
+    """
+
+    def __init__(self, dim, state_dim=64):
+        super().__init__()
+        half = state_dim // 2
+        self.inv_dt = nn.Parameter(torch.empty(dim, 1).uniform_(math.log(0.001), math.log(0.1)))
+        self.A_real = nn.Parameter(torch.full((1, half), math.log(0.5)))
+        self.A_imag = nn.Parameter(torch.pi * torch.arange(half, dtype=torch.float32)[None].clamp(min=1e-4 / torch.pi))
+        self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(1, 1, half, 1))
+        self.C = nn.Parameter(math.sqrt(0.5) * torch.randn(2, dim, half, 2))
+
+    def forward(self, length, rate=1.0, bandlimit=None):
+        """Returns (2, D, length), the steps dt multiplied by rate. With bandlimit, what would oscillate at that fraction of
+        the highest frequency of the tokens or faster is left out."""
+        B, C = (torch.view_as_complex(widen(x).contiguous()) for x in (self.B[0], self.C))
+        A = torch.complex(-widen(self.A_real).exp(), -widen(self.A_imag))                  # (1, N / 2)
+        dt = rate * widen(self.inv_dt).exp()                                               # (D, 1)
+        a = dt * A                                                                         # (D, N / 2)
+        gain = B * C * (torch.expm1(a) / A)                                                # (2, D, N / 2)
+        if bandlimit:
+            gain = gain * (dt * A.imag.abs() / (2 * torch.pi) < bandlimit / 2)
+        waves = torch.exp(a[..., None] * torch.arange(length, device=a.device))            # (D, N / 2, length)
+        return 2 * torch.einsum("cdn,dnl->cdl", gain, waves).real
+
+
+class S4ND(nn.Module):
+    """S4ND with S4D-Lin kernels, bidirectional, (B, h w, D) -> (B, h w, D), on a grid with zeros around it:
+
+        y = u convolved with K^0 (x) K^1, + D u;     out = GLU(Linear(gelu(y)))
+
+    The convolution is a product of Fourier transforms of 2h x 2w points, in float32 under any autocast. Parameters:
+    2 D^2 + D (4 N + 5) + 4 N, at D = 384 with N = state_dim = 64 states 395,392. Public code trains dt, A and B at a learning
+    rate of 0.001 of their own; here all have the same.
+
+    On another grid than the one it was built for, `grid_size`, the steps dt are those of tokens that lie closer or wider in the
+    same picture. bandlimit: see `Kernel`.
+    """
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, state_dim=64, bandlimit=None):
+        super().__init__()
+        if state_dim % 2:
+            raise ValueError(f"--s4nd-state-dim {state_dim}: states come in conjugate pairs, so their number is even")
+        self.grid_size = self.trained_grid = checked_grid(grid_size, "s4nd")
+        self.bandlimit = bandlimit
+        self.D = nn.Parameter(torch.randn(1, dim))
+        self.kernel = nn.ModuleList(Kernel(dim, state_dim) for _ in range(2))
+        self.output_linear = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GLU(dim=-1))
+
+    def forward(self, tokens, **call):                                     # (B, h w, D)
+        refuse(call, "s4nd")
+        u = on_grid(tokens, self.grid_size, "s4nd")
+        with full_precision(u):
+            u = widen(u)
+            y = self.convolve(u) + widen(self.D) * u                       # (B, h, w, D)
+        return self.output_linear(gelu(y).flatten(1, 2).to(tokens.dtype))
+
+    def convolve(self, u):
+        h, w = self.grid_size
+        over_rows, over_columns = (self.two_sided(axis) for axis in range(2))              # (2h, D), (2w, D)
+        symbol = torch.fft.fft(over_rows, dim=0)[:, None] * torch.fft.rfft(over_columns, dim=0)  # (2h, w + 1, D)
+        modes = torch.fft.rfft2(u, (2 * h, 2 * w), dim=(1, 2)) * symbol
+        return torch.fft.irfft2(modes, (2 * h, 2 * w), dim=(1, 2))[:, :h, :w]              # (B, h, w, D)
+
+    def two_sided(self, axis):
+        """Returns the kernel of an axis of n tokens for the lags 0 to n - 1, then -n to -1: (2n, D)."""
+        n = self.grid_size[axis]
+        forward, backward = self.kernel[axis](n, self.trained_grid[axis] / n, self.bandlimit)
+        return torch.cat([forward, backward.flip(-1)], dim=-1).T
+
+
+def read(weights):
+    """Returns the options of an S4ND with these weights that they tell, None for another layer's."""
+    return dict(state_dim=2 * weights["kernel.0.A_real"].shape[1]) if "kernel.0.inv_dt" in weights else None
+
+
+OPTIONS = (
+    Option("state_dim", "states of each kernel, 64 unless given", dict(type=positive)),
+    Option("bandlimit", "leave out what oscillates at this fraction of the tokens' highest frequency", dict(type=above_zero)),
+)
+MIXER = Mixer("s4nd", S4ND, read, OPTIONS)
