@@ -3,7 +3,7 @@
 import inspect
 from functools import partial
 
-from mixers import attention, global_filter, mean, pde, s4nd
+from mixers import attention, global_filter, mamba, mean, pde, s4nd
 
 KINDS = (
     attention.MIXER,
@@ -11,6 +11,7 @@ KINDS = (
     s4nd.MIXER,
     global_filter.MIXER,
     mean.MIXER,
+    mamba.MIXER,
 )
 MIXERS = {name: partial(kind.build, **preset) for kind in KINDS for name, preset in kind.named.items()}
 

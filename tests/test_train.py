@@ -262,7 +262,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mixer", "mamba"], "choose from .*attention.*pdessm"),
+        (["--mixer", "hyena"], "choose from .*attention.*pdessm"),
         (["--model", "DiT-Q/2"], "choose from .*DiT-XL/2"),
         (["--max-steps", "0"], "--max-steps: 0 is not a whole number from 1"),
         (["--pde-terms", "advection"], "choose from .*convection"),

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from public_numbers import assert_near, assert_public, with_public_weights
 
 from mixers.s4nd import S4ND, Kernel
+from public_numbers import assert_near, assert_public, with_public_weights
 
 
 def test_public_numbers(golden):

@@ -1,0 +1,123 @@
+"""Mamba (Gu and Dao, arXiv 2312.00752) as a mixer of tokens, and Vim (Zhu et al., arXiv 2401.09417), which reads both ways:
+
+    x, z = W_in tokens                                           E = expand D channels each
+    x = silu(conv1d(x))                                          of each channel, over a token and the d_conv - 1 before it
+    delta, B, C = W_x x                                          R = ceil(D / 16), N and N numbers for each token
+    y = silu(z) (scan(x, softplus(W_dt delta + bias), -exp(A_log), B, C) + D x)              (mixers/selective_scan.py)
+    out = W_out y
+
+Vim has all but W_in and W_out twice, for the tokens in reverse, too, and takes the mean of both y; DiS (Fei et al., arXiv
+2402.05608) takes their sum. With Mamba a token sees those before it alone. ZigMa (Hu et al., arXiv 2403.13802) is Mamba along
+eight paths through the picture, each block along the next.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, pad, silu
+
+from machine.flags import positive
+from mixers.grid import checked_grid, on_grid, refuse
+from mixers.options import Mixer, Option
+from mixers.orders import ORDERS, follow, put_back
+from mixers.selective_scan import selective_scan
+from pde_ssm_kernels.modes import widen
+
+
+class Mamba(nn.Module):
+    """The Mamba block, tokens (B, L, D) -> (B, L, D): stands where timm's Attention stood and takes its arguments, of which
+    heads and the like mean nothing to it. The names of its weights are the public ones.
+
+    expand: channels of the scan, as a multiple of D; d_state: N; d_conv: tokens under the convolution. bidirectional is Vim,
+    and with summed its two directions are added up as in DiS. zigzag is ZigMa: tokens lie on a grid of grid_size (h, w),
+    and `layer` is the block's number. ValueError for numbers below 1, one direction's sum, tokens off the grid.
+
+    Parameters at D = 384: 963,840; 1,042,944 with two directions, and then 521,472 with expand=1.
+    """
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, *, expand=2, d_state=16, d_conv=4, bidirectional=False, summed=False,
+                 zigzag=False, grid_size=None, layer=0, prefix_tokens=0):  # fmt: skip
+        super().__init__()
+        for name, number in dict(expand=expand, d_state=d_state, d_conv=d_conv).items():
+            if number < 1 or number != int(number):
+                raise ValueError(f"{name} of Mamba is a whole number from 1; it is {number}")
+        if summed and not bidirectional:
+            raise ValueError("summed adds up two directions and Mamba has one; with bidirectional, which is Vim, it has both")
+        if zigzag and prefix_tokens:
+            raise ValueError(f"zigzag paths go through a grid, on which {prefix_tokens} prefix_tokens have no place")
+        self.grid_size, self.path = grid_size, ORDERS["zigzag"][layer % 8] if zigzag else None
+        E, N, R = expand * dim, d_state, math.ceil(dim / 16)
+        self.ways = ("", "_b") if bidirectional else ("",)                 # as the names of weights tell directions apart
+        self.summed = summed
+        self.in_proj = nn.Linear(dim, 2 * E, bias=False)
+        for b in self.ways:
+            setattr(self, f"conv1d{b}", nn.Conv1d(E, E, d_conv, groups=E))
+            setattr(self, f"x_proj{b}", nn.Linear(E, R + 2 * N, bias=False))
+            setattr(self, f"dt_proj{b}", nn.Linear(R, E))
+            setattr(self, f"A{b}_log", nn.Parameter(torch.empty(E, N)))
+            setattr(self, f"D{b}", nn.Parameter(torch.empty(E)))
+        self.out_proj = nn.Linear(E, dim, bias=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """Sets what a network's own initialisation would spoil: time steps between 0.001 and 0.1, in both directions, and
+        states that decay at the rates 1 to N. (Vim's public code leaves the steps of its second direction at 0.69.)"""
+        for b in self.ways:
+            A_log, dt_proj = getattr(self, f"A{b}_log"), getattr(self, f"dt_proj{b}")
+            A_log.copy_(torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32).log().expand_as(A_log))
+            nn.init.ones_(getattr(self, f"D{b}"))
+            nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
+            steps = torch.empty_like(dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+            dt_proj.bias.copy_(steps + (-torch.expm1(-steps)).log())       # the inverse of softplus
+
+    def forward(self, tokens, **call):                                     # (B, L, D)
+        refuse(call, "Mamba")
+        if self.path is None:
+            return self.read(tokens)
+        grid = checked_grid(self.grid_size, "Mamba along zigzags")
+        on_grid(tokens, grid, "Mamba along zigzags")
+        along = follow(tokens, (self.path,), grid).squeeze(2)
+        return put_back(self.read(along).unsqueeze(2), (self.path,), grid)
+
+    def read(self, tokens):                                                # (B, L, D)
+        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)        # (B, E, L) twice
+        y = self.scan(x, z, "")
+        if len(self.ways) == 2:
+            back = self.scan(x.flip(2), z.flip(2), "_b").flip(2)
+            y = y + back if self.summed else (y + back) / 2
+        return self.out_proj(y.transpose(1, 2))                            # (B, L, D)
+
+    def scan(self, x, z, b):                                               # (B, E, L) twice -> (B, E, L)
+        conv1d, x_proj, dt_proj = (getattr(self, f"{name}{b}") for name in ("conv1d", "x_proj", "dt_proj"))
+        A_log, D = getattr(self, f"A{b}_log"), getattr(self, f"D{b}")
+        x = silu(conv1d(pad(x, (conv1d.kernel_size[0] - 1, 0))))
+        numbers = dt_proj.in_features, A_log.shape[1], A_log.shape[1]
+        delta, B, C = x_proj(x.transpose(1, 2)).split(numbers, dim=2)      # (B, L, R), (B, L, N) twice
+        delta, B, C = (parts.transpose(1, 2) for parts in (linear(delta, dt_proj.weight), B, C))
+        return selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True)
+
+
+OPTIONS = (
+    Option("expand", "channels of the scan, as a multiple of the hidden size; 2 unless given", dict(type=positive)),
+    Option("d_state", "states of each channel; 16 unless given", dict(type=positive)),
+    Option("d_conv", "tokens under the convolution; 4 unless given", dict(type=positive)),
+    Option("bidirectional", "also read the tokens in reverse, as --mixer vim does", dict(action="store_true")),
+    Option("summed", "add up the two directions, as DiS does, instead of taking their mean", dict(action="store_true")),
+    Option("zigzag", "read along eight paths, each block along the next, as --mixer zigzag does", dict(action="store_true")),
+)
+PRESETS = {"mamba": {}, "vim": {"bidirectional": True}, "zigzag": {"zigzag": True}}
+
+
+def read(weights):
+    """Returns the options that the weights of a Mamba tell, which are not summed and zigzag; None for another layer's."""
+    if not {"A_log", "conv1d.weight"} <= weights.keys():
+        return None
+    (E, d_state), dim = weights["A_log"].shape, len(weights["out_proj.weight"])
+    return dict(
+        expand=E // dim, d_state=d_state, d_conv=weights["conv1d.weight"].shape[2], bidirectional="A_b_log" in weights
+    )  # fmt: skip
+
+
+MIXER = Mixer("mamba", Mamba, read, OPTIONS, PRESETS)

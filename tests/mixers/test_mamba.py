@@ -1,0 +1,121 @@
+"""Mamba and Vim against public numbers, and what their equations imply."""
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from mixers import build_mixer, read_mixer
+from mixers.mamba import Mamba
+from mixers.selective_scan import selective_scan
+from models import DiT
+from public_numbers import assert_near, assert_public, on_meta, part, with_public_weights
+
+PUBLIC = dict(d_state=8)  # of the public numbers
+
+
+@pytest.mark.parametrize(("case", "bidirectional"), [("mono", False), ("bi", True)])
+def test_public_numbers(golden, case, bidirectional):
+    assert_public(Mamba(20, **PUBLIC, bidirectional=bidirectional), part(golden("vim.npz"), case))
+
+
+def test_the_sum_of_both_directions_is_public_too(golden):
+    numbers = part(golden("vim.npz"), "bi")
+    summed = with_public_weights(Mamba(20, **PUBLIC, bidirectional=True, summed=True), numbers)
+    assert_near(summed(numbers["x"].double()), numbers["out_undivided"])
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [(dict(), 963_840), (dict(bidirectional=True), 1_042_944), (dict(bidirectional=True, expand=1), 521_472)],
+)
+def test_parameters(options, parameters):
+    assert sum(p.numel() for p in on_meta(Mamba, 384, **options).parameters()) == parameters
+
+
+@torch.no_grad()
+def test_tokens_in_reverse_are_mixed_in_reverse_if_the_directions_change_places():
+    tokens, mixer, other = torch.randn(2, 7, 16), Mamba(16, bidirectional=True), Mamba(16, bidirectional=True)
+    layers = ("conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias")
+    places = {"A_log": "A_b_log", "D": "D_b"} | {name: name.replace(".", "_b.") for name in layers}
+    places |= {there: name for name, there in places.items()}
+    other.load_state_dict({places.get(name, name): w for name, w in mixer.state_dict().items()})
+    torch.testing.assert_close(other(tokens.flip(1)).flip(1), mixer(tokens), rtol=1e-5, atol=1e-6)
+    assert (mixer(tokens.flip(1)).flip(1) - mixer(tokens)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_mamba_sees_what_came_before_and_vim_everything():
+    tokens = torch.randn(1, 6, 16)
+    other = tokens.clone()
+    other[:, 3] += 1
+    for mixer, seen in ((Mamba(16), [False] * 3 + [True] * 3), (Mamba(16, bidirectional=True), [True] * 6)):
+        assert ((mixer(tokens) - mixer(other)).abs().amax((0, 2)) > 0).tolist() == seen
+
+
+@torch.no_grad()
+def test_zigzags_are_mamba_along_a_path_of_their_layer():
+    """Layer 9 runs as layer 1 does: by columns from the top left, every second one upwards."""
+    tokens = torch.randn(2, 6, 16)
+    mixer = Mamba(16, zigzag=True, grid_size=(2, 3), layer=9)
+    path = torch.tensor([0, 3, 4, 1, 2, 5])
+    plain = Mamba(16)
+    plain.load_state_dict(mixer.state_dict())
+    torch.testing.assert_close(mixer(tokens)[:, path], plain(tokens[:, path]))
+    mixer.grid_size = (1, 6)
+    torch.testing.assert_close(mixer(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("name", ["mamba", "vim", "zigzag"])
+def test_time_steps_of_a_whole_network_start_between_a_thousandth_and_a_tenth(name):
+    model = DiT(8, hidden_size=32, depth=2, num_heads=4, mixer=name)
+    for bias in (p for key, p in model.named_parameters() if "dt_proj" in key and key.endswith("bias")):
+        steps = softplus(bias)
+        assert 0.99e-3 < steps.min() < 0.005
+        assert 0.02 < steps.max() < 0.101
+
+
+@torch.no_grad()
+def test_autocast_rounds_what_the_scan_gets_and_gives_and_nothing_in_between(monkeypatch):
+    """Hundreds of steps in half precision would be further off."""
+    errors = []
+
+    def compare(*inputs, **how):
+        out = selective_scan(*inputs, **how)
+        with torch.autocast("cpu", enabled=False):
+            exact = selective_scan(*(x.double() for x in inputs), **how)
+        errors.append(((out - exact).abs() / exact.abs()).max())
+        return out
+
+    monkeypatch.setattr("mixers.mamba.selective_scan", compare)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Mamba(16, bidirectional=True)(torch.randn(2, 300, 16)).dtype == torch.bfloat16
+    assert len(errors) == 2
+    assert 2**-10 < max(errors) < 2**-8
+
+
+@pytest.mark.parametrize("options", [dict(expand=1), dict(d_state=4, d_conv=3), dict(bidirectional=True)])
+def test_options_are_read_off_weights(options):
+    mixer = build_mixer("mamba", 32, 4, None, 0, **options)
+    defaults = dict(expand=2, d_state=16, d_conv=4, bidirectional=False)
+    assert read_mixer(mixer.state_dict()) == ("mamba", defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(expand=0), "expand of Mamba is a whole number from 1; it is 0"),
+        (dict(d_state=-1), "d_state of Mamba is a whole number from 1; it is -1"),
+        (dict(summed=True), "summed adds up two directions and Mamba has one"),
+        (dict(zigzag=True, prefix_tokens=1), "on which 1 prefix_tokens have no place"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Mamba(32, **options)
+
+
+def test_zigzags_need_tokens_on_a_grid():
+    with pytest.raises(ValueError, match=r"Mamba along zigzags is on a grid of 2 x 3 = 6 tokens .*\(1, 7, 16\)"):
+        Mamba(16, zigzag=True, grid_size=(2, 3))(torch.randn(1, 7, 16))
+    with pytest.raises(ValueError, match="Mamba along zigzags has to know the grid of its tokens"):
+        Mamba(16, zigzag=True)(torch.randn(1, 9, 16))
