@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from checkpoints.build import load_model
-from diffusion import OBJECTIVES, PATHS, create_sampler
+from diffusion import OBJECTIVES, PATHS, PREDICTIONS, create_sampler
 from diffusion.drawing import choose_classes, draw, name_classes
 from diffusion.guidance import create_guidance, guidance_in_words
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
@@ -47,7 +47,7 @@ def main(args, processes):
 
 def trained(settings):
     """Picks out what `create_sampler` must know of how a checkpoint was trained."""
-    return {name: settings[name] for name in ("path", "time_scale", "learn_sigma")}
+    return {name: settings[name] for name in ("path", "time_scale", "predict", "learn_sigma")}
 
 
 def in_words(model, settings, sampler, steps, precision, guidance):
@@ -70,6 +70,7 @@ def add_model_flags(add, vae):
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
     add("--objective", choices=OBJECTIVES, help="from the checkpoint; for weights that do not tell")
     add("--path", choices=PATHS, help="of a flow, from the checkpoint; for weights that do not tell, and linear unless given")
+    add("--predict", choices=PREDICTIONS, help="of a flow, from the checkpoint; for others, and velocity unless given")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
     add("--cfg-channels", choices=["3", "all"], help="that guidance guides; by default 3 of 4, as in DiT, and all of others")

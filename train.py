@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoints import resume
-from diffusion import OBJECTIVES, PATHS, TIMES, create_objective
+from diffusion import add_objective_flags, create_objective, flow_settings
 from evaluation.features import NETWORKS
 from images.autoencoder import open_space
 from images.dataset import CHECK, check_readable, worker_count
@@ -51,7 +51,7 @@ def main(args, processes):
     space = open_space(args.vae)
     dataset, held_out = open_images(args.data_path, args.val_path, args.image_size, args.uncond, args.dataset, processes)
     check(args, processes, dataset, held_out, space)
-    settings = vars(args) | settings_of(args, dataset, processes)
+    settings, flow = vars(args) | settings_of(args, dataset, processes), flow_settings(vars(args))
     workers = worker_count(args.num_workers, args.data_path)
     for images in (dataset, held_out):
         if images and args.check_data:
@@ -74,7 +74,7 @@ def main(args, processes):
     settings["bad_images"] = bad.known
     loader = make_loader(bad.replaced_in(dataset), args.global_batch_size, args.global_seed, processes, workers)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
-    watch = Watch(space, args.objective, args.path or "linear", bad, held_out, args.sample_every, probe, args.probe_every)
+    watch = Watch(space, args.objective, flow, bad, held_out, args.sample_every, probe, args.probe_every)
     seen = processes.share(runs.seen_at(folder, first) if run and leads else set())
     if run and first >= total and not watch.due(first, True) - seen:
         logger.info(f"Done! All {total:,} steps were done before: {run['path']}")
@@ -108,7 +108,7 @@ def main(args, processes):
 
     replica = replicate(learner.model, processes)  # where a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
-    objective = create_objective(args.objective, path=args.path or "linear", times=args.times or "uniform")
+    objective = create_objective(args.objective, **flow)
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes)
     draw = partial(draw_batch, flip=dataset.flip, space=space, objective=objective, **shared)
 
@@ -232,9 +232,7 @@ def flags():
     add("--init-from", metavar="CKPT", help="begin with what fits of a checkpoint, with other classes, mixer or size")
     add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
     add, vary = group(parser, "learning")
-    add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
-    add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")
-    add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")
+    add_objective_flags(add)
     vary("--epochs", type=positive, default=1400)
     vary("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")
     add("--global-batch-size", type=positive, default=256, help="over all processes")

@@ -9,7 +9,7 @@ import re
 import torch
 
 from checkpoints.read import load_checkpoint
-from diffusion import OBJECTIVES, PATHS
+from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from images.autoencoder import open_space
 from machine.files import whole_file
 from mixers import MIXERS, build_mixer, kind_of, mixer_options
@@ -20,7 +20,7 @@ SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
 # Settings that a file may state, and what makes a value one: its type, or that it is a name here.
 STATED = dict(
     num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
-    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS,
+    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS,
 )  # fmt: skip
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")
 
@@ -57,7 +57,7 @@ def stated_settings(stored, path):
         if type(value) is known if isinstance(known, type) else isinstance(value, str) and value in known:
             stated[name] = value
     if stated.get("objective") == "flow":
-        stated.setdefault("path", "linear")
+        stated = dict(path="linear", predict="velocity") | stated
     return stated
 
 
@@ -100,16 +100,16 @@ def load_model(path, given, default_vae, decay=None):
     """Returns the model of a checkpoint, in eval mode, and its settings.
 
     The settings are what the weights tell and the checkpoint states. What neither says, `given`, a dict, may: the objective, a
-    flow's path, the vae. Values in it that are not None must agree with what is known, but for two that are free: which decoder
-    to use in latent space, and image_size, a side or (height, width), to which the model is resized. decay: of which
-    average the weights are, if there are several. ValueError names both values, or what does not fit, or what to give.
+    flow's path and prediction, the vae. Values in it that are not None must agree with what is known, but for two that are
+    free: which decoder to use in latent space, and image_size, a side or (height, width), to which the model is resized. decay:
+    of which average the weights are, if there are several. ValueError names both values, or what does not fit, or what to give.
 
     Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
     """
     weights, stored = load_checkpoint(path, decay)
     settings = reconcile(stored, settings_from_weights(weights), path)
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("model", "mixer", "num_classes", "objective", "path"):
+    for name in ("model", "mixer", "num_classes", "objective", "path", "predict"):
         if name in given and settings.get(name, given[name]) != given[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {given[name]} contradicts {path}, which has {flag} {settings[name]}; leave the flag out")
@@ -144,21 +144,23 @@ def learnt_variances(weights, settings):
 
 
 def choose_objective(settings, given, learnt_variances, path):
-    """Adds objective, path and time_scale to the settings. ValueError if nothing says which objective it is."""
+    """Adds objective, path, predict and time_scale to the settings. ValueError if nothing says which objective it is."""
     objective = settings.get("objective") or given.get("objective") or ("diffusion" if learnt_variances else None)
     if objective is None:
         raise ValueError(
             f"{path} does not say for which objective it was trained, and weights that have learnt no variances do not tell; "
             f"give --objective {' or '.join(OBJECTIVES)}"
         )
-    if objective == "diffusion" and "path" in given:
-        raise ValueError(f"--path {given['path']} means nothing to {path}, which was trained for diffusion")
+    for name in ("path", "predict"):
+        if objective == "diffusion" and name in given:
+            raise ValueError(f"--{name} {given[name]} means nothing to {path}, which was trained for diffusion")
     if objective == "flow" and settings["learn_sigma"] and "time_scale" not in settings:
         if "objective" in settings:
             raise ValueError(f"{path} contradicts itself: it states objective=flow, and its weights have learned variances")
         settings["time_scale"] = 1  # the only flows with as many outputs are SiT's
     settings["objective"] = objective
-    settings.setdefault("path", given.get("path", "linear"))
+    for name, usual in (("path", "linear"), ("predict", "velocity")):
+        settings.setdefault(name, given.get(name, usual))
     settings.setdefault("time_scale", 1000)
 
 

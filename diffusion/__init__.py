@@ -8,7 +8,7 @@
 """
 
 from .ddpm import GaussianDiffusion, beta_schedule, spaced_timesteps
-from .flow import PATHS, TIMES, FlowMatching
+from .flow import PATHS, PREDICTIONS, TIMES, FlowMatching
 from .samplers import FLOW_SAMPLERS, MOST_STEPS, SAMPLERS
 
 
@@ -40,25 +40,27 @@ def create_diffusion(
     )  # fmt: skip
 
 
-def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=1000):
+def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=1000, predict="velocity"):
     """Makes flow matching with the interface of `create_diffusion`.
 
     num_timesteps: steps of the samplers; training knows none.
     path:          "linear", the paper's, or "cosine", which keeps the variance.
     times:         how training draws t: "uniform" or "logit-normal".
     time_scale:    the network sees time_scale times t.
+    predict:       what the network's output is: "velocity", or "x", the clean image.
 
-    ValueError for a path or times that are unknown, or fewer than one step.
+    ValueError for a path, times or a prediction that are unknown, or fewer than one step.
     """
-    if path not in PATHS or times not in TIMES or num_timesteps < 1:
-        known = f"paths: {', '.join(PATHS)}; times: {', '.join(TIMES)}; at least 1 step"
-        raise ValueError(f"no flow with path {path!r}, times {times!r} and {num_timesteps} steps; known {known}")
-    return FlowMatching(path, times, num_timesteps, time_scale)
+    if path not in PATHS or times not in TIMES or predict not in PREDICTIONS or num_timesteps < 1:
+        known = f"paths: {', '.join(PATHS)}; times: {', '.join(TIMES)}; predictions: {', '.join(PREDICTIONS)}; at least 1 step"
+        asked = f"path {path!r}, times {times!r}, prediction {predict!r} and {num_timesteps} steps"
+        raise ValueError(f"no flow with {asked}; known {known}")
+    return FlowMatching(path, times, num_timesteps, time_scale, predict)
 
 
-def create_objective(name, num_timesteps=None, path="linear", times="uniform", time_scale=1000, learn_sigma=True):
+def create_objective(name, num_timesteps=None, learn_sigma=True, **flow):
     """Makes the objective that a --objective flag names, "diffusion" or "flow", with num_timesteps to sample; by default
-    those of training. path, times and time_scale are the flow's, learn_sigma is diffusion's.
+    those of training. learn_sigma is diffusion's, and the other settings are those of `create_flow`.
 
     One step of diffusion starts from pure noise; create_diffusion("1") visits timestep 0, as its public counterpart does,
     where nearly no noise is left.
@@ -67,7 +69,7 @@ def create_objective(name, num_timesteps=None, path="linear", times="uniform", t
         return GaussianDiffusion(beta_schedule("linear", 1000), [999], learn_sigma=learn_sigma)
     if name == "diffusion":
         return create_diffusion("" if num_timesteps is None else str(num_timesteps), learn_sigma=learn_sigma)
-    return create_flow(num_timesteps or 1, path, times, time_scale)
+    return create_flow(num_timesteps or 1, **flow)
 
 
 def create_sampler(objective, sampler=None, steps=250, **settings):
@@ -75,7 +77,7 @@ def create_sampler(objective, sampler=None, steps=250, **settings):
 
     objective: its name, one of OBJECTIVES, for which the network was trained.
     sampler:   a name among SAMPLERS or FLOW_SAMPLERS; without it, ddpm for diffusion and euler for flows.
-    settings:  of `create_objective`: path, time_scale and learn_sigma, as the network was trained.
+    settings:  of `create_objective`: path, time_scale, predict and learn_sigma, as the network was trained.
 
     ValueError for a sampler of the other objective, or more steps than it takes.
     """
@@ -86,6 +88,23 @@ def create_sampler(objective, sampler=None, steps=250, **settings):
     if steps > MOST_STEPS.get(sampler, steps):
         raise ValueError(f"--num-sampling-steps {steps}: {sampler} takes at most {MOST_STEPS[sampler]} of training's 1000")
     return create_objective(objective, steps, **settings), samplers[sampler]
+
+
+def add_objective_flags(add):
+    """Adds the flags that choose what train.py teaches: `add` is add_argument of its parser."""
+    add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
+    add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")
+    add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")
+    add("--predict", choices=PREDICTIONS, help="of flow matching: the velocity, or x, the clean image; velocity unless given")
+
+
+def flow_settings(settings):
+    """Returns what a command's settings, a dict of what its flags say, set for `create_flow`. ValueError for diffusion."""
+    given = {name: settings[name] for name in ("path", "times", "predict") if settings.get(name)}
+    if given and settings["objective"] != "flow":
+        flags = ", ".join(f"--{name}" for name in given)
+        raise ValueError(f"{flags} means nothing without --objective flow")
+    return given
 
 
 OBJECTIVES = ("diffusion", "flow")

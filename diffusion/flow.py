@@ -2,6 +2,9 @@
 
 A path leads from noise z at t = 0 to an image u at t = 1: u_t = alpha(t) u + sigma(t) z. The network learns its
 velocity, alpha'(t) u + sigma'(t) z, and sampling follows that velocity from noise. The network sees 1000 t; SiT's see t.
+
+With predict="x" the network's output is the clean image, and the velocity follows from it: what a network must then bring
+through its layers is an image and not its noise (Li & He, 2025, "Back to basics: let denoising generative models denoise").
 """
 
 import math
@@ -33,13 +36,16 @@ def logit_normal(p):
 
 
 TIMES = {"uniform": uniform, "logit-normal": logit_normal}
+PREDICTIONS = ("velocity", "x")  # what a network's output is: "x" is the clean image
+LEAST_SIGMA = 0.05  # of the noise, by which the way to a predicted image is divided
 
 
 class FlowMatching:
     """Leads from noise to images along a path. It has the interface of GaussianDiffusion, but times t (B,) are in [0, 1]."""
 
-    def __init__(self, path, times, num_timesteps, time_scale):
+    def __init__(self, path, times, num_timesteps, time_scale, predict="velocity"):
         self.path, self.times, self.num_timesteps, self.time_scale = PATHS[path], TIMES[times], num_timesteps, time_scale
+        self.predict = predict
 
     def progress(self, t):
         """Returns how far from noise, 0, to image, 1, the network is at what it is shown, time_scale times t."""
@@ -54,23 +60,36 @@ class FlowMatching:
         return [c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for c in self.path(t.double())]
 
     def velocity(self, model, x, t, model_kwargs=None):
-        """Asks the network for the velocity of x (B, C, H, W) at times t (B,): the first C of its channels, (B, C, H, W)."""
-        return model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
+        """Asks the network for the velocity of x (B, C, H, W) at times t (B,), the first C of its channels or what follows from
+        them: (B, C, H, W)."""
+        output = model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
+        return output if self.predict == "velocity" else self.velocity_to(output, x, t)
+
+    def velocity_to(self, image, x, t):
+        """Computes the velocity that leads x at t to that image, on the linear path (u - x) / (1 - t). Near the end, where x
+        has too little noise left to divide by, it divides by LEAST_SIGMA."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
+        return ((sigma * d_alpha - d_sigma * alpha) * image + d_sigma * x) / sigma.clamp(min=LEAST_SIGMA)
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """Computes the squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,)."""
+        """Computes the squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,). A predicted
+        image is judged by the velocity to it, beside that to the true one."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x_start)
-        error = self.velocity(model, alpha * x_start + sigma * noise, t, model_kwargs) - (d_alpha * x_start + d_sigma * noise)
-        mse = error.square().flatten(1).mean(1)
+        x = alpha * x_start + sigma * noise
+        target = d_alpha * x_start + d_sigma * noise if self.predict == "velocity" else self.velocity_to(x_start, x, t)
+        mse = (self.velocity(model, x, t, model_kwargs) - target).square().flatten(1).mean(1)
         return {"mse": mse, "loss": mse}
 
     def clean(self, x, t, velocity):
         """Computes the image that x and its velocity at t point to; on the linear path x + (1 - t) v, Eq. (13)."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
-        return (sigma * velocity - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
+        divided_by = sigma if self.predict == "velocity" else sigma.clamp(min=LEAST_SIGMA)
+        return (divided_by * velocity - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
 
     def noise(self, x, t, velocity):
         """Computes the noise that x and its velocity point back to, on the linear path x - t v. The score is -noise / sigma."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
+        if self.predict == "x":
+            velocity = velocity * (sigma.clamp(min=LEAST_SIGMA) / sigma)  # as far as the image is, at any t before 1
         return (d_alpha * x - alpha * velocity) / (sigma * d_alpha - d_sigma * alpha)

@@ -23,7 +23,7 @@ def main(path, images, sides):
     one = Processes(0, 1, torch.device("cpu"))
     for side in sides:
         model, settings = load_model(path, dict(image_size=side), "ema")
-        objective = create_objective(settings["objective"], path=settings["path"])
+        objective = create_objective(settings["objective"], path=settings["path"], predict=settings["predict"])
         dataset = load_dataset(images, side, held_out=True)
         between = held_out_loss(model, dataset, objective, PixelSpace(), one, most=IMAGES)["mse"]
         model.pos_embed.copy_(grid_embedding(*model.grid_size, model.pos_embed.shape[2]))

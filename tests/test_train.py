@@ -154,15 +154,17 @@ def test_options_of_the_pde_reach_the_model_and_both_samplers(tmp_path, flags, o
     assert draw_many(path, tmp_path / "samples", "--num-fid-samples", 2).shape == (2, 8, 8, 3)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
-def test_flow_matching_from_training_to_samples(tmp_path, mixer):
+@pytest.mark.parametrize(("mixer", "predict"), [("attention", "velocity"), ("pdessm", "x")])
+def test_flow_matching_from_training_to_samples(tmp_path, mixer, predict):
     flags = ["--max-steps", 30, "--global-batch-size", 32, "--lr", 1e-3, "--log-every", 10, "--mixer", mixer]
-    folder = fit(tmp_path, *flags, "--objective", "flow", "--path", "cosine", "--times", "logit-normal")
+    flags += ["--objective", "flow", "--path", "cosine", "--times", "logit-normal"]
+    folder = fit(tmp_path, *flags, *(["--predict", "x"] if predict == "x" else []))
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0]
     path = folder / "checkpoints" / "0000030.pt"
     model, settings = load_model(path, {}, "ema")
     assert (settings["objective"], settings["path"], model.out_channels) == ("flow", "cosine", 3)
+    assert settings["predict"] == predict
     grids = {sampler: draw(path, tmp_path / "a.png", "--sampler", sampler) for sampler in FLOW_SAMPLERS}
     assert np.array_equal(grids["euler"], draw(path, tmp_path / "a.png"))
     assert len({grid.tobytes() for grid in grids.values()}) == len(grids)
@@ -236,7 +238,8 @@ def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
         (["--results-dir", "/proc/version/results"], "/proc/version"),
         (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
-        (["--times", "logit-normal"], "--path and --times mean nothing without --objective flow"),
+        (["--times", "logit-normal"], "--times means nothing without --objective flow"),
+        (["--predict", "x", "--path", "cosine"], "--path, --predict means nothing without --objective flow"),
         (["--model", "UNet-N", "--mixer", "pdessm"], "a U-Net has no mixer to swap"),
         (["--model", "UNet-N", "--image-size", "10"], r"--image-size 10 is not divisible by 4 \(4 of UNet-N\)"),
         (["--val-path", "/no/such/folder"], "/no/such/folder: no such folder"),

@@ -32,8 +32,6 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError("--max-bad-images is for images; `python -m images.encode` makes damaged latents again")
     if args.compile:
         check_compiler(processes.device)
-    if args.objective != "flow" and (args.path or args.times):
-        raise ValueError("--path and --times mean nothing without --objective flow")
     if held_out:
         names = [images.classes for images in (held_out, dataset)]
         if dataset.num_classes and names[0] != names[1]:

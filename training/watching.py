@@ -27,12 +27,12 @@ logger = logging.getLogger("train")
 
 
 class Watch(NamedTuple):
-    """What a run shows, and how often in steps. held_out: images whose loss it shows with every checkpoint. objective, path: by
-    name. bad: of the images that cannot be read."""
+    """What a run shows, and how often in steps. held_out: images whose loss it shows with every checkpoint. objective: by name,
+    with a flow's settings. bad: of the images that cannot be read."""
 
     space: PixelSpace | LatentSpace
     objective: str
-    path: str
+    flow: dict
     bad: BadImages
     held_out: Dataset | None = None
     sample_every: int | None = None
@@ -49,10 +49,11 @@ class Watch(NamedTuple):
         """Logs what is due after a step, by its names, of that model, an average of weights. All processes take part."""
         if not names:
             return
-        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, path=self.path)  # with its objective
+        flow = {name: value for name, value in self.flow.items() if name != "times"}  # which are even here
+        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **flow)  # with its objective
         with moved_to(processes.device, model):
             if "held_out_loss" in names:
-                objective = create_objective(self.objective, path=self.path)
+                objective = create_objective(self.objective, **flow)
                 losses = held_out_loss(model, self.held_out, objective, self.space, processes, self.bad)
                 log_held_out(step, losses, journal.write_row)
             if "samples" in names:

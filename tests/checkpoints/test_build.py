@@ -264,13 +264,14 @@ def test_positions_keep_their_place_in_the_picture():
         (dict(vae="mse"), "--vae mse contradicts .*--vae none"),
         (dict(objective="flow"), "--objective flow contradicts .*--objective diffusion"),
         (dict(path="cosine"), "--path cosine means nothing to .*diffusion"),
+        (dict(predict="x"), "--predict x means nothing to .*diffusion"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint_name_both_values(tmp_path, given, message):
     write_checkpoint(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "a.pt", given_flags(**given), "ema")
-    load_model(tmp_path / "a.pt", given_flags(**SETTINGS | dict(path=None)), "ema")  # agreeing is no mistake
+    load_model(tmp_path / "a.pt", given_flags(**SETTINGS | dict(path=None, predict=None)), "ema")  # agreeing is no mistake
 
 
 def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path):

@@ -73,6 +73,53 @@ def test_the_loss_is_that_of_the_velocity(path):
         torch.testing.assert_close(x, t.view(-1, 1, 1, 1) * u + (1 - t.view(-1, 1, 1, 1)) * z)  # Eq. (12)
 
 
+def clean_by(flow, velocity):
+    """The network that predicts the image to which that one's velocity points."""
+    plain = create_flow(path=flow.path.__name__)
+    return lambda x, t: plain.clean(x, t / 1000, velocity(x, t))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_predicted_image_gives_the_field_of_its_velocity(path):
+    flow, x = create_flow(path=path, predict="x"), start()
+    t = torch.linspace(0, 0.94, 64, dtype=f64)
+    network = exact(flow, MEANS, 0.4)
+    velocity = network(x, 1000 * t)
+    torch.testing.assert_close(flow.velocity(clean_by(flow, network), x, t), velocity)
+    late = torch.full((64,), 0.98, dtype=f64)  # where less noise is left than it divides by
+    image = clean_by(flow, network)(x, 1000 * late)
+    shown = flow.velocity(clean_by(flow, network), x, late)
+    _, sigma, _, _ = flow.coefficients(late, x)
+    torch.testing.assert_close(shown, sigma / 0.05 * network(x, 1000 * late))
+    torch.testing.assert_close(flow.clean(x, late, shown), image)
+    torch.testing.assert_close(flow.noise(x, late, shown), create_flow(path=path).noise(x, late, network(x, 1000 * late)))
+    if path == "linear":
+        torch.testing.assert_close(shown, (image - x) / 0.05)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_loss_of_a_predicted_image_is_that_of_the_velocity(path):
+    flow, plain, u, z = create_flow(path=path, predict="x"), create_flow(path=path), start(), start()
+    guess, t = start(), torch.linspace(0, 0.94, 64, dtype=f64)
+    losses = flow.training_losses(lambda x, t: guess, u, t, noise=z)["loss"]
+    network = lambda x, t: flow.velocity_to(guess, x, t / 1000)  # noqa: E731
+    torch.testing.assert_close(losses, plain.training_losses(network, u, t, noise=z)["loss"])
+    assert flow.training_losses(lambda x, t: u, u, torch.linspace(0, 1, 64, dtype=f64), noise=z)["loss"].max() == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS.values())
+def test_samplers_follow_a_predicted_image(path, sampler):
+    """To where they follow its velocity, but for the noise of the last twentieth, of which fixed steps leave a part."""
+    x = start()
+    flow = create_flow(50, path, predict="x")
+    image = clean_by(flow, exact(flow, MEANS, 0.4))
+    torch.manual_seed(0)
+    expected = run(sampler, path, 50, MEANS, x)
+    torch.manual_seed(0)
+    assert (sampler(flow, image, x, clip_denoised=False) - expected).abs().mean() < 0.03
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("modes", [1, 2])
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
@@ -207,7 +254,7 @@ def test_times_in_training():
     assert create_flow(times="logit-normal").draw_times(torch.zeros(1)).isfinite().all()
 
 
-@pytest.mark.parametrize("options", [dict(path="curved"), dict(times="late"), dict(num_timesteps=0)])
+@pytest.mark.parametrize("options", [dict(path="curved"), dict(times="late"), dict(predict="noise"), dict(num_timesteps=0)])
 def test_unknown_options_are_named(options):
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         create_flow(**options)
