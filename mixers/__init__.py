@@ -3,11 +3,12 @@
 import inspect
 from functools import partial
 
-from mixers import attention, global_filter, mamba, mean, pde, s4nd
+from mixers import attention, global_filter, mamba, mean, pde, s4nd, ss2d
 
 KINDS = (
     attention.MIXER,
     pde.MIXER,
+    ss2d.MIXER,
     s4nd.MIXER,
     global_filter.MIXER,
     mean.MIXER,

@@ -1,0 +1,97 @@
+"""SS2D against public numbers, and what it promises of grids."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+from mixers.ss2d import PRESETS, SS2D
+from models import DiT
+from public_numbers import assert_public, on_meta, part
+
+
+class Grid(nn.Module):
+    """A mixer of tokens on a grid (B, h, w, D), as public code has it, under the public names."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+        self.state_dict, self.load_state_dict, self.named_parameters = (
+            mixer.state_dict, mixer.load_state_dict, mixer.named_parameters,
+        )  # fmt: skip
+
+    def forward(self, x):
+        self.mixer.grid_size = x.shape[1:3]
+        return self.mixer(x.flatten(1, 2)).view_as(x)
+
+
+@pytest.mark.parametrize("case", ["z.continuous", "z.continuous_odd", "z.cross", "noz.cross", "v0.cross"])
+def test_public_numbers(golden, case):
+    """LaMamba-Diff at 27b3c1d (z) and VMamba at 2ed52ea."""
+    numbers, (kind, order) = golden("ss2d.npz"), case.split(".")
+    config = json.loads(str(numbers["config"]))[kind]
+    options = {name: config[key] for name, key in dict(states="d_state", gate="gate", conv_bias="conv_bias").items()}
+    mixer = SS2D(config["d_model"], order=order.removesuffix("_odd"), **options)
+    state = {f"state.{name}": x for name, x in part(numbers, f"{kind}.state").items()}
+    assert_public(Grid(mixer), state | part(numbers, case))
+
+
+@pytest.mark.parametrize(("D", "options", "parameters"), [
+    (384, PRESETS["ss2d"], 761088), (384, dict(expand=1), 380544), (1152, PRESETS["ss2d-lamamba"], 9361152),
+    (768, PRESETS["ss2d-v0"], 4454400),
+])  # fmt: skip
+def test_public_sizes(D, options, parameters):
+    assert sum(p.numel() for p in on_meta(SS2D, D, **options).parameters()) == parameters
+
+
+def test_a_transposed_picture_is_mixed_alike():
+    """Cross reads rows and columns alike: exchange their weights and transpose the convolution, and so is the result."""
+    h, w, D = 3, 5, 8
+    mixer, turned = (SS2D(D, grid_size=grid, states=2, gate=True) for grid in ((h, w), (w, h)))
+    nn.init.normal_(mixer.A_logs), nn.init.normal_(mixer.Ds)
+    exchanged = {"conv2d.weight": mixer.conv2d.weight.transpose(2, 3)}
+    for name in ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"):
+        weight = getattr(mixer, name)
+        exchanged[name] = weight.view(4, -1)[[1, 0, 3, 2]].view_as(weight)
+    turned.load_state_dict(mixer.state_dict() | exchanged)
+    x = torch.randn(2, h, w, D)
+    expected = mixer(x.flatten(1, 2)).view_as(x).transpose(1, 2)
+    torch.testing.assert_close(turned(x.transpose(1, 2).flatten(1, 2)).unflatten(1, (w, h)), expected)
+
+
+@pytest.mark.parametrize("mixer", PRESETS)
+def test_time_steps_survive_what_initializes_a_model(mixer):
+    for block in DiT(8, hidden_size=32, depth=2, num_heads=4, num_classes=10, mixer=mixer).blocks:
+        steps = softplus(block.attn.dt_projs_bias)
+        assert 0.00099 < steps.min() < 0.005 < 0.05 < steps.max() < 0.101
+
+
+def test_it_scans_in_float32_under_autocast():
+    mixer, tokens = SS2D(16, gate=True), torch.randn(2, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixer.scan(tokens.bfloat16().repeat(1, 1, 2), (4, 4)).dtype == torch.float32
+        assert (mixer(tokens) - mixer(tokens).float()).abs().max() == 0
+        rounded = mixer(tokens).float()
+    torch.testing.assert_close(rounded, mixer(tokens), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(states=0), "states=0, expand=2"),
+        (dict(expand=0), "states=1, expand=0"),
+        (dict(order="zigzag"), "orders cross, continuous; order='zigzag'"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SS2D(8, **options)
+
+
+def test_tokens_of_another_grid_are_named():
+    with pytest.raises(ValueError, match=r"ss2d is on a grid of 3 x 5 = 15 tokens .* got the shape \(1, 12, 8\)"):
+        SS2D(8, grid_size=(3, 5))(torch.randn(1, 12, 8))
+    with pytest.raises(ValueError, match=r"ss2d is on a grid of 3 x 3 = 9 tokens .* got the shape \(1, 12, 8\)"):
+        SS2D(8)(torch.randn(1, 12, 8))
