@@ -2,80 +2,17 @@
 
 Names, shapes, state-dict keys and initial values are those of the public DiT checkpoints."""
 
-import math
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import Mlp, PatchEmbed
 from torch import nn
-from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
-from backbones import Backbone, drop_labels
+from backbones import Backbone
+from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
 from backbones.unet import UNet
 from mixers import build_mixer, read_mixer
-
-
-def sincos_position(positions, dim, max_period=10000):
-    """(N,) positions -> (N, dim) sines and cosines, their periods geometric from 2 pi to 2 pi max_period."""
-    frequencies = max_period ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def grid_embedding(h, w, dim, trained_grid=None):
-    """Position of each token of an h x w grid: (1, h w, dim), one half for its column, the other for its row.
-
-    On another grid than the trained one, the tokens' centres keep their place in the picture, between the trained ones.
-    """
-    if dim % 4:
-        raise ValueError(f"hidden_size must be divisible by 4 for the positional embedding; it is {dim}")
-    places = [(torch.arange(n) + 0.5) * (trained / n) - 0.5 for n, trained in zip((h, w), trained_grid or (h, w))]
-    row, column = torch.meshgrid(*places, indexing="ij")
-    halves = [sincos_position(axis.flatten(), dim // 2) for axis in (column, row)]
-    return torch.cat(halves, dim=1).float()[None]
-
-
-def modulate(x, shift, scale):                                             # (B, N, D), (B, D), (B, D)
-    """adaLN: layer norm without weights of its own, then a shift and scale that the conditioning chose."""
-    x = layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
-
-
-def timestep_frequencies(n, device):
-    """n frequencies from 1 down to almost 1 / 10000, geometric."""
-    return torch.exp(torch.arange(n, dtype=torch.float32, device=device) * (-math.log(10000) / n))
-
-
-class TimestepEmbedder(nn.Module):
-    """(B,) timesteps, which may be fractional, -> (B, D)."""
-
-    def __init__(self, hidden_size, frequencies=256):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        for i in (0, 2):
-            nn.init.normal_(self.mlp[i].weight, std=0.02)
-            nn.init.zeros_(self.mlp[i].bias)
-        self.half = frequencies // 2
-
-    def forward(self, t):                                                  # (B,)
-        angles = t.float()[:, None] * timestep_frequencies(self.half, t.device)   # (B, 128)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1)             # (B, 256)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))                # (B, D)
-
-
-class LabelEmbedder(nn.Module):
-    """(B,) classes -> (B, D). Class num_classes is the null class, which training puts for some labels at random."""
-
-    def __init__(self, num_classes, hidden_size, dropout_prob):
-        super().__init__()
-        self.num_classes, self.dropout_prob = num_classes, dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        nn.init.normal_(self.embedding_table.weight, std=0.02)
-
-    def forward(self, y, drop=None):                                       # (B,), (B,) bool or None
-        y = drop_labels(y, drop, self.num_classes, self.dropout_prob * self.training)
-        return self.embedding_table(y)                                     # (B, D)
 
 
 class DiTBlock(nn.Module):
@@ -198,16 +135,13 @@ class DiT(Backbone):
 
         drop (B,) bool says whose class to replace by the null class; None leaves it to chance in training.
         """
-        h, w = self.grid_size
-        p = self.patch_size
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
         # Contiguous, for a convolution's result may lie channel after channel, and every block would read it across.
         x = (self.x_embedder(x) + self.pos_embed).contiguous()             # (B, N, D), N = h w
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if self.recompute and self.training else block(x, c)
         x = self.final_layer(x, c)                                         # (B, N, p p C)
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (h, w))                # (B, h, w, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)        # (B, C, H, W)
+        return unpatch(x, self.grid_size, self.patch_size)                 # (B, C, H, W)
 
 
 # name: hidden_size, depth, num_heads

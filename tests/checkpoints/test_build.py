@@ -202,7 +202,7 @@ def test_weights_of_a_grid_that_is_no_square_ask_for_its_shape(tmp_path, randomi
 
 
 def test_words_that_mean_nothing_here_are_passed_over(tmp_path):
-    args = dict(model=["MyDiT"], mixer="mamba", vae=None, num_classes=None, image_size="64", objective="eps", path="/data")
+    args = dict(model=["MyDiT"], mixer="hyena", vae=None, num_classes=None, image_size="64", objective="eps", path="/data")
     args |= dict(ema_decay=[[0.9]], class_names=3)
     write_checkpoint(tmp_path / "a.pt", args=argparse.Namespace(**args))
     assert load_model(tmp_path / "a.pt", given_flags(), "ema")[1] == SETTINGS

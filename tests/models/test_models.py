@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import models
+from backbones import parts
 from mixers import KINDS, MIXERS
 from models import MODELS, DiT, DiT_models
 from pde_ssm import PDESSM
@@ -45,7 +46,7 @@ def test_public_weights_give_the_public_outputs(golden, monkeypatch):
     theirs = exact.float()
     for i in (13, 44):
         theirs[i] = torch.nextafter(theirs[i], torch.tensor(0.0 if theirs[i] > exact[i] else 1.0))
-    monkeypatch.setattr(models, "timestep_frequencies", lambda n, device: theirs)
+    monkeypatch.setattr(parts, "timestep_frequencies", lambda n, device: theirs)
     plain, guided = worst()
     assert plain < 1.5e-5
     assert guided < 3e-5
