@@ -1,43 +1,99 @@
-"""Times a training step of DiT-N on images of 32 x 32 with every mixer and some options of ours:
+"""Times a training step of every mixer in a DiT-N/4, and of the other systems, and measures its memory:
 
     python -m benchmarks.every_mixer
 
-64 tokens at batch 64, and 256 tokens at batch 16.
+On images of 32, 64 and 128 pixels, which are 64, 256 and 1,024 tokens of a DiT-N/4, at batches of 64, 16 and 4. Systems without
+patches get the same images. Parameters, and multiply-adds of a forward pass of one image, are counted. Peak memory is what
+benchmarks.memory measures. --quick leaves out the largest images.
 """
 
 from functools import partial
+from math import isqrt
+
+import torch
 
 from benchmarks.flags import parse_args
+from benchmarks.memory import peak_of_process, peak_on_gpu
 from benchmarks.report import Report, lines_of, milliseconds
 from benchmarks.sides import training_step
-from benchmarks.timing import time_in_turns
+from benchmarks.timing import rounded, time_in_turns
+from machine.cost import training_flops
 from mixers import MIXERS
-from models import MODELS
+from models import MODELS, DiT_models
 
-SIDES = {name: dict(mixer=name) for name in MIXERS} | {
-    "gate": dict(mixer="pdessm", gate=True),
-    "gate-conditioned": dict(mixer="pdessm", gate=True, conditioned=True),
-    "conditioned": dict(mixer="pdessm", conditioned=True),
-    "pairwise": dict(mixer="pdessm", coupling="pairwise"),
-    "coupled": dict(mixer="pdessm", coupling="coupled"),
+DIT = "DiT-N/4"
+SIDES = {
+    **{name: dict(model=DIT, mixer=name) for name in MIXERS},
+    "gate": dict(model=DIT, mixer="pdessm", gate=True),
+    "gate-conditioned": dict(model=DIT, mixer="pdessm", gate=True, conditioned=True),
+    "conditioned": dict(model=DIT, mixer="pdessm", conditioned=True),
+    "pairwise": dict(model=DIT, mixer="pdessm", coupling="pairwise"),
+    "coupled": dict(model=DIT, mixer="pdessm", coupling="coupled"),
+    "global-filter-projection": dict(model=DIT, mixer="global-filter", projection=True),
+    **{name: dict(model=name) for name in MODELS if name not in DiT_models and name.endswith(("-N", "-N/4"))},
 }
-MODELS_AND_BATCHES = {"DiT-N/4": 64, "DiT-N/2": 16}
+PATCH = 4
+BATCHES = {64: 64, 256: 16, 1024: 4}  # by tokens
+QUICK_TOKENS = 256
+IMAGES = dict(in_channels=3, num_classes=10)
 COLUMNS = {
-    "model": lambda row: row["model"],
     "tokens": lambda row: row["tokens"],
+    "image": lambda row: row["image"],
     "batch": lambda row: row["batch"],
-    **{f"{name}, ms": milliseconds(name) for name in SIDES},
+    "attention, ms": milliseconds("attention"),
+    "pdessm, ms": milliseconds("pdessm"),
 }
 
 
 def main(args):
-    report = Report("every_mixer", args, COLUMNS, input_size=32, in_channels=3, num_classes=10)
-    for name, batch in MODELS_AND_BATCHES.items():
-        options = MODELS[name].keywords | dict(input_size=32, in_channels=3, num_classes=10)
-        step = partial(training_step, args.device, batch, compile=args.compile, **options)
-        times = time_in_turns({side: partial(step, **how) for side, how in SIDES.items()}, args.device, args.seconds)
-        report.add(model=name, tokens=(32 // options["patch_size"]) ** 2, batch=batch, sides=times)
-    report.finish({"training step, DiT-N": lines_of(report.contents["rows"], SIDES)})
+    report = Report("every_mixer", args, COLUMNS, **IMAGES)
+    for tokens, batch in BATCHES.items():
+        if args.quick and tokens > QUICK_TOKENS:
+            print(f"{tokens:>9,}  left out by --quick")
+            continue
+        n = isqrt(tokens)
+        sides = {name: count(n, **side) for name, side in SIDES.items()}
+        steps = {
+            name: partial(step, args.device, batch, args.compile, **SIDES[name])
+            for name, side in sides.items()
+            if isinstance(side, dict)
+        }
+        times = time_in_turns({name: partial(build, n) for name, build in steps.items()}, args.device, args.seconds)
+        for name, time in times.items():
+            cuda = args.device.type == "cuda"
+            peak = peak_on_gpu if cuda else peak_of_process
+            memory = peak(steps[name], n, *([args.device] if cuda else [args.threads, args.backend]))
+            failed = next((words for words in (time, memory) if isinstance(words, str)), None)
+            sides[name] = failed or sides[name] | time | memory
+        report.add(tokens=tokens, image=PATCH * n, batch=batch, sides=sides)
+        for name, side in sides.items():
+            if isinstance(side, dict):
+                cost = f"{side['parameters']:>9,} parameters, {side['multiply_adds'] / 1e6:7.4g} million multiply-adds"
+                print(f"{'':9}  {name:24} {side['median_ms']:7.4g} ms, {side['peak_mb']:6.4g} MB, {cost}", flush=True)
+    rows = report.contents["rows"]
+    panels = {"training step, ms": lines_of(rows, SIDES), "its peak memory, MB": lines_of(rows, SIDES, value=megabytes)}
+    report.finish(panels, unit="")
+
+
+def megabytes(name):
+    return lambda row: side["peak_mb"] if isinstance(side := row["sides"][name], dict) else None
+
+
+def count(n, model, **options):
+    """Counts the parameters of a side and the multiply-adds of a forward pass of one image of 4n x 4n pixels. Returns them in a
+    dict, or a sentence if it cannot be built for such images."""
+    try:
+        with torch.device("meta"):
+            network = MODELS[model](PATCH * n, **IMAGES, **options)
+    except ValueError as error:
+        return f"is not built: {error}"
+    multiply_adds = training_flops(network, 1) / 6  # a step is three forward passes, and each multiply-add two operations
+    return dict(parameters=sum(p.numel() for p in network.parameters()), multiply_adds=rounded(multiply_adds))
+
+
+def step(device, batch, compile, n, model, **options):
+    """Returns a function that takes a training step of a side on images of 4n x 4n pixels."""
+    return training_step(device, batch, build=MODELS[model], input_size=PATCH * n, compile=compile, **IMAGES, **options)
 
 
 if __name__ == "__main__":

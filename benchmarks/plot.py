@@ -3,12 +3,21 @@
 import math
 from statistics import linear_regression
 
-# A side has its colour in every plot, told apart by the colour-blind too; labels of other names get those that are left.
+# A side has its colour in every plot, told apart by the colour-blind too; labels of other names get those that are left, again
+# from the first if there are more, with another marker.
 COLOURS = {
     "attention": "#0072b2", "naive": "#d55e00", "pdessm": "#009e73", "diagonal": "#009e73", "floor": "#555555",
     "pairwise": "#cc79a7", "coupled": "#e69f00", "timm": "#56b4e9",
 }  # fmt: skip
-MORE_COLOURS = ["#8c564b", "#7f3fbf", "#bcbd22", "#d4a0a0"]
+MORE_COLOURS = ["#8c564b", "#7f3fbf", "#bcbd22", "#d4a0a0", "#17becf", "#1a1a80"]
+MARKERS = "osv^D*"
+
+
+def styles(labels):
+    """Returns the colour and the marker of each label."""
+    others = [label for label in labels if label not in COLOURS]
+    more = {label: (MORE_COLOURS[i % 6], MARKERS[(i // 6 + 1) % 6]) for i, label in enumerate(others)}
+    return {label: (COLOURS[label], MARKERS[0]) for label in labels if label in COLOURS} | more
 
 
 def slope(places):
@@ -22,7 +31,7 @@ def draw(file, panels, xlabel, ylabel, title):
     """Draws panels, title -> label -> [(tokens, value), ...], two in a row, as a PNG into an open binary file."""
     from matplotlib import pyplot
 
-    colours, more = dict(COLOURS), iter(MORE_COLOURS)
+    style_of = styles(dict.fromkeys(label.removeprefix("paper: ") for lines in panels.values() for label in lines))
     columns, rows = min(2, len(panels)), math.ceil(len(panels) / 2)
     size = (5.2 * columns, 4.4 * rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -31,10 +40,8 @@ def draw(file, panels, xlabel, ylabel, title):
             exponent = slope(places)
             style = dict(linestyle=":", markersize=3) if label.startswith("paper") else dict(markersize=5)
             text = label if exponent is None else f"{label}, slope {exponent:.2f}"
-            side = label.removeprefix("paper: ")
-            if side not in colours:
-                colours[side] = next(more)
-            axis.plot(*zip(*places), marker="o", color=colours[side], label=text, linewidth=1.5, **style)
+            colour, marker = style_of[label.removeprefix("paper: ")]
+            axis.plot(*zip(*places), marker=marker, color=colour, label=text, linewidth=1.5, **style)
         axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=heading)
         set_ticks(axis, sorted({n for places in lines.values() for n, _ in places}))
         axis.grid(which="major", color="#dddddd", linewidth=0.8)

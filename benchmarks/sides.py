@@ -55,11 +55,12 @@ class PlainBlock(nn.Module):
 SIDES = {"attention": "attention", "naive": NaiveAttention, "pdessm": "pdessm", "floor": Floor}
 
 
-def build_model(device, mixer, compile=None, timms_blocks=False, **options):
-    """Builds a DiT on a device; with timms_blocks its blocks are PlainBlocks. compile: a mode of torch.compile, or None."""
+def build_model(device, compile=None, timms_blocks=False, build=DiT, **options):
+    """Builds a DiT, or what `build` makes of the options, on a device; with timms_blocks its blocks are PlainBlocks. compile:
+    a mode of torch.compile, or None."""
     torch.manual_seed(0)
     with device:
-        model = DiT(mixer=mixer, **options)
+        model = build(**options)
     if timms_blocks:
         model.blocks = nn.ModuleList(PlainBlock(block) for block in model.blocks)
     return compiled(fill_zeros(model), compile)
@@ -112,7 +113,7 @@ def forward_pass(device, batch, **options):
 
 
 def training_step(device, batch, **options):
-    """Returns a function that runs forward, backward and AdamW, as train.py has it, on a DiT. options: those of build_model."""
+    """Returns a function that runs forward, backward and AdamW, as train.py has it. options: those of build_model."""
     model = build_model(device, **options).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
     inputs = random_batch(model, batch, device)

@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import flags, forward, pairwise_memory, plot, sides, table5, table8, table9, timing
+from benchmarks import every_mixer, flags, forward, memory, pairwise_memory, plot, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
 from commands import ROOT
 from mixers import build_mixer
@@ -76,7 +76,7 @@ def test_flags_that_cannot_be_are_refused_in_one_sentence(argv, capsys):
 def test_memory_that_is_not_there_is_an_error_and_not_a_kill():
     code = """
 import torch
-from benchmarks import flags, timing
+from benchmarks import every_mixer, flags, timing
 flags.parse_args("A test.", ["--device", "cpu", "--threads", "1"])
 free = 1024 * flags.proc_value("/proc/meminfo", "MemAvailable")
 try:
@@ -139,6 +139,11 @@ def test_nothing_is_timed_on_zeros():
     assert all(parameter.any() for parameter in model.parameters())
 
 
+def here(build, n, *_):
+    """Takes the steps whose memory a process of its own would measure."""
+    return memory.two_steps(build, n) or dict(peak_mb=1.0)
+
+
 def small(name, monkeypatch):
     """The benchmark of that name with models and sizes that take no time."""
     benchmark = import_module(f"benchmarks.{name}")
@@ -147,7 +152,9 @@ def small(name, monkeypatch):
         "mixer": dict(HEADS={16: 2}, GRIDS=[(2, 2), (2, 3)], BATCH=1),
         "step": dict(SIZE="N", INPUTS=(4, 8)),
         "memory": dict(TOKENS=[16], CHANNELS=16, HEADS=2, BATCH=1),
-        "every_mixer": dict(MODELS_AND_BATCHES={"DiT-N/16": 2}),
+        "every_mixer": dict(
+            BATCHES={4: 2}, SIDES={name: every_mixer.SIDES[name] for name in ("attention", "pdessm")}, peak_of_process=here
+        ),
         "sampling": dict(STEPS=2, SIZES={"S": TINY}),
         "faster_sampling": dict(SIZES={"S": TINY}),
     }.get(name, {})
@@ -184,6 +191,17 @@ def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys)
         assert "2 x 3" in printed
 
 
+@pytest.mark.parametrize("name", every_mixer.SIDES)
+def test_every_side_has_a_cost_or_a_reason(name):
+    side = every_mixer.count(8, **every_mixer.SIDES[name])
+    assert side["parameters"] > 1e5
+    assert 1e6 < side["multiply_adds"] < 1e9
+
+
+def test_a_side_that_does_not_fit_says_why():
+    assert every_mixer.count(1, "UNet-N", mixer="mean").startswith("is not built: a U-Net has no mixer to swap")
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_memory_of_a_pairwise_layer(plain, monkeypatch, capsys):
     for name in ("CHANNELS", "SIDE", "BATCH"):
@@ -211,7 +229,8 @@ def test_without_matplotlib_there_is_no_plot_and_it_is_said(args, monkeypatch, c
 def test_compiled_sides_compute_the_same(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or f)
-    model = sides.build_model(CPU, "pdessm", compile="reduce-overhead", input_size=8, hidden_size=16, depth=1, num_heads=2)
+    options = dict(mixer="pdessm", input_size=8, hidden_size=16, depth=1, num_heads=2)
+    model = sides.build_model(CPU, compile="reduce-overhead", **options)
     assert calls == [dict(mode="reduce-overhead", dynamic=False)]
     assert isinstance(model, DiT)
     assert build_mixer(sides.Floor, 8, 2, (2, 2), 0).R.bias is None
