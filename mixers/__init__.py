@@ -3,7 +3,7 @@
 import inspect
 from functools import partial
 
-from mixers import attention, global_filter, mamba, mean, pde, s4nd, ss2d
+from mixers import attention, global_filter, mamba, mean, pde, s4nd, ss2d, window
 
 KINDS = (
     attention.MIXER,
@@ -13,6 +13,7 @@ KINDS = (
     global_filter.MIXER,
     mean.MIXER,
     mamba.MIXER,
+    window.MIXER,
 )
 MIXERS = {name: partial(kind.build, **preset) for kind in KINDS for name, preset in kind.named.items()}
 

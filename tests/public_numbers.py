@@ -13,6 +13,12 @@ def part(numbers, tag):
     return {name.removeprefix(f"{tag}."): x for name, x in numbers.items() if name.startswith(f"{tag}.")}
 
 
+def as_tokens(numbers):
+    """A case whose pictures are (B, h, w, D), with tokens (B, N, D) instead, and its grid (h, w)."""
+    pictures = {name: numbers[name].flatten(1, 2) for name in ("x", "out", "cotangent", "grad_x")}
+    return numbers | pictures, tuple(numbers["x"].shape[1:3])
+
+
 def assert_near(mine, theirs, bound=1e-9):
     """Apart by no more than that share of the largest entry."""
     assert mine.shape == theirs.shape

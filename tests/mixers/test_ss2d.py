@@ -9,22 +9,7 @@ from torch.nn.functional import softplus
 
 from mixers.ss2d import PRESETS, SS2D
 from models import DiT
-from public_numbers import assert_public, on_meta, part
-
-
-class Grid(nn.Module):
-    """A mixer of tokens on a grid (B, h, w, D), as public code has it, under the public names."""
-
-    def __init__(self, mixer):
-        super().__init__()
-        self.mixer = mixer
-        self.state_dict, self.load_state_dict, self.named_parameters = (
-            mixer.state_dict, mixer.load_state_dict, mixer.named_parameters,
-        )  # fmt: skip
-
-    def forward(self, x):
-        self.mixer.grid_size = x.shape[1:3]
-        return self.mixer(x.flatten(1, 2)).view_as(x)
+from public_numbers import as_tokens, assert_public, on_meta, part
 
 
 @pytest.mark.parametrize("case", ["z.continuous", "z.continuous_odd", "z.cross", "noz.cross", "v0.cross"])
@@ -33,9 +18,9 @@ def test_public_numbers(golden, case):
     numbers, (kind, order) = golden("ss2d.npz"), case.split(".")
     config = json.loads(str(numbers["config"]))[kind]
     options = {name: config[key] for name, key in dict(states="d_state", gate="gate", conv_bias="conv_bias").items()}
-    mixer = SS2D(config["d_model"], order=order.removesuffix("_odd"), **options)
-    state = {f"state.{name}": x for name, x in part(numbers, f"{kind}.state").items()}
-    assert_public(Grid(mixer), state | part(numbers, case))
+    tokens, grid_size = as_tokens(part(numbers, case))
+    mixer = SS2D(config["d_model"], grid_size=grid_size, order=order.removesuffix("_odd"), **options)
+    assert_public(mixer, tokens | {f"state.{name}": x for name, x in part(numbers, f"{kind}.state").items()})
 
 
 @pytest.mark.parametrize(("D", "options", "parameters"), [
