@@ -3,7 +3,7 @@
 import inspect
 from functools import partial
 
-from mixers import attention, global_filter, mamba, mean, pde, s4nd, ss2d, window
+from mixers import attention, global_filter, lamamba, mamba, mean, pde, s4nd, ss2d, window
 
 KINDS = (
     attention.MIXER,
@@ -14,6 +14,7 @@ KINDS = (
     mean.MIXER,
     mamba.MIXER,
     window.MIXER,
+    lamamba.MIXER,
 )
 MIXERS = {name: partial(kind.build, **preset) for kind in KINDS for name, preset in kind.named.items()}
 
