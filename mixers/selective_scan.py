@@ -4,20 +4,22 @@
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t               N states of each channel
     y_t = sum_n C_t h_t + D u_t,     out = y silu(z)
 
-`selective_scan_reference` is that, a token at a time. `selective_scan` gives the same numbers, time first, in chunks of CHUNK
-tokens: all exponentials of a chunk at once, then one multiply-add a token, then one product of matrices. Its gradient, by hand,
-goes through the chunks in reverse and computes their states again, so that memory holds the states of every CHUNK-th token
-instead of all. Neither divides by products of exponentials, which are nothing where delta A is large. One image of 768 channels
-with 16 states takes, forward / both passes, 7 / 24 ms for 256 tokens (the reference 45 / 65) and 33 / 114 ms for 1,024 (one
-thread of an Intel Xeon, float32).
+`selective_scan_reference` is that, a token at a time. `selective_scan` gives the same numbers by one operator: in C++ on
+CPUs (selective_scan_cpu.py), elsewhere time first, in chunks of CHUNK tokens: all exponentials of a chunk at once, then one
+multiply-add a token, then one product of matrices. Its gradient, by hand, goes through the chunks in reverse and computes their
+states again, so that memory holds the states of every CHUNK-th token instead of all. Neither divides by products of
+exponentials, which are nothing where delta A is large.
 """
+
+from functools import reduce
 
 import torch
 from torch.nn.functional import silu, softplus
+from torch.utils.flop_counter import register_flop_formula
 
-from pde_ssm_kernels.modes import full_precision, widen
-
-CHUNK = 16  # tokens
+from mixers import selective_scan_cpu
+from mixers.selective_scan_cpu import CHUNK
+from pde_ssm_kernels.modes import full_precision
 
 
 def selective_scan(
@@ -26,70 +28,143 @@ def selective_scan(
     """Returns out (B, E, L) in the type of u, and with return_last_state h_L (B, E, N) too; computed in float32 or wider.
 
     u, delta, z (B, E, L); A (E, N); B, C (B, N, L), or (B, G, N, L) for G equal groups of the E channels; D, delta_bias (E,).
+    They may have any layout; out lies in memory as delta does. ValueError for shapes that do not fit.
     """
+    inputs = checked(u, delta, A, B, C, D, z, delta_bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with full_precision(u):
-        steps, inputs, B, C = prepare(u, delta, B, C, delta_bias, delta_softplus)
-        y, last, _ = scan(steps, inputs, widen(A), B, C)
-        return finish(y.permute(1, 2, 0), last, u, D, z, return_last_state)
+        out, last, _ = scan(*inputs, delta_softplus, keep)
+        return (out.to(u.dtype), last) if return_last_state else out.to(u.dtype)
 
 
 def selective_scan_reference(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
 ):  # fmt: skip
     """Returns the same by the equations, under autograd, which keeps all states."""
-    steps, inputs, B, C = prepare(u, delta, B, C, delta_bias, delta_softplus)
-    A, E = widen(A), u.shape[1]
-    h, y = inputs.new_zeros(*u.shape[:2], A.shape[1]), []
-    for delta_t, delta_u_t, B_t, C_t in zip(steps, inputs, B, C):
-        B_t, C_t = (x.repeat_interleave(E // x.shape[1], dim=1) for x in (B_t, C_t))          # (B, E, N)
-        h = torch.exp(delta_t[..., None] * A) * h + B_t * delta_u_t[..., None]
-        y.append((C_t * h).sum(-1))
-    return finish(torch.stack(y, dim=-1), h, u, D, z, return_last_state)
+    kind, E = u.dtype, u.shape[1]
+    u, delta, A, B, C, D, z, delta_bias = checked(u, delta, A, B, C, D, z, delta_bias)
+    with full_precision(u):
+        delta = delta if delta_bias is None else delta + delta_bias[:, None]
+        delta = softplus(delta) if delta_softplus else delta
+        B, C = (x.repeat_interleave(E // x.shape[1], dim=1) for x in (B, C))                   # (B, E, N, L)
+        h, y = u.new_zeros(*u.shape[:2], A.shape[1]), []
+        for delta_t, u_t, B_t, C_t in zip(*(x.unbind(-1) for x in (delta, u, B, C))):
+            h = torch.exp(delta_t[..., None] * A) * h + delta_t[..., None] * B_t * u_t[..., None]
+            y.append((C_t * h).sum(-1))
+        y = torch.stack(y, dim=-1)
+        y = y if D is None else y + D[:, None] * u
+        out = (y if z is None else y * silu(z)).to(kind)
+    return (out, h) if return_last_state else out
 
 
-def prepare(u, delta, B, C, delta_bias, delta_softplus):
-    """Returns delta and delta u (L, B, E), and B and C (L, B, G, N), all time first, in float32 or wider. ValueError for shapes
-    that do not fit."""
-    fits = u.ndim == 3 and delta.shape == u.shape and B.shape == C.shape and B.ndim in (3, 4)
+def checked(u, delta, A, B, C, D, z, delta_bias):
+    """Returns the inputs in one type, float32 or wider, with B and C (B, G, N, L). ValueError for shapes that do not fit."""
+    fits = u.ndim == 3 and delta.shape == u.shape and A.ndim == 2 and B.shape == C.shape and B.ndim in (3, 4)
+    fits = fits and (len(B), *B.shape[-2:], len(A)) == (len(u), A.shape[1], u.shape[2], u.shape[1])
     if not fits or (B.ndim == 4 and u.shape[1] % B.shape[1]):
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in dict(u=u, delta=delta, B=B, C=C).items())
-        raise ValueError(f"u and delta are (B, E, L), B and C (B, N, L) or (B, G, N, L) with G dividing E; they are {shapes}")
-    B, C = (widen(x if x.ndim == 4 else x[:, None]).permute(3, 0, 1, 2).contiguous() for x in (B, C))
-    steps = widen(delta).permute(2, 0, 1)
-    if delta_bias is not None:
-        steps = steps + widen(delta_bias)
-    steps = (softplus(steps) if delta_softplus else steps).contiguous()
-    return steps, steps * widen(u).permute(2, 0, 1), B, C
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in dict(u=u, delta=delta, A=A, B=B, C=C).items())
+        expected = "u and delta are (B, E, L), A (E, N), B and C (B, N, L) or (B, G, N, L) with G dividing E"
+        raise ValueError(f"{expected}; they are {shapes}")
+    if B.ndim == 3:
+        B, C = B[:, None], C[:, None]
+    given = u, delta, A, B, C, D, z, delta_bias
+    wide = reduce(torch.promote_types, (x.dtype for x in given if x is not None), torch.float32)
+    return [None if x is None else x.to(wide) for x in given]
 
 
-def finish(y, last, u, D, z, return_last_state):
-    """Adds D u to y (B, E, L), and gates it."""
-    if D is not None:
-        y = y + widen(D)[:, None] * widen(u)
-    if z is not None:
-        y = y * silu(widen(z))
-    return (y.to(u.dtype), last) if return_last_state else y.to(u.dtype)
-
-
-# The recurrence itself as an operator of PyTorch, so that compilers do not unroll its L steps.
+# The scan as an operator of PyTorch, so that compilers do not look into it and do not unroll its L steps.
 
 
 @torch.library.custom_op("pde_ssm_dit::selective_scan", mutates_args=())
 def scan(
-    delta: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """delta, x = delta u (L, B, E), A (E, N), B, C (L, B, G, N) -> y (L, B, E), h_L (B, E, N), and the states before every
-    chunk (chunks, B, E, N)."""
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
+    z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Inputs as `checked` returns them -> out (B, E, L), h_L (B, E, N), and with `keep`, for the gradient, the states before
+    every chunk (chunks, B, N, E)."""
+    road = selective_scan_cpu.forward if selective_scan_cpu.serves(u) else forward
+    return road(u, delta, A, B, C, D, z, bias, softplus, keep)
+
+
+@torch.library.custom_op("pde_ssm_dit::selective_scan_backward", mutates_args=())
+def scan_backward(
+    out_grad: torch.Tensor, last_grad: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+    C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool,
+    before: torch.Tensor,
+) -> list[torch.Tensor]:  # fmt: skip
+    """From the gradients of out and h_L to those of u, delta, A, B and C, and of those of D, z and bias that are there."""
+    road = selective_scan_cpu.backward if selective_scan_cpu.serves(u) else backward
+    gradients = road(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before)
+    return [x for x, given in zip(gradients, (u, delta, A, B, C, D, z, bias)) if given is not None]
+
+
+@scan.register_fake
+def _(u, delta, A, B, C, D, z, bias, softplus, keep):
+    (batch, E, L), N = u.shape, A.shape[1]
+    return torch.empty_like(delta), u.new_empty(batch, E, N), u.new_empty(-(-L // CHUNK) if keep else 0, batch, N, E)
+
+
+@scan_backward.register_fake
+def _(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before):
+    columns = [u.new_empty(*B.shape[:2], B.shape[3], B.shape[2]).mT for _ in range(2)]
+    given = (u, delta, A, *columns, D, z, bias)
+    return [torch.empty_like(x) for x in given if x is not None]
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.softplus, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx, out_grad, last_grad, _):
+    *tensors, before = ctx.saved_tensors
+    gradients = iter(scan_backward(out_grad, last_grad, *tensors, ctx.softplus, before))
+    return *(None if x is None else next(gradients) for x in tensors), None, None
+
+
+scan.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.pde_ssm_dit.selective_scan)
+def scan_flops(u, delta, A, B, C, D, z, *_, **__):
+    """Counts 9 multiply-adds for each state of each channel and token, as fvcore does for Mamba's scan, one for D u and one for
+    the gate; two operations each."""
+    batch, E, L = u
+    return 2 * batch * E * L * (9 * A[1] + (D is not None) + (z is not None))
+
+
+@register_flop_formula(torch.ops.pde_ssm_dit.selective_scan_backward)
+def scan_backward_flops(out_grad, last_grad, *inputs, **__):
+    """Counts twice as many, as PyTorch does for matrix products; states that are computed again count once."""
+    return 2 * scan_flops(*inputs)
+
+
+# PyTorch's operations, on any device.
+
+
+def forward(u, delta, A, B, C, D, z, bias, softplus, keep):
+    steps, x, B, C = time_first(u, delta, B, C, bias, softplus)
     L, batch, E = x.shape
-    y, h = torch.empty_like(x), x.new_zeros(batch, E, A.shape[1])
-    before = x.new_empty(-(-L // CHUNK), *h.shape)
-    for number, start in enumerate(range(0, L, CHUNK)):
+    y, h, before = torch.empty_like(x), x.new_zeros(batch, E, A.shape[1]), []
+    for start in range(0, L, CHUNK):
         part = slice(start, start + CHUNK)
-        before[number] = h
-        _, states = states_of(delta[part], x[part], A, B[part], h)
-        y[part] = (in_groups(states, C) @ C[part].unsqueeze(-1)).flatten(2)
+        before += [h.mT] if keep else []
+        _, states = states_of(steps[part], x[part], A, B[part], h)
+        y[part] = outputs_of(states, C[part])
         h = states[-1]
-    return y, h.clone(), before
+    y = y.permute(1, 2, 0)
+    y = y if D is None else y + D[:, None] * u
+    out = torch.empty_like(delta).copy_(y if z is None else y * silu(z))
+    return out, h.clone(), torch.stack(before) if keep else x.new_empty(0, batch, A.shape[1], E)
+
+
+def time_first(u, delta, B, C, bias, is_softplus):
+    """Returns delta and delta u (L, B, E), and B and C (L, B, G, N)."""
+    B, C = (x.permute(3, 0, 1, 2).contiguous() for x in (B, C))
+    steps = delta.permute(2, 0, 1)
+    steps = steps if bias is None else steps + bias
+    steps = (softplus(steps) if is_softplus else steps).contiguous()
+    return steps, steps * u.permute(2, 0, 1), B, C
 
 
 def states_of(delta, x, A, B, h):
@@ -101,58 +176,62 @@ def states_of(delta, x, A, B, h):
     return decay, states
 
 
+def outputs_of(states, C):
+    """sum_n C h of states (c, B, E, N) and C (c, B, G, N) -> (c, B, E)."""
+    return (in_groups(states, C) @ C.unsqueeze(-1)).flatten(2)
+
+
 def in_groups(states, B):
-    """(c, B, E, N) -> (c, B, G, E / G, N), the channels of each group of B (L, B, G, N) together."""
+    """(c, B, E, N) -> (c, B, G, E / G, N), the channels of each group of B (c, B, G, N) together."""
     return states.unflatten(2, (B.shape[2], -1))
 
 
-@torch.library.custom_op("pde_ssm_dit::selective_scan_backward", mutates_args=())
-def scan_backward(
-    y_grad: torch.Tensor, last_grad: torch.Tensor, delta: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-    C: torch.Tensor, before: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """From the gradients of y and h_L to those of delta, x, A, B and C: with g_t that of h_t,
+def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before):
+    """With g_t the gradient of h_t and dy that of y,
 
-    g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1),    dx = g B,    dB = g x,    dC = h dy,    d(delta A) = g h_(t-1) exp(delta A).
+    g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1),    dx = g B,    dB = g x,    dC = h dy,    d(delta A) = g h_(t-1) exp(delta A)
+
+    where x = delta u.
     """
-    delta_grad, x_grad, B_grad, C_grad = (torch.empty_like(t) for t in (delta, x, B, C))
+    steps, x, B, C = time_first(u, delta, B, C, bias, softplus)
+    u, out_grad = (t.permute(2, 0, 1) for t in (u, out_grad))
+    dy = (out_grad if z is None else out_grad * silu(z.permute(2, 0, 1))).contiguous()
+    steps_grad, x_grad, B_grad, C_grad, y = (torch.empty_like(t) for t in (steps, x, B, C, x))
     A_grad, carry = torch.zeros_like(A), last_grad.clone()
     for number in reversed(range(len(before))):
         part = slice(number * CHUNK, (number + 1) * CHUNK)
-        decay, states = states_of(delta[part], x[part], A, B[part], before[number])
-        dy = y_grad[part].unflatten(2, (B.shape[2], -1))[..., None]                            # (c, B, G, E / G, 1)
-        C_grad[part] = (in_groups(states, C) * dy).sum(3)
-        g = (dy * C[part][:, :, :, None]).flatten(2, 3)
+        h = before[number].mT
+        decay, states = states_of(steps[part], x[part], A, B[part], h)
+        y[part] = outputs_of(states, C[part])
+        dy_part = dy[part].unflatten(2, (B.shape[2], -1))[..., None]                           # (c, B, G, E / G, 1)
+        C_grad[part] = (in_groups(states, C) * dy_part).sum(3)
+        g = (dy_part * C[part][:, :, :, None]).flatten(2, 3)
         for decay_t, g_t in zip(reversed(decay.unbind()), reversed(g.unbind())):
             g_t += carry
             carry = decay_t * g_t
-        x_grad[part] = (in_groups(g, B) @ B[part].unsqueeze(-1)).flatten(2)
+        x_grad[part] = outputs_of(g, B[part])
         B_grad[part] = (in_groups(g, B) * x[part].unflatten(2, (B.shape[2], -1))[..., None]).sum(3)
         exponent_grad = decay.mul_(g)
-        exponent_grad[0] *= before[number]
+        exponent_grad[0] *= h
         exponent_grad[1:] *= states[:-1]
-        delta_grad[part] = (exponent_grad * A).sum(-1)
-        A_grad += (exponent_grad * delta[part][..., None]).sum((0, 1))
-    return delta_grad, x_grad, A_grad, B_grad, C_grad
+        steps_grad[part] = (exponent_grad * A).sum(-1)
+        A_grad += (exponent_grad * steps[part][..., None]).sum((0, 1))
+    steps_grad += x_grad * u
+    if softplus:
+        steps_grad *= -torch.expm1(-steps)                                                     # sigmoid, of softplus
+    u_grad = x_grad * steps if D is None else x_grad * steps + D * dy
+    z_grad = None
+    if z is not None:
+        s = torch.sigmoid(z)
+        y = y.permute(1, 2, 0) if D is None else (y + D * u).permute(1, 2, 0)
+        z_grad = out_grad.permute(1, 2, 0) * y * s * (1 + z * (1 - s))
+    return (
+        as_lies(u_grad.permute(1, 2, 0), u.permute(1, 2, 0)), as_lies(steps_grad.permute(1, 2, 0), delta), A_grad,
+        B_grad.permute(1, 2, 0, 3).contiguous().mT, C_grad.permute(1, 2, 0, 3).contiguous().mT, (dy * u).sum((0, 1)),
+        None if z is None else as_lies(z_grad, z), steps_grad.sum((0, 1)),
+    )  # fmt: skip
 
 
-@scan.register_fake
-def _(delta, x, A, B, C):
-    L, batch, E = x.shape
-    return torch.empty_like(x), x.new_empty(batch, E, A.shape[1]), x.new_empty(-(-L // CHUNK), batch, E, A.shape[1])
-
-
-@scan_backward.register_fake
-def _(y_grad, last_grad, delta, x, A, B, C, before):
-    return tuple(torch.empty_like(t) for t in (delta, x, A, B, C))
-
-
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[2])
-
-
-def _backward(ctx, y_grad, last_grad, _):
-    return scan_backward(y_grad.contiguous(), last_grad.contiguous(), *ctx.saved_tensors)
-
-
-scan.register_autograd(_backward, setup_context=_keep)
+def as_lies(x, other):
+    """A copy of x that lies in memory as another tensor."""
+    return torch.empty_like(other).copy_(x)

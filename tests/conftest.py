@@ -22,6 +22,7 @@ import pde_ssm
 from checkpoints.build import save_checkpoint
 from commands import write_photos
 from machine import stops
+from mixers import selective_scan_cpu
 from models import MODELS
 from pde_ssm_kernels import cpu
 
@@ -140,6 +141,7 @@ def compilations(monkeypatch):
 def kernels():
     """Built before a test names another compiler."""
     cpu.built()
+    selective_scan_cpu.built()
 
 
 @pytest.fixture(autouse=True)

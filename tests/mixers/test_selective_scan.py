@@ -1,13 +1,21 @@
 """The selective scan against public numbers, its own equations and finite differences."""
 
+import sys
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from mixers.selective_scan import scan, scan_backward, selective_scan, selective_scan_reference
+from machine.cost import forward_flops
+from mixers import selective_scan_cpu
+from mixers.selective_scan import CHUNK, scan, scan_backward, selective_scan, selective_scan_reference
+from pde_ssm_kernels import set_backend
 
+KERNELS, REASON = selective_scan_cpu.library()
 CASES = ["plain", "bare", "one", "grouped", "long", "stiff", "slow"]
 INPUTS = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"]
-both = pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
+BACKENDS = {"torch": (), "cpp": [pytest.mark.skipif(KERNELS is None, reason=str(REASON))]}
+backends = pytest.mark.parametrize("backend", [pytest.param(name, marks=marks) for name, marks in BACKENDS.items()])
 
 
 def random_inputs(batch, E, L, N, groups=None, dtype=torch.float64, everything=True):
@@ -19,9 +27,29 @@ def random_inputs(batch, E, L, N, groups=None, dtype=torch.float64, everything=T
     return {name: x.to(dtype).requires_grad_() for name, x in given.items()}
 
 
+def values_and_gradients(function, given, delta_softplus=True):
+    out, last = function(**given, delta_softplus=delta_softplus, return_last_state=True)
+    weights = torch.linspace(1, 2, out.numel(), dtype=torch.float64).view_as(out)
+    loss = (out * weights).sum() + last.square().sum()
+    return [out, last, *torch.autograd.grad(loss, list(given.values()))]
+
+
+def exactly(given, delta_softplus=True):
+    given = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    return values_and_gradients(selective_scan_reference, given, delta_softplus)
+
+
+def assert_close(results, exact, of_largest):
+    for mine, theirs in zip(results, exact):
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).abs().max() <= of_largest * theirs.abs().max().clamp_min(1e-3)
+
+
 @pytest.mark.parametrize("case", CASES)
-@both
-def test_public_numbers(golden, case, function):
+@pytest.mark.parametrize("road", ["reference", *BACKENDS])
+def test_public_numbers(golden, case, road):
+    function = selective_scan_reference if road == "reference" else selective_scan
+    set_backend("default" if road == "reference" else road)
     stored = golden("selective_scan.npz")
     arrays = {name.removeprefix(f"{case}."): x for name, x in stored.items() if name.startswith(f"{case}.")}
     given = {name: arrays[name].double().requires_grad_() for name in INPUTS if name in arrays}
@@ -38,15 +66,84 @@ def test_public_numbers(golden, case, function):
 
 @pytest.mark.parametrize("L", [1, 2, 15, 16, 17, 33])
 @pytest.mark.parametrize("groups", [None, 1, 3])
-def test_any_length_has_the_values_and_gradients_of_the_equations(L, groups):
+@backends
+def test_any_length_has_the_values_and_gradients_of_the_equations(L, groups, backend):
+    set_backend(backend)
     given = random_inputs(2, 6, L, 3, groups)
-    results = []
-    for function in (selective_scan, selective_scan_reference):
-        out, last = function(**given, delta_softplus=True, return_last_state=True)
-        weights = torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)
-        results.append([out, last, *torch.autograd.grad((out * weights).sum() + last.square().sum(), list(given.values()))])
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert_close(values_and_gradients(selective_scan, given), exactly(given), 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("E", "N", "groups"), [(1, 1, None), (16, 4, None), (37, 16, None), (70, 5, None), (150, 2, 2), (132, 7, 3)]
+)  # whole vectors of channels and parts, one share of them and several; states by fours and one by one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("everything", [False, True])
+@backends
+def test_any_number_of_channels_and_states(E, N, groups, dtype, everything, backend):
+    set_backend(backend)
+    given = random_inputs(2, E, 19, N, groups, dtype, everything)
+    results = values_and_gradients(selective_scan, given, everything)
+    assert {x.dtype for x in results} == {dtype}
+    assert_close(results, exactly(given, everything), 3e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e2, 1e4])
+@backends
+def test_slow_and_stiff_channels_in_float32(scale, backend):
+    """exp(delta A) from one but for its last digits to none at all, also where softplus is a straight line."""
+    set_backend(backend)
+    given = random_inputs(1, 20, 40, 4, dtype=torch.float32)
+    with torch.no_grad():
+        given["delta"] *= scale
+    assert_close(values_and_gradients(selective_scan, given), exactly(given), 2e-5)
+
+
+@backends
+def test_growth_beyond_what_numbers_hold_is_infinite_and_a_nan_stays_one(backend):
+    set_backend(backend)
+    given = random_inputs(1, 40, 20, 2, dtype=torch.float32, everything=False)
+    with torch.no_grad():
+        given["delta"].fill_(1)
+        given["A"][3] = 200
+        given["u"][0, 5, 7] = torch.nan
+        given["delta"][0, 6, 7] = torch.nan
+    out, last, *_ = values_and_gradients(selective_scan, given, delta_softplus=False)
+    good = [e for e in range(40) if e not in (3, 5, 6)]
+    assert not out[0, 3, 2:].isfinite().any()
+    assert out[0, 5:7, 7:].isnan().all()
+    assert last[0, 5:7].isnan().all()
+    assert out[0, 5:7, :7].isfinite().all()
+    assert out[0, good].isfinite().all()
+
+
+def laid_out(x, order):
+    """The same numbers, with the axes of that order one after the other in memory."""
+    return x.detach().permute(order).contiguous().permute([order.index(axis) for axis in range(len(order))])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=str)
+@backends
+def test_any_layout_has_the_same_values(order, backend):
+    set_backend(backend)
+    given = random_inputs(2, 37, 21, 3)
+    expected = values_and_gradients(selective_scan, given)
+    given = {name: laid_out(x, order) if x.ndim == 3 else x.detach() for name, x in given.items()}
+    given["z"] = torch.cat([given["z"], given["z"]], dim=1)[:, 37:]          # a part of something larger
+    given = {name: x.requires_grad_() for name, x in given.items()}
+    results = values_and_gradients(selective_scan, given)
+    assert_close(results, expected, 1e-14)
+    assert results[0].stride() == given["delta"].stride()
+
+
+@pytest.mark.skipif(KERNELS is None, reason=str(REASON))
+def test_any_number_of_threads_has_the_same_bits():
+    given = random_inputs(3, 200, 50, 5, dtype=torch.float32)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(selective_scan, given))
+    torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -61,6 +158,18 @@ def test_it_computes_in_float32_whatever_it_gets(dtype):
     assert all(x.grad.dtype == dtype for x in given.values())
 
 
+def test_training_keeps_the_states_of_one_token_in_a_chunk_and_evaluation_none():
+    given = random_inputs(1, 4, 70, 3, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        selective_scan(**given, delta_softplus=True)
+    inputs = sum(x.numel() for x in given.values())
+    assert sum(kept) == inputs + -(-70 // CHUNK) * 4 * 3
+    tensors = [x.detach() for x in (*given.values(),)]
+    tensors[3], tensors[4] = tensors[3][:, None], tensors[4][:, None]
+    assert [x.numel() for x in scan(*tensors, True, False)] == [4 * 70, 4 * 3, 0]
+
+
 def test_to_compilers_it_is_one_operator():
     given = random_inputs(1, 4, 70, 3, dtype=torch.float32)
     operators = []
@@ -72,21 +181,51 @@ def test_to_compilers_it_is_one_operator():
     compiled = torch.compile(selective_scan, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(**given), selective_scan(**given))
     assert sum("selective_scan" in name for name in operators) == 1
-    assert len(operators) < 60
+    assert len(operators) < 20
 
 
-def test_the_operators_keep_the_rules_of_torch_compile():
-    L, batch, E, N, groups = 18, 2, 4, 3, 2
-    delta, x = torch.rand(L, batch, E, requires_grad=True), torch.randn(L, batch, E, requires_grad=True)
-    A, (B, C) = -torch.rand(E, N, requires_grad=True), torch.randn(2, L, batch, groups, N, requires_grad=True)
+@pytest.mark.parametrize("everything", [False, True])
+@backends
+def test_the_operators_keep_the_rules_of_torch_compile(everything, backend):
+    set_backend(backend)
+    given = random_inputs(2, 4, 18, 3, 2, torch.float32, everything)
+    given["delta"] = laid_out(given["delta"], (0, 2, 1)).requires_grad_()
+    tensors = [given.get(name) for name in INPUTS]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(scan, (delta, x, A, B, C), test_utils=tests)
-    _, last, before = scan(delta, x, A, B, C)
-    torch.library.opcheck(scan_backward, (x, last, delta, x, A, B, C, before), test_utils=tests[::2])
+    torch.library.opcheck(scan, (*tensors, True, True), test_utils=tests)
+    out, last, before = scan(*tensors, True, True)
+    torch.library.opcheck(scan_backward, (out, last, *tensors, True, before), test_utils=tests[::2])
 
 
-@both
+@pytest.mark.parametrize("everything", [False, True])
+def test_counters_of_operations_see_the_scan(everything):
+    """Nine multiply-adds for each state, and one each for D and the gate; gradients count twice."""
+    given = random_inputs(2, 6, 20, 5, 3, torch.float32, everything)
+    count = 2 * (9 * 5 + 2 * everything) * 2 * 6 * 20
+    assert forward_flops(lambda: selective_scan(**given)) == count
+    assert forward_flops(lambda: selective_scan(**{name: x.to("meta") for name, x in given.items()})) == count
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(**given).sum().backward()
+    assert counter.get_total_flops() == 3 * count
+
+
+@pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
 def test_shapes_that_do_not_fit_are_named(function):
     given = random_inputs(1, 6, 5, 3, groups=4)
     with pytest.raises(ValueError, match=r"with G dividing E; they are u \(1, 6, 5\), .* B \(1, 4, 3, 5\)"):
         function(**given)
+    given = random_inputs(1, 6, 5, 3) | dict(A=torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"they are .* A \(6, 4\), B \(1, 3, 5\)"):
+        function(**given)
+
+
+def test_without_kernels_pytorch_does_the_work_and_says_why(monkeypatch):
+    given = random_inputs(1, 6, 5, 3)
+    set_backend("torch")
+    expected = selective_scan(**given)
+    set_backend("default")
+    monkeypatch.setenv("CXX", f"{sys.executable} /no/compiler")
+    found = selective_scan_cpu.library.__wrapped__()
+    monkeypatch.setattr(selective_scan_cpu, "library", lambda: found)
+    with pytest.warns(UserWarning, match="kernels of mixers.selective_scan.cpp could not be built: .*; selective scans"):
+        assert torch.equal(selective_scan(**given), expected)

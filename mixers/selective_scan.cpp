@@ -1,0 +1,428 @@
+// Kernels of the selective scan and its gradient. Built by selective_scan_cpu.py, which defines CHUNK and SHARE, and held against the
+// reference of selective_scan.py.
+//
+// Sixteen channels of float32 are one vector, or eight without AVX-512, and half as many of float64. A core goes through a share
+// of the channels a chunk of tokens at a time and holds what it needs of a chunk in its own cache: memory sees inputs and outputs
+// once, and of the states those before each chunk. How work is cut into shares depends on sizes alone, and so does the order of
+// every sum: any number of threads gives the same bits.
+
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#ifdef __AVX512F__
+constexpr int BYTES = 64;
+#else
+constexpr int BYTES = 32;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+template <class T> struct Rows { T *data; long batch, channel, token; };            // (B, E, L) and its strides
+template <class T> struct Columns { T *data; long batch, group, state, token; };    // (B, G, N, L)
+
+// What both kernels take, in the order of FIELDS in selective_scan_cpu.py. In the backward pass out and last are gradients. The
+// gradients of A (B, E, N), D and bias (B, E) are those of each image, those of B and C (shares, B, G, L, N) of each share.
+template <class T> struct Scan {
+  Rows<T> u, delta, z, out, u_grad, delta_grad, z_grad;
+  Columns<T> B, C;
+  T *A, *D, *bias, *last, *before;                                         // before (chunks, B, N, E), or none
+  T *A_grad, *D_grad, *bias_grad, *B_grad, *C_grad;
+  long batch, channels, tokens, states, groups, softplus, threads;
+};
+
+template <class T> struct Types;
+template <> struct Types<float> {
+  typedef float V __attribute__((vector_size(BYTES)));
+  typedef int I __attribute__((vector_size(BYTES)));
+  static constexpr int mantissa = 23, bias = 127, root_half = 0x3f3504f3;
+  static constexpr float rounder = 12582912, least = -126, most = 128;     // adding the first rounds to whole numbers
+  static constexpr float powers[] = {0.693147188f, 0.2402265076f, 0.05550357114f, 0.009618082557f, 0.001339086336f,
+                                     0.0001545316295f};
+  static constexpr int logarithms = 5;                                     // terms of a series
+};
+template <> struct Types<double> {
+  typedef double V __attribute__((vector_size(BYTES)));
+  typedef long I __attribute__((vector_size(BYTES)));
+  static constexpr long mantissa = 52, bias = 1023, root_half = 0x3fe6a09e667f3bcd;
+  static constexpr double rounder = 6755399441055744, least = -1022, most = 1024;
+  static constexpr double powers[] = {0.69314718055994531, 0.24022650695910098, 0.055504108664821594, 0.0096181291076068885,
+                                      0.0013333558146416935, 0.0001540353044173605, 1.5252733829836118e-5, 1.321544258792169e-6,
+                                      1.0178062445845774e-7, 7.0725859492692237e-9, 4.4549605981865184e-10};
+  static constexpr int logarithms = 11;
+};
+
+template <class T> struct Kernels {
+  using Of = Types<T>;
+  using V = typename Of::V;
+  using I = typename Of::I;
+  static constexpr int LANES = BYTES / sizeof(T);
+  static constexpr long PER_SHARE = SHARE / LANES;
+  static constexpr T LN2 = 0.693147180559945309, LOG2E = 1.44269504088896341;
+
+  INLINE V load(const T *from, int lanes) {
+    V v = {};
+    if (lanes == LANES) std::memcpy(&v, from, sizeof v);
+    else std::memcpy(&v, from, lanes * sizeof(T));
+    return v;
+  }
+
+  INLINE void store(T *to, const V &v, int lanes) {
+    if (lanes == LANES) std::memcpy(to, &v, sizeof v);
+    else std::memcpy(to, &v, lanes * sizeof(T));
+  }
+
+  // Numbers of some channels that lie `stride` apart.
+  INLINE V gather(const T *from, long stride, int lanes) {
+    V v = {};
+    for (int lane = 0; lane < lanes; lane++) v[lane] = from[lane * stride];
+    return v;
+  }
+
+  INLINE void scatter(T *to, long stride, const V &v, int lanes) {
+    for (int lane = 0; lane < lanes; lane++) to[lane * stride] = v[lane];
+  }
+
+  // 2^x to one unit in the last place or two; not below the least normal number, which takes no longer than others. NaN stays.
+  INLINE V power_of_2(V x) {
+    x = x < Of::least ? V{} + Of::least : x > Of::most ? V{} + Of::most : x;
+    V whole = x + Of::rounder;
+    V scale = (V)(((I)whole << Of::mantissa) + (Of::bias << Of::mantissa));
+    V part = x - (whole - Of::rounder);
+    constexpr int n = sizeof Of::powers / sizeof(T);
+    V power = V{} + Of::powers[n - 1];
+    for (int i = n - 2; i >= 0; i--) power = Of::powers[i] + part * power;
+    return scale * (1 + part * power);
+  }
+
+  INLINE V exponential(V x) { return power_of_2(x * LOG2E); }
+
+  // log(1 + x) of x >= 0, with 1 + x = 2^k (1 + f) and f in (-0.3, 0.42): what rounding 1 + x loses goes into f.
+  INLINE V log_1_plus(V x) {
+    V sum = 1 + x;
+    I doublings = ((I)sum - Of::root_half) >> Of::mantissa;
+    V scale = (V)((Of::bias - doublings) << Of::mantissa);                 // 2^-k
+    V f = ((V)((I)sum - (doublings << Of::mantissa)) - 1) + (x - (sum - 1)) * scale;
+    V s = f / (2 + f), square = s * s, series = V{} + T(1) / (2 * Of::logarithms + 1);
+    for (int i = Of::logarithms - 1; i >= 0; i--) series = T(1) / (2 * i + 1) + square * series;
+    return __builtin_convertvector(doublings, V) * LN2 + 2 * s * series;
+  }
+
+  INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
+
+  // softplus and its slope, both by one exponential; from 20 on, PyTorch calls it x.
+  INLINE V softplus(V x) { return x > 20 ? x : log_1_plus(exponential(x)); }
+
+  // A chunk of tokens of some channels, a vector for each token.
+  static void load_rows(const Rows<T> &rows, long b, long channel, long token, int lanes, int tokens, V *to) {
+    const T *from = rows.data + b * rows.batch + channel * rows.channel + token * rows.token;
+    if (rows.channel == 1)
+      for (int t = 0; t < tokens; t++) to[t] = load(from + t * rows.token, lanes);
+    else
+      for (int lane = 0; lane < LANES; lane++)
+        for (int t = 0; t < tokens; t++) ((T *)(to + t))[lane] = lane < lanes ? from[lane * rows.channel + t * rows.token] : 0;
+  }
+
+  static void store_rows(const Rows<T> &rows, long b, long channel, long token, int lanes, int tokens, const V *from) {
+    T *to = rows.data + b * rows.batch + channel * rows.channel + token * rows.token;
+    if (rows.channel == 1)
+      for (int t = 0; t < tokens; t++) store(to + t * rows.token, from[t], lanes);
+    else
+      for (int lane = 0; lane < lanes; lane++)
+        for (int t = 0; t < tokens; t++) to[lane * rows.channel + t * rows.token] = ((const T *)(from + t))[lane];
+  }
+
+  static void load_columns(const Columns<T> &columns, long b, long group, long token, int tokens, int N, T *to) {
+    const T *from = columns.data + b * columns.batch + group * columns.group + token * columns.token;
+    for (int t = 0; t < tokens; t++)
+      for (int n = 0; n < N; n++) to[t * N + n] = from[t * columns.token + n * columns.state];
+  }
+
+  // Of two vectors, lanes whose number has the bit `span` not set and lanes that have it, side by side.
+  INLINE void exchange(const V &a, const V &b, int span, V &low, V &high) {
+#ifdef __clang__
+    V c = a, d = b;
+    for (int l = 0; l < LANES; l++) low[l] = l & span ? d[l - span] : c[l], high[l] = l & span ? d[l] : c[l + span];
+#else
+    I lower, upper;
+    for (int l = 0; l < LANES; l++) lower[l] = l & span ? LANES + l - span : l, upper[l] = l & span ? LANES + l : l + span;
+    V c = __builtin_shuffle(a, b, lower), d = __builtin_shuffle(a, b, upper);
+    low = c, high = d;
+#endif
+  }
+
+  // The sums over lanes of LANES vectors, side by side.
+  INLINE V sums_over_lanes(const V *rows) {
+    V sum[LANES];
+    for (int i = 0; i < LANES; i++) sum[i] = rows[i];
+    for (int span = LANES / 2; span; span /= 2)
+      for (int i = 0; i < span; i++) {
+        V low, high;
+        exchange(sum[i], sum[i + span], span, low, high);
+        sum[i] = low + high;
+      }
+    return sum[0];
+  }
+
+  // How the work is cut: channels of a group into blocks of a vector, these into shares.
+  struct Cut {
+    long per_group, blocks, shares, chunks;
+    explicit Cut(const Scan<T> &scan)
+        : per_group(scan.channels / scan.groups), blocks((per_group + LANES - 1) / LANES),
+          shares((blocks + PER_SHARE - 1) / PER_SHARE), chunks((scan.tokens + CHUNK - 1) / CHUNK) {}
+  };
+
+  static V *workspace(long size) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local long capacity = 0;
+    if (capacity < size) {
+      memory.reset(new char[size * sizeof(V) + 64]);
+      capacity = size;
+    }
+    return (V *)(((size_t)memory.get() + 63) / 64 * 64);
+  }
+
+  // What a block of channels is, and what it keeps from chunk to chunk: `kept` vectors for each state.
+  struct Block {
+    long channel;
+    int lanes;
+    V D, bias;
+    Block(const Scan<T> &scan, const Cut &cut, long group, long block) {
+      channel = group * cut.per_group + block * LANES;
+      lanes = cut.per_group - block * LANES < LANES ? cut.per_group - block * LANES : LANES;
+      D = scan.D ? load(scan.D + channel, lanes) : V{};
+      bias = scan.bias ? load(scan.bias + channel, lanes) : V{};
+    }
+  };
+
+  // S states from n on, through a chunk: h from before it to its end, y += C h.
+  template <int S>
+  INLINE void steps(int n, int N, int tokens, const V *exponents, const T *B, const T *C, const V *delta, const V *x, V *h,
+                    V *y) {
+    V state[S];
+    for (int s = 0; s < S; s++) state[s] = h[n + s];
+    for (int t = 0; t < tokens; t++) {
+      V sum = y[t];
+      for (int s = 0; s < S; s++) {
+        state[s] = power_of_2(delta[t] * exponents[n + s]) * state[s] + x[t] * B[t * N + n + s];
+        sum += state[s] * C[t * N + n + s];
+      }
+      y[t] = sum;
+    }
+    for (int s = 0; s < S; s++) h[n + s] = state[s];
+  }
+
+  static void forward(const Scan<T> &scan) {
+    const Cut cut(scan);
+    const int N = scan.states;
+    const long columns = (CHUNK * N + LANES - 1) / LANES;                   // of B and C, in vectors
+    #pragma omp parallel num_threads(scan.threads)
+    {
+      V *states = workspace(2 * PER_SHARE * N + 2 * columns), *exponents = states + PER_SHARE * N;
+      T *B = (T *)(exponents + PER_SHARE * N), *C = (T *)((V *)B + columns);
+      #pragma omp for collapse(3) schedule(dynamic)
+      for (long b = 0; b < scan.batch; b++)
+        for (long group = 0; group < scan.groups; group++)
+          for (long share = 0; share < cut.shares; share++) {
+            const long first = share * PER_SHARE, end = first + PER_SHARE < cut.blocks ? first + PER_SHARE : cut.blocks;
+            for (long j = first; j < end; j++) {
+              const Block block(scan, cut, group, j);
+              for (int n = 0; n < N; n++) {
+                exponents[(j - first) * N + n] = gather(scan.A + block.channel * N + n, N, block.lanes) * LOG2E;
+                states[(j - first) * N + n] = V{};
+              }
+            }
+            for (long chunk = 0; chunk < cut.chunks; chunk++) {
+              const long token = chunk * CHUNK;
+              const int tokens = scan.tokens - token < CHUNK ? scan.tokens - token : CHUNK;
+              load_columns(scan.B, b, group, token, tokens, N, B);
+              load_columns(scan.C, b, group, token, tokens, N, C);
+              for (long j = first; j < end; j++) {
+                const Block block(scan, cut, group, j);
+                V *h = states + (j - first) * N, *exponent = exponents + (j - first) * N;
+                T *before = scan.before + ((chunk * scan.batch + b) * N) * scan.channels + block.channel;
+                if (scan.before)
+                  for (int n = 0; n < N; n++) store(before + n * scan.channels, h[n], block.lanes);
+                V delta[CHUNK], x[CHUNK], y[CHUNK];
+                load_rows(scan.delta, b, block.channel, token, block.lanes, tokens, delta);
+                load_rows(scan.u, b, block.channel, token, block.lanes, tokens, x);
+                for (int t = 0; t < tokens; t++) {
+                  delta[t] += block.bias;
+                  if (scan.softplus) delta[t] = softplus(delta[t]);
+                  y[t] = block.D * x[t];
+                  x[t] *= delta[t];
+                }
+                int n = 0;
+                for (; n + 4 <= N; n += 4) steps<4>(n, N, tokens, exponent, B, C, delta, x, h, y);
+                for (; n < N; n++) steps<1>(n, N, tokens, exponent, B, C, delta, x, h, y);
+                if (scan.z.data) {
+                  load_rows(scan.z, b, block.channel, token, block.lanes, tokens, x);
+                  for (int t = 0; t < tokens; t++) y[t] *= x[t] * sigmoid(x[t]);
+                }
+                store_rows(scan.out, b, block.channel, token, block.lanes, tokens, y);
+              }
+            }
+            for (long j = first; j < end; j++) {
+              const Block block(scan, cut, group, j);
+              for (int n = 0; n < N; n++)
+                scatter(scan.last + (b * scan.channels + block.channel) * N + n, N, states[(j - first) * N + n], block.lanes);
+            }
+          }
+    }
+  }
+
+  // S states from n on, through a chunk and back. `carry` is exp(delta A) times the gradient of the state after the chunk, and
+  // then that of the state before it.
+  template <int S>
+  INLINE void steps_back(int n, int N, int tokens, const V *A, const T *B, const T *C, const V *delta, const V *x, const V *dy,
+                         const T *before, long stride, int lanes, V *carry, V *A_grad, V *B_grad, V *C_grad, V *x_grad,
+                         V *delta_grad, V *y) {
+    V decay[CHUNK][S], state[CHUNK + 1][S], h[S], g[S], sum[S];
+    for (int s = 0; s < S; s++) state[0][s] = h[s] = load(before + (n + s) * stride, lanes);
+    for (int t = 0; t < tokens; t++)
+      for (int s = 0; s < S; s++) {
+        decay[t][s] = power_of_2(delta[t] * (A[n + s] * LOG2E));
+        state[t + 1][s] = h[s] = decay[t][s] * h[s] + x[t] * B[t * N + n + s];
+        y[t] += h[s] * C[t * N + n + s];
+      }
+    for (int s = 0; s < S; s++) g[s] = carry[n + s], sum[s] = A_grad[n + s];
+    for (int t = tokens - 1; t >= 0; t--) {
+      V of_x = x_grad[t], of_delta = delta_grad[t];
+      for (int s = 0; s < S; s++) {
+        const int at = t * N + n + s;
+        g[s] += dy[t] * C[at];
+        C_grad[at] += dy[t] * state[t + 1][s];
+        B_grad[at] += g[s] * x[t];
+        of_x += g[s] * B[at];
+        g[s] *= decay[t][s];
+        V exponent_grad = g[s] * state[t][s];
+        of_delta += exponent_grad * A[n + s];
+        sum[s] += exponent_grad * delta[t];
+      }
+      x_grad[t] = of_x;
+      delta_grad[t] = of_delta;
+    }
+    for (int s = 0; s < S; s++) carry[n + s] = g[s], A_grad[n + s] = sum[s];
+  }
+
+  static void backward(const Scan<T> &scan) {
+    const Cut cut(scan);
+    const int N = scan.states;
+    const long columns = (CHUNK * N + LANES - 1) / LANES;
+    #pragma omp parallel num_threads(scan.threads)
+    {
+      // A, its gradient, carries, and the gradients of D and bias of every block; B and C, and their gradients in each lane.
+      V *A = workspace(PER_SHARE * (3 * N + 2) + 2 * columns + 2 * columns * LANES), *A_grad = A + PER_SHARE * N;
+      V *carries = A_grad + PER_SHARE * N, *D_grad = carries + PER_SHARE * N, *bias_grad = D_grad + PER_SHARE;
+      T *B = (T *)(bias_grad + PER_SHARE), *C = (T *)((V *)B + columns);
+      V *B_grad = (V *)C + columns, *C_grad = B_grad + columns * LANES;
+      #pragma omp for collapse(3) schedule(dynamic)
+      for (long b = 0; b < scan.batch; b++)
+        for (long group = 0; group < scan.groups; group++)
+          for (long share = 0; share < cut.shares; share++) {
+            const long first = share * PER_SHARE, end = first + PER_SHARE < cut.blocks ? first + PER_SHARE : cut.blocks;
+            for (long j = first; j < end; j++) {
+              const Block block(scan, cut, group, j);
+              const long at = (j - first) * N;
+              for (int n = 0; n < N; n++) {
+                A[at + n] = gather(scan.A + block.channel * N + n, N, block.lanes);
+                A_grad[at + n] = V{};
+                carries[at + n] = gather(scan.last + (b * scan.channels + block.channel) * N + n, N, block.lanes);
+              }
+              D_grad[j - first] = bias_grad[j - first] = V{};
+            }
+            for (long chunk = cut.chunks - 1; chunk >= 0; chunk--) {
+              const long token = chunk * CHUNK;
+              const int tokens = scan.tokens - token < CHUNK ? scan.tokens - token : CHUNK;
+              load_columns(scan.B, b, group, token, tokens, N, B);
+              load_columns(scan.C, b, group, token, tokens, N, C);
+              for (long i = 0; i < columns * LANES; i++) B_grad[i] = C_grad[i] = V{};
+              for (long j = first; j < end; j++) {
+                const Block block(scan, cut, group, j);
+                const long at = (j - first) * N;
+                auto load_here = [&](const Rows<T> &rows, V *to) {
+                  load_rows(rows, b, block.channel, token, block.lanes, tokens, to);
+                };
+                auto store_here = [&](const Rows<T> &rows, const V *from) {
+                  store_rows(rows, b, block.channel, token, block.lanes, tokens, from);
+                };
+                V u[CHUNK], delta[CHUNK], slope[CHUNK], x[CHUNK], y[CHUNK], dy[CHUNK], z[CHUNK], out_grad[CHUNK];
+                V x_grad[CHUNK] = {}, delta_grad[CHUNK] = {};
+                load_here(scan.u, u);
+                load_here(scan.delta, delta);
+                load_here(scan.out, out_grad);
+                if (scan.z.data) load_here(scan.z, z);
+                for (int t = 0; t < tokens; t++) {
+                  V raw = delta[t] + block.bias;
+                  delta[t] = scan.softplus ? softplus(raw) : raw;
+                  slope[t] = scan.softplus ? raw > 20 ? V{} + 1 : sigmoid(raw) : V{} + 1;
+                  x[t] = delta[t] * u[t];
+                  y[t] = block.D * u[t];
+                  dy[t] = scan.z.data ? out_grad[t] * z[t] * sigmoid(z[t]) : out_grad[t];
+                }
+                const T *before = scan.before + chunk * scan.batch * N * scan.channels + b * N * scan.channels + block.channel;
+                auto back = [&](auto S, int n) {
+                  steps_back<S.value>(n, N, tokens, A + at, B, C, delta, x, dy, before, scan.channels, block.lanes,
+                                      carries + at, A_grad + at, B_grad, C_grad, x_grad, delta_grad, y);
+                };
+                int n = 0;
+                for (; n + 4 <= N; n += 4) back(std::integral_constant<int, 4>(), n);
+                for (; n < N; n++) back(std::integral_constant<int, 1>(), n);
+                V D_sum = {}, bias_sum = {};
+                for (int t = 0; t < tokens; t++) {
+                  D_sum += dy[t] * u[t];
+                  delta_grad[t] = (delta_grad[t] + x_grad[t] * u[t]) * slope[t];
+                  bias_sum += delta_grad[t];
+                  x_grad[t] = x_grad[t] * delta[t] + block.D * dy[t];      // of u
+                }
+                D_grad[j - first] += D_sum;
+                bias_grad[j - first] += bias_sum;
+                store_here(scan.u_grad, x_grad);
+                store_here(scan.delta_grad, delta_grad);
+                if (scan.z.data) {
+                  for (int t = 0; t < tokens; t++) {
+                    V s = sigmoid(z[t]);
+                    z[t] = out_grad[t] * y[t] * s * (1 + z[t] * (1 - s));
+                  }
+                  store_here(scan.z_grad, z);
+                }
+              }
+              const long to = (((share * scan.batch + b) * scan.groups + group) * scan.tokens + token) * N;
+              for (long i = 0; i < tokens * N; i += LANES) {
+                const int lanes = tokens * N - i < LANES ? tokens * N - i : LANES;
+                store(scan.B_grad + to + i, sums_over_lanes(B_grad + i), lanes);
+                store(scan.C_grad + to + i, sums_over_lanes(C_grad + i), lanes);
+              }
+            }
+            for (long j = first; j < end; j++) {
+              const Block block(scan, cut, group, j);
+              const long channel = b * scan.channels + block.channel;
+              for (int n = 0; n < N; n++) scatter(scan.A_grad + channel * N + n, N, A_grad[(j - first) * N + n], block.lanes);
+              store(scan.D_grad + channel, D_grad[j - first], block.lanes);
+              store(scan.bias_grad + channel, bias_grad[j - first], block.lanes);
+            }
+          }
+    }
+  }
+
+  // Adds up rows of n numbers, each in the order of the rows: PyTorch's order depends on the number of threads.
+  static void sum(const T *rows, T *to, long count, long n, long threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) {
+      T total = rows[i];
+      for (long row = 1; row < count; row++) total += rows[row * n + i];
+      to[i] = total;
+    }
+  }
+};
+
+extern "C" void forward32(const Scan<float> *scan) { Kernels<float>::forward(*scan); }
+extern "C" void forward64(const Scan<double> *scan) { Kernels<double>::forward(*scan); }
+extern "C" void backward32(const Scan<float> *scan) { Kernels<float>::backward(*scan); }
+extern "C" void backward64(const Scan<double> *scan) { Kernels<double>::backward(*scan); }
+extern "C" void sum32(const float *rows, float *to, long count, long n, long threads) {
+  Kernels<float>::sum(rows, to, count, n, threads);
+}
+extern "C" void sum64(const double *rows, double *to, long count, long n, long threads) {
+  Kernels<double>::sum(rows, to, count, n, threads);
+}

@@ -1,0 +1,89 @@
+"""The C++ kernels of selective_scan.cpp, on CPUs: the whole scan, with softplus and gate, and its gradient.
+
+Never needed for a result, only for speed; built, and done without, as those of pde_ssm_kernels. They take tensors in any layout
+and copy none. Any number of threads gives the same bits.
+"""
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pde_ssm_kernels import backend
+from pde_ssm_kernels.building import load
+
+SOURCE = Path(__file__).with_name("selective_scan.cpp")
+CHUNK = 16  # tokens
+SHARE = 64  # channels
+
+
+def serves(u):
+    """Whether the kernels can take it: float32 or float64 on a CPU, unless `set_backend` says torch or plain."""
+    wanted = u.device.type == "cpu" and u.dtype in (torch.float32, torch.float64) and backend() not in ("torch", "plain")
+    return wanted and built()
+
+
+def built():
+    """Whether there are kernels; says once why there are none."""
+    _, reason = library()
+    if reason:
+        warnings.warn(f"{reason}; selective scans on CPUs run by PyTorch's operations, which are slower", stacklevel=2)
+    return reason is None
+
+
+@cache
+def library():
+    """The compiled kernels and None, or None and why there are none."""
+    return load(SOURCE, f"-DCHUNK={CHUNK}", f"-DSHARE={SHARE}")
+
+
+def forward(u, delta, A, B, C, D, z, bias, softplus, keep):
+    """Returns out as delta lies in memory, the last states (B, E, N) and, with `keep`, those before each chunk (chunks, B, N,
+    E)."""
+    (batch, E, L), N = u.shape, A.shape[1]
+    out, last = torch.empty_like(delta), u.new_empty(batch, E, N)
+    before = u.new_empty(-(-L // CHUNK) if keep else 0, batch, N, E)
+    call("forward", (u, delta, z, out, None, None, None), (B, C), (A, D, bias, last, before), softplus)
+    return out, last, before
+
+
+def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before):
+    """Returns the gradients of u, delta, A, B, C, D, z and bias from those of out and the last states."""
+    (batch, E, L), (_, G, N, _) = u.shape, B.shape
+    rows = [None if x is None else torch.empty_like(x) for x in (u, delta, z)]
+    shares = -(-(E // G) // SHARE)
+    whole = [u.new_empty(batch, *shape) for shape in ((E, N), (E,), (E,))]
+    columns = [u.new_empty(shares, batch, G, L, N) for _ in range(2)]
+    call("backward", (u, delta, z, out_grad, *rows), (B, C), (A, D, bias, last_grad, before, *whole, *columns), softplus)
+    A_grad, D_grad, bias_grad, B_grad, C_grad = (sum_of(x) for x in (*whole, *columns))
+    return rows[0], rows[1], A_grad, B_grad.mT, C_grad.mT, D_grad, rows[2], bias_grad
+
+
+def call(name, rows, columns, whole, softplus):
+    """Runs a kernel; its only argument is the Scan of selective_scan.cpp, whose members have 8 bytes each."""
+    u, (B, _), (A, *_) = rows[0], columns, whole
+    whole = [None if x is None else x.contiguous() for x in whole]
+    members = [number for x in rows for number in located(x, 3)] + [number for x in columns for number in located(x, 4)]
+    members += [x.data_ptr() if x is not None else 0 for x in whole] + [0] * (10 - len(whole))
+    members += [*u.shape, A.shape[1], B.shape[1], softplus, torch.get_num_threads()]
+    kernels, reason = library()
+    if reason:
+        raise RuntimeError(reason)
+    getattr(kernels, f"{name}{8 * u.itemsize}")((ctypes.c_int64 * len(members))(*members))
+
+
+def located(x, dimensions):
+    """Where a tensor is, and how far its neighbours are; zeros for none."""
+    return (0,) * (1 + dimensions) if x is None else (x.data_ptr(), *x.stride())
+
+
+def sum_of(rows):
+    """Adds up the rows of a tensor, in their order whatever the number of threads."""
+    if len(rows) == 1:
+        return rows[0]
+    total, (kernels, _) = torch.empty_like(rows[0]), library()
+    numbers = rows.data_ptr(), total.data_ptr(), len(rows), total.numel(), torch.get_num_threads()
+    getattr(kernels, f"sum{8 * rows.itemsize}")(*map(ctypes.c_int64, numbers))
+    return total
