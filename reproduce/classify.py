@@ -135,14 +135,14 @@ def main(args):
 
 
 def table(rows):
-    """Returns the table of all runs, as Markdown: of each mixer and number of steps the mean over its seeds, and their range."""
+    """Returns the table of all runs, as Markdown: the mean over the seeds of a mixer and number of steps, and their range."""
     lines = ["| mixer | parameters | steps | seeds | right at 32 x 32 | right at 48 x 48 | a step, ms |", "|---|" + "---:|" * 6]
     for mixer, steps in dict.fromkeys((row["mixer"], row["steps"]) for row in rows):
         runs = [row for row in rows if (row["mixer"], row["steps"]) == (mixer, steps)]
         parts = [[100 * row["accuracy"][str(size)] for row in runs] for size in SIZES]
         cells = [f"{mean(part):.1f}% ({min(part):.1f} to {max(part):.1f})" for part in parts]
-        times = mean(row["step_ms"] for row in runs)
-        lines.append(" | ".join([f"| {mixer}", f"{runs[0]['parameters']:,}", f"{steps:,}", f"{len(runs)}", *cells, f"{times:.0f} |"]))
+        numbers = f"{runs[0]['parameters']:,}", f"{steps:,}", f"{len(runs)}"
+        lines.append(" | ".join([f"| {mixer}", *numbers, *cells, f"{mean(row['step_ms'] for row in runs):.0f} |"]))
     return "\n".join(lines)
 
 
