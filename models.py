@@ -153,6 +153,9 @@ SIZES = {
     "S": (384, 12, 6),
     "Ti": (192, 12, 3),
     "N": (96, 6, 3),
+    "N64": (64, 6, 2),  # N at other widths, to see how loss falls with size
+    "N128": (128, 6, 4),
+    "N192": (192, 6, 6),
 }
 DiT_models = {
     f"DiT-{size}/{patch}": partial(DiT, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads)
