@@ -1,0 +1,55 @@
+"""The classification of reproduce/classify.py: what it shows the network, and that it learns."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reproduce import classify
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Images of two classes that the colour tells apart."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 20)):
+        for label, colour in enumerate((60, 190)):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = (colour + random.integers(-40, 40, (32, 32, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(classify, "BATCH", 16)
+    monkeypatch.setattr(classify, "time_in_turns", lambda sides, *_, **__: {side: dict(median_ms=1.0) for side in sides})
+
+
+@pytest.mark.usefixtures("quick", "one_thread")
+def test_runs_learn_are_kept_and_not_repeated(folders, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    flags = [str(folders), "--mixers", "attention", "pdessm", "--seeds", "0", "--steps", "12", "--results", str(results)]
+    classify.main(classify.parse_args(flags))
+    printed = capsys.readouterr().out
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["mixer"] for row in rows] == ["attention", "pdessm"]
+    assert all(accuracy > 0.9 for row in rows for accuracy in row["accuracy"].values())
+    assert rows[1]["parameters"] < rows[0]["parameters"]
+    classify.main(classify.parse_args([*flags[:1], "--mixers", "pdessm", *flags[4:]]))
+    assert json.loads(results.read_text())["rows"] == rows
+    assert capsys.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
+
+
+def test_augmented_images_are_moved_by_at_most_four_pixels():
+    images = torch.zeros(400, 3, 32, 32)
+    images[:, :, 16, 16] = 1
+    found = classify.augment(images, torch.Generator().manual_seed(0))[:, 0].nonzero()
+    assert len(found) == 400
+    rows, columns = found[:, 1], found[:, 2]
+    assert set(rows.tolist()) == set(range(12, 21))
+    assert set(columns.tolist()) == set(range(11, 21))  # 16, or mirrored 15, and up to 4 either way

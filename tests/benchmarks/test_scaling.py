@@ -1,0 +1,39 @@
+"""What reproduce/scaling.py fits and prints, on losses whose exponent is known."""
+
+import pytest
+
+from reproduce.scaling import curves, slope, table
+
+SIZES = (1e5, 4e5, 9e5)
+
+
+@pytest.fixture
+def entries():
+    return [
+        dict(
+            model=f"DiT-{n:.0f}", mixer=mixer, seeds=[0, 1], parameters=int(n), step_multiply_adds=int(64 * n), step_ms=n / 1e4,
+            held_out_loss={"10": [2.0, 2.2], "1000": [3 * n**-exponent * (1 - 1e-3), 3 * n**-exponent * (1 + 1e-3)]},
+        )
+        for mixer, exponent in (("attention", 0.1), ("pdessm", 0.2))
+        for n in SIZES
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cost", ["parameters", "multiply_adds", "seconds"])
+def test_slopes_are_those_of_the_losses(entries, cost):
+    fitted = {mixer: slope(line) for mixer, line in curves(entries, cost).items()}
+    assert fitted == pytest.approx({"attention": -0.1, "pdessm": -0.2})
+
+
+def test_costs_are_those_of_all_steps(entries):
+    assert [x for x, _ in curves(entries, "multiply_adds")["pdessm"]] == [64_000 * n for n in SIZES]
+    assert [x for x, _ in curves(entries, "seconds")["pdessm"]] == pytest.approx([n / 1e4 for n in SIZES])
+    assert curves(entries, "steps")["pdessm"][0] == (10, pytest.approx(2.1))
+
+
+def test_the_table_has_every_size_and_says_how_far_seeds_lie_apart(entries):
+    lines = table(entries).splitlines()
+    assert sum(line.startswith("| DiT-") for line in lines) == 6
+    mean = 3 * SIZES[0] ** -0.1
+    assert f"| 2 | {mean:.4f} ({0.999 * mean:.4f} to {1.001 * mean:.4f}) |" in lines[2]
+    assert "| parameters | -0.100 | -0.200 |" in lines
