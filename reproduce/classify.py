@@ -115,21 +115,21 @@ def training_step(mixer):
     return run
 
 
-def main(args):
-    contents = json.loads(args.results.read_text()) if args.results.exists() else {"rows": []}
+def main(data, mixers, seeds, steps, results):
+    contents = json.loads(results.read_text()) if results.exists() else {"rows": []}
     done = {(row["mixer"], row["seed"], row["steps"]) for row in contents["rows"]}
-    missing = [(m, s) for s in args.seeds for m in args.mixers if (m, s, args.steps) not in done]
+    missing = [(m, s) for s in seeds for m in mixers if (m, s, steps) not in done]
     if missing:
-        times = time_in_turns({m: partial(training_step, m) for m in args.mixers}, torch.device("cpu"), seconds=20)
-        images, held_out = read(args.data, held_out=False), read(args.data, held_out=True)
+        times = time_in_turns({m: partial(training_step, m) for m in mixers}, torch.device("cpu"), seconds=20)
+        images, held_out = read(data, held_out=False), read(data, held_out=True)
     for mixer, seed in missing:
         model = build(mixer, seed)
-        train(model, *images, args.steps, seed)
-        row = dict(mixer=mixer, seed=seed, steps=args.steps, parameters=sum(p.numel() for p in model.parameters()))
+        train(model, *images, steps, seed)
+        row = dict(mixer=mixer, seed=seed, steps=steps, parameters=sum(p.numel() for p in model.parameters()))
         row |= dict(accuracy={str(size): accuracy(model, *held_out, size) for size in SIZES})
         row |= dict(step_ms=times[mixer]["median_ms"], threads=torch.get_num_threads(), torch=torch.__version__)
         contents["rows"].append(row)
-        with whole_file(args.results, "results") as file:
+        with whole_file(results, "results") as file:
             file.write((json.dumps(contents, indent=1) + "\n").encode())
     print(table(contents["rows"]))
 
@@ -157,4 +157,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(**vars(parse_args()))

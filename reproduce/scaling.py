@@ -122,13 +122,13 @@ def table(entries):
     return "\n".join(lines)
 
 
-def main(args):
-    runs = list(runs_in(args.work))
+def main(work, device):
+    runs = list(runs_in(work))
     if not runs:
-        raise SystemExit(f"{args.work} has no finished run of reproduce/scaling.sh")
-    entries = measured(runs, args.device)
+        raise SystemExit(f"{work} has no finished run of reproduce/scaling.sh")
+    entries = measured(runs, device)
     with whole_file(RESULTS / "scaling.json", "results") as file:
-        how = dict(command="bash reproduce/scaling.sh DATA", device=str(args.device), torch=torch.__version__)
+        how = dict(command="bash reproduce/scaling.sh DATA", device=str(device), torch=torch.__version__)
         contents = how | dict(runs=entries)
         file.write((json.dumps(contents, indent=1) + "\n").encode())
     with whole_file(RESULTS / "scaling.png", "picture") as file:
@@ -140,4 +140,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    main(parser.parse_args())
+    main(**vars(parser.parse_args()))

@@ -34,13 +34,13 @@ def quick(monkeypatch):
 def test_runs_learn_are_kept_and_not_repeated(folders, tmp_path, capsys):
     results = tmp_path / "results.json"
     flags = [str(folders), "--mixers", "attention", "pdessm", "--seeds", "0", "--steps", "12", "--results", str(results)]
-    classify.main(classify.parse_args(flags))
+    classify.main(**vars(classify.parse_args(flags)))
     printed = capsys.readouterr().out
     rows = json.loads(results.read_text())["rows"]
     assert [row["mixer"] for row in rows] == ["attention", "pdessm"]
     assert all(accuracy > 0.9 for row in rows for accuracy in row["accuracy"].values())
     assert rows[1]["parameters"] < rows[0]["parameters"]
-    classify.main(classify.parse_args([*flags[:1], "--mixers", "pdessm", *flags[4:]]))
+    classify.main(**vars(classify.parse_args([*flags[:1], "--mixers", "pdessm", *flags[4:]])))
     assert json.loads(results.read_text())["rows"] == rows
     assert capsys.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
 
