@@ -117,14 +117,7 @@ def load_model(path, given, default_vae, decay=None):
     space = choose_space(settings, given, default_vae, path)
     tokens = weights["pos_embed"].shape[1] if "pos_embed" in weights else None
     size = trained_size(settings, tokens, given.get("image_size"), space, path)
-    model = MODELS[settings["model"]](
-        input_size=tuple(side // space.factor for side in size),
-        in_channels=settings["in_channels"],
-        num_classes=settings["num_classes"],
-        learn_sigma=settings["learn_sigma"],
-        mixer=settings["mixer"],
-        **settings["mixer_options"],
-    )
+    model = create_network(settings, tuple(side // space.factor for side in size))
     load_weights(model, weights, path)
     model.class_names = class_names(stored, model.num_classes, path)
     model.trained_classes = len(model.class_names or range(model.num_classes))
@@ -132,6 +125,18 @@ def load_model(path, given, default_vae, decay=None):
     if "image_size" in given:
         resize(model, given["image_size"], space.factor)
     return model.eval().requires_grad_(False), settings
+
+
+def create_network(settings, input_size):
+    """Returns a network of these settings, as `load_model` returns them, with new weights."""
+    return MODELS[settings["model"]](
+        input_size=input_size,
+        in_channels=settings["in_channels"],
+        num_classes=settings["num_classes"],
+        learn_sigma=settings["learn_sigma"],
+        mixer=settings["mixer"],
+        **settings["mixer_options"],
+    )
 
 
 def learnt_variances(weights, settings):

@@ -72,8 +72,13 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, index):
         image, label = self.source[index]
-        pixels = np.array(center_crop_arr(image, self.image_size))        # (size, size, 3)
-        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label if self.num_classes else 0
+        return cropped(image, self.image_size), label if self.num_classes else 0
+
+
+def cropped(image, image_size):
+    """Returns a PIL image as networks see it: (3, image_size, image_size) from -1 to 1, cropped by `center_crop_arr`."""
+    pixels = np.array(center_crop_arr(image, image_size))                  # (size, size, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 class Replacing(Dataset):

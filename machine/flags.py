@@ -27,6 +27,7 @@ positive = _number(int, lambda n: n >= 1, "a whole number from 1")              
 not_negative = _number(int, lambda n: n >= 0, "a whole number from 0")            # what there may be none of; seeds
 above_zero = _number(float, lambda x: x > 0, "a finite number above 0")           # rates, norms, seconds
 from_zero = _number(float, lambda x: x >= 0, "a finite number from 0")            # strengths, weights
+finite = _number(float, math.isfinite, "a finite number")                         # lengths to either side
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")             # places on a way
 decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
 

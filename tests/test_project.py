@@ -15,7 +15,8 @@ PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_te
 # Imports flow one way: a file at the top, or any file of a folder, imports only from those before it.
 ORDER = [
     "machine", "diffusion", "pde_ssm_attention", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images",
-    "checkpoints", "download", "evaluation", "training", "train", "sample", "sample_ddp", "evaluate", "comparing", "overlay",
+    "checkpoints", "download", "evaluation", "training", "figures", "train", "sample", "sample_ddp", "evaluate",
+    "visualize", "comparing", "overlay",
 ]  # fmt: skip
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("[!.]*/__init__.py"))
 PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
