@@ -20,11 +20,10 @@ from torch import nn
 
 import pde_ssm_kernels
 from pde_ssm_attention import ARGUMENTS, exchange
-from pde_ssm_kernels import BACKENDS as BACKENDS
-from pde_ssm_kernels import pytorch
-from pde_ssm_kernels import set_backend as set_backend
+from pde_ssm_kernels import BACKENDS, pytorch, set_backend  # noqa: F401  (two of them offered here)
 from pde_ssm_kernels.kept import Keeping, forget, kept
 from pde_ssm_kernels.modes import full_precision, widen
+from pde_ssm_kernels.products import matmul
 
 TERMS = ("diffusion", "convection", "reaction")
 R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX, so that no mode grows by more than exp(R_MAX)
@@ -330,12 +329,13 @@ class Coupled(PDE):
         r = Kxx = Kxy = Kyy = bx = by = self.absent()
         if "diffusion" in self.terms:
             lx, ly, shear = widen(self.lx), widen(self.ly), widen(self.shear)
-            Kxx, Kxy, Kyy = lx @ lx.mT, (lx @ shear.mT + shear @ lx.mT) / 2, shear @ shear.mT + ly @ ly.mT
+            Kxx, Kyy = matmul(lx, lx.mT), matmul(shear, shear.mT) + matmul(ly, ly.mT)
+            Kxy = (matmul(lx, shear.mT) + matmul(shear, lx.mT)) / 2
         if "convection" in self.terms:
             bx, by = ((b + b.mT) / 2 for b in (widen(self.bx), widen(self.by)))
         if "reaction" in self.terms:
             root = widen(self.r_root)
-            r = R_MAX * torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - root @ root.mT
+            r = R_MAX * torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - matmul(root, root.mT)
         return r, Kxx, Kxy, Kyy, bx, by
 
     def bound(self, r, tau):
@@ -425,7 +425,7 @@ class PDESSM(nn.Module):
         return state.movedim(-1, 1)                                        # (B, D, h, w)
 
     def time_scale(self, c):                                               # (B, D)
-        return (2 * torch.tanh(widen(c) @ widen(self.log_time_scale).T / 2)).exp()   # (B, C), from e^-2 to e^2
+        return (2 * torch.tanh(matmul(widen(c), widen(self.log_time_scale).T) / 2)).exp()   # (B, C), from e^-2 to e^2
 
     def coefficients(self):
         """Returns K, b, r and tau of the PDE; see `PDE.coefficients`."""

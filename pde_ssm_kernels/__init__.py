@@ -8,7 +8,7 @@ A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to thei
 
 import torch
 
-from .modes import exporting, traced
+from .modes import exporting, traced, transformed
 
 # By the name of a backend, the kernels that it asks, in order.
 BACKENDS = {"default": ["cpp"], "torch": [], "cpp": ["cpp"], "triton": ["triton"], "auto": ["triton", "cpp"], "plain": []}
@@ -50,7 +50,7 @@ def choose(v, equation, time_scale=None):
 
         return pytorch.evolve_in_pieces
     tensors = [v, *equation._parameters.values(), *([] if time_scale is None else [time_scale])]
-    if exporting() or (not torch.compiler.is_compiling() and traced(*tensors)):
+    if exporting() or transformed() or (not torch.compiler.is_compiling() and traced(*tensors)):
         return None
     for name in BACKENDS[_backend]:
         kernels = _kernels(name)

@@ -17,7 +17,12 @@ def traced(*tensors):
 
 def observed():
     """The part of `traced` that is no matter of the tensors."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    return torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack()
+
+
+def transformed():
+    """Whether torch.func differentiates or maps what runs, or is compiled: operators of ours have no rules for that."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def exporting():

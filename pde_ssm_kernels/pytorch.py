@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .modes import traced, widen
+from .products import matmul, matrix_exp
 
 CHUNK = 2**20            # entries of a symbol that exist at once in training
 LARGEST_WHOLE = 2**25    # entries of the largest symbol that evaluation computes at once, and may keep
@@ -131,7 +132,7 @@ def embed(equation, v_hat, odd):
     """Eq. (6): B(k) v_hat with B(k) = g0 + i (gx kx + gy ky): (B, 2, h, w // 2 + 1, C) -> (groups, f, 2 B, c)."""
     g = torch.cat([widen(equation.g0), widen(equation.gx), widen(equation.gy)], dim=1)     # (groups, 3 c, c)
     v_hat = v_hat.flatten(2, 3).unflatten(-1, (equation.groups, -1)).permute(3, 2, 1, 0, 4)
-    parts = v_hat.flatten(1, 3) @ g.mT                                     # (groups, f 2 B, 3 c)
+    parts = matmul(v_hat.flatten(1, 3), g.mT)                              # (groups, f 2 B, 3 c)
     v, v_x, v_y = parts.view(*v_hat.shape[:-1], g.shape[1]).chunk(3, dim=-1)     # (groups, f, 2, B, c)
     kx, ky = odd[:, :, None, None, None].unbind(1)
     (real, imag), (dx_real, dx_imag) = v.unbind(2), (kx * v_x + ky * v_y).unbind(2)
@@ -155,7 +156,7 @@ def polynomial(monomials, coefficients):
 def multiply(G, v):
     """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, c, B)."""
     B, c = v.shape[2] // 2, v.shape[3]  # said, as there may be no images
-    products = (G @ v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))        # (groups, f, 2, c, 2, B)
+    products = matmul(G, v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))   # (groups, f, 2, c, 2, B)
     (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
     return torch.stack([rr - ii, ri + ir], dim=2)
 
@@ -163,7 +164,7 @@ def multiply(G, v):
 def matrix_exponential(growth, phase):
     """exp of c x c matrices growth + i phase, real part, then imaginary part: (..., c c), (..., c c) -> (..., 2, c c)."""
     c = round(growth.shape[-1] ** 0.5)
-    G = torch.linalg.matrix_exp(torch.complex(growth, phase).unflatten(-1, (c, c))).flatten(-2)
+    G = matrix_exp(torch.complex(growth, phase).unflatten(-1, (c, c))).flatten(-2)
     return torch.stack([G.real, G.imag], dim=-2)
 
 

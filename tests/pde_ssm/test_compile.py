@@ -66,6 +66,25 @@ def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@pytest.mark.parametrize(("backend", "coupling"), [("cpp", "diagonal"), ("triton", "diagonal"), ("default", "coupled")])
+def test_derivatives_forwards_compiled_or_not(backend, coupling):
+    """Of a linear operator: itself."""
+    if backend == "triton":
+        gpu = pytest.importorskip("pde_ssm_kernels.gpu")
+        assert gpu.serves(torch.empty(1, 3, 4, 4))
+    pde_ssm.set_backend(backend)
+    pde = random_operator(4, coupling=coupling).float()
+    u, direction = torch.randn(2, 4, 3, 4), torch.randn(2, 4, 3, 4)
+
+    def derivative(u, direction):
+        return torch.func.jvp(pde, (u,), (direction,))[1]
+
+    torch.compiler.reset()
+    for run in (derivative, torch.compile(derivative, backend="eager")):
+        torch.testing.assert_close(run(u, direction), pde(direction), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("backend", "coupling", "shapes"),
     [
