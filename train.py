@@ -113,7 +113,7 @@ def main(args, processes):
     draw = partial(draw_batch, flip=dataset.flip, space=space, objective=objective, **shared)
 
     def loss_of(images, labels, step, part):
-        batch = draw(images.to(device), labels.to(device), step, part)
+        batch = draw(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step, part)
         return objective.training_losses(network, **batch)["loss"].mean() / args.grad_accum
 
     if run:

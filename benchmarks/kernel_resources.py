@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pde_ssm_kernels import gpu as kernels
+from pde_ssm_kernels.tiles import tile
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -22,13 +23,13 @@ OF_TOKENS = {"v", "out", "gradient", "v_gradient"}
 FLOAT32 = {"symbol", "matrices", "v_hat", "g_hat", "symbol_gradient"}
 
 
-def resources(kernel, dtype, stages, **constants):
+def resources(kernel, dtype, constants, options):
     """Returns (registers of a thread, bytes of spilled ones, bytes of shared memory), for channels in multiples of 16."""
     pointers = dict.fromkeys(OF_TOKENS, "*bf16" if dtype == torch.bfloat16 else "*fp32") | dict.fromkeys(FLOAT32, "*fp32")
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     by_16 = [i for i, name in enumerate(kernel.arg_names) if name in pointers or name == "C"]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in by_16})
-    compiled = triton.compile(source, target=HOPPER, options=dict(num_warps=kernels.WARPS, num_stages=stages))
+    compiled = triton.compile(source, target=HOPPER, options=options)
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -38,25 +39,33 @@ def resources(kernel, dtype, stages, **constants):
 
 
 def cases(side, dtype):
-    """Yields (kernel, stages, constants) of what pde_ssm_kernels/gpu.py launches on grids of side x side tokens."""
+    """Yields (kernel, constants, options of the launch) of what pde_ssm_kernels/gpu.py launches on side x side tokens."""
     v = torch.empty(1, side, side, 384, dtype=dtype, device="meta")
     if kernels.at_once(side, side):
-        yield kernels.forward_kernel, 3, kernels.constants(v, kernels.FORWARD_BYTES)
-        yield kernels.backward_kernel, 3, kernels.constants(v, kernels.BACKWARD_BYTES)
+        yield kernels.forward_kernel, *kernels.constants("forward", v)
+        yield kernels.backward_kernel, *kernels.constants("backward", v)
         return
-    n = kernels.BLOCK
-    along_x = dict(W=kernels.padded(side), F=kernels.padded(side // 2 + 1), FB=n, CB=n, P=kernels.precision(v))
-    along_y = dict(H=kernels.padded(side), YB=n, CB=n, P=kernels.precision(v))
-    yield kernels.along_x_kernel, 2, along_x | dict(XB=n, x_stride=1)
-    yield kernels.along_y_kernel, 1, along_y | dict(SIGN=1)
-    yield kernels.back_along_x_kernel, 2, along_x | dict(c_stride=1)
-    yield kernels.correlate_along_y_kernel, 1, along_y
+    of_tokens, of_frequencies = kernels.padded(side), kernels.padded(side // 2 + 1)
+    for name, constants in dict(
+        along_x=dict(W=of_tokens, F=of_frequencies, x_stride=1),
+        along_y=dict(H=of_tokens, SIGN=1),
+        back_along_x=dict(W=of_tokens, F=of_frequencies, c_stride=1),
+        correlate_along_y=dict(H=of_tokens),
+    ).items():
+        kernel, t = getattr(kernels, f"{name}_kernel"), tile(name, of_tokens, device=v.device)
+        blocks = dict(XB=min(t.block, of_tokens), YB=min(t.block, of_tokens), FB=min(t.block, of_frequencies), CB=t.channels)
+        blocks = {block: size for block, size in blocks.items() if block in kernel.arg_names}
+        yield kernel, constants | blocks | dict(P=kernels.precision()), t.options()
 
 
-if __name__ == "__main__":
+def main():
     print(f"{'tokens':10}{'type':16}{'kernel':28}{'registers':>10}{'spilled':>10}{'shared':>10}")
     for side in (16, 32, 64, 128):
         for dtype in (torch.bfloat16, torch.float32):
-            for kernel, stages, constants in cases(side, dtype):
-                figures = "".join(f"{n:10,}" for n in resources(kernel, dtype, stages, **constants))
+            for kernel, constants, options in cases(side, dtype):
+                figures = "".join(f"{n:10,}" for n in resources(kernel, dtype, constants, options))
                 print(f"{f'{side} x {side}':10}{dtype!s:16}{kernel.__name__:28}{figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,10 +40,10 @@ class Processes(NamedTuple):
             dist.barrier()
 
     def any(self, *flags):
-        """Returns which of the flags are true on some process."""
+        """Returns which of the flags are true on some process. It waits for the processes and not for their GPUs."""
         if self.size == 1:
             return flags
-        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        raised = torch.tensor(flags, dtype=torch.int32, device="cpu")
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return tuple(map(bool, raised.tolist()))
 
@@ -72,7 +72,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def launch(command, args):
-    """Runs command(args, processes) under `python` or `torchrun`, NCCL on CUDA and gloo on CPUs.
+    """Runs command(args, processes) under `python` or `torchrun`; gloo takes what lies on CPUs, and NCCL what on GPUs.
 
     What the user or the machine got wrong (ValueError, OSError) ends it with one line and exit status 1 instead of a
     traceback; `python -X dev` shows the traceback.
@@ -113,7 +113,7 @@ def join(device):
     store.set_timeout(PATIENCE)
     # torchrun's store still holds the addresses of workers that it has started again since.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     return Processes(rank, size, device)
 

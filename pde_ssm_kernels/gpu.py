@@ -10,11 +10,14 @@ or column: along x; along y, times the symbol and back along y, in place; and ba
 """
 
 import os
+from contextlib import nullcontext
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+from .tiles import room, shared_memory, tile
 
 MAX_SIDE = 128
 LONGEST_AT_ONCE = 32  # sides up to which one pass does all
@@ -41,9 +44,11 @@ def evolve(v, symbol):
 
 
 def serves(v):
-    """Whether the kernels can take these tokens (B, h, w, C)."""
+    """Whether the kernels can take these tokens (B, h, w, C): on a GPU with enough shared memory for their grid."""
     types = (torch.float32, torch.bfloat16, torch.float16)
-    return (v.is_cuda or INTERPRETED) and v.dtype in types and max(v.shape[1:3]) <= MAX_SIDE and v.numel() > 0
+    if not (v.is_cuda or INTERPRETED) or v.dtype not in types or max(v.shape[1:3]) > MAX_SIDE or v.numel() == 0:
+        return False
+    return not v.is_cuda or shared_memory(*v.shape[1:3]) <= room(v.device)
 
 
 def at_once(h, w):
@@ -297,28 +302,23 @@ def irfft2_weights(h, w, device):
     return (half_weights(w, w // 2 + 1) / (h * w)).float().to(device)[:, None]
 
 
-def constants(v, most_bytes):
-    """Those of the kernels for tokens v (B, h, w, C): padded sizes, channels of a program, precision of products."""
+def constants(kernel, v):
+    """Those of a kernel that holds all of the grids of tokens v (B, h, w, C): padded sizes, channels of a program, precision of
+    products; and its launch's options."""
     _, h, w, C = v.shape
     H, W, F = padded(h), padded(w), padded(w // 2 + 1)
-    CB = min(triton.next_power_of_2(C), max(1, most_bytes // (H * W * v.element_size())))
-    return dict(H=H, W=W, F=F, CB=CB, P=precision(v))
+    t = tile(kernel, H, W, device=v.device)
+    return dict(H=H, W=W, F=F, CB=min(triton.next_power_of_2(C), t.channels), P=precision()), t.options()
 
 
-# So many bytes of tokens in a program, padding included, so that all of its arrays, float32 and complex, stay on chip: of
-# these backward holds more, and three products in place of one take more registers.
-FORWARD_BYTES, BACKWARD_BYTES = 2**14, 2**13
-WARPS = 8
+def precision():
+    """Of products on tensor cores: three of TF32's are as exact as one of float32's; AMD's compiler has none of them."""
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
-def precision(v):
-    """Of products on tensor cores: TF32 rounds no more than the 16-bit types, three of its products are float32's."""
-    return "tf32x3" if v.dtype == torch.float32 else "tf32"
-
-
-# Channels of a program in the passes over large grids, and how many points and wave numbers it takes at once: so few, and
-# without loads ahead along y, that 16-bit types leave no register's value in memory: reproduce/kernel_resources.py.
-BLOCK = 32
+def on(device):
+    """A context in which kernels are launched on that device, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def along_x(v, matrices):
@@ -326,20 +326,21 @@ def along_x(v, matrices):
     B, h, w, C = v.shape
     f = w // 2 + 1
     v_hat = v.new_empty(B, 2, h, f, C, dtype=torch.float32)
-    along_x_kernel[B * h, triton.cdiv(C, BLOCK)](
+    W, F, t = padded(w), padded(f), tile("along_x", padded(w), device=v.device)
+    along_x_kernel[B * h, triton.cdiv(C, t.channels)](
         v, matrices, v_hat, *v.stride(), h, w, f, C,
-        W=padded(w), F=padded(f), XB=min(BLOCK, padded(w)), FB=min(BLOCK, padded(f)), CB=BLOCK, P=precision(v),
-        num_warps=WARPS, num_stages=2,
+        W=W, F=F, XB=min(t.block, W), FB=min(t.block, F), CB=t.channels, P=precision(), **t.options(),
     )  # fmt: skip
     return v_hat
 
 
-def multiply_along_y(v_hat, symbol, matrices, sign, products):
+def multiply_along_y(v_hat, symbol, matrices, sign):
     """The second, in place."""
     B, _, h, f, C = v_hat.shape
-    along_y_kernel[B * f, triton.cdiv(C, BLOCK)](
+    H, t = padded(h), tile("along_y", padded(h), device=v_hat.device)
+    along_y_kernel[B * f, triton.cdiv(C, t.channels)](
         v_hat, symbol, matrices, h, f, C,
-        H=padded(h), YB=min(BLOCK, padded(h)), CB=BLOCK, SIGN=sign, P=products, num_warps=WARPS, num_stages=1,
+        H=H, YB=min(t.block, H), CB=t.channels, SIGN=sign, P=precision(), **t.options(),
     )  # fmt: skip
 
 
@@ -347,20 +348,21 @@ def back_along_x(v_hat, matrices, out):
     """The third."""
     B, h, w, C = out.shape
     f = w // 2 + 1
-    back_along_x_kernel[B * h, triton.cdiv(C, BLOCK)](
+    W, F, t = padded(w), padded(f), tile("back_along_x", padded(w), device=out.device)
+    back_along_x_kernel[B * h, triton.cdiv(C, t.channels)](
         v_hat, matrices, out, *out.stride(), h, w, f, C,
-        W=padded(w), F=padded(f), FB=min(BLOCK, padded(f)), CB=BLOCK, P=precision(out),
-        num_warps=WARPS, num_stages=2,
+        W=W, F=F, FB=min(t.block, F), CB=t.channels, P=precision(), **t.options(),
     )  # fmt: skip
 
 
-def correlate_along_y(v_hat, g_hat, matrices, products):
+def correlate_along_y(v_hat, g_hat, matrices):
     """The symbol's gradient but for `irfft2_weights`, (2, h, w // 2 + 1, C), of what `along_x` gave."""
     B, _, h, f, C = v_hat.shape
-    symbol_gradient, YB = v_hat.new_empty(v_hat.shape[1:]), min(BLOCK, padded(h))
-    correlate_along_y_kernel[triton.cdiv(h, YB) * f, triton.cdiv(C, BLOCK)](
+    H, t = padded(h), tile("correlate_along_y", padded(h), device=v_hat.device)
+    symbol_gradient, YB = v_hat.new_empty(v_hat.shape[1:]), min(t.block, H)
+    correlate_along_y_kernel[triton.cdiv(h, YB) * f, triton.cdiv(C, t.channels)](
         v_hat, g_hat, matrices, symbol_gradient, B, h, f, C,
-        H=padded(h), YB=YB, CB=BLOCK, P=products, num_warps=WARPS, num_stages=1,
+        H=H, YB=YB, CB=t.channels, P=precision(), **t.options(),
     )  # fmt: skip
     return symbol_gradient
 
@@ -368,18 +370,23 @@ def correlate_along_y(v_hat, g_hat, matrices, products):
 @torch.library.custom_op("pde_ssm::evolve", mutates_args=())
 def evolve_op(v: torch.Tensor, symbol: torch.Tensor) -> torch.Tensor:
     """v (B, h, w, C), symbol (2, h, w // 2 + 1, C), real and imaginary part, in float32; laid out as `evolve` does."""
+    with on(v.device):
+        return run(v, symbol)
+
+
+def run(v, symbol):
+    """`evolve_op` on the current device."""
     B, h, w, C = v.shape
     out = v.new_empty(v.shape)
     if at_once(h, w):
-        sizes = constants(v, FORWARD_BYTES)
+        sizes, options = constants("forward", v)
         forward_kernel[B, triton.cdiv(C, sizes["CB"])](
-            v, symbol, fourier_matrices(h, w, v.device), out, h, w, w // 2 + 1, C,
-            **sizes, num_warps=WARPS,
+            v, symbol, fourier_matrices(h, w, v.device), out, h, w, w // 2 + 1, C, **sizes, **options,
         )  # fmt: skip
     else:
         x, y, back = matrices_along(h, w, v.device)
         v_hat = along_x(v, x)
-        multiply_along_y(v_hat, symbol, y, 1, precision(v))
+        multiply_along_y(v_hat, symbol, y, 1)
         back_along_x(v_hat, back, out)
     return out
 
@@ -392,23 +399,29 @@ def _(v, symbol):
 @torch.library.custom_op("pde_ssm::evolve_backward", mutates_args=())
 def evolve_backward(gradient: torch.Tensor, v: torch.Tensor, symbol: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of v and symbol, of their shapes and types."""
+    with on(v.device):
+        return run_backward(gradient, v, symbol)
+
+
+def run_backward(gradient, v, symbol):
+    """`evolve_backward` on the current device."""
     B, h, w, C = v.shape
     v_gradient = torch.empty_like(v)                                       # of the same strides
     if at_once(h, w):
-        sizes = constants(v, BACKWARD_BYTES)
+        sizes, options = constants("backward", v)
         blocks = triton.cdiv(C, sizes["CB"])
         programs = min(B, triton.cdiv(programs_that_fill(v.device), blocks))
         sums = symbol.new_empty(programs, *symbol.shape)
         backward_kernel[programs, blocks](
             gradient, v, symbol, fourier_matrices(h, w, v.device), v_gradient, sums, B, h, w, w // 2 + 1, C,
-            **sizes, num_warps=WARPS,
+            **sizes, **options,
         )  # fmt: skip
         symbol_gradient = sums.sum(0)
     else:
         x, y, back = matrices_along(h, w, v.device)
         g_hat = along_x(gradient, x)
-        symbol_gradient = correlate_along_y(along_x(v, x), g_hat, y, precision(v))
-        multiply_along_y(g_hat, symbol, y, -1, precision(v))
+        symbol_gradient = correlate_along_y(along_x(v, x), g_hat, y)
+        multiply_along_y(g_hat, symbol, y, -1)
         back_along_x(g_hat, back, v_gradient)
     return v_gradient, symbol_gradient * irfft2_weights(h, w, v.device)
 

@@ -215,7 +215,7 @@ def test_the_kernels_whose_resources_are_shown_are_those_of_the_gpu(side):
     pytest.importorskip("triton")
     from benchmarks.kernel_resources import cases
 
-    for kernel, _, constants in cases(side, torch.float32):
+    for kernel, constants, _ in cases(side, torch.float32):
         assert constants.keys() <= set(kernel.arg_names)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from commands import ROOT
-from machine.processes import choose_device, launch
+from machine.processes import Processes, choose_device, join, launch
 
 
 def together(command, spoil=None):
@@ -48,6 +48,24 @@ def test_processes_wait_for_one_that_has_work_of_its_own():
         assert processes.share("done" if processes.rank == 0 else None) == "done"
 
     assert together(command, soon) == [0, 0]
+
+
+def test_processes_agree_without_a_look_at_their_gpus(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda flags, how: flags.copy_(torch.tensor([0, 1])))
+    assert Processes(0, 2, torch.device("meta")).any(False, False) == (False, True)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_they_have_a_way_to_talk_for_each_kind_of_memory(monkeypatch, device, expected):
+    """And twelve hours of patience in it."""
+    asked = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
+    monkeypatch.setattr("machine.processes.rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    for name, value in dict(RANK="0", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    join(torch.device(device))
+    assert asked["backend"] == expected
+    assert asked["timeout"] == timedelta(hours=12)
 
 
 def test_no_process_ends_before_all_have_done_their_work(tmp_path):
@@ -199,11 +217,14 @@ sys.exit(int(status))
         ("--results-dir=xl", "75:0.2 75:0", "0000001.dcp", os.EX_TEMPFAIL, True),
         ("--results-dir xl", "75:0.2 75:0", "", os.EX_TEMPFAIL, False),
         ("--results-dir xl", "0:0.2 0:0", "0000001.pt", 0, False),
-        ("--results-dir xl", "75:30 1:0", "0000001.pt", 137, False),
+        ("--results-dir xl", "75:30 75:0", "0000001.pt", 137, True),
+        ("--results-dir xl", "75:30 75:0", "", 137, False),
+        ("--results-dir xl", "143:0 75:0", "0000001.pt", 143, True),
+        ("--results-dir xl", "1:0.2 1:0", "0000001.pt", 1, False),
     ],
-    ids=["stopped", "stopped, sharded", "stopped before a step", "done", "one dies and the other waits"],
+    ids=["stopped", "sharded", "before a step", "done", "killed", "killed before a step", "terminated", "an error"],
 )
-def test_the_slurm_script_queues_again_what_a_signal_stopped_and_nothing_else(tmp_path, flag, ends, saves, status, again):
+def test_the_slurm_script_queues_again_what_was_stopped_and_saved_and_nothing_else(tmp_path, flag, ends, saves, status, again):
     """With stand-ins for Slurm's commands and for Python."""
     for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", FAKE_PYTHON)):
         (tmp_path / name).write_text(f"#!{sys.executable} -IS\n{text}")
@@ -216,4 +237,4 @@ def test_the_slurm_script_queues_again_what_a_signal_stopped_and_nothing_else(tm
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert calls == [f"{rank} {rank} 2 localhost 20077 train.py --resume auto {flag} --lr 1" for rank in (0, 1)]
     assert (tmp_path / "queue").read_text() == ("requeue 77" if again else "")
-    assert ("not queued again, for nothing new was saved in xl" in done.stderr) == (status == 75 and not again)
+    assert ("not queued again, for nothing new was saved in xl" in done.stderr) == (status not in (0, 1) and not again)

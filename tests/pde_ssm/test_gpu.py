@@ -1,13 +1,18 @@
 """The kernels against the plain path: on a GPU if there is one, else under Triton's interpreter."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pde_ssm
 from pde_ssm import PDESSM
 
 pytest.importorskip("triton")
-from pde_ssm_kernels import gpu
+from pde_ssm_kernels import gpu, tiles
+from pde_ssm_kernels.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,16 +86,15 @@ def by_channel(v):
 @pytest.mark.parametrize("grid", [(2, 34), (18, 3)], ids=str)
 def test_three_passes_in_several_steps_each(grid, monkeypatch):
     monkeypatch.setattr(gpu, "LONGEST_AT_ONCE", 0)
-    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(tiles, "untuned", lambda *_: Tile(16, 16, 8, 1))
     v, symbol = random_problem(grid, torch.float32, B=2, C=17)
     assert_like_the_plain_path(by_channel(v), symbol)
 
 
 def test_channels_in_several_programs_the_last_not_full(monkeypatch):
-    monkeypatch.setattr(gpu, "FORWARD_BYTES", 16 * 16 * 4 * 2)
-    monkeypatch.setattr(gpu, "BACKWARD_BYTES", 16 * 16 * 4 * 4)
+    monkeypatch.setattr(tiles, "ON_CHIP", dict(forward=16 * 16 * 4 * 2, backward=16 * 16 * 4 * 4))
     v, symbol = random_problem((5, 6), torch.float32, B=5, C=7)
-    assert gpu.constants(v, gpu.FORWARD_BYTES)["CB"] == 2
+    assert gpu.constants("forward", v)[0]["CB"] == 2
     assert_like_the_plain_path(v, symbol)
 
 
@@ -142,6 +146,66 @@ def test_auto_takes_the_plain_path_where_no_kernels_can(triton_backend):
             pde(u)
     with pytest.raises(ValueError, match="known: default, torch, cpp, triton, auto"):
         pde_ssm.set_backend("cuda")
+
+
+@pytest.mark.parametrize("grid", [(5, 8), (2, 33)], ids=str)
+def test_kernels_are_launched_on_the_device_of_their_tokens(grid, monkeypatch):
+    """It need not be the current one."""
+    launched, current = [], []
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, programs):
+            return lambda *_, **__: launched.append((self.kernel, *current))
+
+    @contextmanager
+    def device(there):
+        current.append(there.index)
+        yield
+        current.pop()
+
+    kernels = [name for name in vars(gpu) if name.endswith("_kernel")]
+    for name in kernels:
+        monkeypatch.setattr(gpu, name, Launcher(name))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(gpu, "programs_that_fill", lambda device: 2)
+    for name in ("fourier_matrices", "irfft2_weights"):
+        monkeypatch.setattr(gpu, name, getattr(gpu, name).__wrapped__)  # nothing false is kept
+    with FakeTensorMode(), torch.device("cuda:1"):
+        v, symbol = (x.detach() for x in random_problem(grid, torch.float32))
+        gpu.evolve_op._init_fn(v, symbol)
+        gpu.evolve_backward._init_fn(v, v, symbol)
+    assert {index for _, index in launched} == {1}
+    assert {name for name, _ in launched} == {name for name in kernels if ("along" in name) == (33 in grid)}
+
+
+@pytest.mark.parametrize(
+    ("limits", "served"),
+    [
+        (dict(shared_memory_per_block=49_152, shared_memory_per_block_optin=232_448), [8, 16, 32, 64, 128]),
+        (dict(shared_memory_per_block=49_152, shared_memory_per_block_optin=101_376), [8, 16, 32, 64, 128]),
+        (dict(shared_memory_per_block=49_152, shared_memory_per_block_optin=65_536), [8, 16, 64, 128]),
+        (dict(shared_memory_per_block=65_536), [8, 16, 64, 128]),
+        (dict(shared_memory_per_block=32_768), []),
+    ],
+    ids=["H200", "RTX 4090", "T4", "AMD", "none"],
+)
+def test_grids_that_need_more_shared_memory_than_a_gpu_has_are_not_served(limits, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**limits))
+    tiles.room.cache_clear()
+    with FakeTensorMode(), torch.device("cuda"):
+        assert [side for side in (8, 16, 32, 64, 128, 129) if gpu.serves(torch.empty(1, side, side, 4))] == served
+    tiles.room.cache_clear()
+
+
+def test_amds_compiler_is_asked_for_what_it_knows(monkeypatch):
+    assert gpu.precision() == "tf32x3"
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert gpu.precision() == "ieee"
+    assert_like_the_plain_path(*random_problem((5, 8), torch.float32))
 
 
 def test_other_layers_do_not_come_by_the_kernels(triton_backend):

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from checkpoints.export import export
@@ -168,6 +169,47 @@ def test_steps_that_only_float16s_scale_costs_are_no_faults(tmp_path, monkeypatc
     assert [row["scale"] for row in skipped] == [2.0 ** (27 - i) for i in range(len(skipped))]
     assert math.isfinite(last["loss"])
     assert "Skipped: float16 cannot hold the scaled gradients, whose scale is now 1.34" in (folder / "log.txt").read_text()
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python reads a number out of a tensor, for which it waits on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return operator(*args, **kwargs or {})
+
+
+def test_a_step_waits_for_a_gpu_once(tmp_path, monkeypatch):
+    """For whether its gradients are finite; images and labels are copied while it computes."""
+    batches, loop, to = train.batches, train.train, torch.Tensor.to
+    places, copies, reads = set(), [], Reads()
+
+    def remembered(*args):
+        for batch in batches(*args):
+            places.update(x.data_ptr() for x in batch)
+            yield batch
+
+    def counted(*args):
+        with reads:
+            loop(*args)
+
+    def noted(x, *args, **kwargs):
+        if x.data_ptr() in places:
+            copies.append(kwargs.get("non_blocking"))
+        return to(x, *args, **kwargs)
+
+    monkeypatch.setattr(train, "batches", remembered)
+    monkeypatch.setattr(train, "train", counted)
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    counts = []
+    for steps in (1, 4):
+        reads.count = 0
+        fit(tmp_path / str(steps), "--global-batch-size", 4, "--num-workers", 0, "--max-steps", steps)
+        counts.append(reads.count)
+    assert (counts[1] - counts[0]) / 3 == 1
+    assert copies.count(True) >= 10                                        # of five steps
 
 
 def learner_of(model):
