@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mixers import selective_scan_cpu
 from mixers.selective_scan_cpu import CHUNK
-from pde_ssm_kernels.modes import full_precision
+from pde_ssm_kernels.modes import full_precision, traced
 
 
 def selective_scan(
@@ -33,7 +33,11 @@ def selective_scan(
     inputs = checked(u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with full_precision(u):
-        out, last, _ = scan(*inputs, delta_softplus, keep)
+        watched = torch.compiler.is_compiling() or traced(*(x for x in inputs if x is not None))
+        if not watched and selective_scan_cpu.serves(inputs[0]):
+            out, last = selective_scan_cpu.Scan.apply(*inputs, delta_softplus, keep)
+        else:
+            out, last, _ = scan(*inputs, delta_softplus, keep)
         return (out.to(u.dtype), last) if return_last_state else out.to(u.dtype)
 
 
