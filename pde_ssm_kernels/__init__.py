@@ -1,6 +1,6 @@
-"""Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py, cpu.cpp), Triton for GPUs
-(gpu.py), and for couplings of many channels matrices in pieces (pytorch.py). This is the only place that chooses. building.py
-builds C++ kernels, also those of mixers/.
+"""Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py and cpu.cpp, for pairs of
+channels pairs.py and pairs.cpp), Triton for GPUs (gpu.py), and for couplings of many channels matrices in pieces (pytorch.py).
+This is the only place that chooses. building.py builds C++ kernels, also those of mixers/.
 
 A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to their state, which it gets out of the equation's
 `rows()` or `symbol(h, w)`. All of them are held against the plain road of pde_ssm.py, values and gradients.
@@ -25,7 +25,7 @@ def set_backend(name):
     auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
     plain:   the equations as pde_ssm.py writes them: for checks, since pairs of channels take much memory
 
-    C++ and Triton run the diagonal coupling. ValueError for another name.
+    C++ runs the diagonal and the pairwise coupling, Triton the diagonal one. ValueError for another name.
     """
     global _backend
     if name not in BACKENDS:
@@ -45,12 +45,14 @@ def choose(v, equation, time_scale=None):
     """
     if _backend == "plain":
         return None
-    if hasattr(equation, "is_system"):                                    # of matrices
-        from . import pytorch
-
-        return pytorch.evolve_in_pieces
     tensors = [v, *equation._parameters.values(), *([] if time_scale is None else [time_scale])]
-    if exporting() or transformed() or (not torch.compiler.is_compiling() and traced(*tensors)):
+    followed = exporting() or transformed() or (not torch.compiler.is_compiling() and traced(*tensors))
+    if hasattr(equation, "is_system"):                                    # of matrices
+        from . import pairs, pytorch
+
+        fast = not equation.is_system and not followed and "cpp" in BACKENDS[_backend] and pairs.serves(v)
+        return pairs.evolve_tokens if fast else pytorch.evolve_in_pieces
+    if followed:
         return None
     for name in BACKENDS[_backend]:
         kernels = _kernels(name)

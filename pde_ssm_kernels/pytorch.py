@@ -23,17 +23,23 @@ LEAST_GROWTH = -80       # the exponential of less is nothing in float32, but ta
 def evolve_in_pieces(v, equation, time_scale=None):
     """The road of `pde_ssm_kernels.choose` for Pairwise and Coupled: tokens v (B, h, w, C) to their state."""
     h, w = v.shape[1:3]
+    spectra, embedding = lanes(real_spectrum(widen(v)), equation.groups), torch.cat(equation.embedding(), dim=1)
     even, odd = monomials(equation, h, w)
-    embedded = embed(equation, real_spectrum(widen(v)), odd)               # (groups, f, 2 B, c)
     if not torch.is_grad_enabled() and len(even) * equation.g0.numel() <= LARGEST_WHOLE:
-        states = multiply(equation.symbol(h, w), embedded)                 # (groups, f, 2, c, B)
+        states = multiply(equation.symbol(h, w), embed(embedding, spectra, odd))
     else:
-        at_once, coefficients = max(1, CHUNK // equation.g0.numel()), exponents(equation)
-        pieces = list(zip(embedded.split(at_once, dim=1), even.split(at_once), odd.split(at_once)))
-        run = evolve_piece if len(pieces) == 1 else evolve_and_forget
-        states = torch.cat([run(equation, *piece, *coefficients) for piece in pieces], dim=1)
-    h_hat = states.permute(4, 2, 1, 0, 3).flatten(3).unflatten(2, (h, -1))       # (B, 2, h, w // 2 + 1, C)
-    return from_real_spectrum(h_hat, h, w).to(v.dtype)
+        states = evolve_spectra(equation, spectra, embedding, *exponents(equation), h, w)
+    return from_real_spectrum(from_lanes(states, h), h, w).to(v.dtype)
+
+
+def evolve_spectra(equation, spectra, embedding, growth, phase, h, w):
+    """Returns G B v of spectra v (groups, f, 2, B, c), in the same shape."""
+    even, odd = monomials(equation, h, w)
+    embedded = embed(embedding, spectra, odd)                              # (groups, f, 2 B, c)
+    at_once = max(1, CHUNK // equation.g0.numel())
+    pieces = list(zip(embedded.split(at_once, dim=1), even.split(at_once), odd.split(at_once)))
+    run = evolve_piece if len(pieces) == 1 else evolve_and_forget
+    return torch.cat([run(equation, *piece, growth, phase) for piece in pieces], dim=1)
 
 
 def symbol(equation, h, w):
@@ -128,12 +134,20 @@ def fourier_matrices(h, w, dtype):
         return forth.to(dtype), along_h.reshape(2 * h, 2 * h).to(dtype), back.to(dtype)
 
 
-def embed(equation, v_hat, odd):
-    """Eq. (6): B(k) v_hat with B(k) = g0 + i (gx kx + gy ky): (B, 2, h, w // 2 + 1, C) -> (groups, f, 2 B, c)."""
-    g = torch.cat([widen(equation.g0), widen(equation.gx), widen(equation.gy)], dim=1)     # (groups, 3 c, c)
-    v_hat = v_hat.flatten(2, 3).unflatten(-1, (equation.groups, -1)).permute(3, 2, 1, 0, 4)
-    parts = matmul(v_hat.flatten(1, 3), g.mT)                              # (groups, f 2 B, 3 c)
-    v, v_x, v_y = parts.view(*v_hat.shape[:-1], g.shape[1]).chunk(3, dim=-1)     # (groups, f, 2, B, c)
+def lanes(v_hat, groups):
+    """(B, 2, h, w // 2 + 1, C) -> (groups, f, 2, B, c)"""
+    return v_hat.flatten(2, 3).unflatten(-1, (groups, -1)).permute(3, 2, 1, 0, 4)
+
+
+def from_lanes(spectra, h):
+    """The inverse of `lanes`."""
+    return spectra.permute(3, 2, 1, 0, 4).flatten(3).unflatten(2, (h, -1))
+
+
+def embed(g, spectra, odd):
+    """Eq. (6): B(k) v with B(k) = g0 + i (gx kx + gy ky): g (groups, 3 c, c), (groups, f, 2, B, c) -> (groups, f, 2 B, c)."""
+    parts = matmul(spectra.flatten(1, 3), g.mT)                            # (groups, f 2 B, 3 c)
+    v, v_x, v_y = parts.view(*spectra.shape[:-1], g.shape[1]).chunk(3, dim=-1)   # (groups, f, 2, B, c)
     kx, ky = odd[:, :, None, None, None].unbind(1)
     (real, imag), (dx_real, dx_imag) = v.unbind(2), (kx * v_x + ky * v_y).unbind(2)
     return torch.cat([real - dx_imag, imag + dx_real], dim=2)
@@ -154,11 +168,11 @@ def polynomial(monomials, coefficients):
 
 
 def multiply(G, v):
-    """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, c, B)."""
+    """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, B, c)."""
     B, c = v.shape[2] // 2, v.shape[3]  # said, as there may be no images
     products = matmul(G, v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))   # (groups, f, 2, c, 2, B)
     (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
-    return torch.stack([rr - ii, ri + ir], dim=2)
+    return torch.stack([rr - ii, ri + ir], dim=2).mT
 
 
 def matrix_exponential(growth, phase):

@@ -1,0 +1,388 @@
+// Products of the pairwise coupling: at each wave vector of a grid a complex c x c matrix times the spectra of B images, and the
+// gradients. The matrices are made on the way, a few at a time in a core's own cache, and never lie in memory. Built by pairs.py,
+// and held against the equations of pde_ssm.py.
+//
+// Sixteen output channels, or eight without AVX-512, are one vector. Spectra are real parts, then imaginary parts: "lanes" are
+// (f, 2, B, c), in which output channels lie side by side, and "packed" (f, c, 2, B), of which a product takes one number at a
+// time. f counts wave vectors row by row, as rfft2 has them.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, IMAGES = 8;  // IMAGES: as many sums as registers hold
+#else
+constexpr int LANES = 8, IMAGES = 4;
+#endif
+constexpr float LEAST_GROWTH = -80;    // the exponential of less is nothing in float32
+constexpr float LARGEST_STEP = 30;     // of an exponent from one wave vector to the next, where recurrences are trusted
+constexpr int RUN = 8;                 // wave vectors from one exact value to the next
+constexpr int PIECE = 32;              // input channels at a time: RUN * PIECE vectors of a matrix fit into the first cache
+constexpr int SPAN = 4;                // vectors of output channels that share what they read, where all cores have work
+constexpr double TURN = 6.283185307179586;
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+struct Z { V re, im; };
+
+#define INLINE inline __attribute__((always_inline))
+
+static INLINE Z operator*(const Z &a, const Z &b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
+static INLINE Z operator*(const Z &a, const V &b) { return {a.re * b, a.im * b}; }
+
+static INLINE V load(const float *from, int lanes) {
+  V v = {};
+  if (lanes == LANES) std::memcpy(&v, from, sizeof v);
+  else std::memcpy(&v, from, 4 * lanes);
+  return v;
+}
+
+static INLINE void store(float *to, const V &v, int lanes) {
+  if (lanes == LANES) std::memcpy(to, &v, sizeof v);
+  else std::memcpy(to, &v, 4 * lanes);
+}
+
+static INLINE bool all(const I &mask) {
+  int every = -1;
+  for (int lane = 0; lane < LANES; lane++) every &= mask[lane];
+  return every;
+}
+
+// exp to one unit in the last place or two; not below exp(LEAST_GROWTH).
+static INLINE V exponential(V x) {
+  x = x < LEAST_GROWTH ? V{} + LEAST_GROWTH : x > 89.0f ? V{} + 89.0f : x; // above 88.7 it is infinite, and NaN stays
+  V doublings = x * 1.44269504f + 12582912.0f;                             // rounded by a number whose last bit is one
+  V scale = (V)(((I)doublings << 23) + (127 << 23));
+  doublings -= 12582912.0f;
+  x -= doublings * 0.693145752f;
+  x -= doublings * 1.42860677e-6f;
+  V power = 1 / 720.0f + x * (1 / 5040.0f);
+  power = 1 / 24.0f + x * (1 / 120.0f + x * power);
+  return scale * (1 + x * (1 + x * (0.5f + x * (1 / 6.0f + x * power))));
+}
+
+// cos and sin of an angle in 2^-32 turns, whose multiples and sums are exact: whole turns fall off by themselves.
+static INLINE Z wave(const U &angle) {
+  U quadrant = (angle + (1u << 29)) >> 30;
+  V a = __builtin_convertvector((I)(angle - (quadrant << 30)), V) * (float)(TURN / 4294967296.0), aa = a * a;
+  V sine = a + a * aa * (-1 / 6.0f + aa * (1 / 120.0f + aa * (-1 / 5040.0f + aa * (1 / 362880.0f))));
+  V cosine = 1 + aa * (-0.5f + aa * (1 / 24.0f + aa * (-1 / 720.0f + aa * (1 / 40320.0f))));
+  I odd = (quadrant & 1) != 0;
+  U re = (U)(odd ? sine : cosine) ^ (((quadrant + 1) & 2) << 30), im = (U)(odd ? cosine : sine) ^ ((quadrant & 2) << 30);
+  return {(V)re, (V)im};
+}
+
+// Wave vectors with one x and neighbouring y, at most RUN of them, as integers m of k = 2 pi m. At the Nyquist frequency of y,
+// which is a run of its own, and of x, odd powers are zero: see `wave_numbers` of pde_ssm.py.
+struct Run {
+  int x, x_odd, y, step, n;
+  bool nyquist;
+  int y_at(int t) const { return y + step * t; }
+  int y_odd(int t) const { return nyquist ? 0 : y_at(t); }
+};
+
+struct Grid {
+  int h, f;  // f columns
+  std::vector<Run> runs;
+
+  Grid(int h, int w) : h(h), f(w / 2 + 1) {
+    int most = (h - 1) / 2, count = 2 * most + 1, pieces = (count + RUN - 1) / RUN;
+    for (int x = 0; x < f; x++) {
+      int x_odd = 2 * x == w ? 0 : x;
+      for (int i = 0; i < pieces; i++) {                                   // outward, since growth falls there as a rule
+        int first = count * i / pieces - most, last = count * (i + 1) / pieces - most - 1;
+        if (first + last < 0) runs.push_back({x, x_odd, last, -1, last - first + 1, false});
+        else runs.push_back({x, x_odd, first, 1, last - first + 1, false});
+      }
+      if (h % 2 == 0) runs.push_back({x, x_odd, h / 2, 1, 1, true});
+    }
+  }
+  long size() const { return (long)h * f; }
+  long at(const Run &run, int t) const { return (long)((run.y_at(t) + h) % h) * f + run.x; }
+};
+
+// What one lane's pair of channels has of the symbol G = exp(tau Lambda): Eq. (10).
+//
+// Along a run, G(y + 1) = G(y) Q(y) and Q(y + 1) = Q(y) exp(-2 tau Kyy): two products and no exponential. Each begins with exact
+// values, and where a recurrence could overflow, or begin at nothing and grow, every value is computed by itself. With u = 2^-24
+// and S the largest sum of the magnitudes of the exponent's terms in the run, the relative error is at most u (128 + 16 S):
+// roundings of the first exponent, 4 S; of the first step, which counts up to RUN - 1 times, 12 S; of exp, cos and sin at both,
+// 4 RUN; of the products, 3 RUN, and of those in Q, which add up, 3 RUN^2 / 2. Below exp(LEAST_GROWTH) values may be zero.
+struct Green {
+  static constexpr int ROWS = 6;  // tau times r, Kxx, Kxy and Kyy, then tau times bx and by in turns from -1/2 to 1/2
+  V r, xx, xy, yy, bend;
+  U bx, by;
+  Z turn;
+
+  void set(const V *row) {
+    const float square = TURN * TURN;
+    r = row[0] + 0.0f * (row[4] + row[5]);                                    // integers could not hold what is no number
+    xx = row[1] * square, xy = row[2] * (2 * square), yy = row[3] * square;
+    bend = exponential(-2 * yy);
+    bx = (U)__builtin_convertvector(row[4] * 4294967296.0f, I), by = (U)__builtin_convertvector(row[5] * 4294967296.0f, I);
+    turn = wave(by);
+  }
+  V growth(const Run &run, int t) const {
+    float y = run.y_at(t), y_odd = run.y_odd(t);
+    return r - (xx * (float)(run.x * run.x) + xy * (run.x_odd * y_odd) + yy * (y * y));
+  }
+  Z exact(const Run &run, int t, const V &exponent) const {
+    return wave(bx * (uint32_t)run.x_odd + by * (uint32_t)run.y_odd(t)) * exponential(exponent);
+  }
+  V slope(const Run &run, int t) const {                                   // from value t to the next
+    return -(xy * (float)(run.x_odd * run.step) + yy * (float)(2 * run.step * run.y_at(t) + 1));
+  }
+  INLINE void fill(const Run &run, Z *G) const {                    // G[t * PIECE]
+    V first = growth(run, 0);
+    if (run.n == 1) {
+      *G = exact(run, 0, first);
+      return;
+    }
+    V rise = slope(run, 0), last = slope(run, run.n - 2);
+    if (all((first >= LEAST_GROWTH) & (rise <= LARGEST_STEP) & (last >= -LARGEST_STEP))) {  // slopes fall along a run
+      Z value = exact(run, 0, first), ratio = (run.step > 0 ? turn : Z{turn.re, -turn.im}) * exponential(rise);
+      for (int t = 0;; t++) {
+        G[t * PIECE] = value;
+        if (t == run.n - 1) return;
+        value = value * ratio;
+        ratio = ratio * bend;
+      }
+    }
+    if (all((first < LEAST_GROWTH) & (first + rise * (float)(run.n - 1) < LEAST_GROWTH))) {  // above its own tangent it never is
+      for (int t = 0; t < run.n; t++) G[t * PIECE] = Z{};
+      return;
+    }
+    for (int t = 0; t < run.n; t++) G[t * PIECE] = exact(run, t, growth(run, t));
+  }
+  static Z exponents_gradient(const Z &G, const Z &g) {                    // conj(G) g
+    return {G.re * g.re + G.im * g.im, G.re * g.im - G.im * g.re};
+  }
+  static INLINE void sum(const Run &run, const Z *g, V *sums) {     // of g[t * PIECE]
+    V even[3] = {}, odd[2] = {};
+    for (int t = 0; t < run.n; t++) {
+      float y = run.y_at(t), y_odd = run.y_odd(t);
+      V re = g[t * PIECE].re, im = g[t * PIECE].im;
+      even[0] += re, even[1] += re * y_odd, even[2] += re * (y * y);
+      odd[0] += im, odd[1] += im * y_odd;
+    }
+    const float square = TURN * TURN, turn = TURN;
+    sums[0] += even[0];
+    sums[1] -= even[0] * (square * (run.x * run.x));
+    sums[2] -= even[1] * (2 * square * run.x_odd);
+    sums[3] -= even[2] * square;
+    sums[4] += odd[0] * (turn * run.x_odd);
+    sums[5] += odd[1] * turn;
+  }
+};
+
+// The same of the embedding B = g0 + i (gx kx + gy ky): Eq. (6).
+struct Embedding {
+  static constexpr int ROWS = 3;  // g0, gx, gy
+  V g0, gx, gy;
+
+  void set(const V *row) { g0 = row[0], gx = row[1] * (float)TURN, gy = row[2] * (float)TURN; }
+  INLINE void fill(const Run &run, Z *B) const {
+    for (int t = 0; t < run.n; t++) B[t * PIECE] = {g0, gx * (float)run.x_odd + gy * (float)run.y_odd(t)};
+  }
+  static Z exponents_gradient(const Z &, const Z &g) { return g; }
+  static INLINE void sum(const Run &run, const Z *g, V *sums) {
+    V even = {}, odd[2] = {};
+    for (int t = 0; t < run.n; t++) {
+      even += g[t * PIECE].re;
+      odd[0] += g[t * PIECE].im, odd[1] += g[t * PIECE].im * (float)run.y_odd(t);
+    }
+    sums[0] += even, sums[1] += odd[0] * (float)(TURN * run.x_odd), sums[2] += odd[1] * (float)TURN;
+  }
+};
+
+struct Shape {
+  int c, B, groups, blocks, span, shares;  // a share of the work is `span` of a group's blocks of LANES output channels
+  Shape(int c, int B, int groups, int threads) : c(c), B(B), groups(groups), blocks((c + LANES - 1) / LANES) {
+    long each = (long)groups * blocks / (4 * threads);
+    span = each < 1 ? 1 : each < SPAN ? each : SPAN;
+    shares = (blocks + span - 1) / span;
+  }
+  int lanes(int block) const { return c - block * LANES < LANES ? c - block * LANES : LANES; }
+};
+
+// One block's pairs with all input channels. Coefficients are (ROWS, c, c), of which outputs are rows, or columns if `turned`.
+template <class Pair>
+static void set_pairs(const float *coefficients, const Shape &shape, int block, bool turned, Pair *pairs) {
+  const int c = shape.c, lanes = shape.lanes(block), first = block * LANES;
+  V rows[LANES][Pair::ROWS];
+  for (int j = 0; j < c; j += LANES) {
+    int n = c - j < LANES ? c - j : LANES;
+    std::memset((void *)rows, 0, sizeof rows);
+    for (int row = 0; row < Pair::ROWS; row++) {
+      const float *from = coefficients + (long)row * c * c;
+      if (turned)
+        for (int i = 0; i < n; i++) rows[i][row] = load(from + (long)(j + i) * c + first, lanes);
+      else
+        for (int lane = 0; lane < lanes; lane++)
+          for (int i = 0; i < n; i++) rows[i][row][lane] = from[(long)(first + lane) * c + j + i];
+    }
+    for (int i = 0; i < n; i++) pairs[j + i].set(rows[i]);
+  }
+}
+
+// out += G v, or conj(G) v, for NB images: G (n), v (n, 2, B) and out (2, B, c), all of one wave vector.
+template <int NB, bool conjugate>
+static INLINE void multiply(const Z *G, int n, const float *v, int B, float *out, int c, int lanes, bool fresh) {
+  V re[NB], im[NB];
+  for (int b = 0; b < NB; b++) {
+    re[b] = fresh ? V{} : load(out + (long)b * c, lanes);
+    im[b] = fresh ? V{} : load(out + (long)(B + b) * c, lanes);
+  }
+  for (int j = 0; j < n; j++, v += 2 * B) {
+    V g_re = G[j].re, g_im = conjugate ? -G[j].im : G[j].im;
+    for (int b = 0; b < NB; b++) {
+      re[b] += g_re * v[b];
+      im[b] += g_re * v[B + b];
+      re[b] -= g_im * v[B + b];
+      im[b] += g_im * v[b];
+    }
+  }
+  for (int b = 0; b < NB; b++) {
+    store(out + (long)b * c, re[b], lanes);
+    store(out + (long)(B + b) * c, im[b], lanes);
+  }
+}
+
+template <bool conjugate>
+static void multiply_all(const Z *G, int n, const float *v, int B, float *out, int c, int lanes, bool fresh) {
+  int b = 0;
+  for (; b + IMAGES <= B; b += IMAGES) multiply<IMAGES, conjugate>(G, n, v + b, B, out + (long)b * c, c, lanes, fresh);
+  for (; b + 4 <= B; b += 4) multiply<4, conjugate>(G, n, v + b, B, out + (long)b * c, c, lanes, fresh);
+  for (; b + 2 <= B; b += 2) multiply<2, conjugate>(G, n, v + b, B, out + (long)b * c, c, lanes, fresh);
+  if (b < B) multiply<1, conjugate>(G, n, v + b, B, out + (long)b * c, c, lanes, fresh);
+}
+
+// In place of G (n) the gradient of its exponents: sums over images of conj(w) and the gradient g of w's product, of one wave
+// vector. Here w's channels are the lanes, w (2, B, c), and g (n, 2, B).
+template <class Pair, int N>
+static INLINE void outer(Z *G, const float *g, const float *w, int B, int c, int lanes) {
+  V re[N] = {}, im[N] = {};
+  for (int b = 0; b < B; b++) {
+    V w_re = load(w + (long)b * c, lanes), w_im = load(w + (long)(B + b) * c, lanes);
+    for (int i = 0; i < N; i++) {
+      float g_re = g[2 * i * B + b], g_im = g[(2 * i + 1) * B + b];
+      re[i] += w_re * g_re;
+      im[i] += w_re * g_im;
+      re[i] += w_im * g_im;
+      im[i] -= w_im * g_re;
+    }
+  }
+  for (int i = 0; i < N; i++) G[i] = Pair::exponents_gradient(G[i], {re[i], im[i]});
+}
+
+// For the time of a kernel, numbers too small to be normal are nothing: else they take a hundred times as long.
+struct WithoutSubnormals {
+#ifdef __x86_64__
+  unsigned before = _mm_getcsr();
+  WithoutSubnormals() { _mm_setcsr(before | 0x8040); }
+  ~WithoutSubnormals() { _mm_setcsr(before); }
+#endif
+};
+
+template <class Pair>
+static void forward(const float *v, const float *coefficients, float *out, int h, int w, int c, int B, int groups, int threads) {
+  const Grid grid(h, w);
+  const Shape shape(c, B, groups, threads);
+  const long spectrum = grid.size() * 2 * B * c;
+  #pragma omp parallel num_threads(threads)
+  {
+    WithoutSubnormals mode;
+    std::vector<Pair> pairs((long)shape.span * c);
+    std::vector<Z> G(RUN * PIECE);
+    #pragma omp for collapse(2) schedule(dynamic)
+    for (int group = 0; group < groups; group++)
+      for (int share = 0; share < shape.shares; share++) {
+        const int first = share * shape.span, last = first + shape.span < shape.blocks ? first + shape.span : shape.blocks;
+        for (int block = first; block < last; block++)
+          set_pairs(coefficients + (long)group * Pair::ROWS * c * c, shape, block, false, &pairs[(long)(block - first) * c]);
+        for (const Run &run : grid.runs)
+          for (int block = first; block < last; block++)
+            for (int j = 0; j < c; j += PIECE) {
+              const int n = c - j < PIECE ? c - j : PIECE;
+              for (int i = 0; i < n; i++) pairs[(long)(block - first) * c + j + i].fill(run, &G[i]);
+              for (int t = 0; t < run.n; t++) {
+                long at = group * spectrum + grid.at(run, t) * 2 * B * c;
+                multiply_all<false>(&G[t * PIECE], n, v + at + (long)j * 2 * B, B, out + at + block * LANES, c,
+                                    shape.lanes(block), j == 0);
+              }
+            }
+      }
+  }
+}
+
+template <class Pair>
+static void backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
+                     float *coefficients_gradient, int h, int w, int c, int B, int groups, int threads) {
+  const Grid grid(h, w);
+  const Shape shape(c, B, groups, threads);
+  const long spectrum = grid.size() * 2 * B * c;
+  #pragma omp parallel num_threads(threads)
+  {
+    WithoutSubnormals mode;
+    std::vector<Pair> pairs((long)shape.span * c);
+    std::vector<V> sums((long)shape.span * c * Pair::ROWS);
+    std::vector<Z> G(RUN * PIECE);
+    #pragma omp for collapse(2) schedule(dynamic)
+    for (int group = 0; group < groups; group++)
+      for (int share = 0; share < shape.shares; share++) {
+        const int first = share * shape.span, last = first + shape.span < shape.blocks ? first + shape.span : shape.blocks;
+        const long matrix = (long)group * Pair::ROWS * c * c;
+        for (int block = first; block < last; block++)
+          set_pairs(coefficients + matrix, shape, block, true, &pairs[(long)(block - first) * c]);
+        for (V &sum : sums) sum = V{};
+        for (const Run &run : grid.runs)
+          for (int block = first; block < last; block++)
+            for (int i = 0; i < c; i += PIECE) {
+              const int n = c - i < PIECE ? c - i : PIECE, lanes = shape.lanes(block);
+              const long pair = (long)(block - first) * c + i;
+              for (int k = 0; k < n; k++) pairs[pair + k].fill(run, &G[k]);
+              for (int t = 0; t < run.n; t++) {
+                long at = group * spectrum + grid.at(run, t) * 2 * B * c, place = at + block * LANES;
+                const float *g = gradient + at + (long)i * 2 * B;
+                Z *own = &G[t * PIECE];
+                multiply_all<true>(own, n, g, B, v_gradient + place, c, lanes, i == 0);
+                int k = 0;
+                for (; k + IMAGES <= n; k += IMAGES) outer<Pair, IMAGES>(own + k, g + 2 * k * B, v + place, B, c, lanes);
+                for (; k < n; k++) outer<Pair, 1>(own + k, g + 2 * k * B, v + place, B, c, lanes);
+              }
+              for (int k = 0; k < n; k++) Pair::sum(run, &G[k], &sums[(pair + k) * Pair::ROWS]);
+            }
+        for (int block = first; block < last; block++)
+          for (int row = 0; row < Pair::ROWS; row++)
+            for (int i = 0; i < c; i++)
+              store(coefficients_gradient + matrix + ((long)row * c + i) * c + block * LANES,
+                    sums[((long)(block - first) * c + i) * Pair::ROWS + row], shape.lanes(block));
+      }
+  }
+}
+
+// Packed v (groups, f, c, 2, B) to out in lanes (groups, f, 2, B, c); coefficients (groups, ROWS, c, c).
+extern "C" void green(const float *v, const float *coefficients, float *out, int h, int w, int c, int B, int groups, int threads) {
+  forward<Green>(v, coefficients, out, h, w, c, B, groups, threads);
+}
+
+extern "C" void embed(const float *v, const float *coefficients, float *out, int h, int w, int c, int B, int groups, int threads) {
+  forward<Embedding>(v, coefficients, out, h, w, c, B, groups, threads);
+}
+
+// From the packed gradient of out to those of v and of the coefficients, v and its gradient in lanes.
+extern "C" void green_backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
+                               float *coefficients_gradient, int h, int w, int c, int B, int groups, int threads) {
+  backward<Green>(gradient, v, coefficients, v_gradient, coefficients_gradient, h, w, c, B, groups, threads);
+}
+
+extern "C" void embed_backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
+                               float *coefficients_gradient, int h, int w, int c, int B, int groups, int threads) {
+  backward<Embedding>(gradient, v, coefficients, v_gradient, coefficients_gradient, h, w, c, B, groups, threads);
+}

@@ -1,0 +1,164 @@
+"""The C++ kernels of the pairwise coupling against the plain equations in double precision."""
+
+import copy
+
+import pytest
+import torch
+
+import pde_ssm
+from operators import random_operator
+from pde_ssm import PDESSM, green_symbol, wave_vectors
+from pde_ssm_kernels import pairs
+
+KERNELS, REASON = pairs.library()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
+f64 = torch.float64
+GRIDS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4), (5, 7), (1, 8), (9, 1), (6, 10), (13, 11), (16, 16), (12, 34), (40, 6)]
+
+
+def assert_close(mine, exact, of_largest):
+    assert mine.shape == exact.shape
+    assert (mine - exact).abs().max() <= of_largest * exact.abs().max() + 1e-12
+
+
+def layer_and_gradients(pde, u, direction, backend, dtype, **grad):
+    pde_ssm.set_backend(backend)
+    pde, u = copy.deepcopy(pde).to(dtype), u.to(dtype).requires_grad_()
+    out = pde(u)
+    return out, *torch.autograd.grad(out, [u, *pde.parameters()], direction.to(dtype), **grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64], ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("channels", "groups", "batch"), [(18, 1, 3), (10, 2, 9), (33, 1, 1)])
+def test_values_and_all_gradients_are_those_of_the_plain_equations(grid, channels, groups, batch, dtype):
+    pde, (u, direction) = random_operator(channels, 0.1, "pairwise", groups), torch.randn(2, batch, channels, *grid)
+    pde, allowed = pde.to(dtype), 1e-9 if dtype == f64 else 1e-5           # float64 takes PyTorch's operations
+    mine, plain = (layer_and_gradients(pde, u, direction, *how) for how in (("default", dtype), ("plain", f64)))
+    largest = max(exact.abs().max() for exact in plain)
+    for ours, exact in zip(mine, plain):
+        if exact.ndim == 1:
+            exact = exact + largest                                        # all pairs' sum, of which little may be left
+            ours = ours + largest
+        assert_close(ours, exact, allowed)
+
+
+def symbols(exponents, h, w):
+    """G (c, c, h, w // 2 + 1), as the kernel multiplies unit vectors by it, of exponents (6, c, c)."""
+    c = exponents.shape[-1]
+    units = torch.zeros(1, h * (w // 2 + 1), 2, c, c)
+    units[:, :, 0] = torch.eye(c)
+    out = torch.empty_like(units)
+    pairs.run("green", pairs.packed(units), exponents, out, like=units, h=h, w=w)
+    return torch.complex(*out[0].unbind(1)).unflatten(0, (h, -1)).permute(3, 2, 0, 1).to(torch.complex128)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 0.1, 0.3, 1, 10, 1e3, 1e10])
+@pytest.mark.parametrize("grid", [(8, 8), (7, 13), (64, 64), (1, 30), (300, 3)], ids=str)
+@pytest.mark.parametrize("r", [1, -70])
+def test_symbols_by_recurrences_are_as_near_as_they_say(grid, scale, r):
+    """For K of any size, with ridges in any direction, which grow along one axis before they fall."""
+    c, u = 8, 2**-24
+    K = torch.randn(c, c, 2, 2)
+    K[: c // 2, :, 1] *= 0.01                                              # narrow ones
+    turn = torch.linalg.qr(torch.randn(c, c, 2, 2)).Q
+    K = scale * turn @ K
+    K, b = K @ K.mT, torch.rand(2, c, c) - 0.5
+    exponents = torch.stack([r - torch.rand(c, c), K[..., 0, 0], K[..., 0, 1], K[..., 1, 1], *b])
+    E = exponents.double()
+    symmetric = torch.stack([E[1], E[2], E[2], E[3]], dim=-1).unflatten(-1, (2, 2))
+    exact = green_symbol(symmetric, E[4:].movedim(0, -1), E[0], torch.ones(c, c, dtype=f64), *grid)
+    kx, ky, kx_odd, ky_odd = wave_vectors(*grid, E)
+    size = [x[..., None, None].abs() for x in E]
+    terms = size[0] + size[1] * kx**2 + 2 * size[2] * (kx_odd * ky_odd).abs() + size[3] * ky**2
+    terms = torch.stack([terms.roll(step, 2) for step in range(-7, 8)]).amax(0)      # in the run, or beyond it
+    error = (symbols(exponents, *grid) - exact).abs()
+    assert (error <= u * (128 + 16 * terms) * exact.abs() + torch.exp(torch.tensor(-79.0))).all()
+
+
+@pytest.mark.parametrize("r", [-1e4, -60.0, 0.0, 60.0])
+def test_growth_of_any_size(r):
+    exponents = torch.zeros(6, 3, 3)
+    exponents[0] = r
+    exponents[4] = 0.25
+    assert_close(symbols(exponents, 4, 6).abs(), torch.full((3, 3, 4, 4), max(r, -200), dtype=f64).exp(), 1e-5)
+
+
+@pytest.mark.parametrize("row", range(6))
+def test_what_is_no_number_stays_none(row):
+    exponents = torch.zeros(6, 3, 3)
+    exponents[row, 1, 2] = float("nan")
+    G = symbols(exponents, 5, 4)
+    assert G[1].isnan().all()                                              # the sums of which it is part, and no others
+    G[1] = 1
+    assert G.isfinite().all()
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, for this test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_no_bit_depends_on_the_number_of_threads(threads):
+    pde, (u, direction) = random_operator(70, 0.1, "pairwise", 2).float(), torch.randn(2, 3, 70, 9, 8)
+    results = [threads(n) or layer_and_gradients(pde, u, direction, "default", torch.float32) for n in (1, 2, 5)]
+    for first, *others in zip(*results):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_gradients_have_gradients():
+    equation, v = PDESSM(4, coupling="pairwise").equation, torch.randn(2, 6, 5, 4, requires_grad=True)
+    for p in equation.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    inputs, results = [v, *equation.parameters()], []
+    for backend in ("plain", "cpp"):
+        pde_ssm.set_backend(backend)
+        gradients = torch.autograd.grad(equation.evolve(v).square().sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
+    for theirs, mine in zip(*results):
+        assert_close(mine, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["input", "parameters"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_frozen_side_gets_no_gradient(frozen, create_graph):
+    equation = PDESSM(4, coupling="pairwise").equation.requires_grad_(frozen != "parameters")
+    v = torch.randn(2, 6, 5, 4, requires_grad=frozen != "input")
+    equation.evolve(v).square().sum().backward(create_graph=create_graph)
+    assert (v.grad is None) == (frozen == "input")
+    assert (equation.g0.grad is None) == (frozen == "parameters")
+
+
+def test_functional_transforms_see_pytorchs_operations():
+    equation, (v, dv) = PDESSM(4, coupling="pairwise").equation, torch.randn(2, 2, 6, 5, 4)
+    _, slope = torch.func.jvp(equation.evolve, (v,), (dv,))                # linear in v
+    assert_close(slope, equation.evolve(dv), 1e-5)
+    assert_close(torch.vmap(equation.evolve)(torch.stack([v, dv]))[1], slope, 1e-5)
+
+
+def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
+    inputs = torch.randn(2, 12, 2, 3, 5), torch.randn(2, 3, 5, 5), torch.rand(2, 6, 5, 5) - 0.5
+    inputs[2][:, :4] = 0
+    inputs = [x.requires_grad_() for x in inputs]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(pairs.evolve_op, (*inputs, 4, 5), test_utils=tests)
+    states, embedded = pairs.evolve_op(*inputs, 4, 5)
+    direction = torch.randn_like(states)
+    arguments = direction, inputs[0], embedded, *inputs[1:], 4, 5
+    torch.library.opcheck(pairs.evolve_backward_op, arguments, test_utils="test_faketensor")
+    with torch.no_grad():
+        exact = pairs.evolve_backward(*arguments)
+    torch.testing.assert_close(torch.autograd.grad(states, inputs, direction), exact)
+
+
+@pytest.mark.parametrize("wrong", [(1, 11, 2, 3, 5), (1, 12, 2, 3, 4), (2, 12, 2, 3, 5)], ids=["grid", "channels", "groups"])
+def test_memory_of_others_is_not_read(wrong):
+    good = torch.zeros(1, 12, 2, 3, 5), torch.zeros(1, 3, 5, 5), torch.zeros(1, 6, 5, 5)
+    for spectra in (torch.zeros(wrong), good[0].double()):
+        with pytest.raises(ValueError, match=r"the kernels need float32 of shapes .* for 4 x 5 tokens; they got"):
+            pairs.evolve(spectra, *good[1:], 4, 5)
+        with pytest.raises(ValueError, match="the kernels need float32"):
+            pairs.evolve_backward(good[0], spectra, good[0], *good[1:], 4, 5)
