@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones import Backbone
+from backbones.lamamba import LaMamba
 from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
 from backbones.unet import UNet
 from mixers import build_mixer, read_mixer
@@ -166,7 +167,14 @@ UNets = {
     "UNet-S": partial(UNet, channels=(128, 192, 256, 256), layers=2, attention_levels=(1, 2)),
     "UNet-N": partial(UNet, channels=(32, 64, 96), layers=1, attention_levels=(1,)),
 }
-MODELS = DiT_models | UNets  # every backbone by name
+# The last is ours, for CPUs.
+LaMamba_models = {
+    "LaMamba-XL": partial(LaMamba, hidden_size=320, depths=(2, 2, 2, 2), middle_depth=2, num_heads=(16, 16, 16, 16), window=8),
+    "LaMamba-B": partial(LaMamba, hidden_size=192, depths=(2, 2, 2, 0), middle_depth=1, num_heads=(8, 8, 8, 8), window=8),
+    "LaMamba-S": partial(LaMamba, hidden_size=96, depths=(2, 2, 2, 0), middle_depth=1, num_heads=(8, 8, 8, 8), window=8),
+    "LaMamba-N": partial(LaMamba, hidden_size=20, depths=(1, 1, 1, 0), middle_depth=1, num_heads=(4, 4, 4, 4), window=4),
+}
+MODELS = DiT_models | UNets | LaMamba_models  # every backbone by name
 BACKBONES = tuple(dict.fromkeys(build.func for build in MODELS.values()))
 
 

@@ -12,14 +12,19 @@ class Backbone(nn.Module):
     divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the
     null class, or leaves it to chance in training.
 
-    Two class methods speak of networks that are not built: stride_of(keywords) is the stride of one with these arguments, and
+    Three class methods speak of networks that are not built: stride_of(keywords) is the stride of one with these arguments, and
     read(weights) tells from a state dict what it was built with: a dict of the arguments that tell the named sizes apart, and
-    one of mixer, mixer_options, num_classes, in_channels and learn_sigma. read_from names the weights that it needs; the first
+    one of mixer, mixer_options, num_classes, in_channels and learn_sigma; tokens_of(weights) is for how many patches of an
+    image they have positions, None if for any number. read_from names the weights that it needs; the first
     of them no other backbone has.
     """
 
     recompute = False
     class_names = None
+
+    @classmethod
+    def tokens_of(cls, weights):
+        return weights["pos_embed"].shape[1] if "pos_embed" in weights else None
 
     def checkpoint_gradients(self):
         """From now on training keeps what enters a block only, and computes the rest again when it needs gradients."""
@@ -49,3 +54,9 @@ def drop_labels(y, drop, null, probability):
     if drop is None and probability > 0:
         drop = torch.rand(len(y), device=y.device) < probability
     return y if drop is None else y.masked_fill(drop, null)
+
+
+def refuse_mixer(mixer, name):
+    """Raises a ValueError for any --mixer but the default, of a network by that name which brings its own."""
+    if mixer != "attention":
+        raise ValueError(f"{name} has no mixer to swap, so mixer={mixer!r} means nothing to it")

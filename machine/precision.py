@@ -69,6 +69,14 @@ def compile_whole(network, device):
     return lambda *inputs, **kwargs: graph(*inputs, **kwargs).clone()
 
 
+def compile_blocks(blocks):
+    """Compiles the forward pass of every block, once for all that are alike, and for each shape of its inputs."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 * len(blocks))  # of one function, which blocks of many sizes share
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
 def check_compiler(device):
     """Raises a ValueError if torch.compile lacks what it needs on CPUs."""
     compiler = os.environ.get("CXX") or "g++"

@@ -11,7 +11,7 @@ import torch
 from commands import ROOT
 from diffusion import create_objective
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
-from machine.precision import compile_whole
+from machine.precision import compile_blocks, compile_whole
 
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, *FLOW_SAMPLERS])
@@ -37,6 +37,17 @@ def test_no_sampler_reads_what_a_cuda_graph_has_overwritten(monkeypatch, sampler
     plain = run(network)
     monkeypatch.setattr(torch, "compile", graph)
     assert torch.equal(run(compile_whole(network, torch.device("cuda"))), plain)
+
+
+def test_blocks_of_many_sizes_are_all_compiled(compilations, monkeypatch):
+    """One of each size, for they share a function, of which PyTorch would compile eight."""
+    blocks = [torch.nn.Linear(n, n) for n in (*range(1, 12), 3)]
+    plain = [block(torch.ones(1, block.in_features)) for block in blocks]
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compile_blocks(blocks)
+    for block, expected in zip(blocks, plain):
+        torch.testing.assert_close(block(torch.ones(1, block.in_features)), expected)
+    assert compilations.frame_count == 11
 
 
 BY_THREADS = """
