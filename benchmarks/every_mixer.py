@@ -80,13 +80,17 @@ def megabytes(name):
 
 
 def count(n, model, **options):
-    """Counts the parameters of a side and the multiply-adds of a forward pass of one image of 4n x 4n pixels. Returns them in a
-    dict, or a sentence if it cannot be built for such images."""
+    """Returns the costs of a side on images of 4n x 4n pixels, or a sentence if it cannot be built for them."""
     try:
         with torch.device("meta"):
             network = MODELS[model](PATCH * n, **IMAGES, **options)
     except ValueError as error:
         return f"is not built: {error}"
+    return costs(network)
+
+
+def costs(network):
+    """Counts the parameters of a network and the multiply-adds of its forward pass of one image: a dict."""
     multiply_adds = training_flops(network, 1) / 6  # a step is three forward passes, and each multiply-add two operations
     return dict(parameters=sum(p.numel() for p in network.parameters()), multiply_adds=rounded(multiply_adds))
 

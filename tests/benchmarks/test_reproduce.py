@@ -16,7 +16,7 @@ from commands import ROOT
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import grids_sheet, mixers_table, noise
+from reproduce import grids_sheet, noise
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -129,23 +129,6 @@ def test_a_small_table_has_every_system(tmp_path):
         assert line[0].replace(", ", "-") == row["system"]
         assert [float(cell) for cell in line[4:]] == pytest.approx(ours, rel=1e-3)
         assert str(tmp_path / "data") not in json.dumps(row["commands"])
-
-
-def test_runs_of_the_mixers_join_the_table(tmp_path, capsys):
-    results = tmp_path / "mixers.json"
-    results.write_text(json.dumps({"mixers": {"attention": {"diffusion": {"0": {"1200": [0.05, 0.04]}}}}}))
-    for name, steps in [("flow/attention-1", (600, 1200)), ("flow/attention-2", (600,))]:  # the second is not at its end yet
-        folder = tmp_path / "runs" / name / "000-DiT-N-4"
-        folder.mkdir(parents=True)
-        rows = [{"step": 600, "loss": 1}, *({"step": n, "held_out_loss": 0.3, "held_out_mse": 0.2} for n in steps)]
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mixers_table.main(tmp_path / "runs", results)
-    entry = json.loads(results.read_text())["mixers"]["attention"]
-    assert entry == {
-        "diffusion": {"0": {"1200": [0.05, 0.04]}},
-        "flow": {"1": {"600": [0.3, 0.2], "1200": [0.3, 0.2]}},
-    }
-    assert "0.3000 (0.3000 to 0.3000) of 1" in capsys.readouterr().out
 
 
 def test_grids_of_a_data_set_become_one_sheet(tmp_path):

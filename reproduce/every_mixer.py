@@ -1,0 +1,216 @@
+"""The rows of every_mixer.sh: what is compared, what a run measured, and the table and picture of all.
+
+    python -m reproduce.every_mixer --collect results/every_mixer reproduce/results/every_mixer.json
+
+joins the rows of finished runs with those that the file has, prints the tables, and draws the picture beside the file. Times,
+memory and multiply-adds are those of `python -m benchmarks.every_mixer`.
+"""
+
+import argparse
+import json
+from datetime import date
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from benchmarks.every_mixer import DIT, SIDES, costs
+from benchmarks.report import count_threads, machine
+from machine.files import whole_file
+from mixers import kind_of, mixer_options
+from models import MODELS
+
+HERE = Path(__file__).parent
+SETS = ("cifar10", "flowers")
+DISTANCE = "FD-EfficientNet"
+KEPT = ("model", "mixer", "predict", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
+SHOWN = 16  # samples of each row that are kept as a picture
+
+
+def flags_of(model, mixer="attention", **options):
+    """Returns the flags of train.py that build a side of the benchmark."""
+    flags = ["--model", model]
+    if mixer != "attention":
+        flags += ["--mixer", mixer]
+    for name, value in options.items():
+        flags += [kind_of(mixer).flag_of(name), *([] if value is True else [str(value)])]
+    return flags
+
+
+def print_names(patch):
+    """Prints a line for each row of the comparison: its name, a tab, and its flags, with networks on patches of that size."""
+    for name, side in SIDES.items():
+        print(name, " ".join(flags_of(**side | dict(model=side["model"].replace("/4", f"/{patch}")))), sep="\t")
+
+
+def record(folder, data, name, seed, steps, objective, failure=None):
+    """Writes <folder>/row.json of a finished run, or of one that failed, with the sentence that says why."""
+    row = dict(data=data, name=name, seed=int(seed), steps=int(steps), objective=objective)
+    about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if failure:
+        row["failure"] = failure
+    else:
+        log = [json.loads(line) for line in next(folder.glob("*/log.jsonl")).read_text().splitlines()]
+        row["held_out_loss"] = {str(entry["step"]): entry["held_out_loss"] for entry in log if "held_out_loss" in entry}
+        checkpoint = torch.load(next(folder.glob(f"*/checkpoints/{int(steps):07}.pt")), map_location="cpu", weights_only=True)
+        row |= {name: checkpoint["args"].get(name) for name in KEPT}
+        row |= costs(build(checkpoint["args"]))
+    for metrics in [] if failure else folder.glob("samples/*.json"):
+        row["metrics"] = json.loads(metrics.read_text())
+        with np.load(metrics.with_suffix(".npz")) as samples:
+            strip = np.concatenate(list(samples["arr_0"][:SHOWN]), axis=1)
+        with whole_file(folder / "samples.png", "picture") as file:
+            Image.fromarray(strip).save(file, format="png")
+    commands = [line.split(" ", 1) for line in (folder / "commands.txt").read_text().splitlines()]
+    row["commands"] = [dict(command=command, seconds=int(seconds)) for seconds, command in commands]
+    row |= dict(machine=about.get("gpu") or f"{about['processor']}, {count_threads(about)}", torch=torch.__version__)
+    write_json(folder / "row.json", row | dict(date=str(date.today())))
+
+
+def build(args):
+    """Returns the network of a run on pixels with these settings, without its numbers."""
+    options = mixer_options(args["mixer"], args) | dict(in_channels=3, num_classes=args["num_classes"], mixer=args["mixer"])
+    with torch.device("meta"):
+        return MODELS[args["model"]](args["image_size"], learn_sigma=args["objective"] == "diffusion", **options)
+
+
+def write_json(path, contents):
+    with whole_file(path, "rows") as file:
+        file.write((json.dumps(contents, indent=1) + "\n").encode())
+
+
+def collect(work, results):
+    """Adds the rows of all runs under `work` to a file of rows, and prints a table of each number of steps."""
+    rows = {key(row): row for row in (json.loads(results.read_text()) if results.exists() else [])}
+    rows |= {key(row): row for row in (json.loads(path.read_text()) for path in sorted(work.glob("*/*/row.json")))}
+    write_json(results, list(rows.values()))
+    times = read_times(results.parent)
+    for objective, steps in sorted({(row["objective"], row["steps"]) for row in rows.values()}):
+        mine = [row for row in rows.values() if (row["objective"], row["steps"]) == (objective, steps)]
+        print(tabulate(mine, times, f"{objective}, {steps:,} steps"))
+        picture = results.with_name(f"{results.stem}-{objective}-{steps}.png")
+        draw(picture, mine, times)
+    for strips in sorted({path.parent.parent for path in work.glob("*/*/samples.png")}):
+        sheet(strips, results.with_name(f"{results.stem}-{strips.name}-samples.png"))
+
+
+def key(row):
+    return row["data"], row["objective"], row["steps"], row["name"], row["seed"]
+
+
+def read_times(folder):
+    """Returns name -> tokens -> what the benchmark measured of that side, a dict or a sentence; none without its file."""
+    found = [path for path in (folder / "every_mixer-cpu-quick.json", folder / "every_mixer-cpu.json") if path.exists()]
+    times = {}
+    for path in found:
+        for row in json.loads(path.read_text())["rows"]:
+            for name, side in row["sides"].items():
+                times.setdefault(name, {})[row["tokens"]] = side
+    return times
+
+
+def tabulate(rows, times, title):
+    """Writes one table as Markdown: of every name the losses and distances of its seeds, and its costs."""
+    sets = [data for data in SETS if any(row["data"] == data for row in rows)]
+    tokens = sorted({n for of_name in times.values() for n in of_name})
+    header = ["", *(f"{data}, {what}" for data in sets for what in ("held-out loss", DISTANCE))]
+    header += ["parameters", "million multiply-adds", *(f"{unit}, {n:,} tokens" for unit in ("ms", "MB") for n in tokens)]
+    lines = []
+    for name in [name for name in SIDES if any(row["name"] == name for row in rows)]:
+        mine = [row for row in rows if row["name"] == name]
+        cells = [cell([row for row in mine if row["data"] == data], value) for data in sets for value in (loss, distance)]
+        counted = next((row for row in mine if "parameters" in row), None)
+        counts = [f"{counted['parameters']:,}", f"{counted['multiply_adds'] / 1e6:.4g}"] if counted else ["", ""]
+        of_name = [times.get(name, {}).get(n) for n in tokens]
+        measured = [
+            side if isinstance(side, str) else f"{side[what]:.4g}" if what in (side or ()) else ""
+            for what in ("median_ms", "peak_mb")
+            for side in of_name
+        ]
+        lines.append([name, *cells, *counts, *measured])
+    table = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines]]
+    return "\n".join([f"**{title}**", "", *table, ""])
+
+
+def loss(row):
+    return row["held_out_loss"].get(str(row["steps"]))
+
+
+def distance(row):
+    return row.get("metrics", {}).get(DISTANCE)
+
+
+def cell(rows, value):
+    """Writes the mean of the seeds, their range and how many they are, or why there is none."""
+    if failures := [f"{row['failure']} (seed {row['seed']})" for row in rows if "failure" in row]:
+        return "; ".join(failures)
+    values = [value(row) for row in rows if value(row) is not None]
+    if len(values) < 2:
+        return "".join(f"{x:.4g} (1 seed)" for x in values)
+    return f"{mean(values):.4g} ({min(values):.4g} to {max(values):.4g}, {len(values)} seeds)"
+
+
+def draw(path, rows, times):
+    """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes_of = {"ms of a training step at batch 64": "median_ms", "multiply-adds of one image": "multiply_adds"}
+    sets = [data for data in SETS if any(row["data"] == data for row in rows)]
+    figure, axes = pyplot.subplots(len(sets), 2, figsize=(13, 5 * len(sets)), squeeze=False, layout="constrained")
+    for line, data in zip(axes, sets):
+        for axis, (label, what) in zip(line, axes_of.items()):
+            for name in SIDES:
+                mine = [row for row in rows if (row["data"], row["name"]) == (data, name) and "failure" not in row]
+                side = mine[0] if mine and what in mine[0] else times.get(name, {}).get(64)
+                if mine and what in (side or ()):
+                    place = side[what], mean(map(loss, mine))
+                    axis.plot(*place, "o", color="#009e73" if name.startswith("pdessm") else "#0072b2")
+                    axis.annotate(name, place, (4, 3), textcoords="offset points", fontsize=8)
+            axis.set(xscale="log", xlabel=label, ylabel="held-out loss", title=data)
+            axis.spines[["top", "right"]].set_visible(False)
+    with whole_file(path, "plot") as file:
+        figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def sheet(runs, out):
+    """Joins samples of the lowest seed of every row of one data set into a picture, with their names."""
+    strips = {}
+    for name in SIDES:
+        if of_name := sorted(runs.glob(f"{name}-[0-9]*/samples.png"), key=lambda path: int(path.parent.name.rsplit("-", 1)[1])):
+            strips[name] = Image.open(of_name[0])
+    width, height = next(iter(strips.values())).size
+    margin = 150  # for the names
+    picture = Image.new("RGB", (margin + width, height * len(strips)), "white")
+    for number, (name, strip) in enumerate(strips.items()):
+        ImageDraw.Draw(picture).text((4, number * height + height // 2 - 6), name, fill="black", font_size=11)
+        picture.paste(strip, (margin, number * height))
+    with whole_file(out, "picture") as file:
+        picture.save(file, format="png", optimize=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="The comparison of all mixers and systems.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--names", metavar="PATCH", nargs="?", const=DIT.partition("/")[2], help="print what is compared")
+    what.add_argument("--collect", nargs=2, type=Path, metavar=("WORK", "RESULTS"), help="join the rows, print the tables")
+    row = "FOLDER", "SET", "NAME", "SEED", "STEPS", "OBJECTIVE", "FAILURE"
+    parser.add_argument("--record", nargs=7, metavar=row, help="write the row of a run before")
+    given = parser.parse_args(argv)
+    if given.record:
+        record(Path(given.record[0]), *given.record[1:])
+    if given.names:
+        print_names(given.names)
+    else:
+        collect(*given.collect)
+
+
+if __name__ == "__main__":
+    main()

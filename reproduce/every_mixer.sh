@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The comparison of all mixers and systems at equal settings: each is trained for as many steps on the same images, noise and
+# timesteps, then samples are drawn and compared with images. Every finished run is a row, written at once; started again, the
+# script goes on with what is missing, in the middle of a run too.
+#
+#     CIFAR10=FOLDER FLOWERS=FOLDER bash reproduce/every_mixer.sh        (or one of the two)
+#
+# The folders hold train/<class>/ and test/<class>/: CIFAR-10 at 32 x 32, in patches of 4 x 4 with classes, and flowers at 64 x 64,
+# in patches of 8 x 8 without classes, where the networks predict the clean image: 64 tokens each. What cannot be trained, because
+# it diverges or does not fit, is a row that says so; delete its row.json to try again.
+#
+# From the environment:
+#   STEPS       of training, at batch 64 and learning rate LR=1e-3; 1200
+#   SEEDS       "0 1 2"
+#   ONLY        names of the rows to run, all of `python -m reproduce.every_mixer --names` unless given
+#   IMAGES      samples to draw; 5000. With 0 only the held-out loss is measured, and a later call can draw them
+#   OBJECTIVE   flow, or diffusion for CIFAR-10. Samplers take 12 evaluations: 6 steps of heun, or 12 of dpm-solver
+#   WORK        where runs go; results/every_mixer
+#   PYTHON, RESULTS (the .json of all rows, reproduce/results/every_mixer.json)
+set -euo pipefail
+if [ -z "${CIFAR10:-}${FLOWERS:-}" ]; then
+    echo "usage: CIFAR10=FOLDER FLOWERS=FOLDER bash $0        (or one of the two)" >&2
+    exit 2
+fi
+CIFAR10=${CIFAR10:+$(realpath "$CIFAR10")} FLOWERS=${FLOWERS:+$(realpath "$FLOWERS")}
+WORK=$(realpath -m "${WORK:-results/every_mixer}") RESULTS=$(realpath -m "${RESULTS:-$(dirname "$0")/results/every_mixer.json}")
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} OBJECTIVE=${OBJECTIVE:-flow}
+case $OBJECTIVE in
+    flow) sampler=heun sampling_steps=6 predict=(--predict x) ;;
+    diffusion) sampler=dpm-solver sampling_steps=12 predict=() ;;
+    *) echo "OBJECTIVE is flow or diffusion, not $OBJECTIVE" >&2 && exit 2 ;;
+esac
+
+# compare SET FOLDER PATCH REFERENCE FLAGS...: every row on one data set, with one seed
+compare() {
+    local set=$1 data=$2 patch=$3 reference=$WORK/$1-efficientnet.npz images=$4 name flags
+    if [ "$IMAGES" != 0 ] && [ ! -f "$reference" ]; then
+        mkdir -p "$WORK"
+        "$PYTHON" evaluate.py --make-ref "$images" "$reference" --features efficientnet-lite0
+    fi
+    while IFS=$'\t' read -r name flags; do
+        if [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $name "* ]]; then one $flags "${@:5}" < /dev/null; fi
+    done < <("$PYTHON" -m reproduce.every_mixer --names "$patch")
+}
+
+# one FLAGS...: one run of train.py with these flags, its samples, and its row after either
+one() {
+    folder=$WORK/$set-$OBJECTIVE-$STEPS/$name-$seed
+    mkdir -p "$folder"
+    if [ ! -f "$folder/row.json" ]; then
+        if [ -z "$(checkpoint)" ]; then
+            run train.py --vae none --data-path "$data/train" --val-path "$data/test" --objective "$OBJECTIVE" \
+                --global-batch-size 64 --lr "${LR:-1e-3}" --max-steps "$STEPS" --epochs 100000 --global-seed "$seed" \
+                --num-workers 0 --ckpt-every 100 --keep-last 1 --resume auto --results-dir "$folder" "$@" || return 0
+        fi
+        record
+    fi
+    if [ "$IMAGES" != 0 ] && ! grep -q '^ "\(metrics\|failure\)"' "$folder/row.json"; then
+        run sample_ddp.py --ckpt "$(checkpoint)" --sampler $sampler --num-sampling-steps $sampling_steps --cfg-scale 1 \
+            --num-fid-samples "$IMAGES" --per-proc-batch-size 100 --global-seed "$seed" --sample-dir "$folder/samples" \
+            --evaluate "$reference" --features efficientnet-lite0 || return 0
+        record
+        rm -rf "$folder/samples"
+    fi
+}
+
+checkpoint() {
+    compgen -G "$folder/*/checkpoints/$(printf %07d "$STEPS").pt" || true
+}
+
+# run COMMAND...: with its seconds in the run's commands.txt. What fails is a row with the last line that it printed; what was
+# stopped from outside ends the script.
+run() {
+    local start=$SECONDS command=$* status=0
+    echo "$set, seed $seed, $name: $1" >&2
+    "$PYTHON" "$@" > "$folder/output.txt" 2>&1 || status=$?
+    command=${command//"$data"/DATA}
+    echo "$((SECONDS - start)) ${command//"$WORK/"/}" >> "$folder/commands.txt"
+    if [ $status -eq 75 ] || [ $status -gt 128 ]; then
+        echo "stopped; start this script again to go on" >&2
+        exit $status
+    fi
+    if [ $status -ne 0 ]; then record "$(tail -n 1 "$folder/output.txt")"; fi
+    return $status
+}
+
+# record [FAILURE]: writes the run's row, and all rows to $RESULTS
+record() {
+    "$PYTHON" -m reproduce.every_mixer --record "$folder" "$set" "$name" "$seed" "$STEPS" "$OBJECTIVE" "${1:-}" \
+        --collect "$WORK" "$RESULTS" > "$WORK/table.md"
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+    if [ -n "$CIFAR10" ]; then compare cifar10 "$CIFAR10" 4 "$CIFAR10/test" --image-size 32 --num-classes 10; fi
+    if [ -n "$FLOWERS" ]; then
+        compare flowers "$FLOWERS" 8 "$FLOWERS" --image-size 64 --uncond ${predict[@]+"${predict[@]}"}
+    fi
+done
+"$PYTHON" -m reproduce.every_mixer --collect "$WORK" "$RESULTS"

@@ -1,0 +1,131 @@
+"""The comparison of all mixers and systems: what its script runs, what it makes of a run, and the table of all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from benchmarks.every_mixer import SIDES
+from commands import ROOT, fit
+from mixers import mixer_options
+from reproduce import every_mixer
+
+# In place of Python, as in test_reproduce.py: two rows, of which training makes a checkpoint, or ends with a status.
+PRETENDER = f"""#!{sys.executable} -S
+import os, sys
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+with open("SEEN", "a") as file:
+    print(repr(sys.argv[1:]), file=file)
+if "--names" in flags:
+    print("good\\t--model DiT-N/" + flags["--names"])
+    print("bad\\t--model DiT-N/4 --mixer bad")
+elif "train.py" in sys.argv and flags.get("--mixer") == "bad":
+    print("train.py: error: it is bad")
+    sys.exit(STATUS)
+elif "train.py" in sys.argv:
+    path = os.path.join(flags["--results-dir"], "000", "checkpoints")
+    os.makedirs(path)
+    open(os.path.join(path, "%07d.pt" % int(flags["--max-steps"])), "w").close()
+elif "--record" in sys.argv:
+    folder, *_, failure = sys.argv[sys.argv.index("--record") + 1:][:7]
+    drawn = " " + repr("metrics").replace("'", '"') if os.path.isdir(os.path.join(folder, "samples")) else ""
+    with open(os.path.join(folder, "row.json"), "w") as file:
+        print(' "failure": ' + failure if failure else drawn, file=file)
+elif "--make-ref" in flags:
+    open(sys.argv[sys.argv.index("--make-ref") + 2], "w").close()
+elif "sample_ddp.py" in sys.argv:
+    os.makedirs(flags["--sample-dir"])
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(status of the bad row, variables): what was run, and the script's own status."""
+
+    def run(status=1, **variables):
+        pretender, seen = tmp_path / "python", tmp_path / "seen"
+        pretender.write_text(PRETENDER.replace('"SEEN"', repr(str(seen))).replace("STATUS", str(status)))
+        pretender.chmod(0o755)
+        seen.unlink(missing_ok=True)
+        places = dict(PYTHON=str(pretender), WORK=str(tmp_path / "work"), RESULTS=str(tmp_path / "rows.json"))
+        environment = {name: value for name, value in os.environ.items() if name not in ("CIFAR10", "FLOWERS", "SEEDS")}
+        command = ["bash", str(ROOT / "reproduce" / "every_mixer.sh")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | places | variables)
+        return [eval(line) for line in seen.read_text().splitlines()] if seen.exists() else [], done
+
+    return run
+
+
+def test_what_failed_is_a_row_and_what_is_finished_is_not_done_again(script, tmp_path):
+    variables = dict(CIFAR10=str(tmp_path), SEEDS="0 3", STEPS="7")
+    first, done = script(**variables, IMAGES="0")
+    assert done.returncode == 0, done.stderr
+    runs = [train.parse_args(command[1:]) for command in first if command[0] == "train.py" and "bad" not in command]
+    assert [(run.global_seed, run.max_steps, run.resume) for run in runs] == [(0, 7, "auto"), (3, 7, "auto")]
+    assert [command[9] for command in first if "--record" in command] == ["", "train.py: error: it is bad"] * 2
+    again, _ = script(**variables, IMAGES="9")                             # draws samples of what can be drawn
+    assert [command[0] for command in again if command[0] != "-m"] == ["evaluate.py", "sample_ddp.py", "sample_ddp.py"]
+    third, _ = script(**variables, IMAGES="9")
+    assert [command[0] for command in third if command[0] != "-m"] == []
+    assert not list(tmp_path.glob("work/*/*/samples"))
+
+
+@pytest.mark.parametrize("status", [75, 137])
+def test_what_is_stopped_is_no_row(script, tmp_path, status):
+    commands, done = script(status, FLOWERS=str(tmp_path), IMAGES="0", SEEDS="0")
+    assert done.returncode == status
+    assert [command[4] for command in commands if "--record" in command] == ["flowers"]
+    assert {"--uncond", "--predict", "DiT-N/8"} <= {*next(c for c in commands if c[0] == "train.py")}
+
+
+def test_mistakes_are_named(script):
+    assert "usage" in script()[1].stderr
+    assert "not tiny" in script(CIFAR10=".", OBJECTIVE="tiny")[1].stderr
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_flags_name_what_the_benchmark_times(name):
+    side = dict(SIDES[name])
+    args = train.parse_args(every_mixer.flags_of(**side))
+    assert args.model == side.pop("model")
+    assert args.mixer == side.pop("mixer", "attention")
+    assert mixer_options(args.mixer, vars(args)) == side
+
+
+def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
+    folder = tmp_path / "work" / "cifar10-flow-2" / "mean-0"
+    run = ["--mixer", "mean", "--objective", "flow", "--data-path", photos, "--val-path", photos, "--num-classes", 3]
+    log = fit(folder, *run, "--max-steps", 2, "--ckpt-every", 1, "--global-batch-size", 4, "--num-workers", 0) / "log.jsonl"
+    (folder / "samples").mkdir()
+    np.savez(folder / "samples" / "a.npz", arr_0=np.full((20, 8, 8, 3), 77, dtype=np.uint8))
+    (folder / "samples" / "a.json").write_text(json.dumps({every_mixer.DISTANCE: 123.4}))
+    (folder / "commands.txt").write_text("5 train.py --mixer mean\n")
+    results = tmp_path / "rows.json"
+    failed = dict(data="cifar10", name="mean", seed=1, steps=2, objective="flow", failure="it diverged")
+    others = [dict(failed, data="flowers"), dict(failed, name="attention", seed=0)]
+    results.write_text(json.dumps(others))
+    record = [str(folder), "cifar10", "mean", "0", "2", "flow", ""]
+    every_mixer.main(["--record", *record, "--collect", str(tmp_path / "work"), str(results)])
+    *before, row = json.loads(results.read_text())
+    assert before == others
+    losses = [json.loads(line).get("held_out_loss") for line in log.read_text().splitlines()]
+    assert [*row["held_out_loss"].values()] == [loss for loss in losses if loss]
+    assert row["commands"] == [dict(command="train.py --mixer mean", seconds=5)]
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert table[0][:3] == ["cifar10, held-out loss", "cifar10, FD-EfficientNet", "flowers, held-out loss"]
+    assert table[2][:2] == ["attention", "it diverged (seed 0)"]
+    assert table[3][:4] == ["mean", f"{row['held_out_loss']['2']:.4g} (1 seed)", "123.4 (1 seed)", "it diverged (seed 1)"]
+    with Image.open(tmp_path / "rows-cifar10-flow-2-samples.png") as sheet:
+        assert np.asarray(sheet)[:, -16 * 8 :].tolist() == np.full((8, 128, 3), 77).tolist()
+    assert (tmp_path / "rows-flow-2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_are_summed_up():
+    rows = [dict(held_out_loss={"2": loss}, steps=2, seed=seed) for seed, loss in enumerate((0.25, 0.5, 0.75))]
+    assert every_mixer.cell(rows, every_mixer.loss) == "0.5 (0.25 to 0.75, 3 seeds)"
+    assert every_mixer.cell([], every_mixer.loss) == ""
