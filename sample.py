@@ -18,7 +18,7 @@ from download import find_checkpoint, public_checkpoint
 from images.autoencoder import load_trained_space
 from images.samples import save_grid
 from machine.files import check_writable
-from machine.flags import class_label, decay, from_zero, image_size, not_negative, positive, share
+from machine.flags import above_zero, class_label, decay, from_zero, image_size, not_negative, positive, share
 from machine.processes import launch
 from mixers import MIXERS
 from mixers.running import add_speed_flags, prepare_to_sample
@@ -47,7 +47,7 @@ def main(args, processes):
 
 def trained(settings):
     """Picks out what `create_sampler` must know of how a checkpoint was trained."""
-    return {name: settings[name] for name in ("path", "time_scale", "predict", "learn_sigma")}
+    return {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift", "learn_sigma")}
 
 
 def in_words(model, settings, sampler, steps, precision, guidance):
@@ -71,6 +71,7 @@ def add_model_flags(add, vae):
     add("--objective", choices=OBJECTIVES, help="from the checkpoint; for weights that do not tell")
     add("--path", choices=PATHS, help="of a flow, from the checkpoint; for weights that do not tell, and linear unless given")
     add("--predict", choices=PREDICTIONS, help="of a flow, from the checkpoint; for others, and velocity unless given")
+    add("--time-shift", type=above_zero, metavar="S", help="of a flow: its steps nearer the noise; from the checkpoint, or 1")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
     add("--cfg-channels", choices=["3", "all"], help="that guidance guides; by default 3 of 4, as in DiT, and all of others")

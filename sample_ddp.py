@@ -94,7 +94,7 @@ def settings_of_images(model, settings, space, drawn, precision):
 
     settings: the checkpoint's, as `load_model` returns them. drawn: those of sampler and guidance.
     """
-    vae, flow = settings["vae"], {name: settings[name] for name in ("path", "time_scale", "predict")}
+    vae, flow = settings["vae"], {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift")}
     vae = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     weights, decoder = digest(model.state_dict()), space.digest(DECODER)
     return dict(weights=weights, **drawn, vae=vae, **flow, decoder=decoder, precision=precision)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoints import resume
-from diffusion import add_objective_flags, create_objective, flow_settings
+from diffusion import add_objective_flags, create_objective, objective_settings
 from evaluation.features import NETWORKS
 from images.autoencoder import open_space
 from images.dataset import CHECK, check_readable, worker_count
@@ -25,7 +25,7 @@ from images.dataset import center_crop_arr as center_crop_arr
 from images.latents import CachedLatents
 from images.named import DATASETS
 from machine.cost import peak_flops, training_flops
-from machine.flags import Default, above_zero, decay, group, marked_may_change, not_negative, positive
+from machine.flags import Default, group, not_negative, positive, probability
 from machine.precision import be_deterministic, compile_blocks, in_precision
 from machine.processes import launch
 from machine.stops import postponed
@@ -38,6 +38,7 @@ from training.checks import check
 from training.learner import create_learner, only_the_scale_falls, replicate, start_from, sync_gradients, update
 from training.probe import open_probe
 from training.runs import log_to
+from training.schedule import add_learning_flags, learning_rate
 from training.trackers import TRACKERS
 from training.watching import Watch
 
@@ -51,7 +52,7 @@ def main(args, processes):
     space = open_space(args.vae)
     dataset, held_out = open_images(args.data_path, args.val_path, args.image_size, args.uncond, args.dataset, processes)
     check(args, processes, dataset, held_out, space)
-    settings, flow = vars(args) | settings_of(args, dataset, processes), flow_settings(vars(args))
+    settings, how = vars(args) | settings_of(args, dataset, processes), objective_settings(vars(args))
     workers = worker_count(args.num_workers, args.data_path)
     for images in (dataset, held_out):
         if images and args.check_data:
@@ -68,13 +69,14 @@ def main(args, processes):
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
 
     run = resume.find_run(args.resume, args.results_dir, args.model, processes)
-    changes = resume.check_changes(run, settings, marked_may_change(flags()), args.allow_changes) if run else []
+    changes = resume.check_changes(run, settings, flags(), args.allow_changes) if run else []
     first, folder = (run["step"], run["folder"]) if run else (0, None)
     bad = BadImages(run["args"].get("bad_images", []) if run else [], args.max_bad_images)
     settings["bad_images"] = bad.known
     loader = make_loader(bad.replaced_in(dataset), args.global_batch_size, args.global_seed, processes, workers)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
-    watch = Watch(space, args.objective, flow, bad, held_out, args.sample_every, probe, args.probe_every)
+    rate = learning_rate(args.lr, args.warmup_steps, args.lr_schedule, total)
+    watch = Watch(space, args.objective, how, bad, held_out, args.sample_every, probe, args.probe_every)
     seen = processes.share(runs.seen_at(folder, first) if run and leads else set())
     if run and first >= total and not watch.due(first, True) - seen:
         logger.info(f"Done! All {total:,} steps were done before: {run['path']}")
@@ -82,11 +84,9 @@ def main(args, processes):
 
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
-    runs.describe(model, begun_from, dataset, held_out, args.data_path)
-    if probe:
-        logger.info(probe.describe())
+    runs.describe(model, begun_from, dataset, held_out, args.data_path, probe)
     conditions, otherwise = resume.record_rounding(run, processes)
-    learner = begin(args, model, run, changes, processes)
+    learner = begin(args, model, run, changes, rate, processes)
     if otherwise:
         logger.info(otherwise)
     track = TRACKERS[args.tracker](folder, settings, first) if args.tracker and leads else None
@@ -108,9 +108,9 @@ def main(args, processes):
 
     replica = replicate(learner.model, processes)  # where a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
-    objective = create_objective(args.objective, **flow)
-    shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes)
-    draw = partial(draw_batch, flip=dataset.flip, space=space, objective=objective, **shared)
+    objective = create_objective(args.objective, **how)
+    shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, space=space)
+    draw = partial(draw_batch, flip=dataset.flip, objective=objective, dropout=args.class_dropout or 0.1, **shared)
 
     def loss_of(images, labels, step, part):
         batch = draw(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step, part)
@@ -153,7 +153,7 @@ def train(args, processes, learner, replica, loss_of, loader, progress, first, t
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if step % args.log_every == 0 or step == total:
-            runs.log_interval(step, losses, perf_counter() - start, cost, processes, journal.write_row)
+            runs.log_interval(step, losses, perf_counter() - start, cost, processes, journal.write_row, learner.rate)
             losses, start = [], perf_counter()
         paused = perf_counter()
         if step % args.ckpt_every == 0 or step == total:
@@ -194,12 +194,14 @@ def build_model(args, space, num_classes):
     )
 
 
-def begin(args, model, run, changes, processes):
+def begin(args, model, run, changes, rate, processes):
     """Returns the learner of a new run, or of one that goes on, whose folder then forgets what came after the checkpoint."""
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     sharded, float16 = args.parallel == "fsdp", args.precision == "fp16"
-    learner = create_learner(model, processes, args.lr, args.ema_decay, args.ema_device, sharded, float16)
+    adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay)
+    learner = create_learner(model, processes, args.lr, args.ema_decay, args.ema_device, sharded, float16, **adam)
+    learner.rate = rate
     if args.compile:
         compile_blocks(getattr(model, "blocks", [model]))
     if run:
@@ -224,6 +226,7 @@ def flags():
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
     add("--num-classes", type=positive, default=Default(1000), help="of the images; a --dataset brings its own")
     add("--uncond", action="store_true", help="train without classes; the folder then needs no class folders")
+    add("--class-dropout", type=probability, metavar="P", help="leave the class away so often, for guidance; 0.1 unless given")
     vary("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add, vary = group(parser, "network")
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
@@ -237,12 +240,7 @@ def flags():
     vary("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")
     add("--global-batch-size", type=positive, default=256, help="over all processes")
     add("--global-seed", type=not_negative, default=0)
-    add("--lr", type=above_zero, default=1e-4, help="learning rate of AdamW, constant")
-    add("--max-grad-norm", type=above_zero, help="scale larger gradients down to this norm")
-    vary("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
-    add("--ema-decay", type=decay, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
-    warmup = "let averages start fast, so that short runs can be sampled; without it their decay is constant, as upstream's"
-    add("--ema-warmup", action=argparse.BooleanOptionalAction, default=True, help=warmup)
+    add_learning_flags(add, vary)
     add, vary = group(parser, "machine")
     vary("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
     add_speed_flags(add)

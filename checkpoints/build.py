@@ -20,7 +20,7 @@ SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
 # Settings that a file may state, and what makes a value one: its type, or that it is a name here.
 STATED = dict(
     num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
-    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS,
+    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float,
 )  # fmt: skip
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")
 
@@ -100,9 +100,10 @@ def load_model(path, given, default_vae, decay=None):
     """Returns the model of a checkpoint, in eval mode, and its settings.
 
     The settings are what the weights tell and the checkpoint states. What neither says, `given`, a dict, may: the objective, a
-    flow's path and prediction, the vae. Values in it that are not None must agree with what is known, but for two that are
-    free: which decoder to use in latent space, and image_size, a side or (height, width), to which the model is resized. decay:
-    of which average the weights are, if there are several. ValueError names both values, or what does not fit, or what to give.
+    flow's path and prediction, the vae. Values in it that are not None must agree with what is known, but for three that are
+    free: which decoder to use in latent space, a flow's time_shift, and image_size, a side or (height, width), to which the
+    model is resized. decay: of which average the weights are, if there are several. ValueError names both values, or what does
+    not fit, or what to give.
 
     Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
     """
@@ -148,16 +149,17 @@ def learnt_variances(weights, settings):
 
 
 def choose_objective(settings, given, learnt_variances, path):
-    """Adds objective, path, predict and time_scale to the settings. ValueError if nothing says which objective it is."""
+    """Adds the objective and a flow's settings to the others. ValueError if nothing says which objective it is."""
     objective = settings.get("objective") or given.get("objective") or ("diffusion" if learnt_variances else None)
     if objective is None:
         raise ValueError(
             f"{path} does not say for which objective it was trained, and weights that have learnt no variances do not tell; "
             f"give --objective {' or '.join(OBJECTIVES)}"
         )
-    for name in ("path", "predict"):
+    for name in ("path", "predict", "time_shift"):
         if objective == "diffusion" and name in given:
-            raise ValueError(f"--{name} {given[name]} means nothing to {path}, which was trained for diffusion")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {given[name]} means nothing to {path}, which was trained for diffusion")
     if objective == "flow" and settings["learn_sigma"] and "time_scale" not in settings:
         if "objective" in settings:
             raise ValueError(f"{path} contradicts itself: it states objective=flow, and its weights have learned variances")
@@ -165,6 +167,7 @@ def choose_objective(settings, given, learnt_variances, path):
     settings["objective"] = objective
     for name, usual in (("path", "linear"), ("predict", "velocity")):
         settings.setdefault(name, given.get(name, usual))
+    settings["time_shift"] = given.get("time_shift") or settings.get("time_shift", 1.0)
     settings.setdefault("time_scale", 1000)
 
 

@@ -20,6 +20,7 @@ from checkpoints.build import save_checkpoint
 from checkpoints.read import average_names, read_checkpoint
 from checkpoints.sharded import check_pieces, load_sharded, read_settings, save_sharded
 from images.folders import listed
+from machine.flags import marked_may_change
 from machine.precision import rounding
 from machine.processes import explain, one_line
 from machine.stops import STATUS, Stopped, end_readers, postpone
@@ -112,11 +113,14 @@ def record_rounding(run, processes):
     return [*before, now], f"The last bits may differ from those of a run that was not stopped: {changes}"
 
 
-def check_changes(run, now, may_change, allowed):
+def check_changes(run, now, parser, allowed):
     """Returns a phrase for every setting, of those that decide about the weights, that is not what it was. ValueError that has
-    them, unless changes are allowed. now: the settings, a dict. may_change: names of those that decide about nothing else than
-    how long, how fast and how watched a run is."""
-    before = run["args"]
+    them, unless changes are allowed. now: the settings, a dict. parser: of the flags; it marks those that decide only how long,
+    how fast and how watched a run is, and has the values of those that the checkpoint is too old to know."""
+    before = {flag.dest: flag.default for flag in parser._actions} | run["args"]
+    may_change = marked_may_change(parser)
+    if now["lr_schedule"] == "cosine":
+        may_change -= {"epochs", "max_steps"}  # which decide how fast the learning rate falls
     ignored = may_change | ABOUT_IMAGES | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural
     names = [name for name in now if name in before and name not in ignored and before[name] != now[name]]
     called = {name: WITHOUT_FLAG.get(name, f"--{name.replace('_', '-')}") for name in names}

@@ -60,10 +60,10 @@ class GaussianDiffusion:
 
     def __init__(
         self, betas, timestep_map, *, predict_xstart=False, learn_sigma=True, sigma_small=False, use_kl=False,
-        rescale_bound=False,
+        rescale_bound=False, min_snr=None,
     ):  # fmt: skip
         self.predict_xstart, self.learn_sigma, self.sigma_small = predict_xstart, learn_sigma, sigma_small
-        self.use_kl, self.rescale_bound = use_kl, rescale_bound
+        self.use_kl, self.rescale_bound, self.min_snr = use_kl, rescale_bound, min_snr
         self.timestep_map = list(timestep_map)
         self.num_timesteps, self.training_betas = len(self.timestep_map), betas
 
@@ -169,7 +169,15 @@ class GaussianDiffusion:
             terms["vb"] = bound * (self.num_timesteps / 1000 if self.rescale_bound else 1)
         target = x_start if self.predict_xstart else noise
         terms["mse"] = (target - prediction).square().flatten(1).mean(1)
-        return terms | {"loss": sum(terms.values())}
+        if self.min_snr is None:
+            return terms | {"loss": sum(terms.values())}
+        return terms | {"loss": self.weight(t, terms["mse"]) * terms["mse"] + terms.get("vb", 0)}
+
+    def weight(self, t, x):
+        """Computes the weights of the squared errors at timesteps t, like x (B,): those of the clean image are weighted by the
+        signal-to-noise ratio abar / (1 - abar), at most min_snr (Hang et al., 2023), and the noise's accordingly."""
+        snr = (self.table("signal", t, x) / self.table("noise", t, x)).square()
+        return snr.clamp(max=self.min_snr) / (1 if self.predict_xstart else snr)
 
     def _bound(self, output, x_start, x_t, t):
         """Computes one term of the variational bound, in bits per dimension: (B,)."""

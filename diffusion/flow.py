@@ -8,6 +8,7 @@ through its layers is an image and not its noise (Li & He, 2025, "Back to basics
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -36,6 +37,14 @@ def logit_normal(p):
 
 
 TIMES = {"uniform": uniform, "logit-normal": logit_normal}
+
+
+def shifted(t, shift):
+    """Returns times t moved towards the noise, as SD3 moves them for large images: the share of noise 1 - t becomes
+    s (1 - t) / (1 + (s - 1) (1 - t)) (Esser et al., 2024, Eq. 23, with s for sqrt(m / n))."""
+    return t / (shift - (shift - 1) * t)
+
+
 PREDICTIONS = ("velocity", "x")  # what a network's output is: "x" is the clean image
 LEAST_SIGMA = 0.05  # of the noise, by which the way to a predicted image is divided
 
@@ -43,9 +52,9 @@ LEAST_SIGMA = 0.05  # of the noise, by which the way to a predicted image is div
 class FlowMatching:
     """Leads from noise to images along a path. It has the interface of GaussianDiffusion, but times t (B,) are in [0, 1]."""
 
-    def __init__(self, path, times, num_timesteps, time_scale, predict="velocity"):
+    def __init__(self, path, times, num_timesteps, time_scale, predict="velocity", time_shift=1.0):
         self.path, self.times, self.num_timesteps, self.time_scale = PATHS[path], TIMES[times], num_timesteps, time_scale
-        self.predict = predict
+        self.predict, self.time_shift = predict, time_shift
 
     def progress(self, t):
         """Returns how far from noise, 0, to image, 1, the network is at what it is shown, time_scale times t."""
@@ -53,7 +62,15 @@ class FlowMatching:
 
     def draw_times(self, p):
         """Turns uniform random numbers p (B,) in [0, 1) into times for training."""
-        return self.times(p)
+        return self.times(p) if self.time_shift == 1 else shifted(self.times(p), self.time_shift)
+
+    def steps(self):
+        """Returns where each step of a sampler begins and how long it is, a list of pairs."""
+        n = self.num_timesteps
+        if self.time_shift == 1:
+            return [(step / n, 1 / n) for step in range(n)]
+        ends = [shifted(step / n, self.time_shift) for step in range(n + 1)]
+        return [(start, end - start) for start, end in pairwise(ends)]
 
     def coefficients(self, t, x):
         """Returns alpha, sigma, alpha' and sigma' at t (B,), shaped to multiply x."""

@@ -78,9 +78,8 @@ def _countdown(diffusion, x, progress):
 
 @torch.no_grad()
 def euler(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
-    """Follows the velocity of a flow from t = 0 to 1 in equal steps; the error falls with the step."""
-    dt = 1 / flow.num_timesteps
-    for t in _count_up(flow, x, progress):
+    """Follows the velocity of a flow from t = 0 to 1 in its steps; the error falls with the step."""
+    for t, dt in _count_up(flow, x, progress):
         x = x + dt * flow.velocity(model, x, t, model_kwargs)
     return _clip(x, clip_denoised)
 
@@ -88,8 +87,7 @@ def euler(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=Fal
 @torch.no_grad()
 def heun(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """Follows the mean of the velocities at both ends of each step, two calls of the network each: second order."""
-    dt = 1 / flow.num_timesteps
-    for t in _count_up(flow, x, progress):
+    for t, dt in _count_up(flow, x, progress):
         here = flow.velocity(model, x, t, model_kwargs)
         there = flow.velocity(model, x + dt * here, (t + dt).clamp(max=1), model_kwargs)  # rounding may go beyond 1
         x = x + dt / 2 * (here + there)
@@ -116,7 +114,7 @@ def rk45(
     rtol=1e-5, atol=1e-5,
 ):  # fmt: skip
     """Follows the velocity by Dormand and Prince's method with adaptive steps, six calls of the network each; num_timesteps
-    means nothing to it.
+    and time_shift mean nothing to it.
 
     Every image has steps of its own, so that it does not depend on its neighbours, and waits at t = 1 for the last one. Steps
     are not shorter than SHORTEST, but for the last one, which goes what is left of the way.
@@ -152,8 +150,7 @@ def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False
     s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds. The last
     step goes to the clean image, for no later one would take its noise away.
     """
-    dt = 1 / flow.num_timesteps
-    for t in _count_up(flow, x, progress):
+    for t, dt in _count_up(flow, x, progress):
         velocity = flow.velocity(model, x, t, model_kwargs)
         _, sigma, _, _ = flow.coefficients(t, x)
         clean, noise = flow.clean(x, t, velocity), randn_like(x)
@@ -162,9 +159,9 @@ def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False
 
 
 def _count_up(flow, x, progress):
-    """Yields the times at which the steps begin, each (B,)."""
-    for step in tqdm(range(flow.num_timesteps), disable=not progress):
-        yield torch.full((len(x),), step / flow.num_timesteps, device=x.device, dtype=x.dtype)
+    """Yields the times at which the steps begin, each (B,), and how long they are."""
+    for start, length in tqdm(flow.steps(), disable=not progress):
+        yield torch.full((len(x),), start, device=x.device, dtype=x.dtype), length
 
 
 def _clip(x, clip_denoised):

@@ -17,11 +17,11 @@ from images.folders import read_image
 from images.samples import NpzImages, write_npz
 from machine.files import lock
 
+OLDER = dict(precision="fp32", predict="velocity", time_shift=1.0)  # of images in a folder whose settings leave it out
+
 
 def image_path(folder, number):
     return Path(folder, f"{number:06d}.png")
-
-
 def claim_folder(folder, settings, count):
     """Makes the folder, or checks that the images in it were made with these settings, a dict for JSON.
 
@@ -38,7 +38,7 @@ def claim_folder(folder, settings, count):
     lock(record, folder)
     record.seek(0)
     try:
-        before = dict(precision="fp32") | json.loads(record.read())  # older folders do not mention it
+        before = OLDER | json.loads(record.read())
     except (ValueError, TypeError) as error:  # new, or cut short
         if drawn:
             raise ValueError(strange) from error

@@ -29,6 +29,7 @@ above_zero = _number(float, lambda x: x > 0, "a finite number above 0")         
 from_zero = _number(float, lambda x: x >= 0, "a finite number from 0")            # strengths, weights
 finite = _number(float, math.isfinite, "a finite number")                         # lengths to either side
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")             # places on a way
+probability = _number(float, lambda x: 0 < x < 1, "a number above 0 and below 1")  # of what happens to some
 decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
 
 

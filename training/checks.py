@@ -26,6 +26,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the images have {dataset.num_classes} classes: --num-classes {dataset.num_classes}")
     if not brings_classes and dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    if args.class_dropout and not dataset.num_classes:
+        raise ValueError("--class-dropout means nothing to --uncond, which has no class to leave away")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
         latents.check_vae(args.vae)
     if args.max_bad_images and isinstance(dataset, CachedLatents):

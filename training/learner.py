@@ -5,6 +5,7 @@ checkpoints are not DiT's, and load_state unpickles whatever is in them; and it 
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -33,13 +34,16 @@ class Learner:
     opt: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int | None = 0
+    rate: Callable | None = None  # the learning rate of a step; the optimiser's own unless given
 
 
-def create_learner(model, processes, lr, decays, average_device=None, sharded=False, float16=False):
+def create_learner(
+    model, processes, lr, decays, average_device=None, sharded=False, float16=False, betas=(0.9, 0.999), weight_decay=0.0
+):
     """Returns a Learner that has learnt nothing yet, on this process's device.
 
     decays: of the averages, which lie on average_device, or else beside the model. sharded: it is this process's part of one
-    (FSDP2). float16: gradients are scaled to stay in float16's range.
+    (FSDP2). float16: gradients are scaled to stay in float16's range. lr, betas, weight_decay: of AdamW.
     """
     device = processes.device
     home = average_device or device
@@ -48,7 +52,7 @@ def create_learner(model, processes, lr, decays, average_device=None, sharded=Fa
     if sharded:
         for network in (model, *averages.values()):
             shard(network, processes)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0, fused=True)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=float16)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         # As the optimiser would at its first step; a checkpoint is read into it.
@@ -102,6 +106,8 @@ def update(learner, loss, step, max_norm=None, warmup=True):
         clip_grads_with_norm_(parameters, max_norm, norm)
     with postponed():                                                      # a signal waits until the step is whole
         learner.step = None
+        if learner.rate:
+            opt.param_groups[0]["lr"] = learner.rate(step)
         if finite:
             scaler.step(opt)
             for decay, average in learner.averages.items():

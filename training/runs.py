@@ -112,8 +112,9 @@ def forget_rows_after(folder, step):
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def describe(model, begun_from, dataset, held_out, path):
-    """Logs a model's size, the lines on the weights that it begins from, and the images, at a path, that it is trained on."""
+def describe(model, begun_from, dataset, held_out, path, probe=None):
+    """Logs a model's size, the lines on the weights that it begins from, and the images, at a path, that it is trained on, and
+    what a probe compares."""
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     remarks = dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks)
@@ -126,6 +127,8 @@ def describe(model, begun_from, dataset, held_out, path):
             f"The images have {there} classes, fewer than --num-classes {asked}: the others will stay untrained, {there} to "
             f"{asked - 1}"
         )
+    if probe:
+        logger.info(probe.describe())
 
 
 def describe_steps(total, loader, batch_size, parts, processes):
@@ -136,18 +139,19 @@ def describe_steps(total, loader, batch_size, parts, processes):
     logger.info(f"A step has {batch_size:,} images, {loader.batch_size:,} on each process{in_parts}")
 
 
-def log_interval(step, losses, seconds, cost, processes, write_row):
-    """Logs the mean of the losses since the last time; the speed, in steps and operations per process; and the most memory that
-    this process took. cost: flops of a step, and those per second that the device is made for, or None."""
+def log_interval(step, losses, seconds, cost, processes, write_row, rate=None):
+    """Logs the mean of the losses since the last time; the speed, in steps and operations per process; the most memory that
+    this process took; and the learning rate if it changes. cost: flops of a step, and those per second that the device is made
+    for, or None. rate: the learning rate of a step, or None."""
     if processes.rank == 0 and losses:
         row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
         flops, peak = row["steps_per_sec"] * cost[0] / processes.size, cost[1]
         row |= dict(gflops_per_sec=flops / 1e9, peak_memory_gb=peak_memory(processes.device) / 1e9)
-        row |= dict(utilisation=flops / peak) if peak else {}
+        row |= (dict(utilisation=flops / peak) if peak else {}) | (dict(lr=rate(step)) if rate else {})
         logger.info(
             f"(step={step:07d}) Train Loss: {row['loss']:.4f}, Train Steps/Sec: {row['steps_per_sec']:.2f}, "
             f"GFLOP/s: {row['gflops_per_sec']:,.2f}{f' ({flops / peak:.1%} of the peak)' if peak else ''}, "
-            f"Peak Memory: {row['peak_memory_gb']:.2f} GB"
+            f"Peak Memory: {row['peak_memory_gb']:.2f} GB{f', Learning Rate: {rate(step):.3g}' if rate else ''}"
         )
         write_row(row)
 

@@ -28,11 +28,11 @@ logger = logging.getLogger("train")
 
 class Watch(NamedTuple):
     """What a run shows, and how often in steps. held_out: images whose loss it shows with every checkpoint. objective: by name,
-    with a flow's settings. bad: of the images that cannot be read."""
+    with its settings. bad: of the images that cannot be read."""
 
     space: PixelSpace | LatentSpace
     objective: str
-    flow: dict
+    how: dict
     bad: BadImages
     held_out: Dataset | None = None
     sample_every: int | None = None
@@ -49,8 +49,9 @@ class Watch(NamedTuple):
         """Logs what is due after a step, by its names, of that model, an average of weights. All processes take part."""
         if not names:
             return
-        flow = {name: value for name, value in self.flow.items() if name != "times"}  # which are even here
-        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **flow)  # with its objective
+        flow = {name: self.how[name] for name in ("path", "predict") if name in self.how}  # what does not weight the loss
+        shift = {name: self.how[name] for name in ("time_shift",) if name in self.how}
+        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **flow, **shift)  # with its objective
         with moved_to(processes.device, model):
             if "held_out_loss" in names:
                 objective = create_objective(self.objective, **flow)

@@ -12,7 +12,7 @@ PIXELS = dict(input_size=16, in_channels=3, num_classes=10)
 PAPERS = dict(
     coupling="diagonal", groups=1, state_dim=None, terms=TERMS, components=1, activation=False, gate=False, conditioned=False,
 )  # fmt: skip
-OBJECTIVE = dict(objective="diffusion", path="linear", predict="velocity", time_scale=1000, learn_sigma=True)
+OBJECTIVE = dict(objective="diffusion", path="linear", predict="velocity", time_shift=1.0, time_scale=1000, learn_sigma=True)
 SETTINGS = dict(
     model="DiT-N/4", mixer="pdessm", mixer_options=PAPERS, num_classes=10, image_size=16, in_channels=3, vae="none", **OBJECTIVE
 )  # fmt: skip

@@ -222,3 +222,26 @@ def test_every_uniform_number_is_a_timestep():
 def test_dpm_solver_clips_and_splits_off_the_variance():
     out = dpm_solver(create_diffusion("8"), lambda x, t: torch.cat([-3 * x, x], 1), torch.randn(2, 3, 4, 4))
     assert out.abs().max() <= 1
+
+
+@pytest.mark.parametrize("predict_xstart", [True, False])
+def test_min_snr_weights_the_error_of_the_image_by_the_ratio_but_no_more_than_gamma(predict_xstart):
+    """At a timestep of little noise, one where the ratio is about gamma, and one of much noise."""
+    options = dict(predict_xstart=predict_xstart, learn_sigma=False)
+    plain, weighted = create_diffusion("", **options), create_diffusion("", min_snr=5.0, **options)
+    t, x, noise = torch.tensor([0, 350, 900]), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    ratio = plain.alphas_cumprod[t] / (1 - plain.alphas_cumprod[t])
+    assert (ratio > 5).tolist() == [True, False, False]
+    per_image = torch.tensor([5, ratio[1], ratio[2]])
+    weights = per_image if predict_xstart else per_image / ratio
+    losses = weighted.training_losses(lambda x, t: 0 * x, x, t, noise=noise)
+    torch.testing.assert_close(losses["mse"], plain.training_losses(lambda x, t: 0 * x, x, t, noise=noise)["mse"])
+    torch.testing.assert_close(losses["loss"], losses["mse"] * weights.float(), rtol=1e-5, atol=0)
+
+
+def test_min_snr_leaves_the_bound_of_the_variance_alone():
+    diffusion, t = create_diffusion("", min_snr=1e-3), torch.tensor([100])
+    losses = diffusion.training_losses(lambda x, t: torch.cat([x, x], 1), torch.randn(1, 2, 4, 4), t)
+    torch.testing.assert_close(losses["loss"] - losses["vb"], losses["mse"] * diffusion.weight(t, losses["mse"]))
+    with pytest.raises(ValueError, match="min_snr=5 weights squared errors, of which a loss with use_kl has none"):
+        create_diffusion("", use_kl=True, min_snr=5)

@@ -254,7 +254,32 @@ def test_times_in_training():
     assert create_flow(times="logit-normal").draw_times(torch.zeros(1)).isfinite().all()
 
 
-@pytest.mark.parametrize("options", [dict(path="curved"), dict(times="late"), dict(predict="noise"), dict(num_timesteps=0)])
+def test_shifted_times_are_sd3s_from_its_noise_to_its_image():
+    """There t = 1 is noise: t' = s t / (1 + (s - 1) t)."""
+    p = (torch.arange(100, dtype=f64) + 0.5) / 100
+    noise = 1 - p
+    flow = create_flow(4, time_shift=3.0)
+    torch.testing.assert_close(1 - flow.draw_times(p), 3 * noise / (1 + 2 * noise))
+    expected = [1 - 3 * left / (1 + 2 * left) for left in (1, 0.75, 0.5, 0.25)]
+    assert [start for start, _ in flow.steps()] == pytest.approx(expected)
+    assert [start + length for start, length in flow.steps()] == pytest.approx([*expected[1:], 1])
+
+
+@pytest.mark.parametrize("sampler", [euler, heun, sde])
+@pytest.mark.parametrize("shift", [0.3, 4.0])
+def test_samplers_go_all_the_way_in_shifted_steps(sampler, shift):
+    flow, x = create_flow(200, time_shift=shift), start()
+    end = sampler(flow, exact(flow, MEANS[:1], 0.4), x, clip_denoised=False, randn_like=torch.zeros_like)
+    if sampler is sde:  # without its noise
+        assert end.isfinite().all()
+    else:
+        torch.testing.assert_close(end, MEANS[0].view(1, 2, 1, 1) + 0.4 * x, rtol=0, atol=0.04)
+
+
+WRONG = [dict(path="curved"), dict(times="late"), dict(predict="noise"), dict(time_shift=0.0), dict(num_timesteps=0)]
+
+
+@pytest.mark.parametrize("options", WRONG)
 def test_unknown_options_are_named(options):
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         create_flow(**options)

@@ -33,8 +33,8 @@ def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
     images = torch.arange(8.0).expand(400, 3, 8, 8)
     diffusion, labels = create_diffusion(""), torch.zeros(400, dtype=torch.long)
 
-    def draw(flip):
-        how = dict(seed=0, batch_size=400, space=open_space("none"), objective=diffusion, processes=ALONE)
+    def draw(flip, **dropout):
+        how = dict(seed=0, batch_size=400, space=open_space("none"), objective=diffusion, processes=ALONE) | dropout
         return draw_batch(images, labels, 1, flip=flip, **how)
 
     mirrored = (draw(True)["x_start"] == images.flip(3)).flatten(1).all(1)
@@ -43,6 +43,7 @@ def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
     assert torch.equal(draw(False)["x_start"], images)
     batch = draw(True)
     assert 20 < batch["model_kwargs"]["drop"].sum() < 65
+    assert 120 < draw(True, dropout=0.4)["model_kwargs"]["drop"].sum() < 200
     assert batch["t"].float().mean() == pytest.approx(500, abs=50)
 
 
