@@ -24,13 +24,13 @@ from models import MODELS, DiT_models
 DIT = "DiT-N/4"
 SIDES = {
     **{name: dict(model=DIT, mixer=name) for name in MIXERS},
+    **{name: dict(model=name) for name in MODELS if name not in DiT_models and name.endswith(("-N", "-N/4"))},
     "gate": dict(model=DIT, mixer="pdessm", gate=True),
     "gate-conditioned": dict(model=DIT, mixer="pdessm", gate=True, conditioned=True),
     "conditioned": dict(model=DIT, mixer="pdessm", conditioned=True),
     "pairwise": dict(model=DIT, mixer="pdessm", coupling="pairwise"),
     "coupled": dict(model=DIT, mixer="pdessm", coupling="coupled"),
     "global-filter-projection": dict(model=DIT, mixer="global-filter", projection=True),
-    **{name: dict(model=name) for name in MODELS if name not in DiT_models and name.endswith(("-N", "-N/4"))},
 }
 PATCH = 4
 BATCHES = {64: 64, 256: 16, 1024: 4}  # by tokens
