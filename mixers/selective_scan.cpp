@@ -1,19 +1,28 @@
-// Kernels of the selective scan and its gradient. Built by selective_scan_cpu.py, which defines CHUNK and SHARE, and held against the
-// reference of selective_scan.py.
+// Kernels of the selective scan and its gradient. Built by selective_scan_cpu.py, which defines CHUNK and SHARE, and held
+// against the reference of selective_scan.py.
 //
-// Sixteen channels of float32 are one vector, or eight without AVX-512, and half as many of float64. A core goes through a share
-// of the channels a chunk of tokens at a time and holds what it needs of a chunk in its own cache: memory sees inputs and outputs
-// once, and of the states those before each chunk. How work is cut into shares depends on sizes alone, and so does the order of
+// Sixteen channels of float32 are one vector, or eight without AVX-512, and half as many of float64. A core goes through a
+// SHARE of the channels a CHUNK of tokens at a time, and holds what it needs of these in its own cache: memory sees inputs and
+// outputs once, and of the states those before each chunk. How work is cut depends on sizes alone, and so does the order of
 // every sum: any number of threads gives the same bits.
 
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#if defined __AVX__
+#include <immintrin.h>
+#endif
 
-#ifdef __AVX512F__
+// x, but at least low and at most high, and NaN where it is. Compilers make more of the comparison than the two instructions.
+#if defined __AVX512F__
 constexpr int BYTES = 64;
+#define CLAMP(type, low, x, high) (V) _mm512_min_##type(high, _mm512_max_##type(low, x))
+#elif defined __AVX__
+constexpr int BYTES = 32;
+#define CLAMP(type, low, x, high) (V) _mm256_min_##type(high, _mm256_max_##type(low, x))
 #else
 constexpr int BYTES = 32;
+#define CLAMP(type, low, x, high) x < low ? low : x > high ? high : x
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -35,6 +44,7 @@ template <class T> struct Types;
 template <> struct Types<float> {
   typedef float V __attribute__((vector_size(BYTES)));
   typedef int I __attribute__((vector_size(BYTES)));
+  INLINE V between(V low, V x, V high) { return CLAMP(ps, low, x, high); }
   static constexpr int mantissa = 23, bias = 127, root_half = 0x3f3504f3;
   static constexpr float rounder = 12582912, least = -126, most = 128;     // adding the first rounds to whole numbers
   static constexpr float powers[] = {0.693147188f, 0.2402265076f, 0.05550357114f, 0.009618082557f, 0.001339086336f,
@@ -44,6 +54,7 @@ template <> struct Types<float> {
 template <> struct Types<double> {
   typedef double V __attribute__((vector_size(BYTES)));
   typedef long I __attribute__((vector_size(BYTES)));
+  INLINE V between(V low, V x, V high) { return CLAMP(pd, low, x, high); }
   static constexpr long mantissa = 52, bias = 1023, root_half = 0x3fe6a09e667f3bcd;
   static constexpr double rounder = 6755399441055744, least = -1022, most = 1024;
   static constexpr double powers[] = {0.69314718055994531, 0.24022650695910098, 0.055504108664821594, 0.0096181291076068885,
@@ -85,7 +96,7 @@ template <class T> struct Kernels {
 
   // 2^x to one unit in the last place or two; not below the least normal number, which takes no longer than others. NaN stays.
   INLINE V power_of_2(V x) {
-    x = x < Of::least ? V{} + Of::least : x > Of::most ? V{} + Of::most : x;
+    x = Of::between(V{} + Of::least, x, V{} + Of::most);
     V whole = x + Of::rounder;
     V scale = (V)(((I)whole << Of::mantissa) + (Of::bias << Of::mantissa));
     V part = x - (whole - Of::rounder);
@@ -110,58 +121,76 @@ template <class T> struct Kernels {
 
   INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
 
-  // softplus and its slope, both by one exponential; from 20 on, PyTorch calls it x.
-  INLINE V softplus(V x) { return x > 20 ? x : log_1_plus(exponential(x)); }
+  // softplus of x and its slope, from exp(x); from 20 on, PyTorch calls it x.
+  INLINE V softplus(V x, V exp) { return x > 20 ? x : log_1_plus(exp); }
+  INLINE V softplus_slope(V x, V exp) { return x > 20 ? V{} + 1 : exp / (1 + exp); }
 
-  // A chunk of tokens of some channels, a vector for each token.
+  // Of two vectors, what is in the lanes whose number lacks the bit `span`, and in those that have it, side by side.
+  template <int span>
+  INLINE void exchange(const V &a, const V &b, V &low, V &high) {
+    V c = {}, d = {};
+#ifdef __clang__
+    for (int l = 0; l < LANES; l++) c[l] = l & span ? b[l - span] : a[l], d[l] = l & span ? b[l] : a[l + span];
+#else
+    I lower = {}, upper = {};
+    for (int l = 0; l < LANES; l++) lower[l] = l & span ? LANES + l - span : l, upper[l] = l & span ? LANES + l : l + span;
+    c = __builtin_shuffle(a, b, lower), d = __builtin_shuffle(a, b, upper);
+#endif
+    low = c, high = d;
+  }
+
+  // Rows become columns.
+  template <int span = LANES / 2>
+  INLINE void transpose(V *rows) {
+    for (int i = 0; i < LANES; i++)
+      if (!(i & span)) exchange<span>(rows[i], rows[i + span], rows[i], rows[i + span]);
+    if constexpr (span > 1) transpose<span / 2>(rows);
+  }
+
+  // The sums over lanes of LANES vectors, side by side; the vectors are lost.
+  template <int span = LANES / 2>
+  INLINE V sums_over_lanes(V *rows) {
+    for (int i = 0; i < span; i++) {
+      V low, high;
+      exchange<span>(rows[i], rows[i + span], low, high);
+      rows[i] = low + high;
+    }
+    if constexpr (span > 1) return sums_over_lanes<span / 2>(rows);
+    return rows[0];
+  }
+
+  // A chunk of tokens of some channels, a vector for each token. Where tokens lie side by side, LANES of them are transposed at
+  // once.
   static void load_rows(const Rows<T> &rows, long b, long channel, long token, int lanes, int tokens, V *to) {
     const T *from = rows.data + b * rows.batch + channel * rows.channel + token * rows.token;
     if (rows.channel == 1)
       for (int t = 0; t < tokens; t++) to[t] = load(from + t * rows.token, lanes);
+    else if (rows.token == 1 && lanes == LANES && tokens == CHUNK)
+      for (int t = 0; t < CHUNK; t += LANES) {
+        for (int lane = 0; lane < LANES; lane++) to[t + lane] = load(from + lane * rows.channel + t, LANES);
+        transpose(to + t);
+      }
     else
-      for (int lane = 0; lane < LANES; lane++)
-        for (int t = 0; t < tokens; t++) ((T *)(to + t))[lane] = lane < lanes ? from[lane * rows.channel + t * rows.token] : 0;
+      for (int t = 0; t < tokens; t++) to[t] = gather(from + t * rows.token, rows.channel, lanes);
   }
 
-  static void store_rows(const Rows<T> &rows, long b, long channel, long token, int lanes, int tokens, const V *from) {
+  static void store_rows(const Rows<T> &rows, long b, long channel, long token, int lanes, int tokens, V *from) {
     T *to = rows.data + b * rows.batch + channel * rows.channel + token * rows.token;
     if (rows.channel == 1)
       for (int t = 0; t < tokens; t++) store(to + t * rows.token, from[t], lanes);
+    else if (rows.token == 1 && lanes == LANES && tokens == CHUNK)
+      for (int t = 0; t < CHUNK; t += LANES) {
+        transpose(from + t);
+        for (int lane = 0; lane < LANES; lane++) store(to + lane * rows.channel + t, from[t + lane], LANES);
+      }
     else
-      for (int lane = 0; lane < lanes; lane++)
-        for (int t = 0; t < tokens; t++) to[lane * rows.channel + t * rows.token] = ((const T *)(from + t))[lane];
+      for (int t = 0; t < tokens; t++) scatter(to + t * rows.token, rows.channel, from[t], lanes);
   }
 
   static void load_columns(const Columns<T> &columns, long b, long group, long token, int tokens, int N, T *to) {
     const T *from = columns.data + b * columns.batch + group * columns.group + token * columns.token;
     for (int t = 0; t < tokens; t++)
       for (int n = 0; n < N; n++) to[t * N + n] = from[t * columns.token + n * columns.state];
-  }
-
-  // Of two vectors, lanes whose number has the bit `span` not set and lanes that have it, side by side.
-  INLINE void exchange(const V &a, const V &b, int span, V &low, V &high) {
-#ifdef __clang__
-    V c = a, d = b;
-    for (int l = 0; l < LANES; l++) low[l] = l & span ? d[l - span] : c[l], high[l] = l & span ? d[l] : c[l + span];
-#else
-    I lower, upper;
-    for (int l = 0; l < LANES; l++) lower[l] = l & span ? LANES + l - span : l, upper[l] = l & span ? LANES + l : l + span;
-    V c = __builtin_shuffle(a, b, lower), d = __builtin_shuffle(a, b, upper);
-    low = c, high = d;
-#endif
-  }
-
-  // The sums over lanes of LANES vectors, side by side.
-  INLINE V sums_over_lanes(const V *rows) {
-    V sum[LANES];
-    for (int i = 0; i < LANES; i++) sum[i] = rows[i];
-    for (int span = LANES / 2; span; span /= 2)
-      for (int i = 0; i < span; i++) {
-        V low, high;
-        exchange(sum[i], sum[i + span], span, low, high);
-        sum[i] = low + high;
-      }
-    return sum[0];
   }
 
   // How the work is cut: channels of a group into blocks of a vector, these into shares.
@@ -182,7 +211,7 @@ template <class T> struct Kernels {
     return (V *)(((size_t)memory.get() + 63) / 64 * 64);
   }
 
-  // What a block of channels is, and what it keeps from chunk to chunk: `kept` vectors for each state.
+  // A vector of channels.
   struct Block {
     long channel;
     int lanes;
@@ -248,7 +277,7 @@ template <class T> struct Kernels {
                 load_rows(scan.u, b, block.channel, token, block.lanes, tokens, x);
                 for (int t = 0; t < tokens; t++) {
                   delta[t] += block.bias;
-                  if (scan.softplus) delta[t] = softplus(delta[t]);
+                  if (scan.softplus) delta[t] = softplus(delta[t], exponential(delta[t]));
                   y[t] = block.D * x[t];
                   x[t] *= delta[t];
                 }
@@ -343,22 +372,30 @@ template <class T> struct Kernels {
                 auto load_here = [&](const Rows<T> &rows, V *to) {
                   load_rows(rows, b, block.channel, token, block.lanes, tokens, to);
                 };
-                auto store_here = [&](const Rows<T> &rows, const V *from) {
+                auto store_here = [&](const Rows<T> &rows, V *from) {
                   store_rows(rows, b, block.channel, token, block.lanes, tokens, from);
                 };
-                V u[CHUNK], delta[CHUNK], slope[CHUNK], x[CHUNK], y[CHUNK], dy[CHUNK], z[CHUNK], out_grad[CHUNK];
+                V u[CHUNK], delta[CHUNK], slope[CHUNK], x[CHUNK], y[CHUNK], dy[CHUNK], z[CHUNK], open[CHUNK];
+                V out_grad[CHUNK];
                 V x_grad[CHUNK] = {}, delta_grad[CHUNK] = {};
                 load_here(scan.u, u);
                 load_here(scan.delta, delta);
                 load_here(scan.out, out_grad);
                 if (scan.z.data) load_here(scan.z, z);
                 for (int t = 0; t < tokens; t++) {
-                  V raw = delta[t] + block.bias;
-                  delta[t] = scan.softplus ? softplus(raw) : raw;
-                  slope[t] = scan.softplus ? raw > 20 ? V{} + 1 : sigmoid(raw) : V{} + 1;
+                  delta[t] += block.bias;
+                  if (scan.softplus) {
+                    V exp = exponential(delta[t]);
+                    slope[t] = softplus_slope(delta[t], exp);
+                    delta[t] = softplus(delta[t], exp);
+                  } else slope[t] = V{} + 1;
                   x[t] = delta[t] * u[t];
                   y[t] = block.D * u[t];
-                  dy[t] = scan.z.data ? out_grad[t] * z[t] * sigmoid(z[t]) : out_grad[t];
+                  dy[t] = out_grad[t];
+                  if (scan.z.data) {
+                    open[t] = sigmoid(z[t]);
+                    dy[t] *= z[t] * open[t];
+                  }
                 }
                 const T *before = scan.before + chunk * scan.batch * N * scan.channels + b * N * scan.channels + block.channel;
                 auto back = [&](auto S, int n) {
@@ -380,10 +417,7 @@ template <class T> struct Kernels {
                 store_here(scan.u_grad, x_grad);
                 store_here(scan.delta_grad, delta_grad);
                 if (scan.z.data) {
-                  for (int t = 0; t < tokens; t++) {
-                    V s = sigmoid(z[t]);
-                    z[t] = out_grad[t] * y[t] * s * (1 + z[t] * (1 - s));
-                  }
+                  for (int t = 0; t < tokens; t++) z[t] = out_grad[t] * y[t] * open[t] * (1 + z[t] * (1 - open[t]));
                   store_here(scan.z_grad, z);
                 }
               }

@@ -4,11 +4,11 @@
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t               N states of each channel
     y_t = sum_n C_t h_t + D u_t,     out = y silu(z)
 
-`selective_scan_reference` is that, a token at a time. `selective_scan` gives the same numbers by one operator: in C++ on
-CPUs (selective_scan_cpu.py), elsewhere time first, in chunks of CHUNK tokens: all exponentials of a chunk at once, then one
+`selective_scan_reference` is that, a token at a time. `selective_scan` gives the same numbers by one operator: in C++ on CPUs
+(selective_scan_cpu.py), elsewhere time first, in chunks of CHUNK tokens: all exponentials of a chunk at once, then one
 multiply-add a token, then one product of matrices. Its gradient, by hand, goes through the chunks in reverse and computes their
 states again, so that memory holds the states of every CHUNK-th token instead of all. Neither divides by products of
-exponentials, which are nothing where delta A is large.
+exponentials, which are nothing where delta A is large. On CUDA mamba_ssm's kernel may serve (selective_scan_mamba.py).
 """
 
 from functools import reduce
@@ -17,9 +17,9 @@ import torch
 from torch.nn.functional import silu, softplus
 from torch.utils.flop_counter import register_flop_formula
 
-from mixers import selective_scan_cpu
+from mixers import selective_scan_cpu, selective_scan_mamba
 from mixers.selective_scan_cpu import CHUNK
-from pde_ssm_kernels.modes import full_precision
+from pde_ssm_kernels.modes import full_precision, traced
 
 
 def selective_scan(
@@ -33,7 +33,13 @@ def selective_scan(
     inputs = checked(u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with full_precision(u):
-        out, last, _ = scan(*inputs, delta_softplus, keep)
+        watched = torch.compiler.is_compiling() or traced(*(x for x in inputs if x is not None))
+        if not watched and selective_scan_cpu.serves(inputs[0]):
+            out, last = selective_scan_cpu.Scan.apply(*inputs, delta_softplus, keep)
+        elif not watched and not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
+            out = selective_scan_mamba.function()(*inputs, delta_softplus)  # which has no gradient of the last state
+        else:
+            out, last, _ = scan(*inputs, delta_softplus, keep)
         return (out.to(u.dtype), last) if return_last_state else out.to(u.dtype)
 
 

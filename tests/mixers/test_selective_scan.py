@@ -1,13 +1,14 @@
 """The selective scan against public numbers, its own equations and finite differences."""
 
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from machine.cost import forward_flops
-from mixers import selective_scan_cpu
+from mixers import selective_scan_cpu, selective_scan_mamba
 from mixers.selective_scan import CHUNK, scan, scan_backward, selective_scan, selective_scan_reference
 from pde_ssm_kernels import set_backend
 
@@ -229,3 +230,62 @@ def test_without_kernels_pytorch_does_the_work_and_says_why(monkeypatch):
     monkeypatch.setattr(selective_scan_cpu, "library", lambda: found)
     with pytest.warns(UserWarning, match="kernels of mixers.selective_scan.cpp could not be built: .*; selective scans"):
         assert torch.equal(selective_scan(**given), expected)
+
+
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    """mamba_ssm(function): that package, with this function, taken for tensors of CPUs."""
+
+    def install(function):
+        module = ModuleType("mamba_ssm.ops.selective_scan_interface")
+        module.selective_scan_fn = function
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(selective_scan_mamba, "DEVICE", "cpu")
+        monkeypatch.setattr(selective_scan_cpu, "serves", lambda u: False)
+
+    selective_scan_mamba.agrees.cache_clear()
+    yield install
+    selective_scan_mamba.agrees.cache_clear()
+
+
+def test_the_kernel_of_mamba_serves_once_it_agrees(mamba_ssm):
+    lengths = []
+
+    def theirs(u, *others, **options):
+        lengths.append(u.shape[2])
+        return selective_scan_reference(u, *others, **options)
+
+    mamba_ssm(theirs)
+    given = random_inputs(2, 6, 5, 3, dtype=torch.float32)
+    for _ in range(2):
+        out = selective_scan(**given, delta_softplus=True)
+        assert_close([out], exactly(given), 1e-5)
+    assert lengths == [77, 5, 5]                                           # compared once
+    values_and_gradients(selective_scan, given)                            # it has no gradient of the last state
+    selective_scan(**{name: x.double() for name, x in given.items()})
+    assert lengths == [77, 5, 5]
+
+
+def fails(*_, **__):
+    raise RuntimeError("no kernel image\nfor this device")
+
+
+TROUBLES = {
+    "wrong values": (lambda *args, **options: 1.01 * selective_scan_reference(*args, **options), "differs .* by 1.0e-02"),
+    "no number": (lambda *args, **options: selective_scan_reference(*args, **options) / 0 * 0, "differs .* by nan"),
+    "wrong gradients": (
+        lambda u, *others, **options: selective_scan_reference(u.detach() + 0.9 * (u - u.detach()), *others, **options),
+        "differs .* by 1.0e-01",
+    ),
+    "failure": (fails, "fails: no kernel image; scans run by our own code"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_kernel_of_mamba_that_does_not_agree_does_not_serve(trouble, mamba_ssm):
+    function, warning = TROUBLES[trouble]
+    given = random_inputs(2, 6, 5, 3, dtype=torch.float32)
+    expected = selective_scan(**given)
+    mamba_ssm(function)
+    with pytest.warns(UserWarning, match=f"mamba_ssm's selective scan {warning}"):
+        assert_close([selective_scan(**given)], [expected], 1e-6)

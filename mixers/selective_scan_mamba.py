@@ -1,0 +1,61 @@
+"""mamba_ssm's own kernel of the selective scan, for CUDA: it serves where that package is installed and agrees with
+the equations.
+
+Never needed for a result. It has not run on a GPU from here yet, which is why it is compared before it may serve.
+"""
+
+import warnings
+from functools import cache
+from importlib import import_module
+
+import torch
+
+DEVICE = "cuda"
+MOST_STATES = 256   # of a channel
+TOLERANCE = 1e-3    # of the largest entry, in float32: its exponentials are fast ones, too
+
+
+def serves(inputs, reference):
+    """Whether it can take these inputs, and agrees with `reference`, the equations, on their device."""
+    u, _, A, *_ = inputs
+    return u.device.type == DEVICE and u.dtype == torch.float32 and A.shape[1] <= MOST_STATES and agrees(u.device, reference)
+
+
+def function():
+    """Finds the function of that package. ImportError where there is none."""
+    return import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+
+@cache
+def agrees(device, reference):
+    """Compares values and all gradients, once; a warning says what is wrong."""
+    try:
+        theirs = function()
+    except (ImportError, AttributeError, OSError, RuntimeError):           # not installed, or not for this PyTorch
+        return False
+    try:
+        worst = difference(theirs, reference, device)
+        trouble = "" if worst <= TOLERANCE else f"differs from our equations by {worst:.1e} of the largest value"
+    except (TypeError, ValueError, RuntimeError) as error:
+        trouble = f"fails: {str(error).partition(chr(10))[0]}"
+    if trouble:
+        warnings.warn(f"mamba_ssm's selective scan {trouble}; scans run by our own code", stacklevel=2)
+    return not trouble
+
+
+def difference(theirs, reference, device):
+    """Returns how far values and gradients are from one another, at most, as a part of the largest one of each. The sequence is
+    no multiple of any chunk."""
+    generator, (batch, E, L, N) = torch.Generator().manual_seed(0), (2, 64, 77, 16)
+    shapes = [(batch, E, L), (batch, E, L), (E, N), (batch, 2, N, L), (batch, 2, N, L), (E,), (batch, E, L), (E,)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs[2] = -inputs[2].exp()
+    inputs = [x.to(device).requires_grad_() for x in inputs]
+    weights = torch.randn(batch, E, L, generator=generator).to(device)
+    found = []
+    with torch.enable_grad():
+        for scan in (theirs, reference):
+            out = scan(*inputs, delta_softplus=True)
+            found.append([out.detach(), *torch.autograd.grad(out, inputs, weights)])
+    differences = [(mine - exact).abs().max() / exact.abs().max() for mine, exact in zip(*found)]
+    return torch.stack(differences).max().item()                           # NaN where one is
