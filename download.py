@@ -2,6 +2,7 @@
 
 import os
 
+from checkpoints.hub import locate
 from checkpoints.read import load_checkpoint
 
 PRETRAINED = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -17,10 +18,10 @@ def public_checkpoint(model=None, mixer=None, image_size=None, num_classes=None)
 
 
 def find_checkpoint(name):
-    """Returns the path of a checkpoint: `name` itself, or for one of pretrained_models its file under pretrained_models/,
-    fetched if it is not there. OSError if it cannot be fetched."""
+    """Returns the path of a checkpoint: for one of pretrained_models its file under pretrained_models/, for a folder or id of
+    the hub what `locate` says, and else `name` itself. What is not there is fetched. OSError if it cannot be."""
     if name not in pretrained_models:
-        return name
+        return locate(name)
     path = os.path.join("pretrained_models", name)
     if not os.path.isfile(path):
         from torch.hub import download_url_to_file  # writes to a temporary name first

@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from backbones.pretrained import Pretrained
 
-class Backbone(nn.Module):
+
+class Backbone(nn.Module, Pretrained):
     """What they share. Class num_classes is the null class; the first trained_classes, all unless set otherwise, are those of
     which there were images, and which samplers draw; class_names is a list of their names, or None.
 

@@ -119,6 +119,7 @@ def load_model(path, given, default_vae, decay=None):
     size = trained_size(settings, backbone_of(weights).tokens_of(weights), given.get("image_size"), space, path)
     model = create_network(settings, tuple(side // space.factor for side in size))
     load_weights(model, weights, path)
+    model.settings = stored
     model.class_names = class_names(stored, model.num_classes, path)
     model.trained_classes = len(model.class_names or range(model.num_classes))
     settings["image_size"] = given.get("image_size", size[0])

@@ -1,50 +1,95 @@
-"""Writes the weights of a checkpoint, and its settings, as another kind of file:
+"""Writes the weights of a checkpoint, and its settings, in another form:
 
     python -m checkpoints.export results/000-DiT-S-4/checkpoints/0050000.pt --format safetensors
+    python -m checkpoints.export results/000-DiT-S-4/checkpoints/0050000.pt --format hub --push OWNER/NAME
 """
 
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-from safetensors.torch import save
-
-from checkpoints.build import save_checkpoint
-from checkpoints.read import averages_of, load_checkpoint
+from backbones.pretrained import to_safetensors
+from checkpoints.build import load_model, save_checkpoint
+from checkpoints.hub import locate, push
+from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
 from machine.files import whole_file
 from machine.flags import decay
 from machine.processes import launch
 
+FILES, FOLDERS = ("safetensors", "pt"), ("hub",)
+
 
 def export(args, processes):
     """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
-    weights, settings = load_checkpoint(args.ckpt, args.ema)
-    if averages := averages_of(settings):
-        settings = settings | dict(ema_decay=[args.ema or next(iter(averages))])
+    if args.format in FILES and (args.push or args.metrics):
+        raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
+    path = locate(args.ckpt)
     out = Path(args.out or Path(args.ckpt).with_suffix(f".{args.format}"))
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out")
-    if (out.suffix == ".safetensors") != (args.format == "safetensors"):
-        raise ValueError(f"--out {out} should end in .{args.format}")
-    if args.format == "pt":
+    if args.format in FILES:
+        write_file(path, args.ema, args.format, out)
+        return
+    facts = dict(name=args.push or out.name) | measures(path, args.metrics)
+    with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
+        folder = alone if args.push and not args.out else out
+        load_model(path, {}, "ema", args.ema)[0].save_pretrained(folder, model_card_kwargs=facts)
+        if folder is out:
+            print(f"The model, its configuration and its card are in {out}")
+        if args.push:
+            push(folder, args.push)
+
+
+def write_file(path, average, form, out):
+    """Writes the weights in a checkpoint, those of an average of that decay, and its settings to a file."""
+    weights, settings = load_checkpoint(path, average)
+    if averages := averages_of(settings):
+        settings = settings | dict(ema_decay=[average or next(iter(averages))])
+    if (out.suffix == ".safetensors") != (form == "safetensors"):
+        raise ValueError(f"--out {out} should end in .{form}")
+    if form == "pt":
         save_checkpoint(out, ema=weights, args=settings)
     else:
-        whole = {name: w.clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
-        metadata = dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True))
         with whole_file(out, "checkpoint") as file:
-            file.write(save(whole, metadata))
+            file.write(to_safetensors(weights, settings))
     print(f"{len(weights)} tensors are in {out}")
+
+
+def measures(path, metrics):
+    """Returns what a card tells of a checkpoint beside its settings: steps, as the checkpoint has them, and metrics, the last
+    ones that its run had logged by then, and those in evaluate.py's JSON file."""
+    contents = read_checkpoint(path)
+    step, log, found = contents.get("step"), Path(path).parent.parent / "log.jsonl", {}
+    for line in log.read_text().splitlines() if step and log.is_file() else []:
+        row = json.loads(line)
+        if row["step"] <= step:
+            named = {f"{key} (train.py, step {row['step']:,})": value for key, value in row.items() if _is_measure(key, value)}
+            found = {key: value for key, value in found.items() if key.split()[0] not in row} | named
+    if metrics:
+        try:
+            told = json.loads(Path(metrics).read_text())
+        except ValueError as error:
+            raise ValueError(f"--metrics {metrics} is not the JSON of evaluate.py: {error}") from error
+        found |= {f"{key} (evaluate.py)": value for key, value in told.items() if isinstance(value, (int, float))}
+    return dict(steps=step, metrics=found)
+
+
+def _is_measure(name, value):
+    return (name in ("loss", "held_out_loss") or name.startswith("fd")) and isinstance(value, float)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write the weights of a checkpoint in another format.")
     parser.set_defaults(device="cpu")
     add = parser.add_argument
-    add("ckpt", help="checkpoint of train.py or of this command")
-    add("--format", choices=["safetensors", "pt"], required=True, help="pt is what DiT's own code loads")
+    add("ckpt", help="checkpoint of train.py or of this command, or what else --ckpt takes elsewhere")
+    forms = "pt is what DiT's own code loads; hub is a folder of config.json, model.safetensors and a card"
+    add("--format", choices=[*FILES, *FOLDERS], required=True, help=forms)
     add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
     add("--out", help="by default the checkpoint's name with the format's ending")
+    add("--push", metavar="OWNER/NAME", help="upload the folder to Hugging Face's hub")
+    add("--metrics", metavar="FILE", help="JSON of evaluate.py, for the card")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,116 @@
+"""Networks as folders in the manner of Hugging Face's hub: config.json, model.safetensors, and README.md as their card."""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import safe_open
+from safetensors.torch import save
+
+from machine.files import whole_file
+
+WEIGHTS = "model.safetensors"
+# Settings of a run that say where and how it ran, and nothing of what became of its weights; some are paths of its machine.
+WHEREABOUTS = {
+    "data_path", "val_path", "results_dir", "resume", "init_from", "weights", "device", "num_workers", "check_data",
+    "max_bad_images", "bad_images", "allow_changes", "tracker", "ckpt_every", "keep_last", "keep_every", "log_every",
+    "sample_every", "probe_every", "features", "parallel", "grad_checkpointing", "grad_accum", "ema_device", "max_skipped",
+    "compile", "backend", "deterministic",
+}  # fmt: skip
+NO_FLAGS = {"class_names", "data", "vae_digest"}
+
+
+def to_safetensors(weights, settings):
+    """Returns a state dict as the bytes of a safetensors file, with settings, a dict, as JSON in its metadata."""
+    whole = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
+    return save(whole, dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True)))
+
+
+class Pretrained(PyTorchModelHubMixin):
+    """Adds from_pretrained(folder or id), save_pretrained(folder) and push_to_hub(id) of huggingface_hub to a network.
+
+    settings: what training recorded of a network, as a checkpoint's args; the file of weights has it too, so that every command
+    reads the folder.
+    """
+
+    settings = None
+
+    def _save_pretrained(self, folder):
+        config = self._hub_mixin_config | dict(input_size=self.input_size)  # it may have been resized
+        shapes = {name: w.shape for name, w in self.state_dict().items()}
+        with torch.device("meta"):
+            again = type(self)(**config)
+        if {name: w.shape for name, w in again.state_dict().items()} != shapes:
+            raise ValueError(f"this {type(self).__name__} has parts without a name, such as a mixer given by its class")
+        with whole_file(Path(folder, WEIGHTS), "weights") as file:
+            file.write(to_safetensors(self.state_dict(), public(self.settings or {})))
+        with whole_file(Path(folder, "config.json"), "configuration") as file:
+            file.write(json.dumps(config, indent=1).encode())
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **arguments):
+        from huggingface_hub import hf_hub_download
+
+        path = Path(model_id, WEIGHTS)
+        if not Path(model_id).is_dir():
+            how = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
+            path = hf_hub_download(model_id, WEIGHTS, local_files_only=local_files_only, **how)
+        try:
+            model = cls(**arguments)
+            with safe_open(path, "pt") as file:
+                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                model.settings = json.loads(file.metadata()["args"])
+        except (TypeError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{model_id} holds no {cls.__name__} that save_pretrained wrote ({error})") from error
+        model.class_names = model.settings.get("class_names")
+        model.trained_classes = len(model.class_names or range(model.num_classes))
+        return model.eval()
+
+    def generate_model_card(self, **facts):
+        from huggingface_hub import ModelCard
+
+        return ModelCard(card(self, self.settings or {}, **facts))
+
+
+def public(settings):
+    """Returns settings without those that only the machine of the run understands."""
+    return {name: value for name, value in settings.items() if name not in WHEREABOUTS}
+
+
+def card(model, settings, name="this model", steps=None, metrics=None):
+    """Returns a model card: what the network is, its data, how long it was trained, measures of it, and the commands.
+
+    name: what --ckpt takes. steps: of training. metrics: {what: number}.
+    """
+    from huggingface_hub import ModelCardData
+
+    kind, mixer = settings.get("model", type(model).__name__), settings.get("mixer", "attention")
+    classes = ", ".join(map(str, (model.class_names or [])[:200]))
+    data, count = settings.get("data_path"), (settings.get("data") or {}).get("images")
+    images = "/".join(Path(data).parts[-2:]) if data else "the digits of scikit-learn"
+    images += f", {count:,} images" if count else ""
+    batch = settings.get("global_batch_size") if steps else None
+    rows = "".join(f"| {what} | {number:.6g} |\n" for what, number in (metrics or {}).items())
+    flags = [_as_flag(*item) for item in public(settings).items() if item[0] not in NO_FLAGS]
+    flags += ["--data-path DATA"] if data else []
+    header = ModelCardData(library_name="pde-ssm-dit", tags=["image-generation", "diffusion-transformer", mixer])
+    parts = [
+        f"---\n{header.to_yaml()}\n---\n\n# {Path(name).name}\n",
+        f"{kind} with the mixer {mixer}: {sum(p.numel() for p in model.parameters()):,} parameters, trained for "
+        f"{settings.get('objective', 'diffusion')}.\n",
+        f"## Data\n\n{images}.\n" if "data" in settings else "",
+        f"Classes, by number from 0: {classes}\n" if classes else "",
+        f"## Training\n\n{steps:,} steps of {batch:,} images.\n" if batch else "",
+        f"    python train.py {' '.join(filter(None, flags))}\n" if batch else "",
+        f"## Measures\n\n| | |\n|---|---|\n{rows}" if rows else "",
+        f"## Use\n\n    python sample.py --ckpt {name}\n    python sample_ddp.py --ckpt {name} --evaluate REFERENCE\n",
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def _as_flag(name, value):
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False or isinstance(value, dict):
+        return ""
+    return flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

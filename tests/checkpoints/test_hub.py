@@ -1,0 +1,158 @@
+"""Models as folders, and on a hub that stands on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import sample
+from checkpoint_files import PIXELS, given_flags, write_as, write_checkpoint
+from checkpoints import hub
+from checkpoints.build import initialize, load_model, save_checkpoint
+from commands import ROOT, draw, error_of
+from download import find_checkpoint, find_model
+from hub_server import serve
+from models import MODELS, DiT
+
+NAMES = ["rose", "bird of paradise"]
+
+
+def write(path, mixer="pdessm", **settings):
+    model = MODELS["DiT-N/4"](**PIXELS, mixer=mixer).state_dict()
+    args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=10, image_size=16, objective="diffusion")
+    args |= dict(data_path="/home/me/flowers/train", data=dict(images=1234), class_names=NAMES)
+    args |= dict(global_batch_size=16, lr=0.001, ema_warmup=True)
+    save_checkpoint(path, model=model, ema=model, opt={}, step=300, args=args | settings)
+    return model
+
+
+@pytest.mark.parametrize("mixer", ["attention", "pdessm", "pdessm-g", "mamba"])
+def test_a_folder_there_and_back_has_the_same_bits(tmp_path, mixer):
+    written = write(tmp_path / "a.pt", mixer)
+    write_as(tmp_path / "a.pt", "--format", "hub")
+    model = DiT.from_pretrained(tmp_path / "a.hub")
+    assert {name: w.tolist() for name, w in model.state_dict().items()} == {name: w.tolist() for name, w in written.items()}
+    assert (model.training, model.class_names, model.trained_classes) == (False, NAMES, 2)
+    model.save_pretrained(tmp_path / "b.hub")
+    assert (tmp_path / "b.hub" / "config.json").read_bytes() == (tmp_path / "a.hub" / "config.json").read_bytes()
+    kept, expected = (load_model(find_checkpoint(tmp_path / name), given_flags(), "ema")[1] for name in ("b.hub", "a.pt"))
+    assert kept == expected
+
+
+def test_every_command_reads_the_folder(tmp_path):
+    write(tmp_path / "a.pt")
+    write_as(tmp_path / "a.pt", "--format", "hub")
+    grids = [draw(tmp_path / name, tmp_path / "a.png", "--class-labels", "rose").tolist() for name in ("a.pt", "a.hub")]
+    assert grids[0] == grids[1]
+    assert find_model(str(tmp_path / "a.hub")).keys() == find_model(str(tmp_path / "a.pt")).keys()
+    assert initialize(MODELS["DiT-N/4"](**PIXELS), find_checkpoint(tmp_path / "a.hub"))
+    write_as(tmp_path / "a.hub", "--format", "pt", "--out", tmp_path / "b.pt")
+    assert find_model(tmp_path / "b.pt").keys() == find_model(tmp_path / "a.pt").keys()
+
+
+def test_the_card_tells_data_steps_measures_and_commands_and_no_paths(tmp_path):
+    folder = tmp_path / "000-DiT-N-4"
+    (folder / "checkpoints").mkdir(parents=True)
+    write(folder / "checkpoints" / "0000300.pt")
+    rows = [dict(step=200, loss=0.5, held_out_loss=0.4), dict(step=300, loss=0.25, steps_per_sec=3.0), dict(step=400, loss=0.1)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "m.json").write_text(json.dumps(dict(fid=12.5, note="x")))
+    flags = ["--format", "hub", "--out", tmp_path / "a", "--metrics", tmp_path / "m.json"]
+    write_as(folder / "checkpoints" / "0000300.pt", *flags)
+    text = (tmp_path / "a" / "README.md").read_text()
+    for told in (
+        "flowers/train, 1,234 images", "rose, bird of paradise", "300 steps of 16 images", "library_name: pde-ssm-dit",
+        "| loss (train.py, step 300) | 0.25 |", "| held_out_loss (train.py, step 200) | 0.4 |", "| fid (evaluate.py) | 12.5 |",
+        "--lr 0.001 --ema-warmup --data-path DATA", "python sample.py --ckpt a\n",
+    ):  # fmt: skip
+        assert told in text
+    for file in (tmp_path / "a").iterdir():
+        assert b"/home/me" not in file.read_bytes()
+
+
+def test_a_resized_model_is_saved_as_it_is(tmp_path):
+    model = MODELS["DiT-N/4"](**PIXELS).resize((16, 24))
+    model.save_pretrained(tmp_path / "a")
+    again = DiT.from_pretrained(tmp_path / "a")
+    assert again.input_size == (16, 24)
+    assert torch.equal(again.pos_embed, model.pos_embed)
+
+
+def test_what_has_no_name_is_not_saved(tmp_path):
+    from mixers.mean import MIXER
+
+    model = MODELS["DiT-N/4"](**PIXELS, mixer=MIXER.build)
+    with pytest.raises(ValueError, match="parts without a name, such as a mixer given by its class"):
+        model.save_pretrained(tmp_path / "a")
+
+
+def test_a_folder_of_another_network_is_named(tmp_path):
+    MODELS["UNet-N"](16, in_channels=3, num_classes=2).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a holds no DiT that save_pretrained wrote|mixer attention has no option"):
+        DiT.from_pretrained(tmp_path / "a")
+    assert load_model(find_checkpoint(tmp_path / "a"), given_flags(image_size=16), "ema")[1]["model"] == "UNet-N"
+
+
+ONLINE = """
+import sys
+from checkpoints import export
+from checkpoints.hub import locate
+from machine.processes import launch
+from models import DiT
+launch(export.export, export.parse_args([sys.argv[1], "--format", "hub", "--push", "me/flowers"]))
+print(locate("me/flowers"), DiT.from_pretrained("me/flowers").class_names)
+locate("me/nothing")
+"""
+
+
+def test_pushed_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
+    written, server, cache = write(tmp_path / "a.pt"), serve(), tmp_path / "home" / "hub"
+    environment = os.environ | dict(
+        HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", HF_TOKEN="hf_secret", PYTHONPATH=str(ROOT),
+        HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_XET="1",
+    )  # fmt: skip
+    command = [sys.executable, "-c", ONLINE, str(tmp_path / "a.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    listed = r"README\.md \(.* MB\), config\.json .*, model\.safetensors"
+    assert re.search(rf"To be uploaded to {server.url}/me/flowers: {listed}", done.stdout)
+    assert f"['{NAMES[0]}', '{NAMES[1]}']" in done.stdout, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("OSError: no checkpoint at me/nothing, and no model of that name to be had")
+    assert set(server.hub.models["me/flowers"]) >= {"README.md", "config.json", "model.safetensors"}
+    assert ("POST", "/api/repos/create", "Bearer hf_secret") in server.hub.asked
+    assert not (tmp_path / "a.hub").exists()
+    server.shutdown()
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))  # tests are offline
+    path = hub.locate("me/flowers")
+    assert path.startswith(str(cache))
+    assert torch.equal(find_model("me/flowers")["pos_embed"], written["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "hub", "--push", "me/x"], "uploading needs a login: run `hf auth login`.* nothing was sent"),
+        (["--format", "pt", "--push", "me/x", "--out", "b.pt"], "--push and --metrics go with --format hub"),
+        (["--format", "hub", "--metrics", __file__, "--out", "b"], "is not the JSON of evaluate.py"),
+        (["--format", "hub", "--out", "there"], "there is there already; give another --out"),
+    ],
+)
+def test_an_export_to_the_hub_that_cannot_be_says_why(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    write_checkpoint(tmp_path / "a.pt")
+    with pytest.raises((ValueError, OSError), match=message):
+        write_as("a.pt", *flags)
+    assert sorted(os.listdir()) == ["a.pt", "there"]
+
+
+def test_a_name_that_is_nowhere_is_one_sentence(tmp_path):
+    said = error_of(sample, "--ckpt", "nobody/nothing", "--out", tmp_path / "a.png")
+    assert "no checkpoint at nobody/nothing, and no model of that name to be had from the hub" in said
+    assert "no checkpoint at results/a.pt" in error_of(sample, "--ckpt", "results/a.pt", "--out", tmp_path / "a.png")
