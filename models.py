@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones import Backbone
+from backbones.dis import DiS
 from backbones.lamamba import LaMamba
 from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
 from backbones.unet import UNet
+from backbones.uvit import UViT
 from mixers import build_mixer, read_mixer
 
 
@@ -174,7 +176,19 @@ LaMamba_models = {
     "LaMamba-S": partial(LaMamba, hidden_size=96, depths=(2, 2, 2, 0), middle_depth=1, num_heads=(8, 8, 8, 8), window=8),
     "LaMamba-N": partial(LaMamba, hidden_size=20, depths=(1, 1, 1, 0), middle_depth=1, num_heads=(4, 4, 4, 4), window=4),
 }
-MODELS = DiT_models | UNets | LaMamba_models  # every backbone by name
+# name: hidden_size, depth; the last of each is ours, for CPUs
+DiS_models = {
+    f"DiS-{size}/{patch}": partial(DiS, patch_size=patch, hidden_size=hidden, depth=depth)
+    for size, (hidden, depth) in dict(H=(1536, 48), L=(1024, 48), M=(768, 48), B=(768, 24), S=(368, 24), N=(96, 8)).items()
+    for patch in (2, 4)
+}
+UViT_SIZES = {"H": (1152, 28, 16), "L": (1024, 20, 16), "M": (768, 16, 12), "S": (512, 12, 8), "N": (96, 6, 3)}
+UViT_models = {
+    f"U-ViT-{size}/{patch}": partial(UViT, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads, conv=size != "H")
+    for size, (hidden, depth, heads) in UViT_SIZES.items()
+    for patch in (2, 4)
+}
+MODELS = DiT_models | UNets | LaMamba_models | DiS_models | UViT_models  # every backbone by name
 BACKBONES = tuple(dict.fromkeys(build.func for build in MODELS.values()))
 
 

@@ -22,7 +22,7 @@ from machine.flags import above_zero, class_label, decay, from_zero, image_size,
 from machine.processes import launch
 from mixers import MIXERS
 from mixers.running import add_speed_flags, prepare_to_sample
-from models import MODELS
+from models import MODELS, DiT
 
 
 def main(args, processes):
@@ -54,9 +54,10 @@ def in_words(model, settings, sampler, steps, precision, guidance):
     """Says what is drawn and how, for a line of output. settings: a checkpoint's, as `load_model` returns them."""
     coupling = settings["mixer_options"].get("coupling")
     mixer = f"{settings['mixer']} ({coupling} coupling)" if coupling else settings["mixer"]
+    mixer = f" with mixer {mixer}" if isinstance(model, DiT) else ""  # others bring their own
     steps = "steps of its own" if sampler is FLOW_SAMPLERS["rk45"] else f"{steps} steps"
     how = f"{settings['objective']} by {sampler.__name__.replace('_', '-')} in {steps}, {precision}"
-    return f"{settings['model']} with mixer {mixer}, {how}, {guidance_in_words(guidance, model)}"
+    return f"{settings['model']}{mixer}, {how}, {guidance_in_words(guidance, model)}"
 
 
 def add_model_flags(add, vae):

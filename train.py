@@ -109,8 +109,9 @@ def main(args, processes):
     replica = replicate(learner.model, processes)  # where a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, **how)
-    shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, space=space)
-    draw = partial(draw_batch, flip=dataset.flip, objective=objective, dropout=args.class_dropout or 0.1, **shared)
+    shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, chances=model.random_numbers)
+    shared |= dict(flip=dataset.flip, space=space, objective=objective, dropout=args.class_dropout or 0.1)
+    draw = partial(draw_batch, **shared)
 
     def loss_of(images, labels, step, part):
         batch = draw(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step, part)

@@ -12,16 +12,18 @@ class Backbone(nn.Module, Pretrained):
 
     A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
     divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the
-    null class, or leaves it to chance in training.
+    null class, or leaves it to chance in training. A positive random_numbers says that training takes so many more numbers of
+    every image, uniform in [0, 1), which forward then takes as chance (B, random_numbers), or draws without.
 
-    Three class methods speak of networks that are not built: stride_of(keywords) is the stride of one with these arguments, and
-    read(weights) tells from a state dict what it was built with: a dict of the arguments that tell the named sizes apart, and
-    one of mixer, mixer_options, num_classes, in_channels and learn_sigma; tokens_of(weights) is for how many patches of an
-    image they have positions, None if for any number. read_from names the weights that it needs; the first
-    of them no other backbone has.
+    Three class methods speak of networks that are not built: stride_of(keywords) is the stride of one with these arguments,
+    read(weights) tells from a state dict what it was built with, a dict of the arguments that tell the named sizes apart and
+    one of mixer, mixer_options, num_classes, in_channels and learn_sigma, and tokens_of(weights) for how many tokens of an
+    image there are positions, None for any number. read_from names the weights that they need; the first of them no other
+    backbone has.
     """
 
     recompute = False
+    random_numbers = 0
     class_names = None
 
     @classmethod

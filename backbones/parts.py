@@ -40,6 +40,12 @@ def timestep_frequencies(n, device):
     return torch.exp(torch.arange(n, dtype=torch.float32, device=device) * (-math.log(10000) / n))
 
 
+def timestep_waves(t, dim):                                                # (B,)
+    """Cosines, then sines of timesteps, at the frequencies of `timestep_frequencies`: (B, dim), in float32. dim is even."""
+    angles = t.float()[:, None] * timestep_frequencies(dim // 2, t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimestepEmbedder(nn.Module):
     """(B,) timesteps, which may be fractional, -> (B, D)."""
 
@@ -49,11 +55,10 @@ class TimestepEmbedder(nn.Module):
         for i in (0, 2):
             nn.init.normal_(self.mlp[i].weight, std=0.02)
             nn.init.zeros_(self.mlp[i].bias)
-        self.half = frequencies // 2
+        self.frequencies = frequencies
 
     def forward(self, t):                                                  # (B,)
-        angles = t.float()[:, None] * timestep_frequencies(self.half, t.device)   # (B, 128)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1)             # (B, 256)
+        waves = timestep_waves(t, self.frequencies)                        # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))                # (B, D)
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from . import Backbone, drop_labels
+from . import Backbone, drop_labels, refuse_mixer
 
 
 class UNet(Backbone):
@@ -18,8 +18,7 @@ class UNet(Backbone):
         from diffusers import UNet2DModel
 
         super().__init__()
-        if mixer != "attention":
-            raise ValueError(f"a U-Net has no mixer to swap, so mixer={mixer!r} means nothing to it")
+        refuse_mixer(mixer, "a U-Net")
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes = self.trained_classes = num_classes
         self.class_dropout_prob = class_dropout_prob

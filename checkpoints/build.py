@@ -22,7 +22,9 @@ STATED = dict(
     num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
     model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float,
 )  # fmt: skip
-CLASS_TABLES = ("y_embedder.embedding_table.weight", "net.class_embedding.weight")
+CLASS_TABLES = (
+    "y_embedder.embedding_table.weight", "net.class_embedding.weight", "label_emb.embedding_table.weight", "label_emb.weight",
+)  # fmt: skip
 
 
 def save_checkpoint(path, **contents):

@@ -131,12 +131,15 @@ def images_of_step(step, loader, batch_size, seed):
     return list(order)[position * batch_size :][:batch_size]
 
 
-def draw_batch(images, labels, step, part=0, *, seed, batch_size, flip, space, objective, processes, dropout=0.1):
+def draw_batch(
+    images, labels, step, part=0, *, seed, batch_size, flip, space, objective, processes, dropout=0.1, chances=0
+):  # fmt: skip
     """Returns the arguments of training_losses for a part of a step's images (n, ...) and their labels (n,), with everything
     random drawn from a generator per image.
 
     The n-th image that a run sees gets the n-th generator, whichever process it lands on. flip: whether mirrored images are as
-    good. batch_size: of a whole step, over all processes. dropout: how often the class is left away.
+    good. batch_size: of a whole step, over all processes. dropout: how often the class is left away. chances: how many more
+    numbers of every image the network takes.
     """
     first = (step - 1) * batch_size + part * len(images) * processes.size + processes.rank
     numbers = range(first, first + len(images) * processes.size, processes.size)
@@ -144,7 +147,10 @@ def draw_batch(images, labels, step, part=0, *, seed, batch_size, flip, space, o
     mirrored, dropped, time = noise.rand(3).unbind(1)
     x = encode(images, (mirrored < 0.5) & flip, noise, space)
     t = objective.draw_times(time)
-    return dict(x_start=x, t=t, model_kwargs=dict(y=labels, drop=dropped < dropout), noise=noise(x))
+    batch = dict(x_start=x, t=t, model_kwargs=dict(y=labels, drop=dropped < dropout), noise=noise(x))
+    if chances:
+        batch["model_kwargs"]["chance"] = noise.rand(chances)
+    return batch
 
 
 def encode(images, mirrored, noise, space):

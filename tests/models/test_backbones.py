@@ -4,12 +4,25 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints.build import settings_from_weights
+from commands import draw
 from models import MODELS, UNets, stride
+from public_numbers import on_meta
+
+NETWORKS = ["UNet-N", "DiS-N/2", "U-ViT-N/2"]
 
 
-@pytest.fixture
-def unet():
-    return MODELS["UNet-N"](input_size=(8, 12), in_channels=3, num_classes=10).eval()
+def build(name, **changes):
+    """A network without stochastic depth."""
+    model = MODELS[name](**dict(input_size=(8, 12), in_channels=3, num_classes=10) | changes)
+    if model.random_numbers:
+        model.drop_rates.zero_()
+    return model
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    return build(request.param).eval()
 
 
 def inputs(n=2):
@@ -22,9 +35,10 @@ def test_the_baseline_has_about_the_papers_size():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(32.6e6, rel=0.01)  # Table 1
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("num_classes", [0, 10])
-def test_every_parameter_gets_a_gradient(num_classes):
-    model = MODELS["UNet-N"](input_size=8, in_channels=3, num_classes=num_classes)
+def test_every_parameter_gets_a_gradient(name, num_classes):
+    model = build(name, input_size=8, num_classes=num_classes)
     y = torch.zeros(4, dtype=torch.long)
     out = model(torch.randn(4, 3, 8, 8), torch.tensor([0, 3, 500, 999]), y, torch.zeros(4, dtype=torch.bool))
     assert out.shape == (4, 6, 8, 8)
@@ -34,31 +48,62 @@ def test_every_parameter_gets_a_gradient(num_classes):
 
 
 @torch.no_grad()
-def test_outputs_depend_on_image_time_and_class(unet):
+def test_outputs_depend_on_image_time_and_class(network):
     x, t, y = inputs()
-    out = unet(x, t, y)
-    for other in (unet(x + 1, t, y), unet(x, t + 100, y), unet(x, t, y + 1)):
+    out = network(x, t, y)
+    for other in (network(x + 1, t, y), network(x, t + 100, y), network(x, t, y + 1)):
         assert (other - out).abs().amax((1, 2, 3)).min() > 1e-4
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_dropped_classes_are_the_null_class(unet):
-    x, t, y = inputs()
-    null = unet(x, t, torch.full_like(y, 10))
-    torch.testing.assert_close(unet(x, t, y, torch.tensor([False, True]))[1], null[1])
-    assert torch.equal(unet(x, t, y), unet(x, t, y))  # nothing is dropped in evaluation
-    unet.class_dropout_prob = 1
-    for dropout in (m for m in unet.modules() if isinstance(m, nn.Dropout)):
+def test_dropped_classes_are_the_null_class(name):
+    network, x, t, y = build(name, class_dropout_prob=1).eval(), *inputs()
+    null = network(x, t, torch.full_like(y, 10))
+    torch.testing.assert_close(network(x, t, y, torch.tensor([False, True]))[1], null[1])
+    assert torch.equal(network(x, t, y), network(x, t, y))  # nothing is dropped in evaluation
+    for dropout in (m for m in network.modules() if isinstance(m, nn.Dropout)):
         assert dropout.p == 0
-    torch.testing.assert_close(unet.train()(x, t, y), null)
+    torch.testing.assert_close(network.train()(x, t, y), null)
 
 
 @torch.no_grad()
-def test_guidance(unet):
+def test_guidance(network):
     x, t, y = inputs()
-    both = unet.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, 10)]), 2.5)
-    plain, null = unet(x, t, y), unet(x, t, torch.full_like(y, 10))
+    both = network.forward_with_cfg(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, 10)]), 2.5)
+    plain, null = network(x, t, y), network(x, t, torch.full_like(y, 10))
     torch.testing.assert_close(both[:2, :3], null[:, :3] + 2.5 * (plain - null)[:, :3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_that_are_computed_twice_are_the_same(name):
+    model, x, t, y = build(name), *inputs()
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model(x, t, y, torch.zeros(2, dtype=torch.bool)).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+        model.checkpoint_gradients()
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_tell_what_was_built(name):
+    """Also without classes, and without learned variances."""
+    for settings in (dict(num_classes=7), dict(num_classes=0, learn_sigma=False)):
+        model = on_meta(MODELS[name], input_size=8, in_channels=3, **settings)
+        expected = dict(model=name, mixer="attention", mixer_options={}, in_channels=3, learn_sigma=True)
+        assert settings_from_weights(model.state_dict()) == expected | settings
+
+
+@pytest.mark.parametrize("num_classes", [0, 1])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "/" in name])
+def test_bare_weights_of_a_square_are_sampled_at_any_size(tmp_path, name, num_classes):
+    torch.save(build(name, input_size=8, num_classes=num_classes).state_dict(), tmp_path / "a.pt")
+    for more, (height, width, _) in (([], (1, 1, 3)), (["--image-size", "8x12"], (2, 3, 3))):
+        grid = draw(tmp_path / "a.pt", tmp_path / "a.png", "--objective", "diffusion", *more)
+        assert grid.shape[0] * width == grid.shape[1] * height
 
 
 @pytest.mark.parametrize("name", UNets)
@@ -71,6 +116,7 @@ def test_sides_must_be_divisible(name):
             model.resize((8, 9))
 
 
-def test_there_is_no_mixer_to_swap():
-    with pytest.raises(ValueError, match="a U-Net has no mixer to swap"):
-        MODELS["UNet-N"](input_size=8, mixer="pdessm")
+@pytest.mark.parametrize(("name", "called"), [("UNet-N", "a U-Net"), ("DiS-N/2", "DiS"), ("U-ViT-N/2", "UViT")])
+def test_there_is_no_mixer_to_swap(name, called):
+    with pytest.raises(ValueError, match=f"{called} has no mixer to swap, so mixer='pdessm' means nothing to it"):
+        MODELS[name](input_size=8, mixer="pdessm")
