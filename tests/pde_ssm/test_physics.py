@@ -8,6 +8,7 @@ from scipy.integrate import solve_ivp
 
 import oracle
 import pde_ssm
+from on_gpu import DEVICE
 from operators import Road, random_coefficients, random_operator, without_input_map
 from pde_ssm import PDESSM, R_MAX, TERMS, embedding_symbol, green_symbol, wave_numbers
 
@@ -29,8 +30,8 @@ def describe(options):
 couplings = pytest.mark.parametrize("options", COUPLINGS, ids=describe)
 # The equations as they stand, and what users get: in single precision C++ kernels or Triton, and for pairs of channels pieces.
 ROADS = [Road("plain", f64), Road("default", f64), Road("default", torch.float32), Road("plain", torch.float32)]
-if torch.cuda.is_available():
-    ROADS += [Road(backend, torch.float32, "cuda") for backend in ("default", "auto")]
+if DEVICE.type == "cuda":
+    ROADS += [pytest.param(Road(backend, torch.float32, "cuda"), marks=pytest.mark.gpu) for backend in ("default", "auto")]
 roads = pytest.mark.parametrize("road", ROADS, ids=repr)
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
 

@@ -20,6 +20,7 @@ from commands import ALONE, QUICK, draw, draw_many, fit
 from images import dataset
 from machine.processes import Processes
 from models import MODELS
+from on_gpu import CUDA
 from small_runs import spoil_weights
 from training import watching
 from training.learner import create_learner, decay_at, only_the_scale_falls, update, update_ema
@@ -302,10 +303,7 @@ def test_any_of_several_averages_is_drawn_and_exported(tmp_path):
             draw(file, tmp_path / "a.png", "--ema", 0.5)
 
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=CUDA)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=[CUDA, pytest.mark.gpu])])
 def test_averages_in_cpu_memory_are_the_same(tmp_path, monkeypatch, photos, device):
     """Also after a stop, in samples, in held-out losses and of two decays; on a GPU up to its rounding."""
     monkeypatch.setattr(watching, "SAMPLING_STEPS", 2)
