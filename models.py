@@ -15,6 +15,7 @@ from backbones.lamamba import LaMamba
 from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
 from backbones.unet import UNet
 from backbones.uvit import UViT
+from backbones.zigma import ZigMa
 from mixers import build_mixer, read_mixer
 
 
@@ -177,19 +178,23 @@ LaMamba_models = {
     "LaMamba-N": partial(LaMamba, hidden_size=20, depths=(1, 1, 1, 0), middle_depth=1, num_heads=(4, 4, 4, 4), window=4),
 }
 # name: hidden_size, depth; the last of each is ours, for CPUs
-DiS_models = {
-    f"DiS-{size}/{patch}": partial(DiS, patch_size=patch, hidden_size=hidden, depth=depth)
-    for size, (hidden, depth) in dict(H=(1536, 48), L=(1024, 48), M=(768, 48), B=(768, 24), S=(368, 24), N=(96, 8)).items()
-    for patch in (2, 4)
-}
+MAMBA_SIZES = {"H": (1536, 48), "L": (1024, 48), "M": (768, 48), "B": (768, 24), "S": (368, 24), "N": (96, 8)}
+DiS_models, ZigMa_models = (
+    {
+        f"{build.__name__}-{size}/{patch}": partial(build, patch_size=patch, hidden_size=hidden, depth=depth)
+        for size, (hidden, depth) in MAMBA_SIZES.items()
+        for patch in patches
+    }
+    for build, patches in ((DiS, (2, 4)), (ZigMa, (1, 2, 4)))
+)
 UViT_SIZES = {"H": (1152, 28, 16), "L": (1024, 20, 16), "M": (768, 16, 12), "S": (512, 12, 8), "N": (96, 6, 3)}
 UViT_models = {
     f"U-ViT-{size}/{patch}": partial(UViT, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads, conv=size != "H")
     for size, (hidden, depth, heads) in UViT_SIZES.items()
     for patch in (2, 4)
 }
-MODELS = DiT_models | UNets | LaMamba_models | DiS_models | UViT_models  # every backbone by name
-BACKBONES = tuple(dict.fromkeys(build.func for build in MODELS.values()))
+MODELS = DiT_models | UNets | LaMamba_models | DiS_models | UViT_models | ZigMa_models  # every backbone by name
+BACKBONES = tuple(dict.fromkeys(build.func for build in (ZigMa_models | MODELS).values()))  # ZigMa has DiT's names, and more
 
 
 def backbone_of(weights):

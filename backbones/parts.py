@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import interpolate, layer_norm
 
 from backbones import drop_labels
 
@@ -74,6 +74,17 @@ class LabelEmbedder(nn.Module):
     def forward(self, y, drop=None):                                       # (B,), (B,) bool or None
         y = drop_labels(y, drop, self.num_classes, self.dropout_prob * self.training)
         return self.embedding_table(y)                                     # (B, D)
+
+
+def learnt_positions(table, trained_grid, grid_size, extras=0):            # (1, extras + N, D)
+    """Returns a learnt table of positions, which begins with those of `extras` tokens off the grid, for another grid than the
+    trained one: interpolated by cubic splines between the tokens' centres."""
+    if grid_size == trained_grid:
+        return table
+    extra, image = table.split([extras, table.shape[1] - extras], dim=1)
+    image = image.transpose(1, 2).unflatten(2, trained_grid)               # (1, D, h, w)
+    image = interpolate(image, grid_size, mode="bicubic", align_corners=False)
+    return torch.cat([extra, image.flatten(2).transpose(1, 2)], dim=1)
 
 
 def unpatch(x, grid_size, patch_size):                                     # (B, N, p p C), N = h w

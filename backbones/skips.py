@@ -4,10 +4,10 @@ of the second half get what those of the first half passed on, the last one firs
 import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import nn
-from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
 from backbones import Backbone, refuse_mixer
+from backbones.parts import learnt_positions
 
 
 class LongSkips(Backbone):
@@ -56,8 +56,8 @@ class LongSkips(Backbone):
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def resize(self, input_size):
-        """The same weights for inputs of another size, a side or (height, width): returns the model. Positions on another grid
-        than the trained one are interpolated, by cubic splines between the tokens' centres, as they are used."""
+        """The same weights for inputs of another size, a side or (height, width): returns the model. Positions are interpolated
+        where they are used, and stay those of the trained grid."""
         height, width = self.input_size = self.check_size(input_size)
         self.grid_size = (height // self.patch_size, width // self.patch_size)
         self.patch_embed.set_input_size(self.input_size)
@@ -65,12 +65,7 @@ class LongSkips(Backbone):
 
     def positions(self):
         """Learnt positions of the extra tokens and of those of the present grid, (1, extras + N, D)."""
-        if self.grid_size == self.trained_grid:
-            return self.pos_embed
-        extras, image = self.pos_embed.split([self.extras, self.pos_embed.shape[1] - self.extras], dim=1)
-        image = image.transpose(1, 2).unflatten(2, self.trained_grid)                      # (1, D, h, w)
-        image = interpolate(image, self.grid_size, mode="bicubic", align_corners=False)
-        return torch.cat([extras, image.flatten(2).transpose(1, 2)], dim=1)
+        return learnt_positions(self.pos_embed, self.trained_grid, self.grid_size, self.extras)
 
     def tokens(self, x, *extras):                                          # (B, C, H, W), (B, D) each
         """Returns the extra tokens and those of an image, with their positions: (B, extras + N, D)."""

@@ -150,7 +150,7 @@ def _under_plain_names(weights, path):
     named.pop("n_averaged", None)
     known = "|".join(re.escape(backbone.read_from[0]) for backbone in BACKBONES)
     found = [re.fullmatch(rf"(.*\.|)({known})", name) for name in named]
-    prefixes = [match[1] for match in found if match]
+    prefixes = list(dict.fromkeys(match[1] for match in found if match))
     if len(prefixes) > 1 and "" not in prefixes:
         averages = [prefix for prefix in prefixes if "ema" in prefix]
         if len(averages) != 1:

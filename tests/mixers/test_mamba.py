@@ -1,5 +1,7 @@
 """Mamba and Vim against public numbers, and what their equations imply."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.functional import softplus
@@ -25,11 +27,17 @@ def test_the_sum_of_both_directions_is_public_too(golden):
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters"),
-    [(dict(), 963_840), (dict(bidirectional=True), 1_042_944), (dict(bidirectional=True, expand=1), 521_472)],
+    ("name", "options"),
+    [
+        ("mamba, one direction, N=16", dict()),
+        ("vim, N=16", dict(bidirectional=True)),
+        ("vim, N=16, expand=1", dict(bidirectional=True, expand=1)),
+    ],
 )
-def test_parameters(options, parameters):
-    assert sum(p.numel() for p in on_meta(Mamba, 384, **options).parameters()) == parameters
+def test_public_counts(golden, name, options):
+    for widths, parameters in golden("systems.json")["mixers"].items():
+        dim = int(re.match(r"D=(\d+)", widths)[1])
+        assert sum(p.numel() for p in on_meta(Mamba, dim, **options).parameters()) == parameters[name]
 
 
 @torch.no_grad()

@@ -9,24 +9,29 @@ from commands import draw
 from models import MODELS, UNets, stride
 from public_numbers import on_meta
 
-NETWORKS = ["UNet-N", "DiS-N/2", "U-ViT-N/2"]
+NETWORKS = ["UNet-N", "LaMamba-N", "DiS-N/2", "U-ViT-N/2", "ZigMa-N/2"]
 
 
-def build(name, **changes):
-    """A network without stochastic depth."""
-    model = MODELS[name](**dict(input_size=(8, 12), in_channels=3, num_classes=10) | changes)
-    if model.random_numbers:
-        model.drop_rates.zero_()
-    return model
+@pytest.fixture
+def build(randomize):
+    """build(name, **changes): a network without stochastic depth whose output depends on everything."""
+
+    def network(name, **changes):
+        model = MODELS[name](**dict(input_size=(8, 16), in_channels=3, num_classes=10) | changes)
+        if model.random_numbers:
+            model.drop_rates.zero_()
+        return randomize(model)
+
+    return network
 
 
 @pytest.fixture(params=NETWORKS)
-def network(request):
+def network(request, build):
     return build(request.param).eval()
 
 
 def inputs(n=2):
-    return torch.randn(n, 3, 8, 12), torch.arange(n) * 300, torch.arange(n)
+    return torch.randn(n, 3, 8, 16), torch.arange(n) * 300, torch.arange(n)
 
 
 def test_the_baseline_has_about_the_papers_size():
@@ -37,7 +42,7 @@ def test_the_baseline_has_about_the_papers_size():
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("num_classes", [0, 10])
-def test_every_parameter_gets_a_gradient(name, num_classes):
+def test_every_parameter_gets_a_gradient(build, name, num_classes):
     model = build(name, input_size=8, num_classes=num_classes)
     y = torch.zeros(4, dtype=torch.long)
     out = model(torch.randn(4, 3, 8, 8), torch.tensor([0, 3, 500, 999]), y, torch.zeros(4, dtype=torch.bool))
@@ -57,7 +62,7 @@ def test_outputs_depend_on_image_time_and_class(network):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_dropped_classes_are_the_null_class(name):
+def test_dropped_classes_are_the_null_class(build, name):
     network, x, t, y = build(name, class_dropout_prob=1).eval(), *inputs()
     null = network(x, t, torch.full_like(y, 10))
     torch.testing.assert_close(network(x, t, y, torch.tensor([False, True]))[1], null[1])
@@ -76,7 +81,7 @@ def test_guidance(network):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_gradients_that_are_computed_twice_are_the_same(name):
+def test_gradients_that_are_computed_twice_are_the_same(build, name):
     model, x, t, y = build(name), *inputs()
     found = []
     for _ in range(2):
@@ -99,7 +104,7 @@ def test_weights_tell_what_was_built(name):
 
 @pytest.mark.parametrize("num_classes", [0, 1])
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "/" in name])
-def test_bare_weights_of_a_square_are_sampled_at_any_size(tmp_path, name, num_classes):
+def test_bare_weights_of_a_square_are_sampled_at_any_size(tmp_path, build, name, num_classes):
     torch.save(build(name, input_size=8, num_classes=num_classes).state_dict(), tmp_path / "a.pt")
     for more, (height, width, _) in (([], (1, 1, 3)), (["--image-size", "8x12"], (2, 3, 3))):
         grid = draw(tmp_path / "a.pt", tmp_path / "a.png", "--objective", "diffusion", *more)
@@ -116,7 +121,7 @@ def test_sides_must_be_divisible(name):
             model.resize((8, 9))
 
 
-@pytest.mark.parametrize(("name", "called"), [("UNet-N", "a U-Net"), ("DiS-N/2", "DiS"), ("U-ViT-N/2", "UViT")])
+@pytest.mark.parametrize(("name", "called"), [*zip(NETWORKS, ["a U-Net", "LaMamba", "DiS", "UViT", "ZigMa"])])
 def test_there_is_no_mixer_to_swap(name, called):
-    with pytest.raises(ValueError, match=f"{called} has no mixer to swap, so mixer='pdessm' means nothing to it"):
+    with pytest.raises(ValueError, match=f"^{called} has no mixer to swap, so mixer='pdessm' means nothing to it"):
         MODELS[name](input_size=8, mixer="pdessm")
