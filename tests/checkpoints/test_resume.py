@@ -132,6 +132,18 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, f
     assert kept == ["0000012.pt", "0000014.pt"] if processes == 1 else len(kept) == 2
 
 
+@pytest.mark.parametrize("model", ["LaMamba-N"])
+def test_other_networks_go_on_to_the_bit(flags, tmp_path, model):
+    """Killed before step 4, of which checkpoints hold the first two."""
+    flags = [*flags, "--model", model, "--max-steps", 5, "--ckpt-every", 2, "--num-workers", 0, "--resume", "auto"]
+    calm, killed = ["--results-dir", tmp_path / "calm"], ["--results-dir", tmp_path / "killed"]
+    assert fork(*flags, *calm) == [0]
+    assert fork(*flags, *killed, spoil=lambda rank: at_update(4)()) == [-signal.SIGKILL]
+    assert checkpoint_names(tmp_path / "killed") == ["0000002.pt"]
+    assert fork(*flags, *killed) == [0]
+    assert_same(learnt(tmp_path / "calm"), learnt(tmp_path / "killed"))
+
+
 @pytest.mark.parametrize(("processes", "number", "after"), [(1, signal.SIGTERM, 5), (2, signal.SIGUSR1, 6)])
 def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, number, after):
     """It comes in the middle of step 6, which several processes finish, and one alone does not. It goes to all of a process's

@@ -104,7 +104,14 @@ def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, t
 
 
 @pytest.mark.parametrize(
-    "flags", [["--mixer", "pdessm-g"], ["--mixer", "pdessm", "--uncond", "--compile"], ["--model", "UNet-N"]], ids=" ".join
+    "flags",
+    [
+        ["--mixer", "pdessm-g"],
+        ["--mixer", "pdessm", "--uncond", "--compile"],
+        ["--model", "UNet-N"],
+        ["--model", "LaMamba-N"],
+    ],
+    ids=" ".join,
 )
 def test_two_processes_that_save_memory_end_with_the_weights_of_one_that_does_not(tmp_path, photos, compilations, flags):
     """Each of them has all weights. Where a gradient is nothing but rounding, such as a bias's before a group norm of a U-Net,

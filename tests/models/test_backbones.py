@@ -103,10 +103,10 @@ def test_weights_tell_what_was_built(name):
 
 
 @pytest.mark.parametrize("num_classes", [0, 1])
-@pytest.mark.parametrize("name", [name for name in NETWORKS if "/" in name])
+@pytest.mark.parametrize("name", NETWORKS[1:])
 def test_bare_weights_of_a_square_are_sampled_at_any_size(tmp_path, build, name, num_classes):
     torch.save(build(name, input_size=8, num_classes=num_classes).state_dict(), tmp_path / "a.pt")
-    for more, (height, width, _) in (([], (1, 1, 3)), (["--image-size", "8x12"], (2, 3, 3))):
+    for more, (height, width, _) in (([], (1, 1, 3)), (["--image-size", "8x16"], (1, 2, 3))):
         grid = draw(tmp_path / "a.pt", tmp_path / "a.png", "--objective", "diffusion", *more)
         assert grid.shape[0] * width == grid.shape[1] * height
 
