@@ -110,10 +110,11 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shallow():
-    """Two layers of the smallest model are enough to stop and go on, and a kill takes no disk along."""
+    """Two layers of the smallest models are enough to stop and go on, and a kill takes no disk along."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        patch.setitem(MODELS, "DiT-N/8", partial(MODELS["DiT-N/8"], depth=2))
+        for name in ("DiT-N/8", "DiS-N/4"):
+            patch.setitem(MODELS, name, partial(MODELS[name], depth=2))
         yield
 
 

@@ -200,13 +200,20 @@ def test_a_unet_from_training_to_samples(tmp_path, objective):
     assert draw(path, tmp_path / "a.png", "--image-size", "8", "--class-labels", 3, *known).shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize(("objective", "classes"), [("diffusion", []), ("flow", ["--uncond"])])
-def test_lamamba_from_training_to_samples(tmp_path, objective, classes):
+@pytest.mark.parametrize(
+    ("name", "objective", "classes"),
+    [
+        *((name, *how) for name in ("LaMamba-N", "DiS-N/4") for how in (("diffusion", []), ("flow", ["--uncond"]))),
+        ("U-ViT-N/4", "flow", ["--uncond"]),
+        ("ZigMa-N/4", "diffusion", []),
+    ],
+)
+def test_systems_from_training_to_samples(tmp_path, name, objective, classes):
     """Also of bare weights, of another size, and in bf16."""
-    flags = ["--model", "LaMamba-N", "--max-steps", 2, "--global-batch-size", 8, "--objective", objective, *classes]
+    flags = ["--model", name, "--max-steps", 2, "--global-batch-size", 8, "--objective", objective, *classes]
     path = fit(tmp_path, *flags, "--precision", "bf16") / "checkpoints" / "0000002.pt"
     model, settings = load_model(path, {}, "ema")
-    assert (settings["model"], settings["objective"], settings["image_size"]) == ("LaMamba-N", objective, 8)
+    assert (settings["model"], settings["objective"], settings["image_size"]) == (name, objective, 8)
     assert model.num_classes == (0 if classes else 10)
     drawn = [] if classes else ["--class-labels", 3]
     assert draw(path, tmp_path / "a.png", "--image-size", "16x8", *drawn, "--precision", "bf16").shape[2] == 3

@@ -132,9 +132,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(calm, f
     assert kept == ["0000012.pt", "0000014.pt"] if processes == 1 else len(kept) == 2
 
 
-@pytest.mark.parametrize("model", ["LaMamba-N"])
+@pytest.mark.parametrize("model", ["LaMamba-N", "DiS-N/4"])
 def test_other_networks_go_on_to_the_bit(flags, tmp_path, model):
-    """Killed before step 4, of which checkpoints hold the first two."""
+    """Killed before step 4, of which checkpoints hold the first two. DiS has random numbers of its own."""
     flags = [*flags, "--model", model, "--max-steps", 5, "--ckpt-every", 2, "--num-workers", 0, "--resume", "auto"]
     calm, killed = ["--results-dir", tmp_path / "calm"], ["--results-dir", tmp_path / "killed"]
     assert fork(*flags, *calm) == [0]

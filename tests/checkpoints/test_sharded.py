@@ -60,46 +60,49 @@ def assert_close(one, other):
             torch.testing.assert_close(other[part][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+SYSTEMS = dict(attention=[], pdessm=["--mixer", "pdessm"], DiS=["--model", "DiS-N/4"])
+WAYS = [
+    (1, ["--grad-accum", 2]),
+    (2, []),
+    (2, ["--grad-accum", 2]),
+    (2, ["--parallel", "fsdp"]),
+    (2, ["--parallel", "fsdp", "--grad-accum", 2]),
+]
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """reference(mixer): folder of a run by one process with whole batches."""
+    """reference(system): folder of a run by one process with whole batches."""
     folder = tmp_path_factory.mktemp("reference")
     photos = write_photos(folder / "photos")
 
     @cache
-    def run(mixer):
-        flags = [*EQUAL, "--mixer", mixer, "--data-path", photos, "--results-dir", folder / mixer]
+    def run(system):
+        flags = [*EQUAL, *SYSTEMS[system], "--data-path", photos, "--results-dir", folder / system]
         assert fork(*flags) == [0]
-        return folder / mixer
+        return folder / system
 
     return run
 
 
-@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
 @pytest.mark.parametrize(
-    ("processes", "flags"),
-    [
-        (1, ["--grad-accum", 2]),
-        (2, []),
-        (2, ["--grad-accum", 2]),
-        (2, ["--parallel", "fsdp"]),
-        (2, ["--parallel", "fsdp", "--grad-accum", 2]),
-    ],
+    ("system", "processes", "flags"),
+    [*((system, *way) for system in ("attention", "pdessm") for way in WAYS), ("DiS", *WAYS[-1])],
     ids=lambda value: "-".join(map(str, value)) or "ddp" if isinstance(value, list) else None,
 )
-def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, tmp_path, mixer, processes, flags):
+def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, tmp_path, system, processes, flags):
     """Ten steps at a learning rate of 1e-3, each of which moves a weight by about as much, whatever the size of gradients,
     which the moments have."""
-    photos = reference(mixer).parent / "photos"
-    flags = [*EQUAL, *flags, "--mixer", mixer, "--data-path", photos, "--results-dir", tmp_path / "r"]
+    photos = reference(system).parent / "photos"
+    flags = [*EQUAL, *flags, *SYSTEMS[system], "--data-path", photos, "--results-dir", tmp_path / "r"]
     assert fork(*flags, processes=processes) == [0] * processes
-    one, other = weights(final(reference(mixer))), weights(final(tmp_path / "r"))
+    one, other = weights(final(reference(system))), weights(final(tmp_path / "r"))
     assert one["moments"].keys() == other["moments"].keys()
     for part, rounding in (("model", 1e-5), ("ema", 1e-5), ("moments", 3e-8)):
         for name, x in one[part].items():
             torch.testing.assert_close(other[part][name], x, rtol=0, atol=rounding, msg=lambda m, name=name: f"{name}: {m}")
     assert max(moment.abs().max() for moment in one["moments"].values()) > 3e-3
-    losses = [[row["loss"] for row in log_rows(folder)] for folder in (reference(mixer), tmp_path / "r")]
+    losses = [[row["loss"] for row in log_rows(folder)] for folder in (reference(system), tmp_path / "r")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -110,6 +113,7 @@ def test_processes_shards_and_parts_of_batches_change_only_rounding(reference, t
         ["--mixer", "pdessm", "--uncond", "--compile"],
         ["--model", "UNet-N"],
         ["--model", "LaMamba-N"],
+        ["--model", "DiS-N/4"],
     ],
     ids=" ".join,
 )

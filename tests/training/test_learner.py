@@ -60,7 +60,7 @@ def moments(folder):
     return [state["exp_avg"] for state in checkpoint["opt"]["state"].values()]
 
 
-@pytest.mark.parametrize("model", ["DiT-N/4", "UNet-N"])
+@pytest.mark.parametrize("model", ["DiT-N/4", "UNet-N", "DiS-N/4"])
 def test_ways_to_spend_less_memory_change_only_rounding(tmp_path, model):
     flags = ["--model", model, "--global-batch-size", 12, "--max-steps", 1]
     plain = moments(fit(tmp_path, *flags))
@@ -104,9 +104,9 @@ def test_half_precision_learns_alike(tmp_path, mixer, precision):
     assert bool(checkpoint["scaler"]) == (precision == "fp16")
 
 
-@pytest.mark.parametrize("mixer", ["attention", "pdessm"])
-def test_all_that_saves_time_and_memory_works_together(tmp_path, compilations, mixer):
-    flags = ["--max-steps", 3, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, "--mixer", mixer]
+@pytest.mark.parametrize("system", [["--mixer", "attention"], ["--mixer", "pdessm"], ["--model", "DiS-N/4"]], ids=" ".join)
+def test_all_that_saves_time_and_memory_works_together(tmp_path, shallow, compilations, system):
+    flags = ["--max-steps", 3, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, *system]
     plain = rows(fit(tmp_path, *flags))
     spared = rows(fit(tmp_path, *flags, "--precision", "bf16", "--compile", "--grad-checkpointing", "--grad-accum", 2))
     assert compilations.frame_count
