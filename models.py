@@ -5,6 +5,7 @@ Names, shapes, state-dict keys and initial values are those of the public DiT ch
 from functools import partial
 
 import torch
+from timm.layers import SwiGLU
 from timm.models.vision_transformer import Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,49 +13,63 @@ from torch.utils.checkpoint import checkpoint
 from backbones import Backbone
 from backbones.dis import DiS
 from backbones.lamamba import LaMamba
-from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
+from backbones.parts import NORMS, LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
 from backbones.unet import UNet
 from backbones.uvit import UViT
 from backbones.zigma import ZigMa
-from mixers import build_mixer, read_mixer
+from mixers import build_mixer, kind_of, mixer_options, read_mixer
+
+
+def gelu_mlp(dim, hidden):
+    """Returns DiT's own MLP, W2 gelu(W1 x)."""
+    return Mlp(dim, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+
+
+def swiglu_mlp(dim, hidden):
+    """Returns W3 (silu(W1 x) * W2 x), with as many weights as an MLP with that many hidden channels (Shazeer, 2020)."""
+    return SwiGLU(dim, 2 * hidden // 3)
+
+
+MLPS = {"gelu": gelu_mlp, "swiglu": swiglu_mlp}
 
 
 class DiTBlock(nn.Module):
     """Mixing of tokens, then an MLP on each, both modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, mixer, hidden_size, mlp_ratio):
+    def __init__(self, mixer, hidden_size, mlp_ratio, mlp="gelu", norm="layer"):
         super().__init__()
         self.attn = mixer
         self.conditioned_mixer = getattr(mixer, "conditioned", False)
-        gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(mlp_ratio * hidden_size), act_layer=gelu)
+        self.mlp, self.norm = MLPS[mlp](hidden_size, int(mlp_ratio * hidden_size)), NORMS[norm]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):                                               # (B, N, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        mixed = self.attn(modulate(x, shift1, scale1), *([c] if self.conditioned_mixer else []))
+        mixed = self.attn(modulate(x, shift1, scale1, self.norm), *([c] if self.conditioned_mixer else []))
         x = torch.addcmul(x, gate1[:, None], mixed)
-        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2, self.norm)))
 
 
 class FinalLayer(nn.Module):
     """Tokens to the pixels of their patches: (B, N, D) -> (B, N, patch_size^2 out_channels)."""
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    def __init__(self, hidden_size, patch_size, out_channels, norm="layer"):
         super().__init__()
+        self.norm = NORMS[norm]
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):                                               # (B, N, D), (B, D)
-        return self.linear(modulate(x, *self.adaLN_modulation(c).chunk(2, dim=1)))
+        return self.linear(modulate(x, *self.adaLN_modulation(c).chunk(2, dim=1), self.norm))
 
 
 class DiT(Backbone):
     """A diffusion transformer on images or latents.
 
     input_size is a side or (height, width), divisible by patch_size. mixer is a name in mixers.MIXERS or a class;
-    further keyword arguments are options of that mixer. learn_sigma doubles the output channels.
-    ValueError for sizes that do not fit and for unknown mixers or options.
+    further keyword arguments are options of that mixer. learn_sigma doubles the output channels. mlp is one of MLPS, norm one
+    of NORMS. Mixers that are `rotary` know places, so that none are added to their tokens. ValueError for sizes that do not fit
+    and for unknown mixers or options.
     """
 
     read_from = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
@@ -62,7 +77,8 @@ class DiT(Backbone):
     # fmt: off
     def __init__(
         self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, mixer="attention", **mixer_options,
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, mixer="attention", mlp="gelu", norm="layer",
+        **mixer_options,
     ):
         # fmt: on
         super().__init__()
@@ -77,10 +93,11 @@ class DiT(Backbone):
         self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(grid_embedding(*self.grid_size, hidden_size), requires_grad=False)
         mixers = [build_mixer(mixer, hidden_size, num_heads, self.grid_size, i, **mixer_options) for i in range(depth)]
-        self.blocks = nn.ModuleList(DiTBlock(m, hidden_size, mlp_ratio) for m in mixers)
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.rotary = any(getattr(mixer, "rotary", False) for mixer in mixers)
+        self.pos_embed = nn.Parameter(self.positions(hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(m, hidden_size, mlp_ratio, mlp, norm) for m in mixers)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, norm)
         self._initialize()
 
     @classmethod
@@ -93,13 +110,21 @@ class DiT(Backbone):
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         first = "blocks.0.attn."
         mixer, options = read_mixer({name.removeprefix(first): w for name, w in weights.items() if name.startswith(first)})
+        if not (weights["pos_embed"].is_meta or weights["pos_embed"].any()):
+            options["positions"] = "rope"
         return dict(hidden_size=hidden, depth=depth, patch_size=patch), {
             "mixer": mixer,
             "mixer_options": options,
+            "mlp": "swiglu" if "blocks.0.mlp.fc1_g.weight" in weights else "gelu",
             "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
             "in_channels": channels,
             "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
         }
+
+    def positions(self, hidden_size):
+        """Returns what is added to the tokens of the grid for their places, (1, h w, D)."""
+        added = grid_embedding(*self.grid_size, hidden_size, self.trained_grid)
+        return torch.zeros_like(added) if self.rotary else added
 
     def _initialize(self):
         """Xavier for the layers; zero for what modulates, gates and ends, so that every block starts as the identity. A mixer
@@ -127,8 +152,7 @@ class DiT(Backbone):
         height, width = self.input_size = self.check_size(input_size)
         self.grid_size = (height // self.patch_size, width // self.patch_size)
         self.x_embedder.set_input_size(self.input_size)
-        positions = grid_embedding(*self.grid_size, self.pos_embed.shape[2], self.trained_grid)
-        self.pos_embed = nn.Parameter(positions.to(self.pos_embed), requires_grad=False)
+        self.pos_embed = nn.Parameter(self.positions(self.pos_embed.shape[2]).to(self.pos_embed), requires_grad=False)
         for block in self.blocks:
             if hasattr(block.attn, "grid_size"):
                 block.attn.grid_size = self.grid_size
@@ -205,3 +229,21 @@ def backbone_of(weights):
 def stride(name):
     """What both sides of the input of the model of that name must be divisible by."""
     return MODELS[name].func.stride_of(MODELS[name].keywords)
+
+
+def add_network_flags(add):
+    """Adds the flags that choose what a network is made of, besides its mixer: `add` is add_argument of a command's parser."""
+    add("--mlp", choices=MLPS, help="of DiT; swiglu is gated, with as many parameters; gelu unless given")
+    add("--norm", choices=NORMS, help="of DiT: by the deviation of channels, or their root mean square; layer unless given")
+
+
+def network_options(model, mixer, settings):
+    """Returns what settings, a dict of what a command's flags say, set of the options of the network of that name and of its
+    mixers. ValueError for those of others."""
+    given, options = {name: settings[name] for name in ("mlp", "norm") if settings.get(name)}, mixer_options(mixer, settings)
+    if MODELS[model].func is DiT:
+        return given | options
+    if given or options:
+        flags = [f"--{name}" for name in given] + [kind_of(mixer).flag_of(name) for name in options]
+        raise ValueError(f"{', '.join(flags)} means nothing to --model {model}")
+    return {}

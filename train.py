@@ -29,9 +29,9 @@ from machine.flags import Default, group, not_negative, positive, probability
 from machine.precision import be_deterministic, compile_blocks, in_precision
 from machine.processes import launch
 from machine.stops import postponed
-from mixers import MIXERS, add_mixer_flags, mixer_options
+from mixers import MIXERS, add_mixer_flags
 from mixers.running import add_speed_flags, choose_backend
-from models import MODELS
+from models import MODELS, add_network_flags, network_options
 from training import runs
 from training.batches import BadImages, batches, draw_batch, images_of_step, make_loader, open_images
 from training.checks import check
@@ -191,7 +191,7 @@ def build_model(args, space, num_classes):
         num_classes=num_classes,
         learn_sigma=args.objective == "diffusion",
         mixer=args.mixer,
-        **mixer_options(args.mixer, vars(args)),
+        **network_options(args.model, args.mixer, vars(args)),
     )
 
 
@@ -233,6 +233,7 @@ def flags():
     add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens; pdessm: see --pde-coupling")
     add_mixer_flags(add, conditioned=True)
+    add_network_flags(add)
     add("--init-from", metavar="CKPT", help="begin with what fits of a checkpoint, with other classes, mixer or size")
     add("--vae", default="ema", help="autoencoder: ema, mse, a local folder, or none to work on pixels")
     add, vary = group(parser, "learning")

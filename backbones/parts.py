@@ -4,9 +4,11 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate, layer_norm
+from torch.nn.functional import interpolate, layer_norm, rms_norm
 
 from backbones import drop_labels
+
+NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
 def sincos_position(positions, dim, max_period=10000):
@@ -29,9 +31,9 @@ def grid_embedding(h, w, dim, trained_grid=None):
     return torch.cat(halves, dim=1).float()[None]
 
 
-def modulate(x, shift, scale):                                             # (B, N, D), (B, D), (B, D)
+def modulate(x, shift, scale, norm=layer_norm):                            # (B, N, D), (B, D), (B, D)
     """adaLN: layer norm without weights of its own, then a shift and scale that the conditioning chose."""
-    x = layer_norm(x, x.shape[-1:], eps=1e-6)
+    x = norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 

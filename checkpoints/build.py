@@ -8,19 +8,21 @@ import re
 
 import torch
 
+from backbones.parts import NORMS
 from checkpoints.read import load_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from images.autoencoder import open_space
 from machine.files import whole_file
 from mixers import MIXERS, build_mixer, kind_of, mixer_options
-from models import MODELS, backbone_of, stride
+from models import MLPS, MODELS, DiT, backbone_of, stride
 
 # The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
 # Settings that a file may state, and what makes a value one: its type, or that it is a name here.
 STATED = dict(
     num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
-    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float,
+    model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float, mlp=MLPS,
+    norm=NORMS,
 )  # fmt: skip
 CLASS_TABLES = (
     "y_embedder.embedding_table.weight", "net.class_embedding.weight", "label_emb.embedding_table.weight", "label_emb.weight",
@@ -84,7 +86,7 @@ def reconcile(stored, settings, path):
     they differ."""
     stated, told, options = stated_settings(stored, path), dict(settings), {}
     kind = kind_of(settings["mixer"])
-    if kind.options and stated.get("mixer") in kind.named:
+    if kind.options and MODELS[settings["model"]].func is DiT and stated.get("mixer") in kind.named:
         told |= settings["mixer_options"] | dict(mixer=stated["mixer"])
         as_weights_tell, options = _stated_options(stored, settings["model"], path)
         stated |= as_weights_tell
@@ -138,6 +140,7 @@ def create_network(settings, input_size):
         num_classes=settings["num_classes"],
         learn_sigma=settings["learn_sigma"],
         mixer=settings["mixer"],
+        **{name: settings[name] for name in ("mlp", "norm") if name in settings},
         **settings["mixer_options"],
     )
 
@@ -264,6 +267,8 @@ def initialize(model, path):
     fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
     if not any(w.dim() > 1 for w in fitting.values()):
         raise ValueError(f"{path} is of another network or size: none of its matrices fits the model")
+    if getattr(model, "rotary", False):
+        fitting.pop("pos_embed", None)  # its places are in its mixers
     model.load_state_dict(fitting, strict=False)
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
     for name in (name for name in known if name not in fitting):

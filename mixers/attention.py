@@ -1,13 +1,79 @@
-"""Self-attention, timm's, as in DiT."""
+"""Self-attention, timm's, as in DiT; with norms of its queries and keys, or with places in their angles."""
 
+from functools import lru_cache
+
+import torch
+from timm.layers import AttentionRope, RmsNorm, build_rotary_pos_embed
 from timm.models.vision_transformer import Attention
 
-from mixers.options import Mixer
+from mixers.options import Mixer, Option
+from pde_ssm_kernels.modes import traced, widen
+
+BASE = 100  # of the periods of rotations, from 2 pi to 2 pi BASE tokens; language has 10,000
+
+
+class HeadNorm(RmsNorm):
+    """Divides the channels of a head by their root mean square, and multiplies them by weights; in float32 at least."""
+
+    def forward(self, x):                                                  # (B, heads, N, d)
+        return super().forward(widen(x)).type_as(x)
+
+
+class RotaryAttention(AttentionRope):
+    """Self-attention whose queries and keys are turned by angles in proportion to their place (RoPE, Su et al., 2021), so that
+    scores depend on differences of places alone: half the channels of a head by the row, half by the column (Heo et al., 2024).
+
+    On another grid than its first, tokens keep their place in the picture. ValueError for heads of a number of channels that 4
+    does not divide.
+    """
+
+    rotary = True
+
+    def __init__(self, dim, num_heads=8, grid_size=None, **options):
+        if dim % (4 * num_heads):
+            raise ValueError(f"--positions rope needs heads of 4, 8, 12 ... channels; here they have {dim / num_heads:g}")
+        super().__init__(dim, num_heads, num_prefix_tokens=0, **options)
+        self.grid_size = self.trained_grid = grid_size
+
+    def forward(self, x):                                                  # (B, N, D)
+        return super().forward(x, rope=rotations(self.grid_size, self.trained_grid, self.head_dim, x))
+
+
+def rotations(grid_size, trained_grid, dim, like):
+    """Returns sines and cosines of the angles by which a token's channels are turned, (N, 2 dim); kept between calls."""
+    return (_rotations.__wrapped__ if traced(like) else _rotations)(tuple(grid_size), tuple(trained_grid), dim, like.device)
+
+
+@lru_cache(maxsize=64)
+def _rotations(grid_size, trained_grid, dim, device):
+    with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
+        how = dict(in_pixels=False, temperature=BASE, ref_feat_shape=list(trained_grid), device=device)
+        return torch.cat(build_rotary_pos_embed(list(grid_size), dim=dim, **how), dim=-1)
+
+
+def build(dim, num_heads=8, qkv_bias=False, grid_size=None, qk_norm=False, positions="sincos"):
+    """Returns an attention layer, timm's own unless positions is "rope"; qk_norm: a HeadNorm of queries and one of keys."""
+    options = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, norm_layer=HeadNorm if qk_norm else None)
+    if positions != "rope":
+        return Attention(dim, num_heads, **options)
+    return RotaryAttention(dim, num_heads, grid_size, **options)
 
 
 def read(weights):
-    """Returns the options of an attention layer with these weights, of which it has none; None for another layer's."""
-    return {} if "qkv.weight" in weights else None
+    """Returns the options that an attention layer's weights tell; None for another layer's."""
+    if "qkv.weight" not in weights or "relative_position_bias_table" in weights:  # a window's
+        return None
+    return dict(qk_norm="q_norm.weight" in weights)
 
 
-MIXER = Mixer("attention", Attention, read)
+OPTIONS = (
+    Option(
+        "qk_norm", "of attention: divide queries and keys by their root mean square",
+        dict(action="store_true"), True, "--qk-norm",
+    ),
+    Option(
+        "positions", "of attention: what tells places apart, sincos, added to tokens, or rope, angles of queries and keys; "
+        "sincos unless given", dict(choices=("sincos", "rope")), True, "--positions",
+    ),
+)  # fmt: skip
+MIXER = Mixer("attention", build, read, OPTIONS)

@@ -9,13 +9,16 @@ class Option:
     """A keyword of a mixer's constructor, which is a flag of the commands, too.
 
     flag:        what add_argument takes besides name and help: type, choices, nargs, action.
-    conditioned: it makes the mixer take the blocks' conditioning vector, which other people's blocks do not pass.
+    conditioned: it is for our own blocks: it makes the mixer take their conditioning vector, or changes attention, which other
+                 people's models have as it is.
+    called:      its flag, if that is not --<mixer>-<name>.
     """
 
     name: str
     help: str
     flag: dict = field(default_factory=dict)
     conditioned: bool = False
+    called: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Mixer:
         return self.presets or {self.name: {}}
 
     def flag_of(self, name):
-        return f"--{self.name}-{name}".replace("_", "-")
+        called = {option.name: option.called for option in self.options}
+        return called.get(name) or f"--{self.name}-{name}".replace("_", "-")
 
     def given(self, settings):
         """Returns the options that a command's settings, a dict of what its flags say, set: neither None nor False."""
@@ -58,4 +62,7 @@ class Mixer:
         """Returns the same of a checkpoint's settings, where whatever is named as an option of this mixer would be one."""
         prefix = f"{self.name}_".replace("-", "_")
         named = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+        for option in self.options:
+            if option.called:
+                named[option.name] = settings.get(option.called.removeprefix("--").replace("-", "_"))
         return {name: value for name, value in named.items() if value is not None and value is not False}

@@ -14,9 +14,10 @@ PAPERS = dict(
 )  # fmt: skip
 OBJECTIVE = dict(objective="diffusion", path="linear", predict="velocity", time_shift=1.0, time_scale=1000, learn_sigma=True)
 SETTINGS = dict(
-    model="DiT-N/4", mixer="pdessm", mixer_options=PAPERS, num_classes=10, image_size=16, in_channels=3, vae="none", **OBJECTIVE
+    model="DiT-N/4", mixer="pdessm", mixer_options=PAPERS, mlp="gelu", num_classes=10, image_size=16, in_channels=3, vae="none",
+    **OBJECTIVE,
 )  # fmt: skip
-ATTENTION = dict(mixer="attention", mixer_options={})
+ATTENTION = dict(mixer="attention", mixer_options=dict(qk_norm=False))
 
 
 def given_flags(**given):

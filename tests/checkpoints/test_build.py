@@ -38,7 +38,7 @@ def test_files_of_the_public_code_load(tmp_path, style):
     else:
         torch.save(state if style == "bare weights" else dict(model=state, opt={}), path)
     loaded, settings = load_model(path, given_flags(), default_vae="mse")
-    here = dict(model="DiT-S/8", **ATTENTION, num_classes=5, image_size=128, in_channels=4, vae="mse", **OBJECTIVE)
+    here = dict(model="DiT-S/8", mlp="gelu", **ATTENTION, num_classes=5, image_size=128, in_channels=4, vae="mse", **OBJECTIVE)
     assert settings == here
     assert torch.equal(loaded.pos_embed, model.pos_embed)
     assert find_model(path).keys() == state.keys()
@@ -50,7 +50,8 @@ def test_weights_tell_their_settings(name, mixer):
     with torch.device("meta"):
         state = DiT_models[name](input_size=16, in_channels=3, num_classes=7, mixer=mixer).state_dict()
     chosen = ATTENTION if mixer == "attention" else dict(mixer="pdessm", mixer_options=PAPERS)
-    assert settings_from_weights(state) == dict(model=name, **chosen, num_classes=7, in_channels=3, learn_sigma=True)
+    chosen |= dict(mlp="gelu", num_classes=7, in_channels=3, learn_sigma=True)
+    assert settings_from_weights(state) == dict(model=name) | chosen
 
 
 @pytest.mark.parametrize("options", [dict(coupling="coupled", groups=4, terms=("diffusion",)), dict(gate=True, state_dim=48)])
@@ -69,6 +70,7 @@ def test_the_mixers_options_are_read_off_the_weights(tmp_path, options):
         (dict(image_size=64), "states image_size=64, and its weights have image_size=16"),
         (dict(in_channels=4), "states in_channels=4, and its weights have in_channels=3"),
         (dict(learn_sigma=False), "states learn_sigma=False, and its weights have learn_sigma=True"),
+        (dict(mlp="swiglu"), "states mlp=swiglu, and its weights have mlp=gelu"),
         (dict(objective="flow"), "states objective=flow, and its weights have learned variances"),
         (dict(vae="ema"), r"states --vae ema, which has 4 channels, and the weights in .* are for 3"),
         (dict(mixer="attention"), "states mixer=attention, and its weights have mixer=pdessm"),
