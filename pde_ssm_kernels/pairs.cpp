@@ -12,7 +12,7 @@
 #include <vector>
 
 #ifdef __x86_64__
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 #ifdef __AVX512F__
@@ -21,9 +21,11 @@ constexpr int LANES = 16, IMAGES = 8;  // IMAGES: as many sums as registers hold
 constexpr int LANES = 8, IMAGES = 4;
 #endif
 constexpr float LEAST_GROWTH = -80;    // the exponential of less is nothing in float32
+constexpr float LARGEST_GROWTH = 1;     // of tau r: R_MAX of pde_ssm.py
 constexpr float LARGEST_STEP = 30;     // of an exponent from one wave vector to the next, where recurrences are trusted
 constexpr int RUN = 8;                 // wave vectors from one exact value to the next
 constexpr int PIECE = 32;              // input channels at a time: RUN * PIECE vectors of a matrix fit into the first cache
+constexpr int STRIDE = PIECE + 1;      // from one wave vector to the next: powers of two fall on one place in the cache
 constexpr int SPAN = 4;                // vectors of output channels that share what they read, where all cores have work
 constexpr double TURN = 6.283185307179586;
 typedef float V __attribute__((vector_size(4 * LANES)));
@@ -49,9 +51,24 @@ static INLINE void store(float *to, const V &v, int lanes) {
 }
 
 static INLINE bool all(const I &mask) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) == 0xffff;
+#else
   int every = -1;
   for (int lane = 0; lane < LANES; lane++) every &= mask[lane];
   return every;
+#endif
+}
+
+// LANES numbers, each `stride` after the one before.
+static INLINE V gather(const float *from, long stride, int lanes) {
+  V v = {};
+#ifdef __AVX512F__
+  const I step = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  if (lanes == LANES) return (V)_mm512_i32gather_ps((__m512i)(step * (int)stride), from, 4);
+#endif
+  for (int lane = 0; lane < lanes; lane++) v[lane] = from[lane * stride];
+  return v;
 }
 
 // exp to one unit in the last place or two; not below exp(LEAST_GROWTH).
@@ -115,7 +132,7 @@ struct Grid {
 // roundings of the first exponent, 4 S; of the first step, which counts up to RUN - 1 times, 12 S; of exp, cos and sin at both,
 // 4 RUN; of the products, 3 RUN, and of those in Q, which add up, 3 RUN^2 / 2. Below exp(LEAST_GROWTH) values may be zero.
 struct Green {
-  static constexpr int ROWS = 6;  // tau times r, Kxx, Kxy and Kyy, then tau times bx and by in turns from -1/2 to 1/2
+  static constexpr int ROWS = 6;  // tau times r, Kxx, Kxy and Kyy, then tau times bx and by in turns, from -1/2 to 1/2
   V r, xx, xy, yy, bend;
   U bx, by;
   Z turn;
@@ -138,7 +155,7 @@ struct Green {
   V slope(const Run &run, int t) const {                                   // from value t to the next
     return -(xy * (float)(run.x_odd * run.step) + yy * (float)(2 * run.step * run.y_at(t) + 1));
   }
-  INLINE void fill(const Run &run, Z *G) const {                    // G[t * PIECE]
+  INLINE void fill(const Run &run, Z *G) const {                    // G[t * STRIDE]
     V first = growth(run, 0);
     if (run.n == 1) {
       *G = exact(run, 0, first);
@@ -148,26 +165,26 @@ struct Green {
     if (all((first >= LEAST_GROWTH) & (rise <= LARGEST_STEP) & (last >= -LARGEST_STEP))) {  // slopes fall along a run
       Z value = exact(run, 0, first), ratio = (run.step > 0 ? turn : Z{turn.re, -turn.im}) * exponential(rise);
       for (int t = 0;; t++) {
-        G[t * PIECE] = value;
+        G[t * STRIDE] = value;
         if (t == run.n - 1) return;
         value = value * ratio;
         ratio = ratio * bend;
       }
     }
     if (all((first < LEAST_GROWTH) & (first + rise * (float)(run.n - 1) < LEAST_GROWTH))) {  // above its own tangent it never is
-      for (int t = 0; t < run.n; t++) G[t * PIECE] = Z{};
+      for (int t = 0; t < run.n; t++) G[t * STRIDE] = Z{};
       return;
     }
-    for (int t = 0; t < run.n; t++) G[t * PIECE] = exact(run, t, growth(run, t));
+    for (int t = 0; t < run.n; t++) G[t * STRIDE] = exact(run, t, growth(run, t));
   }
   static Z exponents_gradient(const Z &G, const Z &g) {                    // conj(G) g
     return {G.re * g.re + G.im * g.im, G.re * g.im - G.im * g.re};
   }
-  static INLINE void sum(const Run &run, const Z *g, V *sums) {     // of g[t * PIECE]
+  static INLINE void sum(const Run &run, const Z *g, V *sums) {     // of g[t * STRIDE]
     V even[3] = {}, odd[2] = {};
     for (int t = 0; t < run.n; t++) {
       float y = run.y_at(t), y_odd = run.y_odd(t);
-      V re = g[t * PIECE].re, im = g[t * PIECE].im;
+      V re = g[t * STRIDE].re, im = g[t * STRIDE].im;
       even[0] += re, even[1] += re * y_odd, even[2] += re * (y * y);
       odd[0] += im, odd[1] += im * y_odd;
     }
@@ -188,14 +205,14 @@ struct Embedding {
 
   void set(const V *row) { g0 = row[0], gx = row[1] * (float)TURN, gy = row[2] * (float)TURN; }
   INLINE void fill(const Run &run, Z *B) const {
-    for (int t = 0; t < run.n; t++) B[t * PIECE] = {g0, gx * (float)run.x_odd + gy * (float)run.y_odd(t)};
+    for (int t = 0; t < run.n; t++) B[t * STRIDE] = {g0, gx * (float)run.x_odd + gy * (float)run.y_odd(t)};
   }
   static Z exponents_gradient(const Z &, const Z &g) { return g; }
   static INLINE void sum(const Run &run, const Z *g, V *sums) {
     V even = {}, odd[2] = {};
     for (int t = 0; t < run.n; t++) {
-      even += g[t * PIECE].re;
-      odd[0] += g[t * PIECE].im, odd[1] += g[t * PIECE].im * (float)run.y_odd(t);
+      even += g[t * STRIDE].re;
+      odd[0] += g[t * STRIDE].im, odd[1] += g[t * STRIDE].im * (float)run.y_odd(t);
     }
     sums[0] += even, sums[1] += odd[0] * (float)(TURN * run.x_odd), sums[2] += odd[1] * (float)TURN;
   }
@@ -211,23 +228,21 @@ struct Shape {
   int lanes(int block) const { return c - block * LANES < LANES ? c - block * LANES : LANES; }
 };
 
-// One block's pairs with all input channels. Coefficients are (ROWS, c, c), of which outputs are rows, or columns if `turned`.
+// Where coefficients or their gradients lie, each (groups, c, c).
+template <class Number>
+using Rows = std::vector<Number *>;
+
+// One block's pairs with all input channels. Outputs are rows of the coefficients, or columns if `turned`.
 template <class Pair>
-static void set_pairs(const float *coefficients, const Shape &shape, int block, bool turned, Pair *pairs) {
+static void set_pairs(const Rows<const float> &rows, long matrix, const Shape &shape, int block, bool turned, Pair *pairs) {
   const int c = shape.c, lanes = shape.lanes(block), first = block * LANES;
-  V rows[LANES][Pair::ROWS];
-  for (int j = 0; j < c; j += LANES) {
-    int n = c - j < LANES ? c - j : LANES;
-    std::memset((void *)rows, 0, sizeof rows);
-    for (int row = 0; row < Pair::ROWS; row++) {
-      const float *from = coefficients + (long)row * c * c;
-      if (turned)
-        for (int i = 0; i < n; i++) rows[i][row] = load(from + (long)(j + i) * c + first, lanes);
-      else
-        for (int lane = 0; lane < lanes; lane++)
-          for (int i = 0; i < n; i++) rows[i][row][lane] = from[(long)(first + lane) * c + j + i];
+  for (int j = 0; j < c; j++) {
+    V row[Pair::ROWS];
+    for (int i = 0; i < Pair::ROWS; i++) {
+      const float *from = rows[i] + matrix;
+      row[i] = turned ? load(from + (long)j * c + first, lanes) : gather(from + (long)first * c + j, c, lanes);
     }
-    for (int i = 0; i < n; i++) pairs[j + i].set(rows[i]);
+    pairs[j].set(row);
   }
 }
 
@@ -291,7 +306,8 @@ struct WithoutSubnormals {
 };
 
 template <class Pair>
-static void forward(const float *v, const float *coefficients, float *out, int h, int w, int c, int B, int groups, int threads) {
+static void forward(const float *v, const Rows<const float> &rows, float *out, int h, int w, int c, int B, int groups,
+                    int threads) {
   const Grid grid(h, w);
   const Shape shape(c, B, groups, threads);
   const long spectrum = grid.size() * 2 * B * c;
@@ -299,13 +315,13 @@ static void forward(const float *v, const float *coefficients, float *out, int h
   {
     WithoutSubnormals mode;
     std::vector<Pair> pairs((long)shape.span * c);
-    std::vector<Z> G(RUN * PIECE);
+    std::vector<Z> G(RUN * STRIDE);
     #pragma omp for collapse(2) schedule(dynamic)
     for (int group = 0; group < groups; group++)
       for (int share = 0; share < shape.shares; share++) {
         const int first = share * shape.span, last = first + shape.span < shape.blocks ? first + shape.span : shape.blocks;
         for (int block = first; block < last; block++)
-          set_pairs(coefficients + (long)group * Pair::ROWS * c * c, shape, block, false, &pairs[(long)(block - first) * c]);
+          set_pairs(rows, (long)group * c * c, shape, block, false, &pairs[(long)(block - first) * c]);
         for (const Run &run : grid.runs)
           for (int block = first; block < last; block++)
             for (int j = 0; j < c; j += PIECE) {
@@ -313,7 +329,7 @@ static void forward(const float *v, const float *coefficients, float *out, int h
               for (int i = 0; i < n; i++) pairs[(long)(block - first) * c + j + i].fill(run, &G[i]);
               for (int t = 0; t < run.n; t++) {
                 long at = group * spectrum + grid.at(run, t) * 2 * B * c;
-                multiply_all<false>(&G[t * PIECE], n, v + at + (long)j * 2 * B, B, out + at + block * LANES, c,
+                multiply_all<false>(&G[t * STRIDE], n, v + at + (long)j * 2 * B, B, out + at + block * LANES, c,
                                     shape.lanes(block), j == 0);
               }
             }
@@ -322,8 +338,8 @@ static void forward(const float *v, const float *coefficients, float *out, int h
 }
 
 template <class Pair>
-static void backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
-                     float *coefficients_gradient, int h, int w, int c, int B, int groups, int threads) {
+static void backward(const float *gradient, const float *v, const Rows<const float> &rows, float *v_gradient,
+                     const Rows<float> &rows_gradient, int h, int w, int c, int B, int groups, int threads) {
   const Grid grid(h, w);
   const Shape shape(c, B, groups, threads);
   const long spectrum = grid.size() * 2 * B * c;
@@ -332,14 +348,14 @@ static void backward(const float *gradient, const float *v, const float *coeffic
     WithoutSubnormals mode;
     std::vector<Pair> pairs((long)shape.span * c);
     std::vector<V> sums((long)shape.span * c * Pair::ROWS);
-    std::vector<Z> G(RUN * PIECE);
+    std::vector<Z> G(RUN * STRIDE);
     #pragma omp for collapse(2) schedule(dynamic)
     for (int group = 0; group < groups; group++)
       for (int share = 0; share < shape.shares; share++) {
         const int first = share * shape.span, last = first + shape.span < shape.blocks ? first + shape.span : shape.blocks;
-        const long matrix = (long)group * Pair::ROWS * c * c;
+        const long matrix = (long)group * c * c;
         for (int block = first; block < last; block++)
-          set_pairs(coefficients + matrix, shape, block, true, &pairs[(long)(block - first) * c]);
+          set_pairs(rows, matrix, shape, block, true, &pairs[(long)(block - first) * c]);
         for (V &sum : sums) sum = V{};
         for (const Run &run : grid.runs)
           for (int block = first; block < last; block++)
@@ -350,7 +366,7 @@ static void backward(const float *gradient, const float *v, const float *coeffic
               for (int t = 0; t < run.n; t++) {
                 long at = group * spectrum + grid.at(run, t) * 2 * B * c, place = at + block * LANES;
                 const float *g = gradient + at + (long)i * 2 * B;
-                Z *own = &G[t * PIECE];
+                Z *own = &G[t * STRIDE];
                 multiply_all<true>(own, n, g, B, v_gradient + place, c, lanes, i == 0);
                 int k = 0;
                 for (; k + IMAGES <= n; k += IMAGES) outer<Pair, IMAGES>(own + k, g + 2 * k * B, v + place, B, c, lanes);
@@ -361,28 +377,130 @@ static void backward(const float *gradient, const float *v, const float *coeffic
         for (int block = first; block < last; block++)
           for (int row = 0; row < Pair::ROWS; row++)
             for (int i = 0; i < c; i++)
-              store(coefficients_gradient + matrix + ((long)row * c + i) * c + block * LANES,
+              store(rows_gradient[row] + matrix + (long)i * c + block * LANES,
                     sums[((long)(block - first) * c + i) * Pair::ROWS + row], shape.lanes(block));
       }
   }
 }
 
-// Packed v (groups, f, c, 2, B) to out in lanes (groups, f, 2, B, c); coefficients (groups, ROWS, c, c).
-extern "C" void green(const float *v, const float *coefficients, float *out, int h, int w, int c, int B, int groups, int threads) {
-  forward<Green>(v, coefficients, out, h, w, c, B, groups, threads);
+template <class Number>
+static Rows<Number> rows_of(Number *exponents, long size) {
+  Rows<Number> rows;
+  for (int i = 0; i < Green::ROWS; i++) rows.push_back(exponents + i * size);
+  return rows;
 }
 
-extern "C" void embed(const float *v, const float *coefficients, float *out, int h, int w, int c, int B, int groups, int threads) {
-  forward<Embedding>(v, coefficients, out, h, w, c, B, groups, threads);
+// Packed v (groups, f, c, 2, B) to out in lanes (groups, f, 2, B, c); exponents (6, groups, c, c), g0, gx and gy (groups, c, c).
+extern "C" void green(const float *v, const float *exponents, float *out, int h, int w, int c, int B, int groups, int threads) {
+  forward<Green>(v, rows_of(exponents, (long)groups * c * c), out, h, w, c, B, groups, threads);
+}
+
+extern "C" void embed(const float *v, const float *g0, const float *gx, const float *gy, float *out, int h, int w, int c, int B,
+                      int groups, int threads) {
+  forward<Embedding>(v, {g0, gx, gy}, out, h, w, c, B, groups, threads);
 }
 
 // From the packed gradient of out to those of v and of the coefficients, v and its gradient in lanes.
-extern "C" void green_backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
-                               float *coefficients_gradient, int h, int w, int c, int B, int groups, int threads) {
-  backward<Green>(gradient, v, coefficients, v_gradient, coefficients_gradient, h, w, c, B, groups, threads);
+extern "C" void green_backward(const float *gradient, const float *v, const float *exponents, float *v_gradient,
+                               float *exponents_gradient, int h, int w, int c, int B, int groups, int threads) {
+  const long size = (long)groups * c * c;
+  backward<Green>(gradient, v, rows_of(exponents, size), v_gradient, rows_of(exponents_gradient, size), h, w, c, B, groups,
+                  threads);
 }
 
-extern "C" void embed_backward(const float *gradient, const float *v, const float *coefficients, float *v_gradient,
-                               float *coefficients_gradient, int h, int w, int c, int B, int groups, int threads) {
-  backward<Embedding>(gradient, v, coefficients, v_gradient, coefficients_gradient, h, w, c, B, groups, threads);
+extern "C" void embed_backward(const float *gradient, const float *v, const float *g0, const float *gx, const float *gy,
+                               float *v_gradient, float *g0_gradient, float *gx_gradient, float *gy_gradient, int h, int w,
+                               int c, int B, int groups, int threads) {
+  backward<Embedding>(gradient, v, {g0, gx, gy}, v_gradient, {g0_gradient, gx_gradient, gy_gradient}, h, w, c, B, groups,
+                      threads);
+}
+
+// The exponents of `Green` of the parameters of Pairwise, n pairs in each of the groups: `PDE.entries`, `PDE.bound` and the shift
+// of `green_symbol` in one pass over memory, which takes PyTorch's operations as long as the products for a few small images.
+
+constexpr int CHUNK = 1024;  // pairs whose gradients of tau are summed at once, whatever the number of threads
+
+// From b (n, 2) to bx and by, and back.
+static INLINE void load_shifts(const float *from, int lanes, V &bx, V &by) {
+  bx = by = V{};
+  for (int lane = 0; lane < lanes; lane++) bx[lane] = from[2 * lane], by[lane] = from[2 * lane + 1];
+}
+
+static INLINE void store_shifts(float *to, int lanes, const V &bx, const V &by) {
+  for (int lane = 0; lane < lanes; lane++) to[2 * lane] = bx[lane], to[2 * lane + 1] = by[lane];
+}
+
+// Modulo one turn, from -1/2 to 1/2.
+static INLINE V fraction(V turns) {
+  turns = (turns < 16777216.0f) & (turns > -16777216.0f) ? turns : 0.0f * turns;         // others are whole, or no numbers
+  turns -= __builtin_convertvector(__builtin_convertvector(turns, I), V);
+  return turns - ((turns + 12582912.0f) - 12582912.0f);
+}
+
+// r is 1 - softplus(r_slack), not yet bounded. Null pointers are parameters of absent terms.
+extern "C" void exponents(const float *tau, const float *log_lx, const float *log_ly, const float *shear, const float *b,
+                          const float *r, float *out, int n, int groups, int threads) {
+  #pragma omp parallel for collapse(2) num_threads(threads)
+  for (int group = 0; group < groups; group++)
+    for (long i = 0; i < n; i += LANES) {
+      const int lanes = n - i < LANES ? n - i : LANES;
+      const long at = group * n + i;
+      V t = V{} + tau[group], row[Green::ROWS] = {};
+      if (r) {
+        row[0] = t * load(r + at, lanes);
+        row[0] = row[0] > LARGEST_GROWTH ? V{} + LARGEST_GROWTH : row[0];
+      }
+      if (log_lx) {
+        V lx = exponential(load(log_lx + at, lanes)), ly = exponential(load(log_ly + at, lanes));
+        V lyx = load(shear + at, lanes) * ly;
+        row[1] = t * (lx * lx), row[2] = t * (lx * lyx), row[3] = t * (ly * ly + lyx * lyx);
+      }
+      if (b) {
+        load_shifts(b + 2 * at, lanes, row[4], row[5]);
+        row[4] = fraction(t * row[4]), row[5] = fraction(t * row[5]);
+      }
+      for (int k = 0; k < Green::ROWS; k++) store(out + (long)k * groups * n + at, row[k], lanes);
+    }
+}
+
+// From the gradient of the exponents to those of r and the other parameters, and to sums of that of tau, (groups, n / CHUNK).
+extern "C" void exponents_backward(const float *gradient, const float *tau, const float *log_lx, const float *log_ly,
+                                   const float *shear, const float *b, const float *r, float *tau_gradient,
+                                   float *log_lx_gradient, float *log_ly_gradient, float *shear_gradient, float *b_gradient,
+                                   float *r_gradient, int n, int groups, int threads) {
+  const long chunks = (n + CHUNK - 1) / CHUNK;
+  #pragma omp parallel for collapse(2) num_threads(threads)
+  for (int group = 0; group < groups; group++)
+    for (long chunk = 0; chunk < chunks; chunk++) {
+      V t = V{} + tau[group], of_tau = {};
+      for (long i = chunk * CHUNK; i < n && i < (chunk + 1) * CHUNK; i += LANES) {
+        const int lanes = n - i < LANES ? n - i : LANES;
+        const long at = group * n + i;
+        V g[Green::ROWS];
+        for (int k = 0; k < Green::ROWS; k++) g[k] = load(gradient + (long)k * groups * n + at, lanes);
+        if (r) {
+          V rate = load(r + at, lanes);
+          g[0] = t * rate > LARGEST_GROWTH ? V{} : g[0];
+          of_tau += rate * g[0];
+          store(r_gradient + at, t * g[0], lanes);
+        }
+        if (log_lx) {
+          V lx = exponential(load(log_lx + at, lanes)), ly = exponential(load(log_ly + at, lanes));
+          V s = load(shear + at, lanes), xx = lx * lx * g[1], xy = lx * ly * g[2], yy = ly * ly * g[3];
+          of_tau += xx + s * xy + (1 + s * s) * yy;
+          store(log_lx_gradient + at, t * (2 * xx + s * xy), lanes);
+          store(log_ly_gradient + at, t * (s * xy + 2 * (1 + s * s) * yy), lanes);
+          store(shear_gradient + at, t * (xy + 2 * s * yy), lanes);
+        }
+        if (b) {
+          V bx, by;
+          load_shifts(b + 2 * at, lanes, bx, by);
+          of_tau += bx * g[4] + by * g[5];
+          store_shifts(b_gradient + 2 * at, lanes, t * g[4], t * g[5]);
+        }
+      }
+      double sum = 0;
+      for (int lane = 0; lane < LANES; lane++) sum += of_tau[lane];
+      tau_gradient[group * chunks + chunk] = sum;
+    }
 }

@@ -10,51 +10,96 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from . import cpu, pytorch
 from .building import load
 from .modes import full_precision, widen
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
+CHUNK = 1024             # pairs whose gradients of tau the kernels add up
 
 
 def evolve_tokens(v, equation, time_scale=None):
     """The road of `pde_ssm_kernels.choose` for Pairwise: tokens v (B, h, w, C) to their state, in the type of v."""
     h, w = v.shape[1:3]
     spectra = pytorch.lanes(pytorch.real_spectrum(widen(v)), equation.groups)      # (groups, f, 2, B, c)
-    embedding = torch.stack(equation.embedding(), dim=1)                           # (groups, 3, c, c)
-    exponents = torch.cat(pytorch.exponents(equation), dim=1).unflatten(2, equation.g0.shape[1:])  # (groups, 6, c, c)
+    inputs = spectra, *equation.embedding(), exponents(equation)
     if torch.compiler.is_compiling():
-        states, _ = evolve_op(spectra, embedding, exponents, h, w)
+        states, _ = evolve_op(*inputs, h, w)
     elif torch.is_grad_enabled():
-        states = Evolution.apply(equation, spectra, embedding, exponents, h, w)
+        states = Evolution.apply(equation, h, w, *inputs)
     else:
-        states, _ = evolve(spectra, embedding, exponents, h, w)
+        states, _ = evolve(*inputs, h, w)
     return pytorch.from_real_spectrum(pytorch.from_lanes(states, h), h, w).to(v.dtype)
+
+
+def exponents(equation):
+    """Returns what `pytorch.exponents` does as the kernels want it, (6, groups, c, c)."""
+    lx, ly, shear, b, slack = (equation._parameters.get(name) for name in ("log_lx", "log_ly", "shear", "b", "r_slack"))
+    r = None if slack is None else 1 - F.softplus(widen(slack))            # R_MAX, before `bound`
+    inputs = equation.tau(), *(None if x is None else widen(x) for x in (lx, ly, shear, b)), r
+    return exponents_plainly(*inputs) if torch.compiler.is_compiling() else Exponents.apply(*inputs)
+
+
+def exponents_plainly(tau, log_lx, log_ly, shear, b, r):
+    """The same of tau (groups,) and parameters (groups, c, c), None for absent terms, in PyTorch's operations."""
+    tau, rows = tau[:, None, None], [next(x for x in (log_lx, b, r) if x is not None).new_zeros(())] * 6
+    if r is not None:
+        rows[0] = (tau * r).clamp_max(1)
+    if log_lx is not None:
+        lx, ly = log_lx.exp(), log_ly.exp()
+        rows[1:4] = tau * lx * lx, tau * lx * ly * shear, tau * ly * ly * (1 + shear * shear)
+    if b is not None:
+        shift = tau[..., None] * b
+        rows[4:] = (shift - shift.round()).unbind(-1)
+    return torch.stack(torch.broadcast_tensors(*rows))
 
 
 class Evolution(torch.autograd.Function):
     """`evolve` with its gradients; where those need gradients in turn, of pytorch.py, which computes the same."""
 
     @staticmethod
-    def forward(ctx, equation, spectra, embedding, exponents, h, w):
-        states, embedded = evolve(spectra, embedding, exponents, h, w)
-        ctx.save_for_backward(spectra, embedded, embedding, exponents)
+    def forward(ctx, equation, h, w, *inputs):
+        states, embedded = evolve(*inputs, h, w)
+        ctx.save_for_backward(*inputs, embedded)
         ctx.equation, ctx.grid = equation, (h, w)
         return states
 
     @staticmethod
     def backward(ctx, gradient):
-        spectra, embedded, embedding, exponents = ctx.saved_tensors
+        *inputs, embedded = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return None, *evolve_backward(gradient, spectra, embedded, embedding, exponents, *ctx.grid), None, None
-        inputs = spectra, embedding, exponents
-        with full_precision(spectra):                                      # backward() may be called under autocast
-            growth, phase = exponents.flatten(2).split([4, 2], dim=1)
-            states = pytorch.evolve_spectra(ctx.equation, spectra, embedding.flatten(1, 2), growth, phase, *ctx.grid)
-            needed = [x for x, is_needed in zip(inputs, ctx.needs_input_grad[1:4]) if is_needed]
-            found = iter(torch.autograd.grad(states, needed, gradient, create_graph=True))
-        return None, *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[1:4]), None, None
+            return None, None, None, *evolve_backward(gradient, embedded, *inputs, *ctx.grid)
+
+        def plainly(spectra, g0, gx, gy, exponents):
+            growth, phase = exponents.movedim(0, 1).flatten(2).split([4, 2], dim=1)
+            return pytorch.evolve_spectra(ctx.equation, spectra, torch.cat([g0, gx, gy], dim=1), growth, phase, *ctx.grid)
+
+        return None, None, None, *differentiable(plainly, inputs, gradient, ctx.needs_input_grad[3:])
+
+
+class Exponents(torch.autograd.Function):
+    """`exponents_plainly` in one pass over memory, with its gradients."""
+
+    @staticmethod
+    def forward(ctx, tau, *parameters):
+        ctx.save_for_backward(tau, *parameters)
+        return make_exponents(tau, *parameters)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            return differentiable(exponents_plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad)
+        return exponents_backward(gradient, *ctx.saved_tensors)
+
+
+def differentiable(plainly, inputs, gradient, needed):
+    """Returns the gradients of plainly(*inputs) that are needed, None for others, so that they have gradients themselves."""
+    with full_precision(gradient):                                         # backward() may be called under autocast
+        wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
+        found = iter(torch.autograd.grad(plainly(*inputs), wanted, gradient, create_graph=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
 def serves(v):
@@ -68,31 +113,41 @@ def built():
     return cpu.built() and library()[1] is None
 
 
-def evolve(spectra, embedding, exponents, h, w):
+def evolve(spectra, g0, gx, gy, exponents, h, w):
     """Returns G B v, and B v, at the f wave vectors of an h x w grid.
 
-    spectra v: (groups, f, 2, B, c), real parts before imaginary ones, as both results.
-    embedding: (groups, 3, c, c): g0, gx and gy.
-    exponents: (groups, 6, c, c): tau times r, Kxx, Kxy, Kyy, bx and by, the last two from -1/2 to 1/2.
+    spectra v:  (groups, f, 2, B, c), real parts before imaginary ones, as both results.
+    g0, gx, gy: (groups, c, c).
+    exponents:  (6, groups, c, c): tau times r, Kxx, Kxy, Kyy, bx and by, the last two from -1/2 to 1/2.
     All of them float32, or ValueError.
     """
-    check(spectra, embedding, exponents, h, w)
-    embedding, exponents = embedding.contiguous(), exponents.contiguous()
-    embedded, states = (torch.empty_like(spectra, memory_format=torch.contiguous_format) for _ in range(2))
-    run("embed", packed(spectra), embedding, embedded, like=spectra, h=h, w=w)
-    run("green", packed(embedded), exponents, states, like=spectra, h=h, w=w)
+    sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w)
+    embedded, states = (torch.empty_like(inputs[0]) for _ in range(2))
+    run("embed", packed(spectra), *inputs[1:4], embedded, sizes=sizes)
+    run("green", packed(embedded), inputs[4], states, sizes=sizes)
     return states, embedded
 
 
-def evolve_backward(gradient, spectra, embedded, embedding, exponents, h, w):
-    """Returns the gradients of the spectra, the embedding and the exponents from that of `evolve`'s first result."""
-    check(spectra, embedding, exponents, h, w)
-    gradient = gradient.to(spectra.dtype).expand_as(spectra)
-    inputs = embedded, exponents, spectra, embedding = [x.contiguous() for x in (embedded, exponents, spectra, embedding)]
-    of_embedded, of_exponents, of_spectra, of_embedding = found = [torch.empty_like(x) for x in inputs]
-    run("green_backward", packed(gradient), *inputs[:2], *found[:2], like=spectra, h=h, w=w)
-    run("embed_backward", packed(of_embedded), *inputs[2:], *found[2:], like=spectra, h=h, w=w)
-    return of_spectra, of_embedding, of_exponents
+def evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w):
+    """Returns the gradients of the spectra, the embedding and the exponents from that of `evolve`'s first result; embedded is
+    its second."""
+    sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w)
+    gradient, embedded = gradient.to(spectra.dtype).expand_as(spectra), embedded.expand_as(spectra).contiguous()
+    found, of_embedded = [torch.empty_like(x) for x in inputs], torch.empty_like(embedded)
+    run("green_backward", packed(gradient), embedded, inputs[4], of_embedded, found[4], sizes=sizes)
+    run("embed_backward", packed(of_embedded), *inputs[:4], *found[:4], sizes=sizes)
+    return tuple(found)
+
+
+def check(*inputs_and_grid):
+    """Returns the sizes that kernels take after the tensors, and contiguous inputs of `evolve`."""
+    *inputs, h, w = inputs_and_grid
+    groups, _, _, B, c = inputs[0].shape
+    shapes = [(groups, h * (w // 2 + 1), 2, B, c), *[(groups, c, c)] * 3, (6, groups, c, c)]
+    if [tuple(x.shape) for x in inputs] != shapes or any(x.dtype != torch.float32 for x in inputs):
+        got = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
+        raise ValueError(f"the kernels need float32 of shapes {shapes} for {h} x {w} tokens; they got {got}")
+    return (h, w, c, B, groups), [x.contiguous() for x in inputs]
 
 
 def packed(spectra):
@@ -100,21 +155,29 @@ def packed(spectra):
     return spectra.permute(0, 1, 4, 2, 3).contiguous()
 
 
-def check(spectra, embedding, exponents, h, w):
-    groups, _, _, B, c = spectra.shape
-    shapes = [(groups, h * (w // 2 + 1), 2, B, c), (groups, 3, c, c), (groups, 6, c, c)]
-    tensors = spectra, embedding, exponents
-    if [tuple(x.shape) for x in tensors] != shapes or any(x.dtype != torch.float32 for x in tensors):
-        got = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in tensors)
-        raise ValueError(f"the kernels need float32 of shapes {shapes} for {h} x {w} tokens; they got {got}")
+def make_exponents(tau, *parameters):
+    """`exponents_plainly`, by the kernel."""
+    like = next(x for x in reversed(parameters) if x is not None)          # r, b without its last axis, or shear
+    groups, c = like.shape[:2]
+    out = like.new_empty(6, groups, c, c)
+    run("exponents", tau, *(None if x is None else x.contiguous() for x in parameters), out, sizes=(c * c, groups))
+    return out
 
 
-def run(name, *tensors, like, h, w):
+def exponents_backward(gradient, tau, *parameters):
+    """From the gradient of `make_exponents`' result to those of what it was made of."""
+    _, groups, c, _ = gradient.shape
+    parameters = [None if x is None else x.contiguous() for x in parameters]
+    of_tau, found = tau.new_zeros(groups, -(-c * c // CHUNK)), [None if x is None else torch.empty_like(x) for x in parameters]
+    run("exponents_backward", gradient.contiguous(), tau, *parameters, of_tau, *found, sizes=(c * c, groups))
+    return of_tau.sum(1), *found
+
+
+def run(name, *tensors, sizes):
     kernels, reason = library()
     if reason:
         raise RuntimeError(reason)                                         # as in a program that was exported elsewhere
-    groups, _, _, B, c = like.shape
-    getattr(kernels, name)(*(x.data_ptr() for x in tensors), h, w, c, B, groups, torch.get_num_threads())
+    getattr(kernels, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
 
 
 @cache
@@ -123,41 +186,45 @@ def library():
     kernels, reason = load(SOURCE)
     if reason:
         return None, reason
-    for name, tensors in dict(embed=3, green=3, embed_backward=5, green_backward=5).items():
+    counts = dict(embed=(5, 6), green=(3, 6), embed_backward=(9, 6), green_backward=(5, 6), exponents=(7, 3))
+    for name, (tensors, sizes) in (counts | dict(exponents_backward=(13, 3))).items():
         kernel = getattr(kernels, name)
-        kernel.argtypes, kernel.restype = [ctypes.c_void_p] * tensors + [ctypes.c_int] * 6, None
+        kernel.argtypes, kernel.restype = [ctypes.c_void_p] * tensors + [ctypes.c_int] * sizes, None
     return kernels, None
+
+
+Tensor = torch.Tensor
 
 
 @torch.library.custom_op("pde_ssm::evolve_pairs_on_cpu", mutates_args=())
 def evolve_op(
-    spectra: torch.Tensor, embedding: torch.Tensor, exponents: torch.Tensor, h: int, w: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`evolve` as an operator that compilers do not look into."""
-    return evolve(spectra, embedding, exponents, h, w)
+    return evolve(spectra, g0, gx, gy, exponents, h, w)
 
 
 @evolve_op.register_fake
-def _(spectra, embedding, exponents, h, w):
+def _(spectra, *others):
     return spectra.new_empty(spectra.shape), spectra.new_empty(spectra.shape)
 
 
 @torch.library.custom_op("pde_ssm::evolve_pairs_on_cpu_backward", mutates_args=())
 def evolve_backward_op(
-    gradient: torch.Tensor, spectra: torch.Tensor, embedded: torch.Tensor, embedding: torch.Tensor, exponents: torch.Tensor,
-    h: int, w: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return evolve_backward(gradient, spectra, embedded, embedding, exponents, h, w)
+    gradient: Tensor, embedded: Tensor, spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w)
 
 
 @evolve_backward_op.register_fake
-def _(gradient, spectra, embedded, embedding, exponents, h, w):
-    return tuple(x.new_empty(x.shape) for x in (spectra, embedding, exponents))
+def _(gradient, embedded, *inputs_and_grid):
+    return tuple(x.new_empty(x.shape) for x in inputs_and_grid[:5])
 
 
 def _keep(ctx, inputs, output):
-    spectra, embedding, exponents, *ctx.grid = inputs
-    ctx.save_for_backward(spectra, output[1], embedding, exponents)
+    *inputs, h, w = inputs
+    ctx.save_for_backward(output[1], *inputs)
+    ctx.grid = h, w
 
 
 def _backward(ctx, gradient, _):

@@ -1,14 +1,15 @@
 """The C++ kernels of the pairwise coupling against the plain equations in double precision."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 import pde_ssm
 from operators import random_operator
-from pde_ssm import PDESSM, green_symbol, wave_vectors
-from pde_ssm_kernels import pairs
+from pde_ssm import PDESSM, TERMS, green_symbol, wave_vectors
+from pde_ssm_kernels import pairs, pytorch
 
 KERNELS, REASON = pairs.library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
@@ -43,13 +44,37 @@ def test_values_and_all_gradients_are_those_of_the_plain_equations(grid, channel
         assert_close(ours, exact, allowed)
 
 
+@pytest.mark.parametrize("tau", [0.3, 1e4])
+@pytest.mark.parametrize("terms", [TERMS, *((term,) for term in TERMS)], ids="-".join)
+def test_exponents_and_their_gradients(terms, tau):
+    """Absent terms, rates that the bound lowers, and shifts of many turns."""
+    equation = PDESSM(6, coupling="pairwise", groups=2, terms=terms).equation
+    for p in equation.parameters():
+        torch.nn.init.normal_(p)
+    torch.nn.init.constant_(equation.log_tau, math.log(tau))
+    exact = copy.deepcopy(equation).double()
+    growth, phase = pytorch.exponents(exact)
+    expected = torch.cat([growth, phase], dim=1).unflatten(2, (3, 3)).movedim(1, 0)
+    mine, direction = pairs.exponents(equation), torch.randn(6, 2, 3, 3)
+    moved = ((mine - expected) * torch.tensor([0.0, 0, 0, 0, 1, 1])[:, None, None, None]).round()   # half a turn is either
+    allowed = 1e-6 * expected.abs().amax() + (1e-6 * tau if "convection" in terms else 0)
+    assert (mine - expected - moved).abs().max() <= allowed
+    names = [name for name, _ in equation.named_parameters() if name not in ("g0", "gx", "gy")]
+    gradients = (
+        torch.autograd.grad(out, [getattr(owner, name) for name in names], direction.to(out.dtype))
+        for out, owner in ((mine, equation), (expected, exact))
+    )
+    for ours, theirs in zip(*gradients):
+        assert_close(ours, theirs, 1e-5)
+
+
 def symbols(exponents, h, w):
     """G (c, c, h, w // 2 + 1), as the kernel multiplies unit vectors by it, of exponents (6, c, c)."""
     c = exponents.shape[-1]
     units = torch.zeros(1, h * (w // 2 + 1), 2, c, c)
     units[:, :, 0] = torch.eye(c)
     out = torch.empty_like(units)
-    pairs.run("green", pairs.packed(units), exponents, out, like=units, h=h, w=w)
+    pairs.run("green", pairs.packed(units), exponents, out, sizes=(h, w, c, c, 1))
     return torch.complex(*out[0].unbind(1)).unflatten(0, (h, -1)).permute(3, 2, 0, 1).to(torch.complex128)
 
 
@@ -140,25 +165,24 @@ def test_functional_transforms_see_pytorchs_operations():
 
 
 def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
-    inputs = torch.randn(2, 12, 2, 3, 5), torch.randn(2, 3, 5, 5), torch.rand(2, 6, 5, 5) - 0.5
-    inputs[2][:, :4] = 0
+    inputs = torch.randn(2, 12, 2, 3, 5), *torch.randn(3, 2, 5, 5), torch.rand(6, 2, 5, 5) - 0.5
+    inputs[4][:4] = 0
     inputs = [x.requires_grad_() for x in inputs]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(pairs.evolve_op, (*inputs, 4, 5), test_utils=tests)
     states, embedded = pairs.evolve_op(*inputs, 4, 5)
-    direction = torch.randn_like(states)
-    arguments = direction, inputs[0], embedded, *inputs[1:], 4, 5
+    arguments = torch.randn_like(states), embedded, *inputs, 4, 5
     torch.library.opcheck(pairs.evolve_backward_op, arguments, test_utils="test_faketensor")
     with torch.no_grad():
         exact = pairs.evolve_backward(*arguments)
-    torch.testing.assert_close(torch.autograd.grad(states, inputs, direction), exact)
+    torch.testing.assert_close(torch.autograd.grad(states, inputs, arguments[0]), exact)
 
 
 @pytest.mark.parametrize("wrong", [(1, 11, 2, 3, 5), (1, 12, 2, 3, 4), (2, 12, 2, 3, 5)], ids=["grid", "channels", "groups"])
 def test_memory_of_others_is_not_read(wrong):
-    good = torch.zeros(1, 12, 2, 3, 5), torch.zeros(1, 3, 5, 5), torch.zeros(1, 6, 5, 5)
+    good = torch.zeros(1, 12, 2, 3, 5), *torch.zeros(3, 1, 5, 5), torch.zeros(6, 1, 5, 5)
     for spectra in (torch.zeros(wrong), good[0].double()):
         with pytest.raises(ValueError, match=r"the kernels need float32 of shapes .* for 4 x 5 tokens; they got"):
             pairs.evolve(spectra, *good[1:], 4, 5)
         with pytest.raises(ValueError, match="the kernels need float32"):
-            pairs.evolve_backward(good[0], spectra, good[0], *good[1:], 4, 5)
+            pairs.evolve_backward(good[0], good[0], spectra, *good[1:], 4, 5)
