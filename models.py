@@ -201,6 +201,11 @@ LaMamba_models = {
     "LaMamba-S": partial(LaMamba, hidden_size=96, depths=(2, 2, 2, 0), middle_depth=1, num_heads=(8, 8, 8, 8), window=8),
     "LaMamba-N": partial(LaMamba, hidden_size=20, depths=(1, 1, 1, 0), middle_depth=1, num_heads=(4, 4, 4, 4), window=4),
 }
+LaMamba_models |= {  # of the paper's Table 3
+    f"LaMamba-{size}-{attention}": partial(LaMamba, **LaMamba_models[f"LaMamba-{size}"].keywords, attention=attention)
+    for size in "SN"
+    for attention in ("none", "unshifted", "global")
+}
 # name: hidden_size, depth; the last of each is ours, for CPUs
 MAMBA_SIZES = {"H": (1536, 48), "L": (1024, 48), "M": (768, 48), "B": (768, 24), "S": (368, 24), "N": (96, 8)}
 DiS_models, ZigMa_models = (
@@ -209,13 +214,13 @@ DiS_models, ZigMa_models = (
         for size, (hidden, depth) in MAMBA_SIZES.items()
         for patch in patches
     }
-    for build, patches in ((DiS, (2, 4)), (ZigMa, (1, 2, 4)))
+    for build, patches in ((DiS, (2, 4, 8)), (ZigMa, (1, 2, 4, 8)))
 )
 UViT_SIZES = {"H": (1152, 28, 16), "L": (1024, 20, 16), "M": (768, 16, 12), "S": (512, 12, 8), "N": (96, 6, 3)}
 UViT_models = {
     f"U-ViT-{size}/{patch}": partial(UViT, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads, conv=size != "H")
     for size, (hidden, depth, heads) in UViT_SIZES.items()
-    for patch in (2, 4)
+    for patch in (2, 4, 8)
 }
 MODELS = DiT_models | UNets | LaMamba_models | DiS_models | UViT_models | ZigMa_models  # every backbone by name
 BACKBONES = tuple(dict.fromkeys(build.func for build in (ZigMa_models | MODELS).values()))  # ZigMa has DiT's names, and more

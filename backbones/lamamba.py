@@ -2,6 +2,7 @@
 
 import torch
 from timm.layers import Mlp
+from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
@@ -11,23 +12,32 @@ from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, mod
 from mixers.ss2d import SS2D
 from mixers.window import Window
 
+ATTENTION = ("shifted", "unshifted", "global", "none")  # windows, shifted in odd blocks or not; all to all; no such branch
+
 
 class Block(nn.Module):
     """x += gate ss2d(mod(x)), x += gate window(mod(x)), x += gate mlp(mod(x)), mod(x) = layer_norm(x) (1 + scale) + shift, for
     tokens (B, N, D) and conditioning (B, C), from which a linear layer first makes D numbers if `project`."""
 
-    def __init__(self, dim, num_heads, window, number, condition, project):
+    def __init__(self, dim, num_heads, window, number, condition, project, attention):
         super().__init__()
         self.condition_projection = nn.Linear(condition, dim) if project else nn.Identity()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 9 * dim))
-        self.norm, self.norm_swin, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if attention == "none" else 9) * dim))
+        self.norm, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_swin = None if attention == "none" else nn.LayerNorm(dim)
         self.op = SS2D(dim, gate=True, order="continuous")
-        self.attn = Window(dim, num_heads, qkv_bias=True, layer=number, size=window)
+        if attention in ("none", "global"):
+            self.attn = None if attention == "none" else Attention(dim, num_heads, qkv_bias=True)
+        else:
+            layer = number if attention == "shifted" else 0
+            self.attn = Window(dim, num_heads, qkv_bias=True, layer=layer, size=window)
         self.mlp = Mlp(dim, 4 * dim)                                       # GELU by the error function, not DiT's by tanh
 
     def forward(self, x, c):                                               # (B, N, D), (B, C)
-        numbers = self.adaLN_modulation(self.condition_projection(c))[:, None].chunk(9, dim=2)     # (B, 1, D) each
-        branches = ((self.norm, self.op), (self.norm_swin, self.attn), (self.norm2, self.mlp))
+        branches = [(self.norm, self.op), (self.norm_swin, self.attn), (self.norm2, self.mlp)]
+        branches = [(norm, branch) for norm, branch in branches if branch is not None]
+        modulation = self.adaLN_modulation(self.condition_projection(c))
+        numbers = modulation[:, None].chunk(3 * len(branches), dim=2)      # (B, 1, D) each
         for (norm, branch), shift, scale, gate in zip(branches, numbers[::3], numbers[1::3], numbers[2::3]):
             x = torch.addcmul(x, gate, branch(torch.addcmul(shift, norm(x), 1 + scale)))
         return x
@@ -68,7 +78,9 @@ class Stage(nn.Module):
     def resize(self, grid_size):
         self.grid_size = grid_size
         for block in self.blocks:
-            block.op.grid_size = block.attn.grid_size = grid_size
+            block.op.grid_size = grid_size
+            if isinstance(block.attn, Window):
+                block.attn.grid_size = grid_size
 
 
 class LaMamba(Backbone):
@@ -76,8 +88,9 @@ class LaMamba(Backbone):
 
     Stages of widths hidden_size, twice and four times that at sides s, s/2 and s/4, and a fourth like the third, unless depths
     ends in 0; then middle_depth blocks, and the stages upwards, each a block deeper than downwards, and with what left that one
-    added to what enters it. depths and num_heads have a number for each of the four. Other arguments are DiT's. ValueError for
-    sides that are not divisible by 4 or that windows do not fit at some stage, and for any mixer but attention.
+    added to what enters it. depths and num_heads have a number for each of the four. attention, one of ATTENTION, is for the
+    paper's ablation. Other arguments are DiT's. ValueError for sides that are not divisible by 4 or that windows do not fit at
+    some stage, and for any mixer but attention.
     """
 
     read_from = ("layers.0.blocks.0.op.A_logs", "y_embedder.embedding_table.weight", "pos_embed", "final_linear.bias")
@@ -86,17 +99,20 @@ class LaMamba(Backbone):
     def __init__(
         self, input_size=32, in_channels=4, hidden_size=320, depths=(2, 2, 2, 2), middle_depth=2, num_heads=(16, 16, 16, 16),
         window=8, num_classes=1000, learn_sigma=True, class_dropout_prob=0.1, mixer="attention",
+        attention="shifted",
     ):  # fmt: skip
         super().__init__()
         refuse_mixer(mixer, "LaMamba")
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes = self.trained_classes = num_classes
-        self.window = window
+        self.window = window if attention in ("shifted", "unshifted") else None
+        if attention == "unshifted":
+            self.register_buffer("unshifted", torch.ones(()))  # what else tells its weights from others
         stages = range(4 if depths[3] else 3)
         widths, whole = [hidden_size, 2 * hidden_size, 4 * hidden_size, 4 * hidden_size], 4 * hidden_size
 
         def stage(i, depth, project, **change):
-            return Stage([Block(widths[i], num_heads[i], window, d, whole, project) for d in range(depth)], **change)
+            return Stage([Block(widths[i], num_heads[i], window, d, whole, project, attention) for d in range(depth)], **change)
 
         self.t_embedder = TimestepEmbedder(whole)
         self.y_embedder = LabelEmbedder(num_classes, whole, class_dropout_prob)
@@ -129,7 +145,11 @@ class LaMamba(Backbone):
     def read(cls, weights):
         hidden, channels = weights["patch_embed.proj.weight"].shape[:2]
         depths = [len({name.split(".")[3] for name in weights if name.startswith(f"layers.{i}.blocks.")}) for i in range(4)]
-        return dict(hidden_size=hidden, depths=tuple(depths)), {
+        attention = "unshifted" if "unshifted" in weights else "shifted"
+        if "layers.0.blocks.0.attn.relative_position_bias_table" not in weights:
+            attention = "global" if "layers.0.blocks.0.attn.qkv.weight" in weights else "none"
+        size = dict(hidden_size=hidden, depths=tuple(depths)) | ({} if attention == "shifted" else dict(attention=attention))
+        return size, {
             "mixer": "attention",
             "mixer_options": {},
             "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
@@ -157,7 +177,7 @@ class LaMamba(Backbone):
         height, width = super().check_size(input_size)
         for shrink in (1, 2, 4):
             for side in (height // shrink, width // shrink):
-                if side > self.window and side % self.window:
+                if self.window and side > self.window and side % self.window:
                     raise ValueError(
                         f"input size {height} x {width} does not fit windows of {self.window}: this model comes to a side of "
                         f"{side}, which is more than a window and not whole windows"

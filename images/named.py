@@ -161,6 +161,16 @@ def _celeba_hq(folder, held_out, uncond):
 
 
 @dataset(
+    "celeba", 162_770, 0, 0,
+    "the training images (partition 0) of img_align_celeba of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, at any depth",
+)  # fmt: skip
+def _celeba(folder, held_out, uncond):
+    if held_out:
+        raise ValueError("celeba has no held-out images here")
+    return Folder(folder, labelled=False)
+
+
+@dataset(
     "lsun-church", 126_227, 300, 0,
     "church_outdoor_train_lmdb of https://github.com/fyu/lsun, unpacked, or its images as files",
 )  # fmt: skip

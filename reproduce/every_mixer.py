@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 
 from benchmarks.every_mixer import DIT, SIDES, costs
 from benchmarks.report import count_threads, machine
+from checkpoints.build import create_network
 from machine.files import whole_file
 from mixers import kind_of, mixer_options
-from models import MODELS
 
 HERE = Path(__file__).parent
 SETS = ("cifar10", "flowers")
@@ -69,11 +69,12 @@ def record(folder, data, name, seed, steps, objective, failure=None):
     write_json(folder / "row.json", row | dict(date=str(date.today())))
 
 
-def build(args):
-    """Returns the network of a run on pixels with these settings, without its numbers."""
-    options = mixer_options(args["mixer"], args) | dict(in_channels=3, num_classes=args["num_classes"], mixer=args["mixer"])
+def build(settings):
+    """Returns the network of a run on pixels with these settings, as its checkpoint has them, without its numbers."""
+    options = mixer_options(settings["mixer"], settings)
+    settings = settings | dict(in_channels=3, learn_sigma=settings["objective"] == "diffusion", mixer_options=options)
     with torch.device("meta"):
-        return MODELS[args["model"]](args["image_size"], learn_sigma=args["objective"] == "diffusion", **options)
+        return create_network(settings, 2 * (settings["image_size"],))
 
 
 def write_json(path, contents):

@@ -1,4 +1,4 @@
-"""Prints the paper's tables beside what was measured here, as Markdown:
+"""Prints the tables of the paper, and of the papers of other systems, beside what was measured here, as Markdown:
 
     python -m reproduce.tables                                 every file of rows in reproduce/results
     python -m reproduce.tables reproduce/results/table1_cifar10.jsonl
@@ -23,7 +23,8 @@ from statistics import mean
 from machine.files import whole_file
 
 HERE = Path(__file__).parent
-# What the paper reports, by table and system: parameters in millions and metrics by their names there.
+# What the paper reports, by table and system: parameters in millions and metrics by their names there. Systems without figures
+# are ours.
 PAPER = {
     "table1_cifar10": {
         "DiT": {"parameters": 29.6, "MSE": 0.0382, "FID": 4.25},
@@ -50,10 +51,46 @@ PAPER = {
         "Diffusion": {"FID": 0.711},
         "Reaction": {"FID": 0.617},
     },
+    "table2_dis_cifar10": {
+        "DiS": {"parameters": 28, "FID": 3.25},
+        "U-ViT": {"parameters": 44, "FID": 3.11},
+        "PDE-SSM-DiT-g": {},
+    },
+    "table3_dis_celeba64": {"U-ViT": {"parameters": 44, "FID": 2.87}, "DiS": {"parameters": 28}, "PDE-SSM-DiT-g": {}},
+    "table2_lamamba": {
+        "LaMamba-S": {"parameters": 32, "FID": 55.68},
+        "DiT-S": {"parameters": 33, "FID": 68.40},
+        "PDE-SSM-DiT-g-S": {},
+        "LaMamba-B": {"parameters": 127, "FID": 29.71},
+        "DiT-B": {"parameters": 130, "FID": 43.47},
+        "PDE-SSM-DiT-g-B": {},
+        "LaMamba-XL": {"parameters": 656, "FID": 12.86},
+        "DiT-XL": {"parameters": 675, "FID": 19.47},
+        "PDE-SSM-DiT-g-XL": {},
+    },
+    "table3_lamamba": {
+        "LaMamba": {"FID": 55.68},
+        "without-attention": {"FID": 69.78},
+        "without-shifts": {"FID": 58.81},
+        "global-attention": {"FID": 53.74},
+    },
     "table10_imagenet256": {
         "DiT": {"FID": 48.44, "sFID": 9.04, "Inception Score": 30.78, "Precision": 0.45, "Recall": 0.53},
         "PDE-SSM-DiT": {"FID": 49.37, "sFID": 11.21, "Inception Score": 34.09, "Precision": 0.47, "Recall": 0.48},
     },
+}
+# What has to be known of those figures.
+REMARKS = {
+    "table2_dis_cifar10": "DiS's paper gives S 384 channels, which are 30.9 million parameters; its code has 368, which are "
+    "the paper's 28. The Gflops of its Table 1 leave out all that its Mamba layers compute, and so stand nowhere here. "
+    "U-ViT's figure is of a recipe and a sampler of its own.",
+    "table3_dis_celeba64": "U-ViT's figure, as its public code gives it, is of a recipe and a sampler of its own. DiS's own "
+    "is missing: the text of its paper from which this was made has the caption of that table without the numbers.",
+    "table2_lamamba": "LaMamba's S and B have 34.1 and 134.5 million parameters here, those with the paper's multiply-adds; "
+    "its counts will be of an earlier version than the public code. That code has one configuration, XL: 652 million. Its L "
+    "cannot be told from its text. The paper trains without decay of weights, its code with 0.01; here there is none.",
+    "table3_lamamba": "10^9 multiply-adds, the paper's and ours: 3.19 and 3.18; without attention 2.45 and 2.46; without "
+    "shifts 3.19 and 3.18; with global attention, which has no relative positions here, 4.24 and 4.22.",
 }
 
 COUPLINGS = ("diagonal", "pairwise")  # systems of ours are named <the paper's>-<coupling>
@@ -91,7 +128,7 @@ def record(rows, table, scale, system, folder, checkpoint):
 
 def tabulate(table, rows):
     """Writes one table as Markdown: the paper's figures, then ours for each setting that was run."""
-    metrics = list(next(iter(PAPER[table].values())))
+    metrics = list(next(iter(PAPER[table].values())))  # the first has figures of all
     settings = {}
     for row in rows:  # a later run of the same seed replaces an earlier one
         sampler = f"{row['sampling_steps']} steps of {row['sampler']}"
@@ -101,7 +138,7 @@ def tabulate(table, rows):
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
     lines, ours = {}, {row["system"] for row in rows}
     for system, figures in PAPER[table].items():
-        lines[system] = [system, *(_plain(figures[name]) for name in metrics)]
+        lines[system] = [system, *(_plain(figures[name]) if name in figures else "" for name in metrics)]
         for coupling in COUPLINGS:
             if f"{system}-{coupling}" in ours:
                 lines[f"{system}-{coupling}"] = [f"{system}, {coupling}", *[""] * len(metrics)]
@@ -120,7 +157,8 @@ def tabulate(table, rows):
             f"{', '.join(map(str, seeds))}; {row['machine']}, PyTorch {row['torch']}, {row['date']}"
         )
     table_lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines.values()]]
-    return "\n".join([f"**{table}**", "", *table_lines, "", *notes, ""])
+    remark = [REMARKS[table], ""] if table in REMARKS else []
+    return "\n".join([f"**{table}**", "", *table_lines, "", *notes, "", *remark])
 
 
 def _figure(row, name):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from commands import ROOT
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import grids_sheet, noise
+from reproduce import grids_sheet, noise, tables
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -72,6 +73,9 @@ def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
         assert args.objective == objective
         mixer_options(args.mixer, vars(args))
         assert (args.dataset in DATASETS) == (scale == "full")
+        system = Path(args.results_dir).name.removesuffix(f"-{args.global_seed}")
+        known = tables.PAPER[script.removesuffix(".sh")]
+        assert system in known or any(system.removesuffix(f"-{coupling}") in known for coupling in tables.COUPLINGS)
     seeds = {args.global_seed for args in trained}
     assert seeds == ({0, 1, 2} if scale == "full" else {0})
     settings = [{k: v for k, v in vars(a).items() if not k.startswith("pde_") and k not in ("model", "mixer", "results_dir")}
@@ -129,6 +133,19 @@ def test_a_small_table_has_every_system(tmp_path):
         assert line[0].replace(", ", "-") == row["system"]
         assert [float(cell) for cell in line[4:]] == pytest.approx(ours, rel=1e-3)
         assert str(tmp_path / "data") not in json.dumps(row["commands"])
+
+
+def test_other_papers_figures_stand_beside_ours_with_what_is_wrong_with_them():
+    metrics = {"features": "2048 features of inception", "samples": dict(images=9), "reference": dict(images_in_statistics=8)}
+    row = dict(scale="full", objective="diffusion", steps=3, sampling_steps=250, sampler="ddpm", seed=0, parameters=28e6)
+    row |= dict(machine="a machine", torch="2.15", date="2026", system="PDE-SSM-DiT-g", metrics=metrics | {"FID": 3.0})
+    for table in tables.REMARKS:
+        lines = [line.strip("|").split("|") for line in tables.tabulate(table, [row]).splitlines() if line.startswith("|")]
+        assert len({len(line) for line in lines}) == 1
+        assert tables.REMARKS[table] in tables.tabulate(table, [row])
+        for name, *cells in lines[2:]:
+            figures = tables.PAPER[table][name.strip()]
+            assert [float(cell) for cell in cells if cell.strip()][: len(figures)] == [*figures.values()]
 
 
 def test_grids_of_a_data_set_become_one_sheet(tmp_path):

@@ -99,7 +99,7 @@ def test_batches_of_another_size_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_classes"), [("imagenet64", 0), ("imagenet256", 1000), ("celeba-hq", 0), ("lsun-church", 0)]
+    ("name", "num_classes"), [("imagenet64", 0), ("imagenet256", 1000), ("celeba-hq", 0), ("celeba", 0), ("lsun-church", 0)]
 )
 def test_named_sets_from_folders_of_images(tmp_path, monkeypatch, name, num_classes):
     expect(monkeypatch, name, 6)
@@ -178,7 +178,7 @@ def test_a_missing_set_says_where_to_get_it(tmp_path, name):
             load_dataset(folder, 32, name=name)
 
 
-@pytest.mark.parametrize("name", ["flowers102", "celeba-hq"])
+@pytest.mark.parametrize("name", ["flowers102", "celeba-hq", "celeba"])
 def test_sets_without_held_out_images_say_so(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} has no held-out images"):
         load_dataset(str(tmp_path), 32, held_out=True, name=name)

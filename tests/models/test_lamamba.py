@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from backbones.lamamba import Expand, LaMamba, Merge
+from backbones.lamamba import ATTENTION, Block, Expand, LaMamba, Merge, Stage
+from checkpoints.build import settings_from_weights
 from machine.cost import forward_flops
 from models import MODELS
 from public_numbers import assert_near, assert_public, on_meta, shapes, with_public_weights
@@ -94,3 +95,27 @@ def test_sides_that_do_not_fit(size, message):
         LaMamba(**TINY | dict(input_size=size))
     with pytest.raises(ValueError, match=message):
         on_meta(LaMamba, **TINY).resize(size)
+
+
+@pytest.mark.parametrize(("attention", "gmacs"), [("none", 2.45), ("unshifted", 3.19), ("global", 4.24)])
+def test_the_ablation_of_attention_costs_what_the_paper_says(attention, gmacs):
+    model = on_meta(MODELS[f"LaMamba-S-{attention}"]).eval()
+    assert settings_from_weights(model.state_dict())["model"] == f"LaMamba-S-{attention}"
+    x, t = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta")
+    assert forward_flops(model, x, t, t.long()) / 2e9 == pytest.approx(gmacs, rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_how_far_a_block_sees_beside_its_scan(attention):
+    """Of 8 x 8 tokens the first, by the branch of attention alone: in a block that shifts, where windows do."""
+    block = Block(4, 2, 4, 1, 4, False, attention)
+    stage = Stage([block])
+    stage.resize((8, 8))
+    if attention == "none":
+        assert block.attn is None
+        return
+    tokens = torch.randn(1, 64, 4, requires_grad=True)
+    block.attn(tokens)[0, 0].sum().backward()
+    sees = tokens.grad[0].any(-1).view(8, 8)
+    assert sees.sum() == dict(shifted=4, unshifted=16, **{"global": 64})[attention]
+    assert sees[:2, :2].all()

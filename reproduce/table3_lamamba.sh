@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Table 3 of LaMamba-Diff (Fu et al., arXiv 2408.02615): what attention and the shifts of its windows bring to LaMamba-S. Other
+# settings as table2_lamamba.sh. DATA: ImageNet's training images, or their cached latents (and IMAGES_OF the images).
+OBJECTIVE=${OBJECTIVE:-diffusion}
+source "$(dirname "$0")/common.sh"
+recipe imagenet256 256 400000 50000 --global-batch-size 256 --lr 1e-4
+system LaMamba LaMamba-S LaMamba-N
+system without-attention LaMamba-S-none LaMamba-N-none
+system without-shifts LaMamba-S-unshifted LaMamba-N-unshifted
+system global-attention LaMamba-S-global LaMamba-N-global
+"$PYTHON" -m reproduce.tables "$ROWS"
