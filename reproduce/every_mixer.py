@@ -71,10 +71,11 @@ def record(folder, data, name, seed, steps, objective, failure=None):
 
 def build(settings):
     """Returns the network of a run on pixels with these settings, as its checkpoint has them, without its numbers."""
-    options = mixer_options(settings["mixer"], settings)
-    settings = settings | dict(in_channels=3, learn_sigma=settings["objective"] == "diffusion", mixer_options=options)
+    given = {name: value for name, value in settings.items() if value is not None}
+    given |= dict(in_channels=3, learn_sigma=settings["objective"] == "diffusion")
+    given |= dict(mixer_options=mixer_options(settings["mixer"], settings))
     with torch.device("meta"):
-        return create_network(settings, 2 * (settings["image_size"],))
+        return create_network(given, 2 * (settings["image_size"],))
 
 
 def write_json(path, contents):
