@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from checkpoints.build import load_model
+from checkpoints.build import load_guide, load_model
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS, create_sampler
 from diffusion.drawing import choose_classes, draw, name_classes
 from diffusion.guidance import create_guidance, guidance_in_words
@@ -34,7 +34,9 @@ def main(args, processes):
     objective, sampler = create_sampler(settings["objective"], args.sampler, steps, **trained(settings))
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
     check_writable(args.out, "--out")
-    prepare_to_sample(model, processes.device, args.precision, args.compile, args.backend, args.deterministic)
+    running = processes.device, args.precision, args.compile, args.backend, args.deterministic
+    guidance = with_guide(guidance, args.guide_ckpt, args.guide_scale, model, settings, running)
+    prepare_to_sample(model, *running)
     space = load_trained_space(settings["vae"], processes.device, None if args.vae else settings.get("vae_digest"))
 
     drawn = in_words(model, settings, sampler, steps, args.precision, guidance)
@@ -48,6 +50,18 @@ def main(args, processes):
 def trained(settings):
     """Picks out what `create_sampler` must know of how a checkpoint was trained."""
     return {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift", "learn_sigma")}
+
+
+def with_guide(guidance, path, scale, model, settings, running):
+    """Returns the Guidance with the model of the checkpoint at `path`, if any, as guide. running: further arguments of
+    `prepare_to_sample`. ValueError if it cannot guide a model of these settings."""
+    if not path:
+        if scale is not None:
+            raise ValueError(f"--guide-scale {scale:g} means nothing without --guide-ckpt")
+        return guidance
+    guide = load_guide(find_checkpoint(path), model, settings)
+    prepare_to_sample(guide, *running)
+    return guidance._replace(guide=guide.to(running[0]), guide_scale=2.0 if scale is None else scale)
 
 
 def in_words(model, settings, sampler, steps, precision, guidance):
@@ -78,6 +92,8 @@ def add_model_flags(add, vae):
     add("--cfg-channels", choices=["3", "all"], help="that guidance guides; by default 3 of 4, as in DiT, and all of others")
     interval = dict(type=share, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
     add("--cfg-interval", **interval, help="where guidance acts on the way from noise, 0, to image, 1")
+    add("--guide-ckpt", metavar="FILE", help="checkpoint of a weaker model, from which to lead away (autoguidance)")
+    add("--guide-scale", type=from_zero, metavar="W", help="how far; 1 is not at all, and 2 the default")
     add_speed_flags(add)
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
 

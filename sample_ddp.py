@@ -26,7 +26,7 @@ from images.samples import save_png
 from machine.flags import from_zero, not_negative, positive
 from machine.processes import launch
 from mixers.running import prepare_to_sample
-from sample import add_model_flags, in_words, trained
+from sample import add_model_flags, in_words, trained, with_guide
 
 
 def main(args, processes):
@@ -45,13 +45,19 @@ def main(args, processes):
         reference = open_source(args.evaluate, network)
         look_ahead(reference, Source("the samples", None, range(count), {}, None), network, processes)
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
-    prepare_to_sample(model, processes.device, args.precision, args.compile, args.backend, args.deterministic)
+    if args.balanced_labels and not model.num_classes:
+        raise ValueError("--balanced-labels means nothing to a checkpoint without classes")
+    running = processes.device, args.precision, args.compile, args.backend, args.deterministic
+    guidance = with_guide(guidance, args.guide_ckpt, args.guide_scale, model, settings, running)
+    prepare_to_sample(model, *running)
     space = load_trained_space(settings["vae"], processes.device, None if args.vae else settings.get("vae_digest"))
     folder = Path(args.sample_dir) / folder_name(settings, args.ckpt, args.cfg_scale, args.global_seed)
     size = [side * space.factor for side in model.input_size]
     if processes.rank == 0:
         drawn = dict(sampler=sampler.__name__, num_sampling_steps=args.num_sampling_steps)
         drawn |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(guidance.interval))
+        drawn |= dict(balanced_labels=args.balanced_labels, guide_scale=guidance.guide_scale)
+        drawn |= dict(guide=digest(guidance.guide.state_dict()) if guidance.guide else None)
         made_with = settings_of_images(model, settings, space, drawn, args.precision)
         record = claim_folder(folder, made_with, count)  # noqa: F841  it locks the folder as long as it is open
         check_folder(folder, size, count)
@@ -65,7 +71,7 @@ def main(args, processes):
 
     model.to(processes.device)
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
-        images = draw_numbered(model, space, objective, sampler, numbers, args.global_seed, guidance)
+        images = draw_numbered(model, space, objective, sampler, numbers, args.global_seed, guidance, args.balanced_labels)
         for number, image in zip(numbers, images):
             save_png(image.numpy(), image_path(folder, number))
     processes.barrier()
@@ -107,6 +113,7 @@ def parse_args(argv=None):
     add("--sample-dir", default="samples", help="where the folder of images and the .npz beside it go")
     add("--per-proc-batch-size", type=positive, default=32)
     add("--num-fid-samples", type=positive, default=50_000)
+    add("--balanced-labels", action="store_true", help="every class equally often: the number of an image decides its label")
     add("--cfg-scale", type=from_zero, default=1.5, help="strength of classifier-free guidance; 1 is none")
     add("--global-seed", type=not_negative, default=0)
     add("--evaluate", metavar="REF", help="compare with this .npz or folder when done, as evaluate.py does; also as .json")

@@ -132,6 +132,18 @@ def load_model(path, given, default_vae, decay=None):
     return model.eval().requires_grad_(False), settings
 
 
+def load_guide(path, model, settings):
+    """Returns the model of a checkpoint that is to guide another, of these settings, at that one's size. ValueError if they do
+    not see the same: space, objective and classes, but that it may have none."""
+    guide, own = load_model(path, dict(image_size=settings["image_size"]), settings["vae"])
+    for name in ("vae", "in_channels", "objective", "path", "predict", "time_scale"):
+        if own[name] != settings[name]:
+            raise ValueError(f"--guide-ckpt {path} has {name} {own[name]}, and what it is to guide has {settings[name]}")
+    if guide.num_classes not in (0, model.num_classes):
+        raise ValueError(f"--guide-ckpt {path} has {guide.num_classes} classes, what it is to guide {model.num_classes}")
+    return guide
+
+
 def create_network(settings, input_size):
     """Returns a network of these settings, as `load_model` returns them, with new weights."""
     return MODELS[settings["model"]](

@@ -73,21 +73,24 @@ def draw(model, space, objective, sampler, labels, seed, guidance, progress=True
     return torch.cat(images)
 
 
-def draw_numbered(model, space, objective, sampler, numbers, seed, guidance):
+def draw_numbered(model, space, objective, sampler, numbers, seed, guidance, balanced=False):
     """Draws the images of a run that have these numbers: uint8 (n, H, W, 3) on the CPU.
 
-    The seed of an image decides its label, from the classes that were trained, and its noise.
+    The seed of an image decides its label, from the classes that were trained, and its noise. balanced: its number decides the
+    label, so that every class comes equally often, and its noise is the same.
     """
     noise = PerImageNoise(image_seeds(seed, numbers, "sampling"), next(model.parameters()).device)
     labels = (noise.rand() * model.trained_classes).long()
+    if balanced:
+        labels = torch.tensor(numbers, device=labels.device) % model.trained_classes
     return generate(model, space, objective, sampler, labels, noise, guidance, progress=False, numbers=numbers)
 
 
 def generate(model, space, objective, sampler, labels, noise, guidance, progress=True, numbers=None):
     """Draws one sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
-    A model without classes is not guided. Pixels are kept in range at every step; latents have no range. ValueError, which
-    names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images would look
+    A model without classes is not guided by them. Pixels are kept in range at every step; latents have no range. ValueError,
+    which names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images would look
     like others.
     """
     checked = []  # (where, which of the images were finite there (n,) bool), in the order of the calls
@@ -96,12 +99,12 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
         checked.append((where, x.isfinite().flatten(1).all(1).unflatten(0, (-1, len(labels))).all(0)))
         return x
 
-    network, unguided = guided(model, objective, guidance), guidance.scale == 1 or model.num_classes == 0
+    network = guided(model, objective, guidance)
     hook = model.register_forward_hook(lambda model, inputs, out: check("network", out))
     try:
         x = sampler(
             objective,
-            model if unguided else lambda x, t, y: check("guidance", network(x, t, y)),
+            model if network is model else lambda x, t, y: check("guidance", network(x, t, y)),
             noise.randn(model.in_channels, *model.input_size),
             model_kwargs=dict(y=labels),
             clip_denoised=space.factor == 1,

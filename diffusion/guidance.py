@@ -1,5 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans, 2022) of a network that can leave the class away."""
+"""Classifier-free guidance (Ho & Salimans, 2022) of a network that can leave the class away, and autoguidance (Karras et al.,
+2024) by a weaker network."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,8 @@ class Guidance(NamedTuple):
     scale: float                                # 1 is no guidance, and 0 leaves the class away
     channels: int | None = 3                    # how many channels are guided, None for all
     interval: tuple[float, float] = (0.0, 1.0)  # on which part of the way from noise, 0, to image, 1
+    guide: Callable | None = None               # a weaker network, with num_classes, from which to lead away
+    guide_scale: float = 1                      # how far; 1 is no guidance
 
 
 def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):
@@ -27,18 +31,44 @@ def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):
 
 
 def guided(model, objective, guidance):
-    """Returns the network (x (B, C, H, W), t (B,), y (B,)) with guidance, which computes both halves of a doubled batch and
-    returns one. At a strength of 0 it is the network without classes.
+    """Returns the network (x (B, C, H, W), t (B,), y (B,)) with both kinds of guidance, as far as there are any."""
+    unguided = guidance.scale == 1 or model.num_classes == 0
+    network = model if unguided else with_classes(model, objective, guidance)
+    return network if guidance.guide is None else led_away(network, objective, guidance)
+
+
+def led_away(network, objective, guidance):
+    """Returns the network, led away from its guide: guide + w (network - guide) on all C channels of x. The rest of its output
+    passes through."""
+    guide, w = guidance.guide, guidance.guide_scale
+
+    def led(x, t, y):
+        out = network(x, t, y)                                             # (B, C or 2 C, H, W)
+        strength = torch.where(acts(guidance, objective, t), w, 1.0).view(-1, 1, 1, 1)
+        weak = guide(x, t, y.clamp(max=guide.num_classes))                 # one without classes has 0 alone
+        c = x.shape[1]
+        return torch.cat([torch.lerp(weak[:, :c], out[:, :c], strength), out[:, c:]], dim=1)
+
+    return led
+
+
+def acts(guidance, objective, t):
+    """Returns whether guidance acts at the times t (B,) that a network is shown: (B,) bool."""
+    (low, high), progress = guidance.interval, objective.progress(t.double())
+    return (low <= progress) & (progress <= high) | ((low, high) == (0, 1))
+
+
+def with_classes(model, objective, guidance):
+    """Returns the network (x (B, C, H, W), t (B,), y (B,)) with classifier-free guidance, which computes both halves of a
+    doubled batch and returns one. At a strength of 0 it is the network without classes.
 
     model: has num_classes, the number of the null class; in_channels; and forward_with_cfg(x, t, y, scale, channels).
     objective: knows by progress(t) how far from noise to image a network is that is shown t.
     """
-    scale, channels, (low, high) = guidance
-    everywhere = (low, high) == (0, 1)
+    scale, channels, everywhere = guidance.scale, guidance.channels, guidance.interval == (0, 1)
 
     def network(x, t, y):
-        progress = objective.progress(t.double())
-        here = (low <= progress) & (progress <= high) | everywhere         # (B,) bool: samplers may have a t for each image
+        here = acts(guidance, objective, t)                                # (B,) bool: samplers may have a t for each image
         null = torch.full_like(y, model.num_classes)
         if scale == 0:
             return model(x, t, torch.where(here, null, y))
@@ -53,10 +83,12 @@ def guided(model, objective, guidance):
 
 def guidance_in_words(guidance, model):
     """Says how a model is guided, for a line of output."""
-    if guidance.scale == 1 or model.num_classes == 0:
-        return "without guidance"
     low, high = guidance.interval
     there, part = model.in_channels, "" if (low, high) == (0, 1) else f" from {low:g} to {high:g} of the way"
+    away = f"led away from a weaker model with strength {guidance.guide_scale:g}{part}" if guidance.guide else ""
+    if guidance.scale == 1 or model.num_classes == 0:
+        return away or "without guidance"
+    part += f", {away}" if away else ""
     if guidance.scale == 0:
         return f"without classes{part}"
     which = f"{guidance.channels} of" if guidance.channels and guidance.channels < there else "all"

@@ -17,7 +17,8 @@ from images.folders import read_image
 from images.samples import NpzImages, write_npz
 from machine.files import lock
 
-OLDER = dict(precision="fp32", predict="velocity", time_shift=1.0)  # of images in a folder whose settings leave it out
+# Of images in a folder whose settings leave it out.
+OLDER = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced_labels=False, guide=None, guide_scale=1)
 
 
 def image_path(folder, number):

@@ -74,6 +74,29 @@ def test_a_strength_of_0_draws_without_classes(tmp_path, checkpoint, run, num_cl
         assert np.abs(drawn[0] - null).max() <= 1
 
 
+def test_a_weaker_checkpoint_guides(tmp_path, checkpoint):
+    path, weak = checkpoint(), checkpoint("attention", name="weak.pt")
+    flags = ["--class-labels", 3, "--cfg-scale", 1, "--guide-ckpt"]
+    plain = draw(path, tmp_path / "a.png", *flags[:-1])
+    assert not np.array_equal(draw(path, tmp_path / "b.png", *flags, weak), plain)
+    assert np.abs(draw(path, tmp_path / "b.png", *flags, weak, "--guide-scale", 1).astype(int) - plain).max() <= 1
+    assert np.array_equal(
+        draw(path, tmp_path / "b.png", *flags, weak), draw(path, tmp_path / "b.png", *flags, weak, "--guide-scale", 2)
+    )
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 1, "--guide-ckpt", weak)
+    with pytest.raises(ValueError, match=r"guide_scale 2\.0 and now 3\.0; give another --sample-dir"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 1, "--guide-ckpt", weak, "--guide-scale", 3)
+    for other, message in (
+        (checkpoint("attention", name="f.pt", objective="flow"), "has objective flow, and what it is to guide has diffusion"),
+        (checkpoint("attention", 5, name="c.pt"), "has 5 classes, what it is to guide 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(path, tmp_path / "b.png", *flags, other)
+    with pytest.raises(ValueError, match="--guide-scale 3 means nothing without --guide-ckpt"):
+        draw(path, tmp_path / "b.png", "--guide-scale", 3)
+    assert draw(path, tmp_path / "b.png", *flags, checkpoint("attention", 0, name="u.pt")).shape == plain.shape
+
+
 def test_guidance_flags_reach_the_samples(tmp_path, checkpoint):
     path = checkpoint()
     base = draw(path, tmp_path / "a.png", "--class-labels", 3)

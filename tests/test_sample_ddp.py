@@ -57,6 +57,19 @@ def test_an_image_does_not_depend_on_how_many_are_drawn_with_it(tmp_path, checkp
     assert np.abs(few.astype(int) - more[:3]).max() <= 1  # a batch's size changes rounding
 
 
+def test_balanced_labels_follow_from_the_numbers(tmp_path, checkpoint, monkeypatch):
+    drawn, generate = [], drawing.generate
+    note = lambda *a, **k: drawn.extend(zip(k["numbers"], a[4].tolist())) or generate(*a, **k)  # noqa: E731
+    monkeypatch.setattr(drawing, "generate", note)
+    flags = ["--num-fid-samples", 23, "--per-proc-batch-size", 7]
+    draw_many(checkpoint(), tmp_path / "s", *flags, "--balanced-labels")
+    assert sorted(drawn) == [(number, number % 10) for number in range(23)]
+    with pytest.raises(ValueError, match="balanced_labels True and now False"):
+        draw_many(checkpoint(), tmp_path / "s", *flags)
+    with pytest.raises(ValueError, match="--balanced-labels means nothing to a checkpoint without classes"):
+        draw_many(checkpoint(num_classes=0), tmp_path / "t", *flags, "--balanced-labels")
+
+
 def test_a_stopped_run_goes_on(tmp_path, checkpoint, monkeypatch):
     path, flags = checkpoint(), ["--num-fid-samples", 10, "--per-proc-batch-size", 4]
     whole = draw_many(path, tmp_path / "s", *flags)

@@ -33,3 +33,24 @@ def test_guidance_on_a_part_of_the_way_and_on_all_channels(randomize):
     torch.testing.assert_close(half(x, t, y), expected)
     diffusion = create_diffusion("10")
     assert [diffusion.progress(t) for t in (1000, 250, 0)] == [0, 0.75, 1]
+
+
+@torch.no_grad()
+def test_a_guided_network_is_led_away_from_a_weaker_one(randomize):
+    size, x, t = dict(input_size=8, in_channels=3, num_classes=10), torch.randn(2, 3, 8, 8), torch.tensor([250.0, 800.0])
+    model, guide = (randomize(DiT_models[name](**size)).eval() for name in ("DiT-N/2", "DiT-N/4"))
+    y, diffusion = torch.tensor([3, 7]), create_diffusion("10")
+    for scale in (1, 2.5):
+        plain = guided(model, diffusion, Guidance(scale))(x, t, y)
+        led = guided(model, diffusion, Guidance(scale, guide=guide, guide_scale=3.0))(x, t, y)
+        weak = guide(x, t, y)[:, :3]
+        torch.testing.assert_close(led[:, :3], weak + 3 * (plain[:, :3] - weak), rtol=1e-4, atol=1e-4)
+        assert torch.equal(led[:, 3:], plain[:, 3:])  # the variances are not
+        part = guided(model, diffusion, Guidance(scale, None, (0.5, 1.0), guide, 3.0))(x, t, y)
+        torch.testing.assert_close(part[0, :3], led[0, :3])
+        torch.testing.assert_close(part[1], guided(model, diffusion, Guidance(scale, None, (0.5, 1.0)))(x, t, y)[1])
+    same = guided(model, diffusion, Guidance(1, guide=model, guide_scale=3.0))(x, t, y)
+    torch.testing.assert_close(same, model(x, t, y), rtol=1e-4, atol=1e-4)
+    without = randomize(DiT_models["DiT-N/4"](**size | dict(num_classes=0))).eval()
+    led = guided(model, diffusion, Guidance(1, guide=without, guide_scale=0))(x, t, y)
+    torch.testing.assert_close(led[:, :3], without(x, t, torch.zeros_like(y))[:, :3])
