@@ -62,6 +62,16 @@ def test_it_scans_in_float32_under_autocast():
     torch.testing.assert_close(rounded, mixer(tokens), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("gate", [False, True])
+def test_tokens_stay_together_through_the_convolution(gate, batch):
+    """Where channels are far apart, convolution, activation and gathering take many times as long."""
+    mixer, seen = SS2D(16, gate=gate), []
+    mixer.conv2d.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    mixer(torch.randn(batch, 16, 16))
+    assert seen[0].permute(0, 2, 3, 1).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
