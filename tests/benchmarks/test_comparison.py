@@ -91,6 +91,7 @@ def test_mistakes_are_named(script):
 @pytest.mark.parametrize("name", SIDES)
 def test_flags_name_what_the_benchmark_times(name):
     side = dict(SIDES[name])
+    assert "/" not in name                                                 # a folder is called so
     args = train.parse_args(every_mixer.flags_of(**side))
     assert args.model == side.pop("model")
     assert args.mixer == side.pop("mixer", "attention")
