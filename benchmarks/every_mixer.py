@@ -22,9 +22,10 @@ from mixers import MIXERS
 from models import MODELS, DiT_models
 
 DIT = "DiT-N/4"
+SYSTEMS = [name for name in MODELS if name.endswith(("-N", "-N/4")) and name not in DiT_models]
 SIDES = {
     **{name: dict(model=DIT, mixer=name) for name in MIXERS},
-    **{name.removesuffix("/4"): dict(model=name) for name in MODELS if name not in DiT_models and name.endswith(("-N", "-N/4"))},
+    **{name.removesuffix("/4"): dict(model=name) for name in SYSTEMS},
     "gate": dict(model=DIT, mixer="pdessm", gate=True),
     "gate-conditioned": dict(model=DIT, mixer="pdessm", gate=True, conditioned=True),
     "conditioned": dict(model=DIT, mixer="pdessm", conditioned=True),
