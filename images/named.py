@@ -218,11 +218,13 @@ class _Database(Dataset):
 @dataset(
     "flowers102", 8_189, 0, 0,
     "102flowers.tgz, unpacked to flowers-102/jpg, and imagelabels.mat and setid.mat beside it in flowers-102, of "
-    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102, or its 8,189 images as files at any depth",
 )  # fmt: skip
 def _flowers102(folder, held_out, uncond):
     if held_out:
         raise ValueError("flowers102 has no held-out images here: training takes all of its three splits, as the paper does")
+    if not Path(folder, "flowers-102").is_dir():
+        return Folder(folder, labelled=False)
     splits = [Flowers102(folder, split) for split in ("train", "val", "test")]
     if missing := [file for split in splits for file in split._image_files if not file.is_file()]:
         raise OSError(f"{len(missing):,} images are missing, such as {missing[0]}")

@@ -7,6 +7,8 @@
 # From the environment:
 #   SCALE       full, the paper's; or small, on 2 CPU cores in minutes, to see that everything runs: tiny models on pixels,
 #               few steps and images. DATA is then any folder of images, or holds train/ and test/
+#   SIZE        if small, of the images, 32; DiT-N's patches are an eighth of it
+#   PREDICT     of flow: velocity, or x, which pixels at larger patches need
 #   SEEDS       "0 1 2", or if small "0"
 #   OBJECTIVE   flow, the paper's, or diffusion
 #   FEATURES    of evaluate.py: inception, or if small efficientnet-lite0, whose weights come with its package
@@ -23,7 +25,8 @@ fi
 table=$(basename "$0" .sh) data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PYTHON=${PYTHON:-python}
-WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE} ROWS=${ROWS:-reproduce/results/$table.jsonl}
+other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}
+WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE$other} ROWS=${ROWS:-reproduce/results/$table$other.jsonl}
 case $SCALE-$OBJECTIVE in
     full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps
     full-diffusion) sampler=ddpm SAMPLING_STEPS=${SAMPLING_STEPS:-250} ;;
@@ -49,18 +52,19 @@ recipe() {
         local held_out=()
         if [ -d "$data/train" ]; then real=$data/train; fi
         if [ -d "$data/test" ]; then held_out=(--val-path "$data/test"); fi
-        reference=(--image-size 32 --num-images "$IMAGES")
-        train=(--vae none --uncond --image-size 32 --global-batch-size 64 --lr 1e-3 --num-workers 0 --epochs 100000)
+        reference=(--image-size "${SIZE:-32}" --num-images "$IMAGES")
+        train=(--vae none --uncond --image-size "${SIZE:-32}" --global-batch-size 64 --lr 1e-3 --num-workers 0 --epochs 100000)
         train+=(--data-path "$real" ${held_out[@]+"${held_out[@]}"})
         REFERENCE=${REFERENCE:-$WORK/reference-$FEATURES-$IMAGES.npz}
     fi
+    if [ -n "${PREDICT:-}" ]; then train+=(--predict "$PREDICT"); fi
     metrics=()
 }
 
 # system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own
 system() {
     local name=$1 model=$2 seed run samples
-    if [ "$SCALE" = small ]; then model=$3; fi
+    if [ "$SCALE" = small ]; then model=${3/#DiT-N\/4/DiT-N\/$((${SIZE:-32} / 8))}; fi
     for seed in $SEEDS; do
         folder=$WORK/$name-$seed run=$STEPS-$SAMPLING_STEPS-$IMAGES-$FEATURES
         samples=$folder/samples-$STEPS-$SAMPLING_STEPS-$IMAGES

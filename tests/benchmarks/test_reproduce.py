@@ -83,6 +83,13 @@ def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
     assert all(other == settings[0] for other in settings)  # systems differ in the network alone
 
 
+def test_small_runs_may_have_larger_images_and_patches(tmp_path):
+    commands = commands_of("table3_flowers.sh", tmp_path, SCALE="small", SIZE="64", PREDICT="x")
+    trained = [train.parse_args(flags) for name, *flags in commands if name == "train.py"]
+    assert {args.model for args in trained} == {"DiT-N/8", "UNet-N"}
+    assert {(args.image_size, args.predict) for args in trained} == {(64, "x")}
+
+
 def test_other_settings_are_another_run(tmp_path):
     for flags in ({"STEPS": "10"}, {"STEPS": "20"}, {"STEPS": "20", "IMAGES": "30"}):
         commands = commands_of("table1_cifar10.sh", tmp_path, SCALE="small", **flags)

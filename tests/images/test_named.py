@@ -134,6 +134,19 @@ def test_flowers_are_all_three_splits(tmp_path, monkeypatch):
         load_dataset(str(tmp_path), 8, name="flowers102")
 
 
+def test_flowers_may_be_files_alone(tmp_path, monkeypatch):
+    for number in range(5):
+        folder = tmp_path / ("test" if number == 4 else "train") / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * number, 0, 0)).save(folder / f"{number}.png")
+    expect(monkeypatch, "flowers102", 5)
+    images = load_dataset(str(tmp_path), 8, name="flowers102")
+    assert (len(images), images.num_classes, images[0][1]) == (5, 0, 0)
+    (tmp_path / "test" / "0" / "4.png").unlink()
+    with pytest.raises(OSError, match=r"not whole \(it has 4 images, not 5\); it takes .*, or its 8,189 images as files"):
+        load_dataset(str(tmp_path), 8, name="flowers102")
+
+
 def write_database(path, images):
     with lmdb.open(str(path), map_size=2**24) as environment, environment.begin(write=True) as transaction:
         for i, image in enumerate(images):
