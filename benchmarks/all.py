@@ -6,7 +6,9 @@
 import subprocess
 import sys
 
-NAMES = ("mixer", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling", "faster_sampling")
+NAMES = (
+    "mixer", "selective_scan", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling", "faster_sampling"
+)  # fmt: skip
 
 if __name__ == "__main__":
     failed = []

@@ -10,6 +10,8 @@ from importlib import import_module
 
 import torch
 
+from pde_ssm_kernels import backend
+
 DEVICE = "cuda"
 MOST_STATES = 256   # of a channel
 TOLERANCE = 1e-3    # of the largest entry, in float32: its exponentials are fast ones, too
@@ -18,7 +20,8 @@ TOLERANCE = 1e-3    # of the largest entry, in float32: its exponentials are fas
 def serves(inputs, reference):
     """Whether it can take these inputs, and agrees with `reference`, the equations, on their device."""
     u, _, A, *_ = inputs
-    return u.device.type == DEVICE and u.dtype == torch.float32 and A.shape[1] <= MOST_STATES and agrees(u.device, reference)
+    fits = u.device.type == DEVICE and u.dtype == torch.float32 and A.shape[1] <= MOST_STATES
+    return fits and backend() not in ("torch", "plain") and agrees(u.device, reference)
 
 
 def function():

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import every_mixer, flags, forward, memory, pairwise_memory, plot, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
+from benchmarks.selective_scan import NO_MAMBAPY
 from commands import ROOT
 from mixers import build_mixer
 from models import DiT
@@ -150,6 +151,7 @@ def small(name, monkeypatch):
     sizes = {
         "table5": dict(PAPER={(32, 8): (1.0, 2.0), (64, 8): (3.0, 4.0), (256, 2): (5.0, 6.0)}),
         "mixer": dict(HEADS={16: 2}, GRIDS=[(2, 2), (2, 3)], BATCH=1),
+        "selective_scan": dict(CHANNELS=4, SIZES=[(1, 3, 2), (2, 4, 2)]),
         "step": dict(SIZE="N", INPUTS=(4, 8)),
         "memory": dict(TOKENS=[16], CHANNELS=16, HEADS=2, BATCH=1),
         "every_mixer": dict(
@@ -178,8 +180,9 @@ def test_every_benchmark_writes_json_and_a_plot(name, args, monkeypatch, capsys)
     assert contents["rows"]
     for row in contents["rows"]:
         compared = [{"attention", "pdessm"}, {"attention", "diagonal", "floor"}, {"plain", "compiled", "bf16", "both"}]
+        compared += [{"ours", "torch", "mambapy", "reference"}]
         assert any(names <= row["sides"].keys() for names in compared)
-        for side in row["sides"].values():
+        for side in (side for side in row["sides"].values() if side != NO_MAMBAPY):
             assert side.get("median_ms", side.get("peak_mb")) > 0
     assert (args.out / f"{name}-cpu-quick.png").read_bytes().startswith(b"\x89PNG")
     assert not list(args.out.glob("*.partial*"))
