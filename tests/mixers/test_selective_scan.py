@@ -99,6 +99,21 @@ def test_slow_and_stiff_channels_in_float32(scale, backend):
     assert_close(values_and_gradients(selective_scan, given), exactly(given), 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@backends
+def test_its_exponential_is_as_good_as_its_exponent(dtype, backend):
+    """Of two tokens, the first of which alone puts something in, the last state is exp(delta A)."""
+    set_backend(backend)
+    steps = torch.rand(1, 4000, 2, dtype=dtype) + 0.1
+    steps[..., 0] = 1
+    A = (60 * torch.rand(4000, 1) ** 4 * torch.randn(4000, 1).sign()).to(dtype)
+    u, ones = torch.tensor([1.0, 0.0], dtype=dtype).expand_as(steps), torch.ones(1, 1, 2, dtype=dtype)
+    _, last = selective_scan(u, steps, A, ones, ones, return_last_state=True)
+    x = steps[0, :, 1:].double() * A.double()
+    errors = (last[0] - x.exp()).abs() / x.exp()
+    assert (errors <= 1.5 * (1 + x.abs()) * torch.finfo(dtype).eps).all()  # of which in float64 x itself has half a unit
+
+
 @backends
 def test_growth_beyond_what_numbers_hold_is_infinite_and_a_nan_stays_one(backend):
     set_backend(backend)
