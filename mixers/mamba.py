@@ -15,7 +15,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import conv2d, linear, pad, silu
 
 from machine.flags import positive
 from mixers.grid import checked_grid, on_grid, refuse
@@ -82,21 +82,24 @@ class Mamba(nn.Module):
         return put_back(self.read(along).unsqueeze(2), (self.path,), grid)
 
     def read(self, tokens):                                                # (B, L, D)
-        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)        # (B, E, L) twice
+        x, z = self.in_proj(tokens).chunk(2, dim=2)                        # (B, L, E) twice
         y = self.scan(x, z, "")
         if len(self.ways) == 2:
-            back = self.scan(x.flip(2), z.flip(2), "_b").flip(2)
+            back = self.scan(x.flip(1), z.flip(1), "_b").flip(1)
             y = y + back if self.summed else (y + back) / 2
-        return self.out_proj(y.transpose(1, 2))                            # (B, L, D)
+        return self.out_proj(y)                                            # (B, L, D)
 
-    def scan(self, x, z, b):                                               # (B, E, L) twice -> (B, E, L)
+    def scan(self, x, z, b):                                               # (B, L, E) twice -> (B, L, E)
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{b}") for name in ("conv1d", "x_proj", "dt_proj"))
         A_log, D = getattr(self, f"A{b}_log"), getattr(self, f"D{b}")
-        x = silu(conv1d(pad(x, (conv1d.kernel_size[0] - 1, 0))))
+        # As a picture one pixel high whose channels come last, which it is in memory: conv1d would turn it over, and back.
+        x = pad(x, (0, 0, conv1d.kernel_size[0] - 1, 0)).transpose(1, 2).unsqueeze(2)
+        x = silu(conv2d(x, conv1d.weight.unsqueeze(2), conv1d.bias, groups=len(D)).squeeze(2))     # (B, E, L)
         numbers = dt_proj.in_features, A_log.shape[1], A_log.shape[1]
         delta, B, C = x_proj(x.transpose(1, 2)).split(numbers, dim=2)      # (B, L, R), (B, L, N) twice
-        delta, B, C = (parts.transpose(1, 2) for parts in (linear(delta, dt_proj.weight), B, C))
-        return selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True)
+        delta, B, C, z = (part.transpose(1, 2) for part in (linear(delta, dt_proj.weight), B, C, z))
+        y = selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True)
+        return y.transpose(1, 2)
 
 
 OPTIONS = (
