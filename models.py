@@ -68,7 +68,7 @@ class DiT(Backbone):
 
     input_size is a side or (height, width), divisible by patch_size. mixer is a name in mixers.MIXERS or a class;
     further keyword arguments are options of that mixer. learn_sigma doubles the output channels. mlp is one of MLPS, norm one
-    of NORMS. Mixers that are `rotary` know places, so that none are added to their tokens. ValueError for sizes that do not fit
+    of NORMS. time_intervals: see `timestep_frequencies`. Mixers that are `rotary` know places, so that none are added to their tokens. ValueError for sizes that do not fit
     and for unknown mixers or options.
     """
 
@@ -78,7 +78,7 @@ class DiT(Backbone):
     def __init__(
         self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
         class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, mixer="attention", mlp="gelu", norm="layer",
-        **mixer_options,
+        time_intervals=None, **mixer_options,
     ):
         # fmt: on
         super().__init__()
@@ -91,7 +91,7 @@ class DiT(Backbone):
         self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
 
         self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, intervals=time_intervals)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         mixers = [build_mixer(mixer, hidden_size, num_heads, self.grid_size, i, **mixer_options) for i in range(depth)]
         self.rotary = any(getattr(mixer, "rotary", False) for mixer in mixers)

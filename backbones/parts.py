@@ -37,30 +37,31 @@ def modulate(x, shift, scale, norm=layer_norm):                            # (B,
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
-def timestep_frequencies(n, device):
-    """n frequencies from 1 down to almost 1 / 10000, geometric."""
-    return torch.exp(torch.arange(n, dtype=torch.float32, device=device) * (-math.log(10000) / n))
+def timestep_frequencies(n, device, intervals=None):
+    """n frequencies from 1 down, geometric, which reach 1 / 10000 after so many intervals: n, so that they end just before it;
+    diffusers has n - 1."""
+    return torch.exp(torch.arange(n, dtype=torch.float32, device=device) * (-math.log(10000) / (intervals or n)))
 
 
-def timestep_waves(t, dim):                                                # (B,)
+def timestep_waves(t, dim, intervals=None):                                # (B,)
     """Cosines, then sines of timesteps, at the frequencies of `timestep_frequencies`: (B, dim), in float32. dim is even."""
-    angles = t.float()[:, None] * timestep_frequencies(dim // 2, t.device)
+    angles = t.float()[:, None] * timestep_frequencies(dim // 2, t.device, intervals)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimestepEmbedder(nn.Module):
     """(B,) timesteps, which may be fractional, -> (B, D)."""
 
-    def __init__(self, hidden_size, frequencies=256):
+    def __init__(self, hidden_size, frequencies=256, intervals=None):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         for i in (0, 2):
             nn.init.normal_(self.mlp[i].weight, std=0.02)
             nn.init.zeros_(self.mlp[i].bias)
-        self.frequencies = frequencies
+        self.frequencies, self.intervals = frequencies, intervals
 
     def forward(self, t):                                                  # (B,)
-        waves = timestep_waves(t, self.frequencies)                        # (B, 256)
+        waves = timestep_waves(t, self.frequencies, self.intervals)        # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))                # (B, D)
 
 

@@ -22,7 +22,7 @@ SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
 STATED = dict(
     num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
     model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float, mlp=MLPS,
-    norm=NORMS,
+    norm=NORMS, time_intervals=int,
 )  # fmt: skip
 CLASS_TABLES = (
     "y_embedder.embedding_table.weight", "net.class_embedding.weight", "label_emb.embedding_table.weight", "label_emb.weight",
@@ -152,7 +152,7 @@ def create_network(settings, input_size):
         num_classes=settings["num_classes"],
         learn_sigma=settings["learn_sigma"],
         mixer=settings["mixer"],
-        **{name: settings[name] for name in ("mlp", "norm") if name in settings},
+        **{name: settings[name] for name in ("mlp", "norm", "time_intervals") if name in settings},
         **settings["mixer_options"],
     )
 

@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 from backbones.pretrained import to_safetensors
 from checkpoints.build import load_model, save_checkpoint
 from checkpoints.hub import locate, push
+from checkpoints.pipelines import write_pipeline
 from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
 from machine.files import whole_file
 from machine.flags import decay
 from machine.processes import launch
 
-FILES, FOLDERS = ("safetensors", "pt"), ("hub",)
+FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
 def export(args, processes):
@@ -34,9 +35,15 @@ def export(args, processes):
     facts = dict(name=args.push or out.name) | measures(path, args.metrics)
     with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
         folder = alone if args.push and not args.out else out
-        load_model(path, {}, "ema", args.ema)[0].save_pretrained(folder, model_card_kwargs=facts)
+        model, settings = load_model(path, {}, "ema", args.ema)
+        if args.format == "diffusers":
+            read = write_pipeline(model, settings, folder)
+            model.generate_model_card(**facts).save(Path(folder, "README.md"))
+        else:
+            model.save_pretrained(folder, model_card_kwargs=facts)
+            read = f"{type(model).__name__}.from_pretrained({str(folder)!r})"
         if folder is out:
-            print(f"The model, its configuration and its card are in {out}")
+            print(f"The model is in {out}: {read}")
         if args.push:
             push(folder, args.push)
 
@@ -84,7 +91,7 @@ def parse_args(argv=None):
     parser.set_defaults(device="cpu")
     add = parser.add_argument
     add("ckpt", help="checkpoint of train.py or of this command, or what else --ckpt takes elsewhere")
-    forms = "pt is what DiT's own code loads; hub is a folder of config.json, model.safetensors and a card"
+    forms = "pt is what DiT's own code loads; hub, diffusers: a folder for from_pretrained, here or there"
     add("--format", choices=[*FILES, *FOLDERS], required=True, help=forms)
     add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
     add("--out", help="by default the checkpoint's name with the format's ending")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from checkpoints.pipelines import INDEX, read_pipeline
 from checkpoints.sharded import SETTINGS, check_pieces, read_settings, read_whole
 from models import BACKBONES, DiT, backbone_of
 
@@ -53,6 +54,8 @@ def read_checkpoint(path, decay=None):
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
     if os.path.isdir(path):
+        if Path(path, INDEX).is_file():
+            return read_pipeline(path)
         if not Path(path, SETTINGS).is_file():
             raise ValueError(f"{path} is {_kind_of_folder(path)}")
         args = read_settings(path)["args"]
@@ -105,8 +108,8 @@ def _kind_of_folder(path):
     there = set(os.listdir(path))
     if "checkpoints" in there:
         return "the folder of a run; give one of the files in its checkpoints/"
-    if there & {"model_index.json", "config.json"}:
-        return "a folder of diffusers or transformers, whose models (DiTTransformer2DModel) name their weights differently"
+    if "config.json" in there:
+        return "a folder of diffusers or transformers, but no pipeline; give that of a DiTPipeline, with model_index.json"
     if "latest" in there or any(name.endswith("_model_states.pt") for name in there):
         return "a checkpoint of DeepSpeed; give the file that its zero_to_fp32.py makes of it"
     if ".metadata" in there:

@@ -26,9 +26,12 @@ class Hub(BaseHTTPRequestHandler):
                 return self.send(404, b"", {"X-Error-Code": code})
             name = {"ETag": f'"{hashlib.sha1(file).hexdigest()}"', "X-Repo-Commit": "1" * 40}
             return self.send(200, file, name, whole)
-        if found := re.match(r"/api/models/([\w.-]+/[\w.-]+)(/revision/\w+)?(/tree)?", self.path):
+        if found := re.match(r"/api/models/([\w.-]+/[\w.-]+)/?(\w*)", self.path):
             if found[1] not in self.models:
                 return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            if found[2] == "tree":
+                files = [dict(type="file", path=name, size=len(x), oid="1" * 40) for name, x in self.models[found[1]].items()]
+                return self.send(200, json.dumps(files).encode())
             files = [dict(rfilename=name) for name in self.models[found[1]]]
             about = dict(id=found[1], sha="1" * 40, siblings=files, tags=[], private=False, downloads=0, likes=0)
             return self.send(200, json.dumps(about).encode())

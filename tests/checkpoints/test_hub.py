@@ -105,13 +105,16 @@ from checkpoints.hub import locate
 from machine.processes import launch
 from models import DiT
 launch(export.export, export.parse_args([sys.argv[1], "--format", "hub", "--push", "me/flowers"]))
-print(locate("me/flowers"), DiT.from_pretrained("me/flowers").class_names)
+print(locate("me/flowers"), locate("me/pipeline"), DiT.from_pretrained("me/flowers").class_names)
 locate("me/nothing")
 """
 
 
 def test_pushed_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
     written, server, cache = write(tmp_path / "a.pt"), serve(), tmp_path / "home" / "hub"
+    write_as(tmp_path / "a.pt", "--format", "diffusers", "--out", tmp_path / "there")
+    files = [file for file in (tmp_path / "there").rglob("*") if file.is_file()]
+    server.hub.models["me/pipeline"] = {str(file.relative_to(tmp_path / "there")): file.read_bytes() for file in files}
     environment = os.environ | dict(
         HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", HF_TOKEN="hf_secret", PYTHONPATH=str(ROOT),
         HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_XET="1",
@@ -128,9 +131,9 @@ def test_pushed_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
     server.shutdown()
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))  # tests are offline
-    path = hub.locate("me/flowers")
-    assert path.startswith(str(cache))
-    assert torch.equal(find_model("me/flowers")["pos_embed"], written["pos_embed"])
+    for name in ("me/flowers", "me/pipeline"):
+        assert hub.locate(name).startswith(str(cache))
+        assert torch.equal(find_model(name)["final_layer.linear.bias"], written["final_layer.linear.bias"])
 
 
 @pytest.mark.parametrize(
