@@ -68,8 +68,8 @@ class DiT(Backbone):
 
     input_size is a side or (height, width), divisible by patch_size. mixer is a name in mixers.MIXERS or a class;
     further keyword arguments are options of that mixer. learn_sigma doubles the output channels. mlp is one of MLPS, norm one
-    of NORMS. time_intervals: see `timestep_frequencies`. Mixers that are `rotary` know places, so that none are added to their tokens. ValueError for sizes that do not fit
-    and for unknown mixers or options.
+    of NORMS, time_intervals an argument of `timestep_frequencies`. Mixers that are `rotary` know places, so that none are added
+    to their tokens. ValueError for sizes that do not fit and for unknown mixers or options.
     """
 
     read_from = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
