@@ -3,7 +3,7 @@
 import inspect
 from functools import partial
 
-from mixers import attention, global_filter, lamamba, mamba, mean, pde, s4nd, ss2d, window
+from mixers import attention, global_filter, lamamba, mamba, mean, pde, plainmamba, s4nd, ss2d, window
 
 KINDS = (
     attention.MIXER,
@@ -13,6 +13,7 @@ KINDS = (
     global_filter.MIXER,
     mean.MIXER,
     mamba.MIXER,
+    plainmamba.MIXER,
     window.MIXER,
     lamamba.MIXER,
 )

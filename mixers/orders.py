@@ -16,12 +16,14 @@ from pde_ssm_kernels.modes import traced
 @dataclass(frozen=True)
 class Path:
     """Rows one after another, or columns; from the top left, or from the bottom (up) or from the right (left); every line in
-    the same direction, or as a snake, which comes back along every second one, so that the next token is always a neighbour."""
+    the same direction, or as a snake, which comes back along every second one, so that the next token is always a neighbour;
+    or all of that from its end."""
 
     columns: bool = False
     up: bool = False
     left: bool = False
     snake: bool = False
+    from_end: bool = False
 
     def places(self, h, w):
         """Returns the numbers, in raster order, of the tokens of an h x w grid as the path meets them, (h w,)."""
@@ -30,7 +32,7 @@ class Path:
         lines = grid.T.clone() if self.columns else grid
         if self.snake:
             lines[1::2] = lines[1::2].flip(1)
-        return lines.flatten()
+        return lines.flatten().flip(0) if self.from_end else lines.flatten()
 
 
 ORDERS = {
@@ -43,6 +45,8 @@ ORDERS = {
         Path(columns=True, up=True, snake=True),
         Path(columns=True, up=True, left=True, snake=True),
     ),
+    # PlainMamba's, arXiv 2403.17695: by rows and by columns from the top left, and both from the end
+    "plain": tuple(Path(columns, snake=True, from_end=end) for columns, end in product((False, True), repeat=2)),
     # ZigMa's, arXiv 2403.13802: from every corner, by rows and by columns
     "zigzag": tuple(Path(columns, up, left, snake=True) for up, left, columns in product((False, True), repeat=3)),
 }
@@ -69,3 +73,19 @@ def places(paths, grid_size, like):
 def _places(paths, grid_size, device):
     with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
         return torch.stack([path.places(*grid_size) for path in paths], dim=1).flatten().to(device)
+
+
+def steps(paths, grid_size, like):
+    """Returns by which step each path came to its tokens on an (h, w) grid, (N, K), on the device of a tensor: 0 at its start,
+    1 to the right, 2 to the left, 3 up, 4 down; kept between calls."""
+    compute = _steps.__wrapped__ if traced(like) else _steps
+    return compute(paths, tuple(grid_size), like.device)
+
+
+@lru_cache(maxsize=64)
+def _steps(paths, grid_size, device):
+    with torch.inference_mode(False):
+        places = torch.stack([path.places(*grid_size) for path in paths], dim=1)
+        down, right = (places // grid_size[1]).diff(dim=0), (places % grid_size[1]).diff(dim=0)
+        kinds = (right > 0) + 2 * (right < 0) + 3 * (down < 0) + 4 * (down > 0)
+        return torch.cat([torch.zeros_like(places[:1]), kinds]).to(device)

@@ -23,6 +23,7 @@ from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from pde_ssm_kernels.modes import full_precision, widen
 
+CHOICES = ("cross", "continuous")
 SWITCH = dict(action="store_true")
 
 
@@ -39,8 +40,8 @@ class SS2D(nn.Module):
         super().__init__()
         if states < 1 or expand < 1:
             raise ValueError(f"ss2d has at least 1 state, and at least as many channels as tokens: {states=}, {expand=}")
-        if order not in FOUR:
-            raise ValueError(f"ss2d knows the orders {', '.join(FOUR)}; order={order!r}")
+        if order not in CHOICES:
+            raise ValueError(f"ss2d knows the orders {', '.join(CHOICES)}; order={order!r}")
         self.grid_size, self.gate, self.paths = grid_size, gate, ORDERS[order]
         E, K, rank = expand * dim, len(self.paths), math.ceil(dim / 16)
         self.sizes = [rank, states, states]
@@ -77,7 +78,6 @@ class SS2D(nn.Module):
             return put_back(y.transpose(1, 2).unflatten(2, (len(self.paths), -1)), self.paths, grid_size)
 
 
-FOUR = tuple(name for name, paths in ORDERS.items() if len(paths) == 4)
 
 
 def uniform(*shape, bound):
@@ -107,7 +107,7 @@ OPTIONS = (
     Option("states", "states of every channel", dict(type=positive)),
     Option("expand", "channels of the scan, as a multiple of the hidden size", dict(type=positive)),
     Option("gate", "multiply by a gate after the norm", SWITCH),
-    Option("order", "the four paths: rows and columns from both ends, or snakes", dict(choices=FOUR)),
+    Option("order", "the four paths: rows and columns from both ends, or snakes", dict(choices=CHOICES)),
     Option("conv_bias", "a bias in the convolution", SWITCH),
 )
 PRESETS = {

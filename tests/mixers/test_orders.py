@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixers.orders import ORDERS, follow, put_back
+from mixers.orders import ORDERS, follow, put_back, steps
 
 PUBLIC = {"continuous": "lamamba.{}", "zigzag": "zigma.zigzag.{}"}
 grids = pytest.mark.parametrize("grid_size", [(1, 1), (1, 4), (5, 1), (3, 4), (5, 5)])
@@ -15,6 +15,14 @@ def test_public_paths(golden, order, n):
     """Those of LaMamba-Diff at 27b3c1d and ZigMa at 37d837b."""
     public = golden("scan_paths.npz")[PUBLIC[order].format(n)]
     assert torch.equal(torch.stack([path.places(n, n) for path in ORDERS[order]]), public)
+
+
+@pytest.mark.parametrize("grid_size", [(2, 3), (3, 2), (3, 3), (4, 4), (4, 5)])
+def test_public_paths_and_steps_of_plainmamba(golden, grid_size):
+    """At 0975a1d."""
+    numbers, name, paths = golden("scan_paths.npz"), "plainmamba.{}x{}".format(*grid_size), ORDERS["plain"]
+    assert torch.equal(torch.stack([path.places(*grid_size) for path in paths]), numbers[name])
+    assert torch.equal(steps(paths, grid_size, torch.empty(0)).T, numbers[f"{name}.direction"])
 
 
 def test_cross_is_rows_and_columns_from_either_end():
@@ -36,7 +44,7 @@ def test_every_path_meets_every_token_once(order, grid_size):
 
 
 @grids
-@pytest.mark.parametrize("order", ["continuous", "zigzag"])
+@pytest.mark.parametrize("order", ["continuous", "zigzag", "plain"])
 def test_a_snake_steps_from_neighbour_to_neighbour(order, grid_size):
     for places in (path.places(*grid_size) for path in ORDERS[order]):
         row, column = places // grid_size[1], places % grid_size[1]
