@@ -271,14 +271,17 @@ def initialize(model, path):
     """Gives the model what fits it of a checkpoint's weights, by name and shape; returns lines that say what does not.
 
     Mixers of another kind keep their initial values, since they share no name, and so does the table of another number of
-    classes, but for the null class. ValueError if no matrix fits.
+    classes, but for the null class. ValueError for another kind of network, and if no matrix fits.
     """
     given = {name: w for name, w in load_checkpoint(path)[0].items() if isinstance(w, torch.Tensor)}
     own = model.state_dict()
     known = {name: w for name, w in given.items() if name in own}
     fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
-    if not any(w.dim() > 1 for w in fitting.values()):
-        raise ValueError(f"{path} is of another network or size: none of its matrices fits the model")
+    theirs, ours = backbone_of(given) or type(model), type(model)
+    if theirs is not ours or not any(w.dim() > 1 for w in fitting.values()):
+        differs = f"it holds a {theirs.__name__}, and the model is a {ours.__name__}"
+        reason = "none of its matrices fits the model" if theirs is ours else differs
+        raise ValueError(f"{path} is of another network or size: {reason}")
     if getattr(model, "rotary", False):
         fitting.pop("pos_embed", None)  # its places are in its mixers
     model.load_state_dict(fitting, strict=False)

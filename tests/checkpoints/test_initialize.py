@@ -65,12 +65,19 @@ def test_an_option_more_of_the_same_mixer_leaves_the_rest_as_it_was(tmp_path):
     assert kept == new.state_dict().keys() & old.state_dict().keys()
 
 
-@pytest.mark.parametrize("other", ["DiT-Ti/4", "UNet-N"])
-def test_a_network_of_which_nothing_fits_is_no_beginning(tmp_path, other):
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("DiT-Ti/4", "none of its matrices fits the model"),
+        ("UNet-N", "it holds a UNet, and the model is a DiT"),
+        ("ZigMa-N/4", "it holds a ZigMa, and the model is a DiT"),
+    ],
+)
+def test_a_network_of_which_nothing_fits_is_no_beginning(tmp_path, other, reason):
     old = MODELS[other](input_size=16, in_channels=3, num_classes=10)
     new = DiT_models["DiT-N/4"](**PIXELS)
     before = {name: value.clone() for name, value in new.state_dict().items()}
-    with pytest.raises(ValueError, match="is of another network or size"):
+    with pytest.raises(ValueError, match=f"is of another network or size: {reason}"):
         initialize(new, saved(tmp_path / "a.pt", old))
     assert all(torch.equal(value, before[name]) for name, value in new.state_dict().items())
 
