@@ -37,6 +37,7 @@ def one_layer(monkeypatch):
     """Is enough, and compiles fast."""
     for models in (MODELS, DiT_models):
         monkeypatch.setitem(models, "DiT-N/4", partial(models["DiT-N/4"], depth=1))
+    monkeypatch.setitem(MODELS, "DiS-N/4", partial(MODELS["DiS-N/4"], depth=2))
     monkeypatch.setitem(MODELS, "UNet-N", partial(MODELS["UNet-N"], channels=(32,), layers=1, attention_levels=(0,)))
 
 
@@ -76,6 +77,7 @@ def samples(model, sampler, *guidance, n=2, steps=4):
         ("dpm-solver", [1.0], dict(mixer="pdessm"), 1),
         ("heun", [2.0, None, INTERVAL], dict(mixer="pdessm", conditioned=True), 2),
         ("ddim", [2.0], dict(name="UNet-N"), 1),
+        ("heun", [1.0], dict(name="DiS-N/4"), 1),
     ],
 )
 def test_compiled_samples_are_the_plain_ones(randomize, compilations, sampler, guidance, model, times):
