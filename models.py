@@ -223,6 +223,19 @@ UViT_models = {
     for patch in (2, 4, 8)
 }
 MODELS = DiT_models | UNets | LaMamba_models | DiS_models | UViT_models | ZigMa_models  # every backbone by name
+
+
+def families():
+    """Returns the names of MODELS, those of a family together, as in DiT-{XL,L}/{1,2}."""
+    together = []
+    for names in (DiT_models, UNets, LaMamba_models, DiS_models, UViT_models, ZigMa_models):
+        sizes, patches = (dict.fromkeys(name.partition("/")[i] for name in names) for i in (0, 2))
+        family = next(iter(sizes)).rpartition("-")[0] + "-"
+        sizes = ",".join(size.removeprefix(family) for size in sizes)
+        together.append(f"{family}{{{sizes}}}" + ("" if "" in patches else f"/{{{','.join(patches)}}}"))
+    return ", ".join(together)
+
+
 BACKBONES = tuple(dict.fromkeys(build.func for build in (ZigMa_models | MODELS).values()))  # ZigMa has DiT's names, and more
 
 

@@ -18,7 +18,7 @@ from download import find_checkpoint, public_checkpoint
 from images.autoencoder import load_trained_space
 from images.samples import save_grid
 from machine.files import check_writable
-from machine.flags import above_zero, class_label, decay, from_zero, image_size, not_negative, positive, share
+from machine.flags import above_zero, class_label, decay, ema_length, from_zero, image_size, not_negative, positive, share
 from machine.processes import launch
 from mixers import MIXERS
 from mixers.running import add_speed_flags, prepare_to_sample
@@ -78,6 +78,8 @@ def add_model_flags(add, vae):
     """Adds the flags that sample.py and sample_ddp.py share. What a checkpoint decides has no default here."""
     add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
     add("--ema", type=decay, metavar="DECAY", help="which of several averages of weights, by its decay; the first unless given")
+    length = "an average that looks back over such a share of the run, made of a run's --ema-lengths"
+    add("--ema-length", type=ema_length, metavar="L", help=length)
     add("--model", choices=MODELS, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")

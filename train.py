@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoints import resume
+from checkpoints.read import average_of_length
 from diffusion import add_objective_flags, create_objective, objective_settings
 from evaluation.features import NETWORKS
 from images.autoencoder import open_space
@@ -31,7 +32,7 @@ from machine.processes import launch
 from machine.stops import postponed
 from mixers import MIXERS, add_mixer_flags
 from mixers.running import add_speed_flags, choose_backend
-from models import MODELS, add_network_flags, network_options
+from models import MODELS, add_network_flags, families, network_options
 from training import runs
 from training.batches import BadImages, batches, draw_batch, images_of_step, make_loader, open_images
 from training.checks import check
@@ -201,7 +202,8 @@ def begin(args, model, run, changes, rate, processes):
         model.checkpoint_gradients()
     sharded, float16 = args.parallel == "fsdp", args.precision == "fp16"
     adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay)
-    learner = create_learner(model, processes, args.lr, args.ema_decay, args.ema_device, sharded, float16, **adam)
+    averages = [*args.ema_decay, *map(average_of_length, args.ema_lengths or [])]
+    learner = create_learner(model, processes, args.lr, averages, args.ema_device, sharded, float16, **adam)
     learner.rate = rate
     if args.compile:
         compile_blocks(getattr(model, "blocks", [model]))
@@ -230,7 +232,7 @@ def flags():
     add("--class-dropout", type=probability, metavar="P", help="leave the class away so often, for guidance; 0.1 unless given")
     vary("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add, vary = group(parser, "network")
-    add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {', '.join(MODELS)}")
+    add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {families()}")
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens; pdessm: see --pde-coupling")
     add_mixer_flags(add, conditioned=True)
     add_network_flags(add)

@@ -9,6 +9,7 @@ import re
 import torch
 
 from backbones.parts import NORMS
+from checkpoints.lengths import reconstruct
 from checkpoints.read import load_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from images.autoencoder import open_space
@@ -106,12 +107,14 @@ def load_model(path, given, default_vae, decay=None):
     The settings are what the weights tell and the checkpoint states. What neither says, `given`, a dict, may: the objective, a
     flow's path and prediction, the vae. Values in it that are not None must agree with what is known, but for three that are
     free: which decoder to use in latent space, a flow's time_shift, and image_size, a side or (height, width), to which the
-    model is resized. decay: of which average the weights are, if there are several. ValueError names both values, or what does
-    not fit, or what to give.
+    model is resized. decay: of which average the weights are, if there are several; ema_length in `given`: of which that is
+    made of them. ValueError names both values, or what does not fit, or what to give.
 
     Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
     """
-    weights, stored = load_checkpoint(path, decay)
+    if (length := given.get("ema_length")) and decay is not None:
+        raise ValueError(f"--ema {decay:g} and --ema-length {length:g} name two averages; leave one out")
+    weights, stored = reconstruct(path, length) if length else load_checkpoint(path, decay)
     settings = reconcile(stored, settings_from_weights(weights), path)
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("model", "mixer", "num_classes", "objective", "path", "predict"):

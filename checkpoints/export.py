@@ -52,7 +52,7 @@ def write_file(path, average, form, out):
     """Writes the weights in a checkpoint, those of an average of that decay, and its settings to a file."""
     weights, settings = load_checkpoint(path, average)
     if averages := averages_of(settings):
-        settings = settings | dict(ema_decay=[average or next(iter(averages))])
+        settings = settings | dict(ema_decay=[average or next(iter(averages))], ema_lengths=None)
     if (out.suffix == ".safetensors") != (form == "safetensors"):
         raise ValueError(f"--out {out} should end in .{form}")
     if form == "pt":

@@ -31,11 +31,22 @@ def average_names(decays):
     return {decay: f"ema_{decay}" if i else "ema" for i, decay in enumerate(decays)}
 
 
+def average_of_length(length):
+    """Returns what stands in place of a decay for an average of that length: see checkpoints/lengths.py."""
+    return f"length_{length}"
+
+
+def lengths_of(stored):
+    """Returns the lengths of such averages, from a checkpoint's settings, which may be of another code base."""
+    lengths = stored.get("ema_lengths") if isinstance(stored, dict) else None
+    return lengths if isinstance(lengths, list) and all(isinstance(length, float) for length in lengths) else []
+
+
 def averages_of(stored):
-    """Returns the same, from a checkpoint's settings, which may be of another code base."""
+    """Returns the names of all averages by decay, from a checkpoint's settings, which may be of another code base."""
     decays = stored.get("ema_decay") if isinstance(stored, dict) else None
     known = isinstance(decays, list) and all(isinstance(decay, float) for decay in decays)
-    return average_names(decays) if known else {}
+    return average_names([*decays, *map(average_of_length, lengths_of(stored))]) if known else {}
 
 
 def choose_average(stored, decay, path):

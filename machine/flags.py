@@ -30,6 +30,7 @@ from_zero = _number(float, lambda x: x >= 0, "a finite number from 0")          
 finite = _number(float, math.isfinite, "a finite number")                         # lengths to either side
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")             # places on a way
 probability = _number(float, lambda x: 0 < x < 1, "a number above 0 and below 1")  # of what happens to some
+ema_length = _number(float, lambda x: 0.005 <= x <= 0.25, "a number from 0.005 to 0.25")  # in units of the run
 decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
 
 

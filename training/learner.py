@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoints.build import initialize
+from checkpoints.lengths import exponent
 from download import find_checkpoint
 from machine.stops import postponed
 
@@ -111,7 +112,7 @@ def update(learner, loss, step, max_norm=None, warmup=True):
         if finite:
             scaler.step(opt)
             for decay, average in learner.averages.items():
-                update_ema(average, model, step, decay_at(step, decay) if warmup else decay)
+                update_ema(average, model, step, decay_at(step, decay, warmup))
         scaler.update()
         opt.zero_grad()
         learner.step = step
@@ -123,13 +124,16 @@ def only_the_scale_falls(learner, loss):
     return learner.scaler.is_enabled() and bool(loss.isfinite()) and learner.scaler.get_scale() >= 1
 
 
-def decay_at(step, decay):
-    """Returns the decay of an average that starts fast: it rises to `decay`, so that short runs forget their initial weights.
+def decay_at(step, decay, warmup=True):
+    """Returns the decay of an average at a step. With `warmup` it starts fast: it rises to `decay`, so that short runs forget
+    their initial weights. With a length in place of a decay it rises for ever: see checkpoints/lengths.py.
 
     The average looks back over about step / 9 steps until then: 1,112 at step 10,000, 5,557 at 50,000, and with a decay of
     0.9999 from step 90,000 on as far as a constant one, 10,000.
     """
-    return min(decay, (1 + step) / (10 + step))
+    if isinstance(decay, str):
+        return (1 - 1 / step) ** (exponent(float(decay.removeprefix("length_"))) + 1)
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 def update_ema(ema, model, step, decay):

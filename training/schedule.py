@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from machine.flags import above_zero, decay, from_zero, not_negative, positive
+from machine.flags import above_zero, decay, ema_length, from_zero, not_negative, positive
 
 
 def add_learning_flags(add, vary):
@@ -17,6 +17,8 @@ def add_learning_flags(add, vary):
     add("--max-grad-norm", type=above_zero, help="scale larger gradients down to this norm")
     vary("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
     add("--ema-decay", type=decay, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
+    lengths = "also keep two averages that look back over such shares of the run, for --ema-length of sample.py"
+    add("--ema-lengths", type=ema_length, nargs=2, metavar="L", help=lengths)
     warmup = "let averages start fast, so that short runs can be sampled; without it their decay is constant, as upstream's"
     add("--ema-warmup", action=argparse.BooleanOptionalAction, default=True, help=warmup)
 
