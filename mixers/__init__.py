@@ -3,13 +3,14 @@
 import inspect
 from functools import partial
 
-from mixers import attention, global_filter, lamamba, mamba, mean, pde, plainmamba, s4nd, ss2d, window
+from mixers import attention, global_filter, lamamba, mamba, mean, pde, plainmamba, s4d, s4nd, ss2d, window
 
 KINDS = (
     attention.MIXER,
     pde.MIXER,
     ss2d.MIXER,
     s4nd.MIXER,
+    s4d.MIXER,
     global_filter.MIXER,
     mean.MIXER,
     mamba.MIXER,
