@@ -102,7 +102,7 @@ def choose_mixer(mixer, settings, attention_class, arguments):
     if kept["conditioned"]:
         raise ValueError(f"the PDEs of {path} are conditioned, but the blocks of a checkout pass no vector to their mixers")
     with torch.device("meta"):
-        asked = build_mixer(mixer, stored["pde.R.weight"].shape[1], 8, None, 0, **options)
+        asked = build_mixer(mixer, stored["pde.R.weight"].shape[1], 8, (16, 16), 0, **options)
     if (options or mixer != "pdessm") and shapes(asked.state_dict()) != shapes(stored):
         asked, kept = describe(mixer, options), describe("pdessm", kept)
         raise ValueError(f"{asked} contradicts {path}, which has {kept}; leave the flags out")

@@ -74,7 +74,7 @@ def _stated_options(stored, model, path):
         given = kind.named[mixer] | kind.stored(stored) | mixer_options(mixer, stored)
         with torch.device("meta"):
             size = MODELS[model].keywords
-            layer = build_mixer(mixer, size["hidden_size"], size["num_heads"], None, 0, **given)
+            layer = build_mixer(mixer, size["hidden_size"], size["num_heads"], (16, 16), 0, **given)  # options hold on any grid
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} states options that its mixer cannot have: {error}") from error
     built, names = kind.read(layer.state_dict()), {name: kind.told_as.get(name, name) for name in given}

@@ -12,6 +12,7 @@ from commands import draw, draw_many
 from diffusion import create_sampler
 from download import find_model
 from machine.processes import launch
+from mixers import MIXERS, kind_of
 from models import DiT, DiT_models, grid_embedding
 from pde_ssm import TERMS
 
@@ -25,6 +26,14 @@ def test_a_checkpoint_says_what_it_is(tmp_path, mixer):
     assert not model.training
     for name, value in written.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_built_again_from_what_a_file_states(checkpoint, mixer):
+    model, settings = load_model(checkpoint(mixer), {}, default_vae="ema")
+    assert settings["mixer"] == mixer
+    assert settings["mixer_options"].items() >= kind_of(mixer).named[mixer].items() - {("expand", 7 / 6)}  # told as state_dim
+    assert model(torch.randn(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)).any()
 
 
 @pytest.mark.parametrize("style", ["namespace", "bare weights", "no ema"])
