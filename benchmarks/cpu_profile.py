@@ -11,6 +11,7 @@ Products of matrices have their rate in GFLOP/s beside them: that of the largest
 from math import prod
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.sides import layer_pass, training_step
@@ -24,16 +25,22 @@ LEAST_SHARE = 0.006  # of the time; operations with less are added up
 CPU = torch.device("cpu")
 
 
-def operations(run, calls):
-    """Lists (name, shapes of the operands, how often, milliseconds in all) in one call of `run`, the longest first."""
+def operations(run, calls, device=CPU):
+    """Lists (name, shapes of the operands, how often, milliseconds in all) in one call of `run`, the longest first: operations
+    on a CPU, kernels on a GPU."""
     for _ in range(max(2, calls // 6)):
         run()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, record_shapes=True) as recorded:
         for _ in range(calls):
             run()
     rows = []
     for row in recorded.key_averages(group_by_input_shape=True):
-        rows.append((row.key, list(filter(None, row.input_shapes)), row.count // calls, row.self_cpu_time_total / calls / 1e3))
+        if gpu and row.device_type is not DeviceType.CUDA:
+            continue  # an operation, whose kernels have rows of their own
+        ms = (row.self_device_time_total if gpu else row.self_cpu_time_total) / calls / 1e3
+        rows.append((row.key, list(filter(None, row.input_shapes)), row.count // calls, ms))
     return sorted(rows, key=lambda row: -row[3])
 
 
@@ -45,8 +52,8 @@ def rate(name, shapes, count, ms):
     return f"{2e-6 * count * prod(batch) * rows * inner * columns / ms:.0f} GFLOP/s"
 
 
-def report(title, run, calls):
-    rows = operations(run, calls)
+def report(title, run, calls, device=CPU):
+    rows = operations(run, calls, device)
     total, rest = sum(ms for *_, ms in rows), 0
     print(f"\n{title}: {total:.2f} ms")
     for name, shapes, count, ms in rows:

@@ -65,5 +65,7 @@ def first_timed(way, first, build):
     return run
 
 
+FLAGS = {"batch": dict(type=positive, help="images at once; by default 16, or 1 with --quick")}
+
 if __name__ == "__main__":
-    main(parse_args(__doc__, batch=dict(type=positive, help="images at once; by default 16, or 1 with --quick")))
+    main(parse_args(__doc__, **FLAGS))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.attention import chosen
 from benchmarks.plot import draw
 from machine.files import whole_file
 from machine.precision import processor
@@ -61,7 +62,7 @@ class Report:
         self.columns = columns
         precision = "bfloat16 autocast" if args.device.type == "cuda" else "float32"
         self.contents = dict(
-            command=" ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
+            command=" ".join(["python -m", f"benchmarks.{name.partition('-')[0]}", *sys.argv[1:]]),
             date=datetime.now(UTC).date().isoformat(), commit=commit(), machine=machine(args.device),
             settings=dict(precision=precision, pdessm="diagonal", backend=args.backend, compile=args.compile, **settings),
             rows=[],
@@ -81,6 +82,8 @@ class Report:
         self.save()
 
     def save(self):
+        if chosen:
+            self.contents["attention"] = chosen
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path, "results") as file:
             file.write((json.dumps(self.contents, indent=1) + "\n").encode())

@@ -68,5 +68,7 @@ def sampling_run(device, backend, batch, steps, precision, compile, **options):
     return partial(ddpm, diffusion, network, noise, clip_denoised=False, model_kwargs=dict(y=labels))
 
 
+FLAGS = {"batch": dict(type=positive, help="images at once; by default 16, or 1 with --quick")}
+
 if __name__ == "__main__":
-    main(parse_args(__doc__, batch=dict(type=positive, help="images at once; by default 16, or 1 with --quick")))
+    main(parse_args(__doc__, **FLAGS))

@@ -4,6 +4,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import nn
 
+from benchmarks.attention import FastestAttention
 from mixers import build_mixer
 from models import DiT
 
@@ -59,11 +60,18 @@ def build_model(device, compile=None, timms_blocks=False, build=DiT, **options):
     """Builds a DiT, or what `build` makes of the options, on a device; with timms_blocks its blocks are PlainBlocks. compile:
     a mode of torch.compile, or None."""
     torch.manual_seed(0)
+    if "mixer" in options and not timms_blocks:
+        options["mixer"] = at_its_best(options["mixer"], device, compile)
     with device:
         model = build(**options)
     if timms_blocks:
         model.blocks = nn.ModuleList(PlainBlock(block) for block in model.blocks)
     return compiled(fill_zeros(model), compile)
+
+
+def at_its_best(mixer, device, compile):
+    """Returns the mixer; for attention on a GPU that by the fastest kernel, unless it is compiled: compilers choose it."""
+    return FastestAttention if mixer == "attention" and device.type == "cuda" and not compile else mixer
 
 
 def count_parameters(**options):
@@ -133,6 +141,7 @@ def layer_pass(device, mixer, batch, dim, heads, grid, training, compile=None, *
     `training` forward and backward. options: those of the mixer."""
     torch.manual_seed(0)
     tokens = torch.randn(batch, grid[0] * grid[1], dim, device=device, requires_grad=training)
+    mixer = at_its_best(mixer, device, compile)
     with device:
         layer = fill_zeros(build_mixer(mixer, dim, heads, grid, 0, **options)).train(training)
     layer = compiled(layer, compile)

@@ -51,5 +51,7 @@ def main(args):
     report.finish({"training step, hidden 384, depth 3": lines_of(rows, SIDES) | lines_of_paper(rows)})
 
 
+FLAGS = {"batch": dict(type=positive, default=4, help="images of a step")}
+
 if __name__ == "__main__":
-    main(parse_args(__doc__, batch=dict(type=positive, default=4, help="images of a step")))
+    main(parse_args(__doc__, **FLAGS))

@@ -9,14 +9,13 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import every_mixer, flags, forward, memory, pairwise_memory, plot, sides, table5, table8, table9, timing
+from benchmarks import every_mixer, flags, memory, pairwise_memory, plot, rehearsal, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
 from benchmarks.selective_scan import NO_MAMBAPY
 from commands import ROOT
 from mixers import build_mixer
 from models import DiT
 
-TINY = (16, 1, 2)  # hidden size, depth, heads
 CPU = torch.device("cpu")
 
 
@@ -25,7 +24,7 @@ def args(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_MS", 0.1)
     monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
     common = dict(quick=True, device=CPU, threads=1, seconds=0, compile=None, backend="default", out=tmp_path)
-    return Namespace(**common, batch=2, tokens_per_step=16)
+    return Namespace(**common, batch=2, tokens_per_step=16, size="S")
 
 
 def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
@@ -148,22 +147,9 @@ def here(build, n, *_):
 def small(name, monkeypatch):
     """The benchmark of that name with models and sizes that take no time."""
     benchmark = import_module(f"benchmarks.{name}")
-    sizes = {
-        "table5": dict(PAPER={(32, 8): (1.0, 2.0), (64, 8): (3.0, 4.0), (256, 2): (5.0, 6.0)}),
-        "mixer": dict(HEADS={16: 2}, GRIDS=[(2, 2), (2, 3)], BATCH=1),
-        "selective_scan": dict(CHANNELS=4, SIZES=[(1, 3, 2), (2, 4, 2)]),
-        "step": dict(SIZE="N", INPUTS=(4, 8)),
-        "memory": dict(TOKENS=[16], CHANNELS=16, HEADS=2, BATCH=1),
-        "every_mixer": dict(
-            BATCHES={4: 2}, SIDES={name: every_mixer.SIDES[name] for name in ("attention", "pdessm")}, peak_of_process=here
-        ),
-        "sampling": dict(STEPS=2, SIZES={"S": TINY}),
-        "faster_sampling": dict(SIZES={"S": TINY}),
-    }.get(name, {})
-    for constant, value in sizes.items():
-        monkeypatch.setattr(benchmark, constant, value)
-    monkeypatch.setattr(table5, "MODEL", table5.MODEL | dict(hidden_size=16, depth=1, num_heads=2))
-    monkeypatch.setattr(forward, "SIZES", dict.fromkeys(("XL", "L", "B", "S"), TINY))
+    rehearsal.shrink(name, monkeypatch.setattr)
+    if name == "every_mixer":
+        monkeypatch.setattr(every_mixer, "peak_of_process", here)
     if name == "faster_sampling":
         monkeypatch.setattr(torch, "compile", lambda network, **options: network)
         monkeypatch.setenv("CXX", sys.executable)
