@@ -349,7 +349,7 @@ EQUATIONS = {"diagonal": Diagonal, "pairwise": Pairwise, "coupled": Coupled}
 COUPLINGS = tuple(EQUATIONS)
 
 
-class PDESSM(nn.Module):
+class PDESSM(Keeping):
     """The PDE-SSM operator: (B, dim, h, w) -> (B, dim, h, w), for any h and w.
 
     grid_size:   (h, w) of the tokens it will see; only the initial values depend on it.
@@ -413,11 +413,10 @@ class PDESSM(nn.Module):
         if torch.is_grad_enabled():
             forget()
         u = u.movedim(1, -1)                                               # (B, h, w, D)
-        v = self.R(u)                                                      # (B, h, w, C)
-        if self.activation:
-            v = nn.functional.silu(v)
-        with full_precision(u):
-            state = self.equation.evolve(v, *([self.time_scale(c)] if self.conditioned else []))       # (B, h, w, C)
+        if (state := pde_ssm_kernels.fold(u, self)) is None:
+            v = nn.functional.silu(self.R(u)) if self.activation else self.R(u)    # (B, h, w, C)
+            with full_precision(u):
+                state = self.equation.evolve(v, *([self.time_scale(c)] if self.conditioned else []))   # (B, h, w, C)
         if self.gate is not None:
             state = state * nn.functional.silu(self.gate(u))               # (B, h, w, C)
         if self.out is not None:

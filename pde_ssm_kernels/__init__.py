@@ -8,7 +8,7 @@ A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to thei
 
 import torch
 
-from .modes import exporting, traced, transformed
+from .modes import exporting, observed, traced, transformed
 
 # By the name of a backend, the kernels that it asks, in order.
 BACKENDS = {"default": ["cpp"], "torch": [], "cpp": ["cpp"], "triton": ["triton"], "auto": ["triton", "cpp"], "plain": []}
@@ -50,8 +50,7 @@ def choose(v, equation, time_scale=None):
     if hasattr(equation, "is_system"):                                    # of matrices
         from . import pairs, pytorch
 
-        fast = not equation.is_system and not followed and "cpp" in BACKENDS[_backend] and pairs.serves(v)
-        return pairs.evolve_tokens if fast else pytorch.evolve_in_pieces
+        return pairs.evolve_tokens if not followed and _pairs(v, equation) else pytorch.evolve_in_pieces
     if followed:
         return None
     for name in BACKENDS[_backend]:
@@ -63,6 +62,25 @@ def choose(v, equation, time_scale=None):
         if _backend == name:
             raise ValueError(f"the backend is {name}, and {why_not(name, v)}; set_backend('auto') takes torch there")
     return None
+
+
+def fold(u, layer):
+    """Returns the state of tokens u (B, h, w, dim) by what evaluation keeps of a PDESSM, the product of R, embedding and symbol
+    at each wave vector; None where nothing is kept, so that the layer goes step by step."""
+    if torch.is_grad_enabled() or observed() or layer.training or layer.coupling != "pairwise" or not _pairs(u, layer.equation):
+        return None
+    from . import pairs
+
+    return None if traced(u, *layer.parameters()) or torch.is_autocast_enabled(u.device.type) else pairs.fold(u, layer)
+
+
+def _pairs(v, equation):
+    """Whether the C++ kernels of pairs are to run these tokens."""
+    if equation.is_system or "cpp" not in BACKENDS[_backend]:
+        return False
+    from . import pairs
+
+    return pairs.serves(v)
 
 
 def why_not(name, v):

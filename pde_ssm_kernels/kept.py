@@ -100,10 +100,15 @@ def bytes_kept():
     return sum(entry[0].nbytes for layer in _kept.data.copy().values() for entry in layer.copy().values())
 
 
+def room():
+    """Returns how many bytes more may be kept."""
+    return KEPT - bytes_kept()
+
+
 def _state(layer):
     """Returns what changes with every change of a parameter that PyTorch counts; None where that cannot be told."""
     try:
-        return [(id(p), p.data_ptr(), p._version) for p in layer._parameters.values()]
+        return [(id(p), p.data_ptr(), p._version) for p in layer.parameters()]
     except RuntimeError:  # inference tensors count no versions, and some tensors have no address
         return None
 
@@ -111,13 +116,13 @@ def _state(layer):
 def _keep(layer, name, value, state):
     """Keeps a value if there is room, at the expense of this layer's other values alone: layers that take turns would throw
     out each other's for ever."""
-    own, parameters = _kept.setdefault(layer, {}), list(layer._parameters.values())
+    own, parameters = _kept.setdefault(layer, {}), list(layer.parameters())
     own.pop(name, None)
-    if state is None or not parameters or hasattr(layer, "parametrizations") or traced(*parameters):
+    if state is None or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules()) or traced(*parameters):
         return  # inference tensors; replicated or parametrised, with values elsewhere; of another class
-    while own and (len(own) == VALUES or bytes_kept() + value.nbytes > KEPT):
+    while own and (len(own) == VALUES or value.nbytes > room()):
         own.pop(next(iter(own)))
-    if bytes_kept() + value.nbytes > KEPT:
+    if value.nbytes > room():
         return
     # As long as the parameters and their memory are held, no others can have their identity and their address.
     memory = [p.data.flatten()[:COMPARED] if p.is_contiguous() else p.data for p in parameters]

@@ -390,6 +390,20 @@ static Rows<Number> rows_of(Number *exponents, long size) {
   return rows;
 }
 
+// The same with matrices from memory, (f, blocks of LANES outputs, inputs, 2, LANES): v (f, inputs, 2, B) to out (f, 2, B, c).
+extern "C" void multiply_by(const float *matrices, const float *v, float *out, int f, int inputs, int c, int B, int threads) {
+  const Shape shape(c, B, 1, threads);
+  #pragma omp parallel for num_threads(threads)
+  for (int k = 0; k < f; k++) {
+    WithoutSubnormals mode;
+    for (int block = 0; block < shape.blocks; block++)
+      multiply_all<false>((const Z *)matrices + ((long)k * shape.blocks + block) * inputs, inputs, v + (long)k * inputs * 2 * B,
+                          B, out + (long)k * 2 * B * c + block * LANES, c, shape.lanes(block), true);
+  }
+}
+
+extern "C" int lanes() { return LANES; }
+
 // Packed v (groups, f, c, 2, B) to out in lanes (groups, f, 2, B, c); exponents (6, groups, c, c), g0, gx and gy (groups, c, c).
 extern "C" void green(const float *v, const float *exponents, float *out, int h, int w, int c, int B, int groups, int threads) {
   forward<Green>(v, rows_of(exponents, (long)groups * c * c), out, h, w, c, B, groups, threads);

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from . import cpu, pytorch
 from .building import load
+from .kept import kept, room
 from .modes import full_precision, widen
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
+AT_ONCE = 64             # columns of products that are folded at once
 CHUNK = 1024             # pairs whose gradients of tau the kernels add up
 
 
@@ -32,6 +34,64 @@ def evolve_tokens(v, equation, time_scale=None):
     else:
         states, _ = evolve(*inputs, h, w)
     return pytorch.from_real_spectrum(pytorch.from_lanes(states, h), h, w).to(v.dtype)
+
+
+class Folding:
+    """What evaluation keeps of a layer and a grid: how many images it has seen there, and, once these are as many as the layer
+    has channels, G(k) B(k) R at each wave vector, (f, blocks, dim, 2, lanes). Making those costs about as much as that many
+    images, so that it never takes more than twice the time of who knows beforehand how many will come."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.images, self.matrices = 0, None
+
+    @property
+    def nbytes(self):
+        return 0 if self.matrices is None else self.matrices.nbytes
+
+
+@kept
+def _folding(layer, h, w):
+    return Folding()
+
+
+def fold(u, layer):
+    """Returns the state of tokens u (B, h, w, dim) by kept products of G, B and R of a PDESSM, or None where there are none."""
+    h, w = u.shape[1:3]
+    plain = type(layer.R) is torch.nn.Linear and not (layer.R._forward_hooks or layer.R._forward_pre_hooks or layer.activation)
+    if not plain or layer.equation.groups > 1 or u.dtype != torch.float32 or layer.R.weight.dtype != torch.float32:
+        return None
+    folding = _folding(layer, h, w)
+    folding.images += len(u)
+    if folding.matrices is None:
+        c = layer.equation.dim
+        size = 8 * h * (w // 2 + 1) * layer.dim * -(-c // lanes()) * lanes()
+        if folding.images <= c or size > room():
+            return None
+        folding.matrices = folded(layer, h, w)
+    matrices, v = folding.matrices, pytorch.lanes(pytorch.real_spectrum(u), 1)
+    (f, _, inputs, _, _), c = matrices.shape, layer.equation.dim
+    states = v.new_empty(*v.shape[:-1], c)
+    run("multiply_by", matrices, packed(v), states, sizes=(f, inputs, c, len(u)))
+    return pytorch.from_real_spectrum(pytorch.from_lanes(states, h), h, w)
+
+
+def folded(layer, h, w):
+    """Returns G(k) B(k) R of a PDESSM at the f wave vectors of a grid: (f, blocks, dim, 2, lanes)."""
+    equation, (_, odd) = layer.equation, pytorch.monomials(layer.equation, h, w)
+    g0, gx, gy = ((g[0] @ layer.R.weight).T for g in equation.embedding())         # (dim, c)
+    c, rows = equation.dim, exponents(equation)
+    blocks = -(-c // lanes())
+    matrices = g0.new_zeros(len(odd), blocks, layer.dim, 2, lanes())
+    for part in torch.arange(layer.dim).split(AT_ONCE):
+        kx, ky = odd[:, :, None, None].unbind(1)
+        embedded = torch.stack([g0[part].expand(len(odd), -1, -1), kx * gx[part] + ky * gy[part]], dim=1)[None]
+        states = torch.empty_like(embedded)                                # (1, f, 2, part, c)
+        run("green", packed(embedded), rows, states, sizes=(h, w, c, len(part), 1))
+        padded = F.pad(states[0], (0, blocks * lanes() - c)).unflatten(-1, (blocks, -1))
+        matrices[:, :, part] = padded.permute(0, 3, 2, 1, 4)
+    return matrices
 
 
 def exponents(equation):
@@ -180,14 +240,19 @@ def run(name, *tensors, sizes):
     getattr(kernels, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
 
 
+def lanes():
+    """How many channels are one vector."""
+    return library()[0].lanes()
+
+
 @cache
 def library():
     """The compiled kernels and None, or None and why there are none."""
     kernels, reason = load(SOURCE)
     if reason:
         return None, reason
-    counts = dict(embed=(5, 6), green=(3, 6), embed_backward=(9, 6), green_backward=(5, 6), exponents=(7, 3))
-    for name, (tensors, sizes) in (counts | dict(exponents_backward=(13, 3))).items():
+    counts = dict(embed=(5, 6), green=(3, 6), embed_backward=(9, 6), green_backward=(5, 6), multiply_by=(3, 5))
+    for name, (tensors, sizes) in (counts | dict(exponents=(7, 3), exponents_backward=(13, 3))).items():
         kernel = getattr(kernels, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p] * tensors + [ctypes.c_int] * sizes, None
     return kernels, None

@@ -9,7 +9,7 @@ import torch
 import pde_ssm
 from operators import random_operator
 from pde_ssm import PDESSM, TERMS, green_symbol, wave_vectors
-from pde_ssm_kernels import pairs, pytorch
+from pde_ssm_kernels import kept, pairs, pytorch
 
 KERNELS, REASON = pairs.library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
@@ -186,3 +186,52 @@ def test_memory_of_others_is_not_read(wrong):
             pairs.evolve(spectra, *good[1:], 4, 5)
         with pytest.raises(ValueError, match="the kernels need float32"):
             pairs.evolve_backward(good[0], good[0], spectra, *good[1:], 4, 5)
+
+
+@pytest.fixture
+def evaluated():
+    """A layer in evaluation that has seen as many images as make it fold, and its tokens."""
+    pde = PDESSM(20, coupling="pairwise", state_dim=19, gate=True).eval()
+    for p in pde.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    u = torch.randn(5, 20, 6, 7)
+    with torch.no_grad():
+        for _ in range(4):
+            pde(u)
+    return pde, u
+
+
+@torch.no_grad()
+def test_evaluation_folds_what_depends_on_parameters_alone_once_it_pays(evaluated, monkeypatch):
+    pde, u = evaluated
+    expected = copy.deepcopy(pde).double()(u.double())
+    monkeypatch.setattr(pairs, "evolve", None)                             # not used any more
+    for images in (5, 1, 3):
+        assert_close(pde(u[:images]), expected[:images], 1e-5)
+    assert kept.bytes_kept() == 6 * 4 * 20 * 8 * -(-19 // pairs.lanes()) * pairs.lanes()
+
+
+@pytest.mark.parametrize("event", ["R", "exponents", "train", "gradients", "no room", "autocast"])
+@torch.no_grad()
+def test_folded_products_are_never_stale(evaluated, event, monkeypatch):
+    pde, u = evaluated
+    pde(u)
+    if event == "R":
+        pde.R.weight.data.mul_(2)
+    elif event == "exponents":
+        pde.equation.log_tau.add_(0.5)
+    elif event == "train":
+        pde.train()
+    elif event == "gradients":
+        with torch.enable_grad():
+            PDESSM(4)(torch.randn(1, 4, 2, 2))
+    elif event == "no room":
+        monkeypatch.setattr(kept, "KEPT", 2**10)
+        kept.forget()
+    with torch.autocast("cpu", enabled=event == "autocast"):
+        for _ in range(6):
+            out = pde(u)
+    if event != "autocast":
+        assert_close(out, copy.deepcopy(pde).double()(u.double()), 1e-5)
+    assert out.dtype == (torch.bfloat16 if event == "autocast" else torch.float32)
+    assert (kept.bytes_kept() > 0) == (event not in ("train", "no room"))
