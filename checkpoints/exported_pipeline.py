@@ -57,7 +57,7 @@ class PDEPipeline(DiffusionPipeline):
                 out = torch.cat([mixed, out[:, guided:]], dim=1)
             out = out[:, :channels]
             if self.config.predict == "x":
-                out = (out - x) / (step / 1000).clamp(min=0.05)
+                out = (out - x) / (step / 1000)
             x = self.scheduler.step(-out if self.flow else out, step, x, **how).prev_sample  # its flows lead to noise
         if self.vae is not None:
             x = self.vae.decode(x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)).sample

@@ -46,7 +46,7 @@ def shifted(t, shift):
 
 
 PREDICTIONS = ("velocity", "x")  # what a network's output is: "x" is the clean image
-LEAST_SIGMA = 0.05  # of the noise, by which the way to a predicted image is divided
+LEAST_SIGMA = 0.05  # by which the loss divides the error of a predicted image
 
 
 class FlowMatching:
@@ -77,36 +77,37 @@ class FlowMatching:
         return [c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for c in self.path(t.double())]
 
     def velocity(self, model, x, t, model_kwargs=None):
-        """Asks the network for the velocity of x (B, C, H, W) at times t (B,), the first C of its channels or what follows from
-        them: (B, C, H, W)."""
-        output = model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
-        return output if self.predict == "velocity" else self.velocity_to(output, x, t)
-
-    def velocity_to(self, image, x, t):
-        """Computes the velocity that leads x at t to that image, on the linear path (u - x) / (1 - t). Near the end, where x
-        has too little noise left to divide by, it divides by LEAST_SIGMA."""
+        """Asks the network for the velocity of x (B, C, H, W) at times t (B,), (B, C, H, W). If it predicts the image, that is
+        the one that leads there, (u - x) / (1 - t) on the linear path, and t is below 1."""
+        output = self.output(model, x, t, model_kwargs)
+        if self.predict == "velocity":
+            return output
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
-        return ((sigma * d_alpha - d_sigma * alpha) * image + d_sigma * x) / sigma.clamp(min=LEAST_SIGMA)
+        return ((sigma * d_alpha - d_sigma * alpha) * output + d_sigma * x) / sigma
+
+    def output(self, model, x, t, model_kwargs=None):
+        """Returns the first C channels of the network's output, what it predicts."""
+        return model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Computes the squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,). A predicted
-        image is judged by the velocity to it, beside that to the true one."""
+        image makes that of the image, divided by 1 - t on the linear path, but by LEAST_SIGMA near the end."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x_start)
-        x = alpha * x_start + sigma * noise
-        target = d_alpha * x_start + d_sigma * noise if self.predict == "velocity" else self.velocity_to(x_start, x, t)
-        mse = (self.velocity(model, x, t, model_kwargs) - target).square().flatten(1).mean(1)
+        output = self.output(model, alpha * x_start + sigma * noise, t, model_kwargs)
+        if self.predict == "velocity":
+            error = output - (d_alpha * x_start + d_sigma * noise)
+        else:
+            error = (output - x_start) * ((sigma * d_alpha - d_sigma * alpha) / sigma.clamp(min=LEAST_SIGMA))
+        mse = error.square().flatten(1).mean(1)
         return {"mse": mse, "loss": mse}
 
     def clean(self, x, t, velocity):
         """Computes the image that x and its velocity at t point to; on the linear path x + (1 - t) v, Eq. (13)."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
-        divided_by = sigma if self.predict == "velocity" else sigma.clamp(min=LEAST_SIGMA)
-        return (divided_by * velocity - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
+        return (sigma * velocity - d_sigma * x) / (sigma * d_alpha - d_sigma * alpha)
 
     def noise(self, x, t, velocity):
         """Computes the noise that x and its velocity point back to, on the linear path x - t v. The score is -noise / sigma."""
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x)
-        if self.predict == "x":
-            velocity = velocity * (sigma.clamp(min=LEAST_SIGMA) / sigma)  # as far as the image is, at any t before 1
         return (d_alpha * x - alpha * velocity) / (sigma * d_alpha - d_sigma * alpha)

@@ -79,16 +79,19 @@ def _countdown(diffusion, x, progress):
 @torch.no_grad()
 def euler(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """Follows the velocity of a flow from t = 0 to 1 in its steps; the error falls with the step."""
-    for t, dt in _count_up(flow, x, progress):
+    for _, t, dt in _count_up(flow, x, progress):
         x = x + dt * flow.velocity(model, x, t, model_kwargs)
     return _clip(x, clip_denoised)
 
 
 @torch.no_grad()
 def heun(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
-    """Follows the mean of the velocities at both ends of each step, two calls of the network each: second order."""
-    for t, dt in _count_up(flow, x, progress):
+    """Follows the mean of the velocities at both ends of each step, two calls of the network each: second order. If the
+    network predicts the image, the last step goes there, for at t = 1 no velocity follows from it."""
+    for left, t, dt in _count_up(flow, x, progress):
         here = flow.velocity(model, x, t, model_kwargs)
+        if not left and flow.predict == "x":
+            return _clip(flow.clean(x, t, here), clip_denoised)
         there = flow.velocity(model, x + dt * here, (t + dt).clamp(max=1), model_kwargs)  # rounding may go beyond 1
         x = x + dt / 2 * (here + there)
     return _clip(x, clip_denoised)
@@ -105,6 +108,7 @@ STAGES = (
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 DIFFERENCE = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+LAST = 0.01  # of the way
 SHORTEST = 1e-4  # rk45 takes this step whatever its error: velocities may jump, for example where guidance begins or ends
 
 
@@ -117,13 +121,16 @@ def rk45(
     and time_shift mean nothing to it.
 
     Every image has steps of its own, so that it does not depend on its neighbours, and waits at t = 1 for the last one. Steps
-    are not shorter than SHORTEST, but for the last one, which goes what is left of the way.
+    are not shorter than SHORTEST, but for the last one, which goes what is left of the way. If the network predicts the image,
+    they end LAST before t = 1, and from there it goes to the image.
     """
 
-    def velocity(x, left):                                                 # (B, C, H, W), (B,)
-        return flow.velocity(model, x, (1 - left).to(x.dtype), model_kwargs)
+    end_of_way = 1 if flow.predict == "velocity" else 1 - LAST
 
-    left = torch.ones(len(x), dtype=torch.float64, device=x.device)  # (B,) of the way from noise to image
+    def velocity(x, left):                                                 # (B, C, H, W), (B,)
+        return flow.velocity(model, x, (end_of_way - left).to(x.dtype), model_kwargs)
+
+    left = torch.full((len(x),), end_of_way, dtype=torch.float64, device=x.device)  # (B,) of the way from noise to image
     step = torch.full_like(left, 0.01)
     velocities = [velocity(x, left)]
     while left.any():
@@ -140,6 +147,8 @@ def rk45(
         here = taken.view(dt.shape)
         x, velocities = torch.where(here, end, x), [torch.where(here, velocities[-1], velocities[0])]
         step = (step * (0.9 * error**-0.2).clamp(0.2, 10)).clamp(min=SHORTEST)
+    if flow.predict == "x":
+        x = flow.clean(x, end_of_way - left, velocities[0])
     return _clip(x, clip_denoised)
 
 
@@ -150,7 +159,7 @@ def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False
     s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds. The last
     step goes to the clean image, for no later one would take its noise away.
     """
-    for t, dt in _count_up(flow, x, progress):
+    for _, t, dt in _count_up(flow, x, progress):
         velocity = flow.velocity(model, x, t, model_kwargs)
         _, sigma, _, _ = flow.coefficients(t, x)
         clean, noise = flow.clean(x, t, velocity), randn_like(x)
@@ -159,9 +168,9 @@ def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False
 
 
 def _count_up(flow, x, progress):
-    """Yields the times at which the steps begin, each (B,), and how long they are."""
-    for start, length in tqdm(flow.steps(), disable=not progress):
-        yield torch.full((len(x),), start, device=x.device, dtype=x.dtype), length
+    """Yields of every step how many are left after it, when it begins, (B,), and how long it is."""
+    for number, (start, length) in enumerate(tqdm(flow.steps(), disable=not progress), start=1):
+        yield flow.num_timesteps - number, torch.full((len(x),), start, device=x.device, dtype=x.dtype), length
 
 
 def _clip(x, clip_denoised):
