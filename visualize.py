@@ -28,6 +28,7 @@ from images.folders import read_image
 from machine.files import check_writable
 from machine.flags import class_label, decay, finite, from_zero, image_size, not_negative, positive, share
 from machine.processes import launch
+from models import DiT
 from sample import trained
 
 
@@ -134,7 +135,8 @@ def draw_drift(ckpt, ema, device, initial):
 def open_model(ckpt, ema, device):
     """Returns a checkpoint's model on that device, its settings, and what to call it in a picture."""
     model, settings = load_model(find_checkpoint(ckpt), {}, "mse", ema)
-    return model.to(device), settings, f"{settings['model']}, {settings['mixer']} ({Path(ckpt).stem})"
+    kind = f"{settings['model']}, {settings['mixer']}" if isinstance(model, DiT) else settings["model"]  # others have their own
+    return model.to(device), settings, f"{kind} ({Path(ckpt).stem})"
 
 
 def open_space(settings, device):

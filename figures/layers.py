@@ -8,6 +8,8 @@ from torch import nn
 
 from diffusion.noise import PerImageNoise, image_seeds
 
+PLACES = {"attn", "mixer", "op"}  # what blocks call them
+
 
 class Layer(NamedTuple):
     """A mixer as it stands in a network that looks at images."""
@@ -46,9 +48,10 @@ def observe(model, objective, images, labels, progress, seed=0):
 
 
 def mixers_of(model):
-    """Returns the mixers of a network's blocks, which call them `attn`; some have parts of that name. ValueError if there are
+    """Returns the mixers of a network's blocks, which have a name of PLACES, as some of their parts do. ValueError if there are
     none."""
-    found = [layer for name, layer in model.named_modules() if name.split(".").count("attn") == 1 and name.endswith("attn")]
+    named = [(name.split("."), layer) for name, layer in model.named_modules()]
+    found = [layer for path, layer in named if path[-1] in PLACES and not {*path[:-1]} & PLACES]
     if not found:
         raise ValueError(f"{type(model).__name__} has no mixers of tokens that could be looked at")
     return found
@@ -73,12 +76,12 @@ def _layer(number, model, module, call):
 def grid_of(module, model, count):
     """Returns the grid (h, w) of `count` tokens, the layer's own, the network's or a coarser one, and how many tokens stand
     before it. ValueError if they are on none."""
-    grids = [getattr(owner, "grid_size", None) for owner in (module, model)]
-    h, w = model.grid_size
+    h, w = getattr(model, "grid_size", model.input_size)
+    grids = [getattr(module, "grid_size", None), (h, w)]
     while h % 2 == w % 2 == 0:
         h, w = h // 2, w // 2
         grids.append((h, w))
     for h, w in filter(None, grids):
         if 0 <= count - h * w <= 2:
             return (h, w), count - h * w
-    raise ValueError(f"{type(model).__name__} has {count} tokens in a layer, which is not on its grid of {model.grid_size}")
+    raise ValueError(f"{type(model).__name__} has {count} tokens in a layer, which are on no grid of {model.input_size}")

@@ -83,6 +83,23 @@ def test_every_mixer_is_looked_at(mixer, randomize):
         assert -1 <= maps.likeness(maps.disc(16), maps.map_of(layer)) <= 1
 
 
+@pytest.mark.parametrize("name", ["LaMamba-N", "DiS-N/2", "U-ViT-N/2", "ZigMa-N/2"])
+def test_layers_of_every_backbone_have_a_grid_and_a_reach(name):
+    model = MODELS[name](input_size=16, in_channels=3, num_classes=2).eval().requires_grad_(False)
+    _, layers = observe(model, create_objective("flow"), maps.disc(16)[None], 1, 0.7)
+    for layer in layers:
+        assert layer.prefix == (2 if name[:4] in ("DiS-", "U-Vi") else 0)
+        assert layer.tokens.shape[1] == layer.prefix + layer.grid[0] * layer.grid[1]
+        assert 0 <= reach.reach_of(layer, 1).item() <= 12
+    if name == "LaMamba-N":
+        assert len({layer.grid for layer in layers}) > 2
+
+
+def test_a_network_without_mixers_is_named():
+    with pytest.raises(ValueError, match="UNet has no mixers of tokens"):
+        observe(MODELS["UNet-N"](16, in_channels=3), create_objective("diffusion"), maps.disc(16)[None], 0, 0.5)
+
+
 def test_heads_that_look_at_all_tokens_alike_reach_as_a_mean_does():
     model = MODELS["DiT-N/4"](input_size=24, in_channels=3, num_classes=2, depth=1).eval()
     torch.nn.init.zeros_(model.blocks[0].attn.qkv.weight[:192])
