@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 NAMES = (
-    "mixer", "selective_scan", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling", "faster_sampling"
+    "mixer", "pairwise", "selective_scan", "table5", "table8", "table9", "step", "every_mixer", "memory", "sampling",
+    "faster_sampling",
 )  # fmt: skip
 
 if __name__ == "__main__":

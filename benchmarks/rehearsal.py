@@ -17,6 +17,7 @@ TINY = {
     "table5": dict(PAPER={(32, 8): (1.0, 2.0), (64, 8): (3.0, 4.0), (256, 2): (5.0, 6.0)}, MODEL=MODEL),
     "forward": dict(SIZES=SIZES),
     "mixer": dict(HEADS={16: 2}, GRIDS=[(2, 2), (2, 3)], BATCH=1),
+    "pairwise": dict(DIM=16, HEADS=2, BATCHES=(4,), SIZES=(2, 64), FOLDS=2, ROWS=8),
     "selective_scan": dict(CHANNELS=4, SIZES=[(1, 3, 2), (2, 4, 2)]),
     "step": dict(SIZES=SIZES, INPUTS=(4, 8)),
     "every_mixer": dict(BATCHES={4: 2}, SIDES={name: dict(model="DiT-N/4", mixer=name) for name in ("attention", "pdessm")}),
