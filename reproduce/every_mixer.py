@@ -2,8 +2,8 @@
 
     python -m reproduce.every_mixer --collect results/every_mixer reproduce/results/every_mixer.json
 
-joins the rows of finished runs with those that the file has, prints the tables, and draws the picture beside the file. Times,
-memory and multiply-adds are those of `python -m benchmarks.every_mixer`.
+joins the rows of finished runs with those that the file has, prints the tables, and draws the pictures beside the file. Times
+and memory are those of `python -m benchmarks.every_mixer`.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from checkpoints.build import create_network
 from machine.files import whole_file
 from mixers import kind_of, mixer_options
 
-HERE = Path(__file__).parent
 SETS = ("cifar10", "flowers")
 DISTANCE = "FD-EfficientNet"
 KEPT = ("model", "mixer", "predict", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
@@ -51,14 +50,15 @@ def record(folder, data, name, seed, steps, objective, failure=None):
     about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if failure:
         row["failure"] = failure
-    else:
-        log = [json.loads(line) for line in next(folder.glob("*/log.jsonl")).read_text().splitlines()]
+    for checkpoint in folder.glob(f"*/checkpoints/{int(steps):07}.pt"):  # one, unless training failed
+        log = [json.loads(line) for line in checkpoint.parent.with_name("log.jsonl").read_text().splitlines()]
         row["held_out_loss"] = {str(entry["step"]): entry["held_out_loss"] for entry in log if "held_out_loss" in entry}
-        checkpoint = torch.load(next(folder.glob(f"*/checkpoints/{int(steps):07}.pt")), map_location="cpu", weights_only=True)
-        row |= {name: checkpoint["args"].get(name) for name in KEPT}
-        row |= costs(build(checkpoint["args"]))
-    for metrics in [] if failure else folder.glob("samples/*.json"):
-        row["metrics"] = json.loads(metrics.read_text())
+        settings = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
+        row |= {name: settings.get(name) for name in KEPT} | costs(build(settings))
+    for metrics in folder.glob("samples/*.json"):
+        measured = json.loads(metrics.read_text())
+        row["metrics"] = {name: value for name, value in measured.items() if isinstance(value, float)}
+        row["compared"] = [measured["samples"]["images"], measured["reference"]["images_in_statistics"], measured["features"]]
         with np.load(metrics.with_suffix(".npz")) as samples:
             strip = np.concatenate(list(samples["arr_0"][:SHOWN]), axis=1)
         with whole_file(folder / "samples.png", "picture") as file:
@@ -133,11 +133,13 @@ def tabulate(rows, times, title):
         ]
         lines.append([name, *cells, *counts, *measured])
     table = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines]]
-    return "\n".join([f"**{title}**", "", *table, ""])
+    compared = sorted({(row["data"], *row["compared"]) for row in rows if "compared" in row})
+    notes = [f"{data}: {n:,} samples against {against:,} images, {features}" for data, n, against, features in compared]
+    return "\n".join([f"**{title}**", "", *table, "", *notes, ""])
 
 
 def loss(row):
-    return row["held_out_loss"].get(str(row["steps"]))
+    return row.get("held_out_loss", {}).get(str(row["steps"]))
 
 
 def distance(row):
@@ -145,13 +147,12 @@ def distance(row):
 
 
 def cell(rows, value):
-    """Writes the mean of the seeds, their range and how many they are, or why there is none."""
-    if failures := [f"{row['failure']} (seed {row['seed']})" for row in rows if "failure" in row]:
-        return "; ".join(failures)
+    """Writes the mean of the seeds, their range and how many they are, and why others have none."""
     values = [value(row) for row in rows if value(row) is not None]
-    if len(values) < 2:
-        return "".join(f"{x:.4g} (1 seed)" for x in values)
-    return f"{mean(values):.4g} ({min(values):.4g} to {max(values):.4g}, {len(values)} seeds)"
+    spread = f" ({min(values):.4g} to {max(values):.4g}, {len(values)} seeds)" if len(values) > 1 else " (1 seed)"
+    summary = [f"{mean(values):.4g}{spread}"] if values else []
+    failures = [f"{row['failure']} (seed {row['seed']})" for row in rows if "failure" in row and value(row) is None]
+    return "; ".join(summary + failures)
 
 
 def draw(path, rows, times):
@@ -169,7 +170,7 @@ def draw(path, rows, times):
     for line, data in zip(axes, sets):
         for axis, (label, what) in zip(line, axes_of.items()):
             for name in SIDES:
-                mine = [row for row in rows if (row["data"], row["name"]) == (data, name) and "failure" not in row]
+                mine = [row for row in rows if (row["data"], row["name"]) == (data, name) and loss(row)]
                 side = mine[0] if mine and what in mine[0] else times.get(name, {}).get(64)
                 if mine and what in (side or ()):
                     place = side[what], mean(map(loss, mine))

@@ -75,14 +75,18 @@ run() {
     local start=$SECONDS command=$* status=0
     echo "$set, seed $seed, $name: $1" >&2
     "$PYTHON" "$@" > "$folder/output.txt" 2>&1 || status=$?
-    command=${command//"$data"/DATA}
-    echo "$((SECONDS - start)) ${command//"$WORK/"/}" >> "$folder/commands.txt"
+    echo "$((SECONDS - start)) $(without_paths "$command")" >> "$folder/commands.txt"
     if [ $status -eq 75 ] || [ $status -gt 128 ]; then
         echo "stopped; start this script again to go on" >&2
         exit $status
     fi
-    if [ $status -ne 0 ]; then record "$(tail -n 1 "$folder/output.txt")"; fi
+    if [ $status -ne 0 ]; then record "$(without_paths "$(tail -n 1 "$folder/output.txt")")"; fi
     return $status
+}
+
+without_paths() {
+    local text=${1//"$data"/DATA}
+    echo "${text//"$WORK/"/}"
 }
 
 # record [FAILURE]: writes the run's row, and all rows to $RESULTS

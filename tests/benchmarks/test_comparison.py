@@ -103,8 +103,10 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     run = ["--mixer", "mean", "--objective", "flow", "--data-path", photos, "--val-path", photos, "--num-classes", 3]
     log = fit(folder, *run, "--max-steps", 2, "--ckpt-every", 1, "--global-batch-size", 4, "--num-workers", 0) / "log.jsonl"
     (folder / "samples").mkdir()
+    sides = dict(samples=dict(images=20), reference=dict(images_in_statistics=40, source=photos))
+    measured = {every_mixer.DISTANCE: 123.4, "features": "some", **sides}
     np.savez(folder / "samples" / "a.npz", arr_0=np.full((20, 8, 8, 3), 77, dtype=np.uint8))
-    (folder / "samples" / "a.json").write_text(json.dumps({every_mixer.DISTANCE: 123.4}))
+    (folder / "samples" / "a.json").write_text(json.dumps(measured))
     (folder / "commands.txt").write_text("5 train.py --mixer mean\n")
     results = tmp_path / "rows.json"
     failed = dict(data="cifar10", name="mean", seed=1, steps=2, objective="flow", failure="it diverged")
@@ -116,8 +118,12 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     assert before == others
     losses = [json.loads(line).get("held_out_loss") for line in log.read_text().splitlines()]
     assert [*row["held_out_loss"].values()] == [loss for loss in losses if loss]
+    assert row["compared"] == [20, 40, "some"]
+    assert photos not in json.dumps(row)
     assert row["commands"] == [dict(command="train.py --mixer mean", seconds=5)]
-    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    printed = capsys.readouterr().out
+    assert "\ncifar10: 20 samples against 40 images, some\n" in printed
+    table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert table[0][:3] == ["cifar10, held-out loss", "cifar10, FD-EfficientNet", "flowers, held-out loss"]
     assert table[2][:2] == ["attention", "it diverged (seed 0)"]
     assert table[3][:4] == ["mean", f"{row['held_out_loss']['2']:.4g} (1 seed)", "123.4 (1 seed)", "it diverged (seed 1)"]
@@ -129,4 +135,6 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
 def test_seeds_are_summed_up():
     rows = [dict(held_out_loss={"2": loss}, steps=2, seed=seed) for seed, loss in enumerate((0.25, 0.5, 0.75))]
     assert every_mixer.cell(rows, every_mixer.loss) == "0.5 (0.25 to 0.75, 3 seeds)"
+    failed = dict(steps=2, seed=3, failure="it diverged")
+    assert every_mixer.cell([*rows, failed], every_mixer.loss) == "0.5 (0.25 to 0.75, 3 seeds); it diverged (seed 3)"
     assert every_mixer.cell([], every_mixer.loss) == ""
