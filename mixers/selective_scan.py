@@ -23,32 +23,34 @@ from pde_ssm_kernels.modes import full_precision, traced
 
 
 def selective_scan(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, reverse=False
 ):  # fmt: skip
     """Returns out (B, E, L) in the type of u, and with return_last_state h_L (B, E, N) too; computed in float32 or wider.
 
     u, delta, z (B, E, L); A (E, N); B, C (B, N, L), or (B, G, N, L) for G equal groups of the E channels; D, delta_bias (E,).
-    They may have any layout; out lies in memory as delta does. ValueError for shapes that do not fit.
+    They may have any layout; out lies in memory as delta does. reverse: from the last token to the first, which stay in their
+    places. ValueError for shapes that do not fit.
     """
     inputs = checked(u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with full_precision(u):
         watched = torch.compiler.is_compiling() or traced(*(x for x in inputs if x is not None))
         if not watched and selective_scan_cpu.serves(inputs[0]):
-            out, last = selective_scan_cpu.Scan.apply(*inputs, delta_softplus, keep)
+            out, last = selective_scan_cpu.Scan.apply(*inputs, delta_softplus, reverse, keep)
         elif not watched and not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
-            out = selective_scan_mamba.function()(*inputs, delta_softplus)  # which has no gradient of the last state
+            out = selective_scan_mamba.function()(*turned(inputs, reverse), delta_softplus)  # has no gradient of the last state
+            out = out.flip(2) if reverse else out
         else:
-            out, last, _ = scan(*inputs, delta_softplus, keep)
+            out, last, _ = scan(*inputs, delta_softplus, reverse, keep)
         return (out.to(u.dtype), last) if return_last_state else out.to(u.dtype)
 
 
 def selective_scan_reference(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, reverse=False
 ):  # fmt: skip
     """Returns the same by the equations, under autograd, which keeps all states."""
     kind, E = u.dtype, u.shape[1]
-    u, delta, A, B, C, D, z, delta_bias = checked(u, delta, A, B, C, D, z, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias = turned(checked(u, delta, A, B, C, D, z, delta_bias), reverse)
     with full_precision(u):
         delta = delta if delta_bias is None else delta + delta_bias[:, None]
         delta = softplus(delta) if delta_softplus else delta
@@ -60,6 +62,7 @@ def selective_scan_reference(
         y = torch.stack(y, dim=-1)
         y = y if D is None else y + D[:, None] * u
         out = (y if z is None else y * silu(z)).to(kind)
+        out = out.flip(2) if reverse else out
     return (out, h) if return_last_state else out
 
 
@@ -78,54 +81,61 @@ def checked(u, delta, A, B, C, D, z, delta_bias):
     return [None if x is None else x.to(wide) for x in given]
 
 
+def turned(inputs, reverse):
+    """Returns the inputs with tokens in the opposite order if `reverse`."""
+    u, delta, A, B, C, D, z, bias = inputs
+    u, delta, B, C, z = (x.flip(-1) if reverse and x is not None else x for x in (u, delta, B, C, z))
+    return u, delta, A, B, C, D, z, bias
+
+
 # The scan as an operator of PyTorch, so that compilers do not look into it and do not unroll its L steps.
 
 
 @torch.library.custom_op("pde_ssm_dit::selective_scan", mutates_args=())
 def scan(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
-    z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool, keep: bool,
+    z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool, reverse: bool, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Inputs as `checked` returns them -> out (B, E, L), h_L (B, E, N), and with `keep`, for the gradient, the states before
     every chunk (chunks, B, N, E)."""
     road = selective_scan_cpu.forward if selective_scan_cpu.serves(u) else forward
-    return road(u, delta, A, B, C, D, z, bias, softplus, keep)
+    return road(u, delta, A, B, C, D, z, bias, softplus, reverse, keep)
 
 
 @torch.library.custom_op("pde_ssm_dit::selective_scan_backward", mutates_args=())
 def scan_backward(
     out_grad: torch.Tensor, last_grad: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
     C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool,
-    before: torch.Tensor,
+    reverse: bool, before: torch.Tensor,
 ) -> list[torch.Tensor]:  # fmt: skip
     """From the gradients of out and h_L to those of u, delta, A, B and C, and of those of D, z and bias that are there."""
     road = selective_scan_cpu.backward if selective_scan_cpu.serves(u) else backward
-    gradients = road(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before)
+    gradients = road(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before)
     return [x for x, given in zip(gradients, (u, delta, A, B, C, D, z, bias)) if given is not None]
 
 
 @scan.register_fake
-def _(u, delta, A, B, C, D, z, bias, softplus, keep):
+def _(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
     (batch, E, L), N = u.shape, A.shape[1]
     return torch.empty_like(delta), u.new_empty(batch, E, N), u.new_empty(-(-L // CHUNK) if keep else 0, batch, N, E)
 
 
 @scan_backward.register_fake
-def _(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before):
+def _(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
     columns = [u.new_empty(*B.shape[:2], B.shape[3], B.shape[2]).mT for _ in range(2)]
     given = (u, delta, A, *columns, D, z, bias)
     return [torch.empty_like(x) for x in given if x is not None]
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.softplus, _ = inputs
+    *tensors, ctx.softplus, ctx.reverse, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _backward(ctx, out_grad, last_grad, _):
     *tensors, before = ctx.saved_tensors
-    gradients = iter(scan_backward(out_grad, last_grad, *tensors, ctx.softplus, before))
-    return *(None if x is None else next(gradients) for x in tensors), None, None
+    gradients = iter(scan_backward(out_grad, last_grad, *tensors, ctx.softplus, ctx.reverse, before))
+    return *(None if x is None else next(gradients) for x in tensors), None, None, None
 
 
 scan.register_autograd(_backward, setup_context=_keep)
@@ -148,7 +158,10 @@ def scan_backward_flops(out_grad, last_grad, *inputs, **__):
 # PyTorch's operations, on any device.
 
 
-def forward(u, delta, A, B, C, D, z, bias, softplus, keep):
+def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
+    if reverse:
+        out, *states = forward(*turned((u, delta, A, B, C, D, z, bias), True), softplus, False, keep)
+        return out.flip(2), *states
     steps, x, B, C = time_first(u, delta, B, C, bias, softplus)
     L, batch, E = x.shape
     y, h, before = torch.empty_like(x), x.new_zeros(batch, E, A.shape[1]), []
@@ -192,13 +205,17 @@ def in_groups(states, B):
     return states.unflatten(2, (B.shape[2], -1))
 
 
-def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before):
+def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
     """With g_t the gradient of h_t and dy that of y,
 
     g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1),    dx = g B,    dB = g x,    dC = h dy,    d(delta A) = g h_(t-1) exp(delta A)
 
     where x = delta u.
     """
+    if reverse:
+        inputs = turned((u, delta, A, B, C, D, z, bias), True)
+        u, delta, A, B, C, D, z, bias = backward(out_grad.flip(2), last_grad, *inputs, softplus, False, before)
+        return turned((u, delta, A, B, C, D, z, bias), True)
     steps, x, B, C = time_first(u, delta, B, C, bias, softplus)
     u, out_grad = (t.permute(2, 0, 1) for t in (u, out_grad))
     dy = (out_grad if z is None else out_grad * silu(z.permute(2, 0, 1))).contiguous()

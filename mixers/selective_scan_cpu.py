@@ -45,7 +45,7 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, ctx.softplus, _ = inputs
+        *tensors, ctx.softplus, ctx.reverse, _ = inputs
         out, last, before = forward(*inputs)
         ctx.save_for_backward(*tensors, before)
         return out, last
@@ -54,37 +54,39 @@ class Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, out_grad, last_grad):
         *tensors, before = ctx.saved_tensors
-        gradients = backward(out_grad, last_grad, *tensors, ctx.softplus, before)
-        return *(None if x is None else gradient for x, gradient in zip(tensors, gradients)), None, None
+        gradients = backward(out_grad, last_grad, *tensors, ctx.softplus, ctx.reverse, before)
+        return *(None if x is None else gradient for x, gradient in zip(tensors, gradients)), None, None, None
 
 
-def forward(u, delta, A, B, C, D, z, bias, softplus, keep):
+def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
     """Returns out as delta lies in memory, the last states (B, E, N) and, with `keep`, those before each chunk (chunks, B, N,
     E)."""
     (batch, E, L), N = u.shape, A.shape[1]
     out, last = torch.empty_like(delta), u.new_empty(batch, E, N)
     before = u.new_empty(-(-L // CHUNK) if keep else 0, batch, N, E)
-    call("forward", (u, delta, z, out, None, None, None), (B, C), (A, D, bias, last, before), softplus)
+    call("forward", (u, delta, z, out, None, None, None), (B, C), (A, D, bias, last, before), softplus, reverse)
     return out, last, before
 
 
-def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, before):
+def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
     """Returns the gradients of u, delta, A, B, C, D, z and bias from those of out and the last states."""
     (batch, E, L), (_, G, N, _) = u.shape, B.shape
     rows = [None if x is None else torch.empty_like(x) for x in (u, delta, z)]
     shares = -(-(E // G) // SHARE)
     whole = [u.new_empty(batch, *shape) for shape in ((E, N), (E,), (E,))]
-    columns = [u.new_empty(shares, batch, G, L, N) for _ in range(2)]
-    call("backward", (u, delta, z, out_grad, *rows), (B, C), (A, D, bias, last_grad, before, *whole, *columns), softplus)
-    A_grad, D_grad, bias_grad, B_grad, C_grad = (sum_of(x) for x in (*whole, *columns))
+    whole += [u.new_empty(shares, batch, G, L, N) for _ in range(2)]
+    call("backward", (u, delta, z, out_grad, *rows), (B, C), (A, D, bias, last_grad, before, *whole), softplus, reverse)
+    A_grad, D_grad, bias_grad, B_grad, C_grad = map(sum_of, whole)
+    if reverse:
+        B_grad, C_grad = B_grad.flip(2), C_grad.flip(2)                    # the kernel's order is that of its steps
     return rows[0], rows[1], A_grad, B_grad.mT, C_grad.mT, D_grad, rows[2], bias_grad
 
 
-def call(name, rows, columns, whole, softplus):
+def call(name, rows, columns, whole, softplus, reverse):
     """Runs a kernel; its only argument is the Scan of selective_scan.cpp, whose members have 8 bytes each."""
     u, (B, _), (A, *_) = rows[0], columns, whole
     whole = [None if x is None else x.contiguous() for x in whole]
-    members = [number for x in rows for number in located(x, 3)] + [number for x in columns for number in located(x, 4)]
+    members = [number for x in (*rows, *columns) for number in located(x, reverse)]
     members += [x.data_ptr() if x is not None else 0 for x in whole] + [0] * (10 - len(whole))
     members += [*u.shape, A.shape[1], B.shape[1], softplus, torch.get_num_threads()]
     kernels, reason = library()
@@ -93,9 +95,13 @@ def call(name, rows, columns, whole, softplus):
     getattr(kernels, f"{name}{8 * u.itemsize}")((ctypes.c_int64 * len(members))(*members))
 
 
-def located(x, dimensions):
-    """Where a tensor is, and how far its neighbours are; zeros for none."""
-    return (0,) * (1 + dimensions) if x is None else (x.data_ptr(), *x.stride())
+def located(x, reverse):
+    """Where a tensor's first token is, and how far its neighbours are in each dimension; zeros for none."""
+    if x is None:
+        return 0, 0, 0, 0
+    *others, token = x.stride()
+    first = x.data_ptr() + (x.shape[-1] - 1) * token * x.itemsize if reverse else x.data_ptr()
+    return first, *others, -token if reverse else token
 
 
 def sum_of(rows):

@@ -132,6 +132,22 @@ def test_growth_beyond_what_numbers_hold_is_infinite_and_a_nan_stays_one(backend
     assert out[0, good].isfinite().all()
 
 
+@pytest.mark.parametrize("road", ["reference", *BACKENDS])
+@pytest.mark.parametrize("L", [1, 16, 21])
+def test_in_reverse_it_is_the_scan_of_the_tokens_in_reverse(road, L):
+    function = selective_scan_reference if road == "reference" else selective_scan
+    set_backend("default" if road == "reference" else road)
+    given = random_inputs(2, 18, L, 3, 2)
+    along = {name: x if name in ("A", "D", "delta_bias") else x.flip(-1) for name, x in given.items()}
+    expected = selective_scan_reference(**along, delta_softplus=True, return_last_state=True)
+    results = function(**given, delta_softplus=True, return_last_state=True, reverse=True)
+    gradients = []
+    for out, last in ((results[0].flip(2), results[1]), expected):
+        weights = torch.linspace(1, 2, out.numel(), dtype=out.dtype).view_as(out)
+        gradients.append([out, last, *torch.autograd.grad((out * weights).sum() + last.square().sum(), list(given.values()))])
+    assert_close(*gradients, 1e-13)
+
+
 def laid_out(x, order):
     """The same numbers, with the axes of that order one after the other in memory."""
     return x.detach().permute(order).contiguous().permute([order.index(axis) for axis in range(len(order))])
@@ -183,7 +199,7 @@ def test_training_keeps_the_states_of_one_token_in_a_chunk_and_evaluation_none()
     assert sum(kept) == inputs + -(-70 // CHUNK) * 4 * 3
     tensors = [x.detach() for x in (*given.values(),)]
     tensors[3], tensors[4] = tensors[3][:, None], tensors[4][:, None]
-    assert [x.numel() for x in scan(*tensors, True, False)] == [4 * 70, 4 * 3, 0]
+    assert [x.numel() for x in scan(*tensors, True, False, False)] == [4 * 70, 4 * 3, 0]
 
 
 def test_to_compilers_it_is_one_operator():
@@ -208,9 +224,10 @@ def test_the_operators_keep_the_rules_of_torch_compile(everything, backend):
     given["delta"] = laid_out(given["delta"], (0, 2, 1)).requires_grad_()
     tensors = [given.get(name) for name in INPUTS]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(scan, (*tensors, True, True), test_utils=tests)
-    out, last, before = scan(*tensors, True, True)
-    torch.library.opcheck(scan_backward, (out, last, *tensors, True, before), test_utils=tests[::2])
+    for reverse in (False, True):
+        torch.library.opcheck(scan, (*tensors, True, reverse, True), test_utils=tests)
+        out, last, before = scan(*tensors, True, reverse, True)
+        torch.library.opcheck(scan_backward, (out, last, *tensors, True, reverse, before), test_utils=tests[::2])
 
 
 @pytest.mark.parametrize("everything", [False, True])
