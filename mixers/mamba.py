@@ -85,7 +85,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(tokens).chunk(2, dim=2)                        # (B, L, E) twice
         y = self.scan(x, z, "")
         if len(self.ways) == 2:
-            back = self.scan(x.flip(1), z.flip(1), "_b").flip(1)
+            back = self.scan(x, z, "_b")
             y = y + back if self.summed else (y + back) / 2
         return self.out_proj(y)                                            # (B, L, D)
 
@@ -93,12 +93,14 @@ class Mamba(nn.Module):
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{b}") for name in ("conv1d", "x_proj", "dt_proj"))
         A_log, D = getattr(self, f"A{b}_log"), getattr(self, f"D{b}")
         # As a picture one pixel high whose channels come last, which it is in memory: conv1d would turn it over, and back.
-        x = pad(x, (0, 0, conv1d.kernel_size[0] - 1, 0)).transpose(1, 2).unsqueeze(2)
-        x = silu(conv2d(x, conv1d.weight.unsqueeze(2), conv1d.bias, groups=len(D)).squeeze(2))     # (B, E, L)
+        reverse, before = b == "_b", conv1d.kernel_size[0] - 1
+        x = pad(x, (0, 0, 0, before) if reverse else (0, 0, before, 0)).transpose(1, 2).unsqueeze(2)
+        weight = conv1d.weight.flip(2) if reverse else conv1d.weight
+        x = silu(conv2d(x, weight.unsqueeze(2), conv1d.bias, groups=len(D)).squeeze(2))            # (B, E, L)
         numbers = dt_proj.in_features, A_log.shape[1], A_log.shape[1]
         delta, B, C = x_proj(x.transpose(1, 2)).split(numbers, dim=2)      # (B, L, R), (B, L, N) twice
         delta, B, C, z = (part.transpose(1, 2) for part in (linear(delta, dt_proj.weight), B, C, z))
-        y = selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True)
+        y = selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True, reverse=reverse)
         return y.transpose(1, 2)
 
 
