@@ -5,9 +5,9 @@
 #
 #     CIFAR10=FOLDER FLOWERS=FOLDER bash reproduce/every_mixer.sh        (or one of the two)
 #
-# The folders hold train/<class>/ and test/<class>/: CIFAR-10 at 32 x 32, in patches of 4 x 4 with classes, and flowers at 64 x 64,
-# in patches of 8 x 8 without classes, where the networks predict the clean image: 64 tokens each. What cannot be trained, because
-# it diverges or does not fit, is a row that says so; delete its row.json to try again.
+# The folders hold train/<class>/ and test/<class>/: CIFAR-10 at 32 x 32, in patches of 4 x 4 with classes, and flowers at
+# 64 x 64, in patches of 8 x 8 without classes, where the networks predict the clean image: 64 tokens each. What cannot be
+# trained, because it diverges or does not fit, is a row that says so; delete its row.json to try again.
 #
 # From the environment:
 #   STEPS       of training, at batch 64 and learning rate LR=1e-3; 1200
@@ -49,24 +49,19 @@ one() {
     folder=$WORK/$set-$OBJECTIVE-$STEPS/$name-$seed
     mkdir -p "$folder"
     if [ ! -f "$folder/row.json" ]; then
-        if [ -z "$(checkpoint)" ]; then
-            run train.py --vae none --data-path "$data/train" --val-path "$data/test" --objective "$OBJECTIVE" \
-                --global-batch-size 64 --lr "${LR:-1e-3}" --max-steps "$STEPS" --epochs 100000 --global-seed "$seed" \
-                --num-workers 0 --ckpt-every 100 --keep-last 1 --resume auto --results-dir "$folder" "$@" || return 0
-        fi
+        run train.py --vae none --data-path "$data/train" --val-path "$data/test" --objective "$OBJECTIVE" --num-workers 0 \
+            --global-batch-size 64 --lr "${LR:-1e-3}" --max-steps "$STEPS" --epochs 100000 --global-seed "$seed" \
+            --ckpt-every 100 --keep-last 1 --resume auto --results-dir "$folder" "$@" || return 0
         record
     fi
     if [ "$IMAGES" != 0 ] && ! grep -q '^ "\(metrics\|failure\)"' "$folder/row.json"; then
-        run sample_ddp.py --ckpt "$(checkpoint)" --sampler $sampler --num-sampling-steps $sampling_steps --cfg-scale 1 \
+        checkpoint=$(echo "$folder"/*/checkpoints/"$(printf %07d "$STEPS")".pt)
+        run sample_ddp.py --ckpt "$checkpoint" --sampler $sampler --num-sampling-steps $sampling_steps --cfg-scale 1 \
             --num-fid-samples "$IMAGES" --per-proc-batch-size 100 --global-seed "$seed" --sample-dir "$folder/samples" \
             --evaluate "$reference" --features efficientnet-lite0 || return 0
         record
         rm -rf "$folder/samples"
     fi
-}
-
-checkpoint() {
-    compgen -G "$folder/*/checkpoints/$(printf %07d "$STEPS").pt" || true
 }
 
 # run COMMAND...: with its seconds in the run's commands.txt. What fails is a row with the last line that it printed; what was
@@ -80,7 +75,7 @@ run() {
         echo "stopped; start this script again to go on" >&2
         exit $status
     fi
-    if [ $status -ne 0 ]; then record "$(without_paths "$(tail -n 1 "$folder/output.txt")")"; fi
+    if [ $status -ne 0 ]; then record "$(without_paths "$(tr '\r' '\n' < "$folder/output.txt" | tail -n 1)")"; fi
     return $status
 }
 
