@@ -6,6 +6,7 @@ import torch
 import train
 from commands import QUICK, fit
 from small_runs import assert_same, learnt, log_rows
+from training.batches import draw_batch
 from training.schedule import learning_rate
 
 pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
@@ -28,11 +29,16 @@ def test_a_rate_falls_along_half_a_cosine(warmup):
 
 
 RECIPE = ["--model", "DiT-N/8", "--global-batch-size", 8, "--log-every", 1, "--ckpt-every", 2, "--max-steps", 6]
+RECIPE += ["--class-dropout", 0.4]
 RECIPE += ["--lr", 0.01, "--warmup-steps", 2, "--lr-schedule", "cosine", "--weight-decay", 0.1, "--adam-betas", 0.8, 0.95]
 
 
 def test_a_recipe_goes_on_to_the_bit_and_does_not_change_on_the_way(tmp_path, monkeypatch):
-    whole = fit(tmp_path / "whole", *RECIPE).parent
+    dropouts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "draw_batch", lambda *a, **how: dropouts.append(how["dropout"]) or draw_batch(*a, **how))
+        whole = fit(tmp_path / "whole", *RECIPE).parent
+    assert dropouts == [0.4] * 6
     rate = learning_rate(0.01, 2, "cosine", 6)
     assert [row["lr"] for row in log_rows(whole)] == [rate(step) for step in range(1, 7)]
     (group,) = learnt(whole)["opt"]["param_groups"]
