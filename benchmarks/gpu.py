@@ -16,6 +16,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from time import monotonic
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def stages(out, checkout, cifar10, flowers, rehearse):
 
     few = ["--seconds", 0.1 if rehearse else 2]
     kernels, step = 3 if rehearse else 120, ["--tokens-per-step", 64 if rehearse else 2**15]
-    table1, small = paper("table1_cifar10", ROOT / "reproduce" / "results" if rehearse else cifar10)
+    table1, small = paper("table1_cifar10", cifar10)
     flowers102, others = paper("table3_flowers", flowers)
     return [
         Stage("environment", 1, ["-c", ABOUT.format(device="cpu" if rehearse else "cuda")]),
@@ -80,7 +81,7 @@ def stages(out, checkout, cifar10, flowers, rehearse):
         Stage("sampling", 4, benchmark("sampling", "--batch", 4, *few)),
         Stage("checkout", 3, module("checkout", checkout, *(["--mixers", "pdessm"] if rehearse else [])), {}, "checkout"),
         Stage("profiles", 2, benchmark("slowest")),
-        Stage("table1", 60, table1, small, "" if rehearse else "cifar10"),
+        Stage("table1", 60, table1, small, "cifar10"),
         Stage("flowers", 60, flowers102, others, "flowers"),
     ]
 
@@ -88,6 +89,8 @@ def stages(out, checkout, cifar10, flowers, rehearse):
 def main(argv=None):
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.rehearse:
+        write_pictures(args.cifar10)
     planned = stages(args.out, args.checkout, args.cifar10, args.flowers, args.rehearse)
     if unknown := set(args.stages or ()) - {stage.name for stage in planned}:
         raise SystemExit(f"no stage {', '.join(sorted(unknown))}; known: {', '.join(stage.name for stage in planned)}")
@@ -110,6 +113,13 @@ def main(argv=None):
     print(table(results, [stage.name for stage in planned]))
     if any(results[stage.name]["state"] == "failed" for stage in planned if stage.name in results):
         raise SystemExit(1)
+
+
+def write_pictures(folder):
+    """Writes as many pictures as a batch of the small tables, of noise."""
+    folder.mkdir(exist_ok=True)
+    for number in range(64):
+        (folder / f"{number}.ppm").write_bytes(b"P6 32 32 255\n" + Random(number).randbytes(3 * 32 * 32))
 
 
 def environment(rehearse):
@@ -188,6 +198,7 @@ def parse_args(argv):
     args.out = (args.out or ROOT / "results" / ("rehearsal" if args.rehearse else "gpu")).resolve()
     if args.rehearse:
         args.checkout = args.checkout or ROOT / "tests" / "checkout"
+        args.cifar10 = args.flowers = args.out / "pictures"
     return args
 
 

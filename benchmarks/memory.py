@@ -86,6 +86,9 @@ def main(args):
 def peak_on_gpu(build, n, device):
     """Returns dict(peak_mb) of two steps on n x n tokens, or the words that say that they do not fit."""
     release_memory(device)
+    if words := two_steps(build, n):                                       # what comes once: workspaces, a choice of kernels
+        return words
+    release_memory(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return two_steps(build, n) or dict(peak_mb=rounded((torch.cuda.max_memory_allocated(device) - before) / 1e6))

@@ -18,6 +18,12 @@ VARIANTS = [*(dict(coupling=coupling) for coupling in pde_ssm.COUPLINGS), dict(g
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 
 
+@pytest.fixture(autouse=True)
+def full_convolutions(monkeypatch):
+    """cuDNN rounds them to TF32 unless it is told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def values_and_gradients(model, precision, device):
     x, t, y = torch.linspace(-1, 1, 2 * 3 * 8 * 12).view(2, 3, 8, 12), torch.tensor([10, 700]), torch.tensor([3, 10])
     out = in_precision(model, precision, device)(*(part.to(device) for part in (x, t, y)))
