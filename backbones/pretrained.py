@@ -63,7 +63,7 @@ class Pretrained(PyTorchModelHubMixin):
                 model.settings = json.loads(file.metadata()["args"])
         except (TypeError, RuntimeError, KeyError) as error:
             raise ValueError(f"{model_id} holds no {cls.__name__} that save_pretrained wrote ({error})") from error
-        model.class_names = model.settings.get("class_names")
+        model.class_names = model.settings.get("class_names") or None
         model.trained_classes = len(model.class_names or range(model.num_classes))
         return model.eval()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from backbones.pretrained import to_safetensors
-from checkpoints.build import load_model, save_checkpoint
+from checkpoints.build import class_names, load_model, save_checkpoint
 from checkpoints.hub import locate, push
 from checkpoints.pipelines import write_pipeline
 from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
@@ -29,13 +29,16 @@ def export(args, processes):
     out = Path(args.out or Path(args.ckpt).with_suffix(f".{args.format}"))
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out")
+    rename = renaming(args.class_names) if args.class_names else dict
     if args.format in FILES:
-        write_file(path, args.ema, args.format, out)
+        write_file(path, args.ema, args.format, out, rename)
         return
     facts = dict(name=args.push or out.name) | measures(path, args.metrics)
     with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
         folder = alone if args.push and not args.out else out
         model, settings = load_model(path, {}, "ema", args.ema)
+        model.settings = rename(model.settings)
+        model.class_names = class_names(model.settings, model.num_classes, args.class_names or path)
         if args.format == "diffusers":
             read = write_pipeline(model, settings, folder)
             model.generate_model_card(**facts).save(Path(folder, "README.md"))
@@ -48,9 +51,34 @@ def export(args, processes):
             push(folder, args.push)
 
 
-def write_file(path, average, form, out):
-    """Writes the weights in a checkpoint, those of an average of that decay, and its settings to a file."""
+def renaming(file):
+    """Returns a function of settings that returns them with the names of classes in a JSON file: a list, in the order of the
+    classes, or a dict of new names by those that they have. ValueError for anything else."""
+    try:
+        names = json.loads(Path(file).read_text())
+    except ValueError as error:
+        raise ValueError(f"--class-names {file} is no JSON: {error}") from error
+    values = names.values() if isinstance(names, dict) else names
+    if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"--class-names {file} should hold a list of names, or a dict of new names by old ones")
+
+    def rename(settings):
+        known = settings.get("class_names") or []
+        if isinstance(names, list):
+            if known and len(names) != len(known):
+                raise ValueError(f"--class-names {file} has {len(names)} names, and the checkpoint {len(known)} classes")
+            return settings | dict(class_names=names)
+        if missing := [name for name in names if name not in known]:
+            raise ValueError(f"--class-names {file} renames {missing[0]!r}, and the checkpoint has no such class")
+        return settings | dict(class_names=[names.get(name, name) for name in known])
+
+    return rename
+
+
+def write_file(path, average, form, out, rename):
+    """Writes the weights in a checkpoint, those of an average of that decay, and its settings, renamed, to a file."""
     weights, settings = load_checkpoint(path, average)
+    settings = rename(settings)
     if averages := averages_of(settings):
         settings = settings | dict(ema_decay=[average or next(iter(averages))], ema_lengths=None)
     if (out.suffix == ".safetensors") != (form == "safetensors"):
@@ -96,6 +124,7 @@ def parse_args(argv=None):
     add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
     add("--out", help="by default the checkpoint's name with the format's ending")
     add("--push", metavar="OWNER/NAME", help="upload the folder to Hugging Face's hub")
+    add("--class-names", metavar="FILE", help="JSON with names for the classes: a list, or new names by those they have")
     add("--metrics", metavar="FILE", help="JSON of evaluate.py, for the card")
     return parser.parse_args(argv)
 

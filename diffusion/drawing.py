@@ -45,6 +45,8 @@ def find_class(name, names):
     there are none."""
     if not names:
         raise ValueError(f"class {name!r}: the checkpoint does not name its classes; give their numbers")
+    if names.count(name) > 1:
+        raise ValueError(f"several classes are called {name!r}: give one of their numbers, such as {names.index(name)}")
     if name in names:
         return names.index(name)
     plain = [known.casefold() for known in names]

@@ -268,6 +268,7 @@ def test_classes_have_names(tmp_path, checkpoint):
     [
         (["rose", "tulip", "lily"], "roos", "the checkpoint has no class 'roos'; the nearest are rose"),
         (["rose", "tulip", "lily"], "Zzz", "has no class 'Zzz'; it has rose, tulip, lily"),
+        (["crane", "rose", "crane"], "crane", "several classes are called 'crane': give one of their numbers, such as 0"),
         (["Rose", "rose"], "ROSE", "has no class 'ROSE'; the nearest are"),
         ([], "rose", "class 'rose': the checkpoint does not name its classes; give their numbers"),
         (["rose"], "-1", "has no class '-1'; it has rose"),

@@ -75,6 +75,36 @@ def test_the_card_tells_data_steps_measures_and_commands_and_no_paths(tmp_path):
         assert b"/home/me" not in file.read_bytes()
 
 
+@pytest.mark.parametrize("names", [["iris", "lily"], {"rose": "iris", NAMES[1]: "lily"}, {"rose": "iris"}])
+@pytest.mark.parametrize("form", ["pt", "hub", "diffusers"])
+def test_classes_get_names(tmp_path, form, names):
+    write(tmp_path / "a.pt")
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    write_as(tmp_path / "a.pt", "--format", form, "--out", tmp_path / f"b.{form}", "--class-names", tmp_path / "names.json")
+    model = load_model(find_checkpoint(tmp_path / f"b.{form}"), given_flags(), "ema")[0]
+    assert model.class_names == ["iris", NAMES[1] if len(names) == 1 else "lily"]
+    if form == "diffusers":
+        assert json.loads((tmp_path / "b.diffusers" / "model_index.json").read_text())["id2label"]["0"] == "iris"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", r"names\.json is no JSON"),
+        ("3", "should hold a list of names, or a dict of new names by old ones"),
+        ('["a", 3]', "should hold a list of names"),
+        ('["a", "b", "c"]', "has 3 names, and the checkpoint 2 classes"),
+        ('{"Rose": "a"}', "renames 'Rose', and the checkpoint has no such class"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tmp_path, text, message):
+    write(tmp_path / "a.pt")
+    (tmp_path / "names.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_as(tmp_path / "a.pt", "--format", "safetensors", "--class-names", tmp_path / "names.json")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_a_resized_model_is_saved_as_it_is(tmp_path):
     model = MODELS["DiT-N/4"](**PIXELS).resize((16, 24))
     model.save_pretrained(tmp_path / "a")

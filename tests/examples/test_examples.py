@@ -20,7 +20,7 @@ def test_heat_and_advection_are_learnt(capsys):
 
 
 def test_the_vision_transformer_learns_with_either_mixer(capsys):
-    found = vit.main(steps=60)
+    found = vit.main(steps=40)
     assert found.keys() == {"attention", "pdessm"}
     assert min(found.values()) > 0.2                                       # ten classes
     assert "replaced 3 attention layers" in capsys.readouterr().out
