@@ -39,11 +39,11 @@ class S4D(nn.Module):
         refuse(call, "s4d")
         n = tokens.shape[1]
         with full_precision(tokens):
-            u = widen(tokens)
+            u = widen(tokens).mT.contiguous()                              # (B, D, N)
             forward, backward = self.kernel(n, math.prod(self.trained_grid) / n)           # (D, N) each
-            symbol = torch.fft.rfft(torch.cat([forward, backward.flip(-1)], dim=-1).T, dim=0)  # (N + 1, D)
-            y = torch.fft.irfft(torch.fft.rfft(u, 2 * n, dim=1) * symbol, 2 * n, dim=1)[:, :n]
-            y = (y + widen(self.D) * u).to(tokens.dtype)
+            symbol = torch.fft.rfft(torch.cat([forward, backward.flip(-1)], dim=-1))       # (D, N + 1)
+            y = torch.fft.irfft(torch.fft.rfft(u, 2 * n) * symbol, 2 * n)[..., :n]
+            y = torch.addcmul(y, widen(self.D)[:, None], u).mT.to(tokens.dtype)            # (B, N, D)
         return self.out(gelu(self.state(y)) * gelu(self.gate(tokens)))
 
 

@@ -34,8 +34,9 @@ def test_another_grid_has_other_steps():
     layer = S4ND(4, grid_size=(4, 6), state_dim=8).double()
     layer.grid_size = (8, 3)
     forward, backward = layer.kernel[0](8, 0.5)
-    assert torch.equal(layer.two_sided(0), torch.cat([forward, backward.flip(-1)], -1).T)
-    assert torch.equal(layer.two_sided(1)[:3], layer.kernel[1](3, 2.0)[0].T)
+    assert torch.equal(layer.lags(0)[:, :, 0], forward)
+    assert torch.equal(layer.lags(0)[:, 0, 1:], backward[:, :7])
+    assert torch.equal(layer.lags(1)[:, :, 0], layer.kernel[1](3, 2.0)[0])
     assert layer(torch.randn(2, 24, 4).double()).shape == (2, 24, 4)
 
 
