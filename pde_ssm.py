@@ -555,5 +555,4 @@ def replace_attention(model, mixer="pdessm", grid_size=None, **options):
         raise ValueError("conditioned needs blocks that pass a conditioning vector to their mixer, as DiT of this project does")
     for owner in (model, getattr(model, "patch_embed", None)):
         grid_size = grid_size or getattr(owner, "grid_size", None)
-    options = ({"prefix_tokens": n} if (n := getattr(model, "num_prefix_tokens", 0)) else {}) | options
-    return exchange(model, lambda dim: mixer(dim, grid_size=grid_size, **options), getattr(mixer, "__name__", mixer))
+    return exchange(model, mixer, dict(grid_size=grid_size) | options)

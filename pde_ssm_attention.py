@@ -2,6 +2,8 @@
 
 import math
 from copy import deepcopy
+from inspect import signature
+from itertools import count
 
 import torch
 from torch import nn
@@ -10,19 +12,35 @@ from torch import nn
 ARGUMENTS = {"attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated"}
 
 
-def exchange(model, build, name):
-    """Replaces every self-attention layer of `model` by build(its channels), in place, prints how many, and returns the model.
+def exchange(model, mixer, options):
+    """Replaces every self-attention layer of `model` by mixer(its channels, **options), in place, prints how many, and returns
+    the model. A mixer that takes `num_heads`, `layer` or `prefix_tokens` is told how many heads the old layer had, its number
+    from 0, and how many of the model's tokens, the first, are not on the grid.
 
     That is global self-attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or as diffusers has it
     (`to_q`, `to_k`, `to_v`, `to_out`). Cross-attention, attention in windows and attention over channels stay.
 
-    The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer, or if the
-    model's tokens are not on one grid in all of them, as where a model merges tokens on the way; it then stays as it was.
+    The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer, if the
+    model has prefix tokens and the mixer takes none, or if its tokens are not on one grid in all layers, as where it merges
+    tokens on the way; it then stays as it was.
     """
+    takes, numbers = signature(mixer).parameters, count()
+    if prefix := options.get("prefix_tokens", getattr(model, "num_prefix_tokens", 0)):
+        if "prefix_tokens" not in takes and all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes.values()):
+            raise ValueError(
+                f"{type(model).__name__} has {prefix} prefix_tokens, such as one for a class, and this mixer takes tokens of a "
+                "grid alone; build the model without (timm: class_token=False, global_pool='avg'), or choose another mixer"
+            )
+        options = options | dict(prefix_tokens=prefix)
+
+    def build(layer):
+        told = dict(num_heads=getattr(layer, "num_heads", getattr(layer, "heads", 8)), layer=next(numbers))
+        return mixer(widths[layer], **{name: value for name, value in told.items() if name in takes} | options)
+
     windows = (owner for owner in model.modules() if hasattr(owner, "partition_size") or hasattr(owner, "window_size"))
     inside = {layer for owner in windows for layer in owner.modules() if layer is not owner}
     widths = {layer: attention_width(layer) for layer in model.modules() if layer not in inside}
-    replaced = replace_layers(model, lambda layer: build(widths[layer]), lambda layer, _: widths.get(layer))
+    replaced = replace_layers(model, build, lambda layer, _: widths.get(layer))
     if not replaced:
         parts = "qkv and proj, or to_q, to_k, to_v and to_out"
         raise ValueError(f"{type(model).__name__} has no layer of self-attention over all tokens with {parts}")
@@ -30,8 +48,8 @@ def exchange(model, build, name):
         for place, (layer, _) in replaced.items():
             model.set_submodule(place, layer)
         raise ValueError(f"the tokens of {type(model).__name__} are not on one grid in all layers of attention: {reason}")
-    count = len({layer for layer, _ in replaced.values()})
-    print(f"replaced {count} attention layers of {type(model).__name__} by {name}")
+    new = {layer: type(mixer).__name__ for layer, mixer in replaced.values()}
+    print(f"replaced {len(new)} attention layers of {type(model).__name__} by {', '.join(dict.fromkeys(new.values()))}")
     return model
 
 

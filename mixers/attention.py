@@ -6,6 +6,7 @@ import torch
 from timm.layers import AttentionRope, RmsNorm, build_rotary_pos_embed
 from timm.models.vision_transformer import Attention
 
+from mixers.grid import refuse
 from mixers.options import Mixer, Option
 from pde_ssm_kernels.modes import traced, widen
 
@@ -29,13 +30,14 @@ class RotaryAttention(AttentionRope):
 
     rotary = True
 
-    def __init__(self, dim, num_heads=8, grid_size=None, **options):
+    def __init__(self, dim, num_heads=8, grid_size=None, prefix_tokens=0, **options):
         if dim % (4 * num_heads):
             raise ValueError(f"--positions rope needs heads of 4, 8, 12 ... channels; here they have {dim / num_heads:g}")
-        super().__init__(dim, num_heads, num_prefix_tokens=0, **options)
+        super().__init__(dim, num_heads, num_prefix_tokens=prefix_tokens, **options)
         self.grid_size = self.trained_grid = grid_size
 
-    def forward(self, x):                                                  # (B, N, D)
+    def forward(self, x, **call):                                          # (B, N, D)
+        refuse(call, "attention with rope")
         return super().forward(x, rope=rotations(self.grid_size, self.trained_grid, self.head_dim, x))
 
 
@@ -51,12 +53,13 @@ def _rotations(grid_size, trained_grid, dim, device):
         return torch.cat(build_rotary_pos_embed(list(grid_size), dim=dim, **how), dim=-1)
 
 
-def build(dim, num_heads=8, qkv_bias=False, grid_size=None, qk_norm=False, positions="sincos"):
-    """Returns an attention layer, timm's own unless positions is "rope"; qk_norm: a HeadNorm of queries and one of keys."""
+def build(dim, num_heads=8, qkv_bias=False, grid_size=None, qk_norm=False, positions="sincos", prefix_tokens=0):
+    """Returns an attention layer, timm's own unless positions is "rope", of which prefix_tokens tokens, the first, have none;
+    qk_norm: a HeadNorm of queries and one of keys."""
     options = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, norm_layer=HeadNorm if qk_norm else None)
     if positions != "rope":
         return Attention(dim, num_heads, **options)
-    return RotaryAttention(dim, num_heads, grid_size, **options)
+    return RotaryAttention(dim, num_heads, grid_size, prefix_tokens, **options)
 
 
 def read(weights):

@@ -71,8 +71,9 @@ class PlainMamba(nn.Module):
     def scan(self, x, grid_size):                                          # (B, N, E)
         """Returns the sum of the scans along the snakes, in float32 whatever the type of x: halves overflow in the states."""
         with full_precision(x):
-            x, (dt, B, C) = widen(x), self.x_proj(widen(x)).split(self.sizes, dim=2)
-            delta = linear(dt, self.dt_proj.weight)
+            x = widen(x)
+            dt, B, C = linear(x, widen(self.x_proj.weight)).split(self.sizes, dim=2)
+            delta = linear(dt, widen(self.dt_proj.weight))
             x, delta, B, C = (follow(part, self.paths, grid_size) for part in (x, delta, B, C))    # (B, N, 4, ...)
             B = B + self.direction_Bs[steps(self.paths, grid_size, x)]
             return put_back(self.along(x, delta, B, C), self.paths, grid_size)
@@ -81,7 +82,8 @@ class PlainMamba(nn.Module):
         """Returns what the scans make of the four sequences, (B, N, 4, E)."""
         x, delta = (part.flatten(2).transpose(1, 2) for part in (x, delta))
         B, C = (part.permute(0, 2, 3, 1) for part in (B, C))
-        A, D, bias = (weight.repeat(4, *[1] * (weight.ndim - 1)) for weight in (-self.A_log.exp(), self.D, self.dt_proj.bias))
+        A = -widen(self.A_log).exp().repeat(4, 1)
+        D, bias = self.D.repeat(4), self.dt_proj.bias.repeat(4)
         return selective_scan(x, delta, A, B, C, D, delta_bias=bias, delta_softplus=True).transpose(1, 2).unflatten(2, (4, -1))
 
 

@@ -62,17 +62,18 @@ class SS2D(nn.Module):
         x, z = x.chunk(2, dim=2) if self.gate else (x, None)
         x = x.contiguous()  # the convolution keeps tokens together only if nothing lies between them; else all is read across
         x = silu(self.conv2d(x.unflatten(1, grid_size).permute(0, 3, 1, 2)))       # (B, E, h, w)
-        y = self.out_norm(self.scan(x.permute(0, 2, 3, 1).flatten(1, 2), grid_size))       # (B, N, E)
+        y = self.scan(x.permute(0, 2, 3, 1).flatten(1, 2), grid_size)      # (B, N, E)
+        y = self.out_norm(y.to(self.out_norm.weight))
         return self.out_proj(y if z is None else y * silu(z))              # (B, N, D)
 
     def scan(self, x, grid_size):                                          # (B, N, E)
         """Returns the sum of the scans along the paths, in float32 whatever the type of x: halves overflow in the states."""
         with full_precision(x):
             x = follow(widen(x), self.paths, grid_size)                    # (B, N, 4, E)
-            dt, B, C = torch.einsum("bnke,kpe->bnkp", x, self.x_proj_weight).split(self.sizes, dim=3)
-            dt = torch.einsum("bnkr,ker->bnke", dt, self.dt_projs_weight)
+            dt, B, C = torch.einsum("bnke,kpe->bnkp", x, widen(self.x_proj_weight)).split(self.sizes, dim=3)
+            dt = torch.einsum("bnkr,ker->bnke", dt, widen(self.dt_projs_weight))
             y = selective_scan(
-                x.flatten(2).transpose(1, 2), dt.flatten(2).transpose(1, 2), -self.A_logs.exp(), B.permute(0, 2, 3, 1),
+                x.flatten(2).transpose(1, 2), dt.flatten(2).transpose(1, 2), -widen(self.A_logs).exp(), B.permute(0, 2, 3, 1),
                 C.permute(0, 2, 3, 1), self.Ds, delta_bias=self.dt_projs_bias.flatten(), delta_softplus=True,
             )  # fmt: skip                                                   (B, 4 E, N)
             return put_back(y.transpose(1, 2).unflatten(2, (len(self.paths), -1)), self.paths, grid_size)

@@ -107,6 +107,16 @@ def test_every_parameter_gets_a_gradient(mixer, input_size, randomize):
     assert lacking == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_weights_may_be_in_half_precision(mixer, dtype, randomize):
+    model, x = randomize(DiT(**SMALL, mixer=mixer)).eval(), torch.randn(2, 4, 8, 8)
+    t, y = torch.tensor([3.0, 500.0]), torch.tensor([1, 2])
+    exact, rounded = model(x, t, y), model.to(dtype)(x.to(dtype), t, y)
+    assert rounded.dtype == dtype
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize("mixer", [*(next(iter(kind.named)) for kind in KINDS), "pdessm-g"])
 def test_overfits_one_batch(mixer):
     model = DiT(**SMALL | dict(in_channels=3, learn_sigma=False), mixer=mixer)

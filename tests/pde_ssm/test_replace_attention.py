@@ -120,6 +120,12 @@ def test_any_class_may_take_attentions_place(capsys):
     assert "replaced 2 attention layers" in capsys.readouterr().out
 
 
+def test_a_mixer_that_asks_is_told_its_layer_and_heads():
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, class_token=False, global_pool="avg")
+    replace_attention(model, MIXERS["window"])
+    assert [(block.attn.num_heads, block.attn.shifted) for block in model.blocks] == [(3, False), (3, True), (3, False)]
+
+
 def test_cross_attention_stays():
     model = nn.ModuleDict(
         {
@@ -140,6 +146,7 @@ def test_cross_attention_stays():
         (our_dit()[0], dict(mixer="attention"), "unknown mixer 'attention'; known: pdessm"),
         (our_dit()[0], dict(conditioned=True), "conditioned needs blocks that pass"),
         (our_dit()[0], dict(coupling="pairwise", groups=5), "32 channels cannot be split into 5"),
+        (timm_vit()[0], dict(mixer=MIXERS["ss2d"]), "VisionTransformer has 1 prefix_tokens, .* takes tokens of a grid"),
     ],
 )
 def test_mistakes_are_named(model, options, message):
