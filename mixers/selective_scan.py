@@ -8,18 +8,20 @@
 (selective_scan_cpu.py), elsewhere time first, in chunks of CHUNK tokens: all exponentials of a chunk at once, then one
 multiply-add a token, then one product of matrices. Its gradient, by hand, goes through the chunks in reverse and computes their
 states again, so that memory holds the states of every CHUNK-th token instead of all. Neither divides by products of
-exponentials, which are nothing where delta A is large. On CUDA mamba_ssm's kernel may serve (selective_scan_mamba.py).
+exponentials, which are nothing where delta A is large. On CUDA mamba_ssm's kernel may serve (selective_scan_mamba.py). Under
+vmap and in forward-mode differentiation, for which operators have no rules, the equations run as they are.
 """
 
 from functools import reduce
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import silu, softplus
 from torch.utils.flop_counter import register_flop_formula
 
 from mixers import selective_scan_cpu, selective_scan_mamba
 from mixers.selective_scan_cpu import CHUNK
-from pde_ssm_kernels.modes import full_precision, traced
+from pde_ssm_kernels.modes import full_precision, traced, transformed
 
 
 def selective_scan(
@@ -31,6 +33,9 @@ def selective_scan(
     They may have any layout; out lies in memory as delta does. reverse: from the last token to the first, which stay in their
     places. ValueError for shapes that do not fit.
     """
+    if transformed() or (not torch.compiler.is_compiling() and has_tangents(u, delta, A, B, C, D, z, delta_bias)):
+        how = delta_softplus, return_last_state, reverse
+        return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, *how)
     inputs = checked(u, delta, A, B, C, D, z, delta_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with full_precision(u):
@@ -64,6 +69,11 @@ def selective_scan_reference(
         out = (y if z is None else y * silu(z)).to(kind)
         out = out.flip(2) if reverse else out
     return (out, h) if return_last_state else out
+
+
+def has_tangents(*tensors):
+    """Whether forward-mode differentiation goes through one of the tensors, which may be None."""
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def checked(u, delta, A, B, C, D, z, delta_bias):

@@ -108,6 +108,8 @@ def sum_of(rows):
     """Adds up the rows of a tensor, in their order whatever the number of threads."""
     if len(rows) == 1:
         return rows[0]
+    if not len(rows):                                                      # of no images
+        return rows.sum(0)
     total, (kernels, _) = torch.empty_like(rows[0]), library()
     numbers = rows.data_ptr(), total.data_ptr(), len(rows), total.numel(), torch.get_num_threads()
     getattr(kernels, f"sum{8 * rows.itemsize}")(*map(ctypes.c_int64, numbers))

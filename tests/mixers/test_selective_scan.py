@@ -1,10 +1,12 @@
 """The selective scan against public numbers, its own equations and finite differences."""
 
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from machine.cost import forward_flops
@@ -176,6 +178,31 @@ def test_any_number_of_threads_has_the_same_bits():
         results.append(values_and_gradients(selective_scan, given))
     torch.set_num_threads(before)
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other))
+
+
+@backends
+def test_a_batch_of_no_images_has_gradients_that_are_zero(backend):
+    set_backend(backend)
+    given = random_inputs(0, 6, 5, 3)
+    out, last, *gradients = values_and_gradients(selective_scan, given)
+    assert out.shape == (0, 6, 5)
+    assert last.shape == (0, 6, 3)
+    assert [x.shape for x in gradients] == [x.shape for x in given.values()]
+    assert not any(x.any() for x in gradients)
+
+
+def test_functions_of_torch_func_and_forward_mode_see_the_equations():
+    given = {name: x.detach() for name, x in random_inputs(2, 4, 9, 3).items()}
+    scan_of = partial(selective_scan, **given | dict(delta_softplus=True))
+    slope = torch.randn(2, 4, 9, dtype=torch.float64)
+    later, earlier = (scan_of(delta=given["delta"] + sign * 1e-6 * slope) for sign in (1, -1))
+    _, mine = torch.func.jvp(lambda delta: scan_of(delta=delta), (given["delta"],), (slope,))
+    torch.testing.assert_close(mine, (later - earlier) / 2e-6, rtol=1e-6, atol=1e-8)
+    with forward_ad.dual_level():
+        dual = scan_of(delta=forward_ad.make_dual(given["delta"], slope))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, mine)
+    many = torch.vmap(lambda u: scan_of(u=u))(torch.stack([given["u"], slope]))
+    torch.testing.assert_close(many[1], scan_of(u=slope))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
