@@ -110,7 +110,8 @@ def record(rows, table, scale, system, folder, checkpoint):
     sampling = json.loads(Path(metrics["samples"]["source"].removesuffix(".npz"), "settings.json").read_text())
     about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     row = dict(
-        table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"], model=args["model"],
+        table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"],
+        predict=args.get("predict") or "velocity", image_size=args["image_size"], model=args["model"],
         coupling=(args.get("pde_coupling") or "diagonal") if args["mixer"] != "attention" else None,
         parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
@@ -133,7 +134,7 @@ def tabulate(table, rows):
     for row in rows:  # a later run of the same seed replaces an earlier one
         sampler = f"{row['sampling_steps']} steps of {row['sampler']}"
         metrics_of = row["metrics"]
-        key = row["scale"], row["objective"], row["steps"], sampler, metrics_of["features"], metrics_of["samples"]["images"]
+        key = row["scale"], _objective(row), row["steps"], sampler, metrics_of["features"], metrics_of["samples"]["images"]
         settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
     lines, ours = {}, {row["system"] for row in rows}
@@ -159,6 +160,12 @@ def tabulate(table, rows):
     table_lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines.values()]]
     remark = [REMARKS[table], ""] if table in REMARKS else []
     return "\n".join([f"**{table}**", "", *table_lines, "", *notes, "", *remark])
+
+
+def _objective(row):
+    """Says what a row's network was taught, and on images of which size, which older rows do not say."""
+    size = f" at {row['image_size']} x {row['image_size']}" if "image_size" in row else ""
+    return row["objective"] + (" by images" if row.get("predict") == "x" else "") + size
 
 
 def _figure(row, name):
