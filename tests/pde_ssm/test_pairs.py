@@ -15,6 +15,7 @@ KERNELS, REASON = pairs.library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=str(REASON))
 f64 = torch.float64
 GRIDS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4), (5, 7), (1, 8), (9, 1), (6, 10), (13, 11), (16, 16), (12, 34), (40, 6)]
+GRIDS += [(1, 130)]  # by Fourier transforms
 
 
 def assert_close(mine, exact, of_largest):
@@ -186,6 +187,16 @@ def test_memory_of_others_is_not_read(wrong):
             pairs.evolve(spectra, *good[1:], 4, 5)
         with pytest.raises(ValueError, match="the kernels need float32"):
             pairs.evolve_backward(good[0], good[0], spectra, *good[1:], 4, 5)
+
+
+@torch.no_grad()
+def test_many_tokens_meet_r_within_the_embedding(monkeypatch):
+    pde, u = PDESSM(20, coupling="pairwise").eval(), torch.randn(2, 20, 6, 7)
+    for p in pde.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    expected = copy.deepcopy(pde).double()(u.double())
+    monkeypatch.setattr(pde.R, "forward", None)                            # not used
+    assert_close(pde(u), expected, 1e-5)
 
 
 @pytest.fixture
