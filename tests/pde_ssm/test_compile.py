@@ -67,7 +67,9 @@ def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
 
 
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
-@pytest.mark.parametrize(("backend", "coupling"), [("cpp", "diagonal"), ("triton", "diagonal"), ("default", "coupled")])
+@pytest.mark.parametrize(
+    ("backend", "coupling"), [("cpp", "diagonal"), ("triton", "diagonal"), ("cpp", "pairwise"), ("cpp", "coupled")]
+)
 def test_derivatives_forwards_compiled_or_not(backend, coupling):
     """Of a linear operator: itself."""
     if backend == "triton":
