@@ -68,9 +68,9 @@ def draw_reach(systems):
                 label = "heads' attention" if first else None
                 axis.plot([number] * len(heads), heads, "D", color=COLOURS[1], markersize=4, label=label)
         axis.axhline(uniform_reach(grid), color="#555555", linestyle=":", label="all tokens alike")
-        axis.set_ylim(0, None)
         axis.set_xticks(range(1, len(layers) + 1, math.ceil(len(layers) / 12)))
         tidy(axis, title=f"{title}, {grid[0]} x {grid[1]} tokens", xlabel="layer", ylabel="reach, in tokens")
         axis.title.set_fontsize(9)
         axis.legend(frameon=False, fontsize=7)
+    axes[0, 0].set_ylim(0)  # after all, for the panels share it
     return figure
