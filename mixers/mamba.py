@@ -22,7 +22,8 @@ from mixers.grid import checked_grid, on_grid, refuse
 from mixers.options import Mixer, Option
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
-from pde_ssm_kernels.modes import widen
+from mixers.selective_scan_cpu import Convolution, serves
+from pde_ssm_kernels.modes import traced, widen
 
 
 class Mamba(nn.Module):
@@ -92,16 +93,24 @@ class Mamba(nn.Module):
     def scan(self, x, z, b):                                               # (B, L, E) twice -> (B, L, E)
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{b}") for name in ("conv1d", "x_proj", "dt_proj"))
         A_log, D = getattr(self, f"A{b}_log"), getattr(self, f"D{b}")
-        # As a picture one pixel high whose channels come last, which it is in memory: conv1d would turn it over, and back.
-        reverse, before = b == "_b", conv1d.kernel_size[0] - 1
-        x = pad(x, (0, 0, 0, before) if reverse else (0, 0, before, 0)).transpose(1, 2).unsqueeze(2)
-        weight = conv1d.weight.flip(2) if reverse else conv1d.weight
-        x = silu(conv2d(x, weight.unsqueeze(2), conv1d.bias, groups=len(D)).squeeze(2))            # (B, E, L)
+        reverse = b == "_b"
+        x = convolve(x.transpose(1, 2), conv1d.weight, conv1d.bias, reverse)                       # (B, E, L)
         numbers = dt_proj.in_features, A_log.shape[1], A_log.shape[1]
         delta, B, C = x_proj(x.transpose(1, 2)).split(numbers, dim=2)      # (B, L, R), (B, L, N) twice
         delta, B, C, z = (part.transpose(1, 2) for part in (linear(delta, dt_proj.weight), B, C, z))
         y = selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True, reverse=reverse)
         return y.transpose(1, 2)
+
+
+def convolve(x, weight, bias, reverse):                                    # (B, E, L)
+    """Returns silu of the convolution of every channel over a token and those before it, or with `reverse` after it."""
+    if not torch.compiler.is_compiling() and not traced(x, weight, bias) and x.dtype == weight.dtype and serves(x):
+        return Convolution.apply(x, weight, bias, reverse)
+    # As a picture one pixel high whose channels come last, which it is in memory: conv1d would turn it over, and back.
+    before = weight.shape[2] - 1
+    x = pad(x.transpose(1, 2), (0, 0, 0, before) if reverse else (0, 0, before, 0)).transpose(1, 2).unsqueeze(2)
+    weight = weight.flip(2) if reverse else weight
+    return silu(conv2d(x, weight.unsqueeze(2), bias, groups=len(bias)).squeeze(2))
 
 
 OPTIONS = (

@@ -1,5 +1,5 @@
-// Kernels of the selective scan and its gradient. Built by selective_scan_cpu.py, which defines CHUNK and SHARE, and held
-// against the reference of selective_scan.py.
+// Kernels of the selective scan, of the convolution that mixers have before it, and of their gradients. Built by
+// selective_scan_cpu.py, which defines CHUNK and SHARE, and held against the reference of selective_scan.py and PyTorch.
 //
 // Sixteen channels of float32 are one vector, or eight without AVX-512, and half as many of float64. A core goes through a
 // SHARE of the channels a CHUNK of tokens at a time, and holds what it needs of these in its own cache: memory sees inputs and
@@ -38,6 +38,14 @@ template <class T> struct Scan {
   T *A, *D, *bias, *last, *before;                                         // before (chunks, B, N, E), or none
   T *A_grad, *D_grad, *bias_grad, *B_grad, *C_grad;
   long batch, channels, tokens, states, groups, softplus, threads;
+};
+
+// out (a gradient in the backward pass) is silu of the convolution of x with `width` weights for each channel, the last of
+// which is for the token itself. The gradients of weight (B, E, width) and bias (B, E) are those of each image.
+template <class T> struct Convolution {
+  Rows<T> x, out, x_grad;
+  T *weight, *bias, *weight_grad, *bias_grad;
+  long batch, channels, tokens, width, threads;
 };
 
 template <class T> struct Types;
@@ -439,6 +447,93 @@ template <class T> struct Kernels {
     }
   }
 
+  INLINE V load_token(const Rows<T> &rows, long b, long channel, long token, int lanes) {
+    const T *from = rows.data + b * rows.batch + channel * rows.channel + token * rows.token;
+    return rows.channel == 1 ? load(from, lanes) : gather(from, rows.channel, lanes);
+  }
+
+  INLINE void store_token(const Rows<T> &rows, long b, long channel, long token, int lanes, const V &v) {
+    T *to = rows.data + b * rows.batch + channel * rows.channel + token * rows.token;
+    if (rows.channel == 1) store(to, v, lanes);
+    else scatter(to, rows.channel, v, lanes);
+  }
+
+  INLINE V convolved(const Convolution<T> &conv, long b, long channel, long token, int lanes, long width, const V *weight,
+                     V bias) {
+    V sum = bias;
+    for (long k = 0; k < width; k++) {
+      const long from = token + k + 1 - width;
+      if (from >= 0) sum += weight[k] * load_token(conv.x, b, channel, from, lanes);
+    }
+    return sum;
+  }
+
+  // Four weights, as Mamba has, are known to the compiler; WIDTH is 0 for other numbers.
+  template <int WIDTH>
+  static void convolve(const Convolution<T> &conv) {
+    const long blocks = (conv.channels + LANES - 1) / LANES, width = WIDTH ? WIDTH : conv.width;
+    #pragma omp parallel num_threads(conv.threads)
+    {
+      V *weight = workspace(width);
+      #pragma omp for collapse(2) schedule(dynamic)
+      for (long b = 0; b < conv.batch; b++)
+        for (long block = 0; block < blocks; block++) {
+          const long channel = block * LANES;
+          const int lanes = conv.channels - channel < LANES ? conv.channels - channel : LANES;
+          for (long k = 0; k < width; k++) weight[k] = gather(conv.weight + channel * width + k, width, lanes);
+          const V bias = load(conv.bias + channel, lanes);
+          for (long t = 0; t < conv.tokens; t++) {
+            V sum = convolved(conv, b, channel, t, lanes, width, weight, bias);
+            store_token(conv.out, b, channel, t, lanes, sum * sigmoid(sum));
+          }
+        }
+    }
+  }
+
+  // From the last token to the first: what reaches x from a token's gradient comes from the `width` tokens that follow.
+  template <int WIDTH>
+  static void convolve_backward(const Convolution<T> &conv) {
+    const long blocks = (conv.channels + LANES - 1) / LANES, width = WIDTH ? WIDTH : conv.width;
+    #pragma omp parallel num_threads(conv.threads)
+    {
+      V *weight = workspace(3 * width), *weight_grad = weight + width, *recent = weight_grad + width;
+      #pragma omp for collapse(2) schedule(dynamic)
+      for (long b = 0; b < conv.batch; b++)
+        for (long block = 0; block < blocks; block++) {
+          const long channel = block * LANES;
+          const int lanes = conv.channels - channel < LANES ? conv.channels - channel : LANES;
+          for (long k = 0; k < width; k++) {
+            weight[k] = gather(conv.weight + channel * width + k, width, lanes);
+            weight_grad[k] = recent[k] = V{};
+          }
+          const V bias = load(conv.bias + channel, lanes);
+          V bias_grad = {};
+          for (long t = conv.tokens - 1; t >= 0; t--) {
+            V sum = convolved(conv, b, channel, t, lanes, width, weight, bias), open = sigmoid(sum);
+            V grad = load_token(conv.out, b, channel, t, lanes) * open * (1 + sum * (1 - open));
+            bias_grad += grad;
+            for (long k = 0; k + 1 < width; k++) recent[k] = recent[k + 1];
+            recent[width - 1] = grad;                                      // and before it those of the tokens that follow
+            V x_grad = {};
+            for (long k = 0; k < width; k++) {
+              const long from = t + k + 1 - width;
+              if (from >= 0) weight_grad[k] += grad * load_token(conv.x, b, channel, from, lanes);
+              x_grad += weight[k] * recent[k];
+            }
+            store_token(conv.x_grad, b, channel, t, lanes, x_grad);
+          }
+          const long at = b * conv.channels + channel;
+          for (long k = 0; k < width; k++) scatter(conv.weight_grad + at * width + k, width, weight_grad[k], lanes);
+          store(conv.bias_grad + at, bias_grad, lanes);
+        }
+    }
+  }
+
+  static void convolve(const Convolution<T> &conv, bool back) {
+    if (back) conv.width == 4 ? convolve_backward<4>(conv) : convolve_backward<0>(conv);
+    else conv.width == 4 ? convolve<4>(conv) : convolve<0>(conv);
+  }
+
   // Adds up rows of n numbers, each in the order of the rows: PyTorch's order depends on the number of threads.
   static void sum(const T *rows, T *to, long count, long n, long threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
@@ -460,3 +555,7 @@ extern "C" void sum32(const float *rows, float *to, long count, long n, long thr
 extern "C" void sum64(const double *rows, double *to, long count, long n, long threads) {
   Kernels<double>::sum(rows, to, count, n, threads);
 }
+extern "C" void convolve32(const Convolution<float> *conv) { Kernels<float>::convolve(*conv, false); }
+extern "C" void convolve_backward32(const Convolution<float> *conv) { Kernels<float>::convolve(*conv, true); }
+extern "C" void convolve64(const Convolution<double> *conv) { Kernels<double>::convolve(*conv, false); }
+extern "C" void convolve_backward64(const Convolution<double> *conv) { Kernels<double>::convolve(*conv, true); }

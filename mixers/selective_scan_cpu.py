@@ -1,4 +1,5 @@
-"""The C++ kernels of selective_scan.cpp, on CPUs: the whole scan, with softplus and gate, and its gradient.
+"""The C++ kernels of selective_scan.cpp, on CPUs: the whole scan, with softplus and gate, the convolution that mixers have
+before it, and their gradients.
 
 Never needed for a result, only for speed; built, and done without, as those of pde_ssm_kernels. They take tensors in any layout
 and copy none. Any number of threads gives the same bits.
@@ -82,17 +83,48 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
     return rows[0], rows[1], A_grad, B_grad.mT, C_grad.mT, D_grad, rows[2], bias_grad
 
 
+class Convolution(torch.autograd.Function):
+    """silu of the convolution of every channel over a token and those before it; with `reverse`, over those after it.
+
+    x (B, E, L), weight (E, 1, width), the last of which is for the token itself, bias (E,) -> (B, E, L)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, reverse):
+        out = torch.empty_like(x)
+        weight, bias = weight.contiguous(), bias.contiguous()
+        rows = *located(x, reverse), *located(out, reverse), *located(None, reverse)
+        run("convolve", x.dtype, [*rows, weight.data_ptr(), bias.data_ptr(), 0, 0, *x.shape, weight.shape[2]])
+        ctx.save_for_backward(x, weight, bias)
+        ctx.reverse = reverse
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_grad):
+        x, weight, bias = ctx.saved_tensors
+        x_grad, weight_grad, bias_grad = torch.empty_like(x), *(p.new_empty(len(x), *p.shape) for p in (weight, bias))
+        rows = [number for tensor in (x, out_grad, x_grad) for number in located(tensor, ctx.reverse)]
+        whole = [tensor.data_ptr() for tensor in (weight, bias, weight_grad, bias_grad)]
+        run("convolve_backward", x.dtype, [*rows, *whole, *x.shape, weight.shape[2]])
+        return x_grad, sum_of(weight_grad), sum_of(bias_grad), None
+
+
 def call(name, rows, columns, whole, softplus, reverse):
-    """Runs a kernel; its only argument is the Scan of selective_scan.cpp, whose members have 8 bytes each."""
+    """Runs a kernel of the scan; its argument is the Scan of selective_scan.cpp."""
     u, (B, _), (A, *_) = rows[0], columns, whole
     whole = [None if x is None else x.contiguous() for x in whole]
     members = [number for x in (*rows, *columns) for number in located(x, reverse)]
     members += [x.data_ptr() if x is not None else 0 for x in whole] + [0] * (10 - len(whole))
-    members += [*u.shape, A.shape[1], B.shape[1], softplus, torch.get_num_threads()]
+    run(name, u.dtype, members + [*u.shape, A.shape[1], B.shape[1], softplus])
+
+
+def run(name, dtype, members):
+    """Runs a kernel, whose only argument has these members of 8 bytes each, and then the number of threads."""
     kernels, reason = library()
     if reason:
         raise RuntimeError(reason)
-    getattr(kernels, f"{name}{8 * u.itemsize}")((ctypes.c_int64 * len(members))(*members))
+    getattr(kernels, f"{name}{8 * dtype.itemsize}")((ctypes.c_int64 * (len(members) + 1))(*members, torch.get_num_threads()))
 
 
 def located(x, reverse):

@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import conv1d, pad, silu, softplus
 
 from mixers import build_mixer, read_mixer
-from mixers.mamba import Mamba
+from mixers.mamba import Mamba, convolve
 from mixers.selective_scan import selective_scan
 from models import DiT
+from pde_ssm_kernels import set_backend
 from public_numbers import assert_near, assert_public, on_meta, part, with_public_weights
 
 PUBLIC = dict(d_state=8)  # of the public numbers
@@ -127,3 +128,35 @@ def test_zigzags_need_tokens_on_a_grid():
         Mamba(16, zigzag=True, grid_size=(2, 3))(torch.randn(1, 7, 16))
     with pytest.raises(ValueError, match="Mamba along zigzags has to know the grid of its tokens"):
         Mamba(16, zigzag=True)(torch.randn(1, 9, 16))
+
+
+@pytest.mark.parametrize(("E", "L", "width"), [(5, 1, 4), (37, 9, 4), (16, 20, 1), (40, 3, 5), (70, 30, 3)])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "default"])
+def test_its_convolution_and_the_gradients_are_those_of_the_equation(E, L, width, reverse, dtype, backend):
+    set_backend(backend)
+    x = torch.randn(3, L, 2 * E, dtype=dtype)[..., :E].mT                  # with others between them, as in a Mamba
+    given = [t.requires_grad_() for t in (x, torch.randn(E, 1, width, dtype=dtype), torch.randn(E, dtype=dtype))]
+    weights, results = torch.randn(3, E, L).double(), []
+    out = convolve(*given, reverse)
+    results.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+    x, weight, bias = (t.double() for t in given)
+    seen = x.flip(2) if reverse else x
+    seen = silu(conv1d(pad(seen, (width - 1, 0)), weight, bias, groups=E))
+    out = seen.flip(2) if reverse else seen
+    results.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+    for mine, exact in zip(*results):
+        assert mine.dtype == dtype
+        assert (mine - exact).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-14) * exact.abs().max()
+
+
+def test_its_convolution_has_the_same_bits_for_any_number_of_threads():
+    given = [t.requires_grad_() for t in (torch.randn(5, 50, 9), torch.randn(50, 1, 4), torch.randn(50))]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out = convolve(*given, False)
+        results.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*results))
