@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from checkpoints.build import load_guide, load_model
+from checkpoints.build import load_guide, load_model, trained
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS, create_sampler
 from diffusion.drawing import choose_classes, draw, name_classes
 from diffusion.guidance import create_guidance, guidance_in_words
@@ -45,11 +45,6 @@ def main(args, processes):
     columns = args.samples_per_class if args.samples_per_class > 1 else 4
     save_grid(images, args.out, columns, name_classes(model, labels))
     print(f"{len(labels)} samples are in {args.out}")
-
-
-def trained(settings):
-    """Picks out what `create_sampler` must know of how a checkpoint was trained."""
-    return {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift", "learn_sigma")}
 
 
 def with_guide(guidance, path, scale, model, settings, running):

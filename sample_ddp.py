@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints.build import load_model
+from checkpoints.build import load_model, trained
 from diffusion import create_sampler
 from diffusion.drawing import draw_numbered
 from diffusion.guidance import create_guidance
@@ -26,7 +26,7 @@ from images.samples import save_png
 from machine.flags import from_zero, not_negative, positive
 from machine.processes import launch
 from mixers.running import prepare_to_sample
-from sample import add_model_flags, in_words, trained, with_guide
+from sample import add_model_flags, in_words, with_guide
 
 
 def main(args, processes):

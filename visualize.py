@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.build import create_network, load_model
+from checkpoints.build import create_network, load_model, trained
 from checkpoints.read import load_checkpoint
 from diffusion import create_objective
 from diffusion.drawing import choose_classes
@@ -29,7 +29,6 @@ from machine.files import check_writable
 from machine.flags import class_label, decay, finite, from_zero, image_size, not_negative, positive, share
 from machine.processes import launch
 from models import DiT
-from sample import trained
 
 
 def main(args, processes):

@@ -135,6 +135,11 @@ def load_model(path, given, default_vae, decay=None):
     return model.eval().requires_grad_(False), settings
 
 
+def trained(settings):
+    """Picks out what `create_sampler` must know of how a checkpoint was trained."""
+    return {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift", "learn_sigma")}
+
+
 def load_guide(path, model, settings):
     """Returns the model of a checkpoint that is to guide another, of these settings, at that one's size. ValueError if they do
     not see the same: space, objective and classes, but that it may have none."""

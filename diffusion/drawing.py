@@ -119,6 +119,11 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     finite = torch.stack([finite for _, finite in checked])                # (m, n) bool, looked at once: a GPU need not wait
     if not finite.all():
         raise ValueError(what_is_not_finite([where for where, _ in checked], finite.cpu(), numbers))
+    return to_pixels(images)
+
+
+def to_pixels(images):
+    """Returns images (n, 3, H, W) in [-1, 1] as uint8 (n, H, W, 3) on the CPU."""
     pixels = (127.5 * images + 128).clamp(0, 255)                          # (n, 3, H, W)
     return pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 

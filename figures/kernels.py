@@ -17,18 +17,24 @@ EXAMPLES = {
 }
 
 
-def green_function(grid, widths=(0.0, 0.0), angle=0.0, shift=(0.0, 0.0), reaction=0.0):
-    """Returns the Green's function (h, w) of one PDE on a grid (h, w), float64, with its source at token (0, 0).
+def coefficients(widths=(0.0, 0.0), angle=0.0, shift=(0.0, 0.0), reaction=0.0):
+    """Returns K (2, 2), b (2,) and r, float64, of the PDE that is as follows at tau = 1.
 
-    At tau = 1 diffusion makes a Gaussian with the standard deviations `widths` along its axes, of which the first points
-    `angle` degrees from right to down; convection moves it by `shift`, right and down; reaction multiplies it by
-    exp(reaction). Lengths are in sides of the picture.
+    Diffusion makes a Gaussian with the standard deviations `widths` along its axes, of which the first points `angle` degrees
+    from right to down; convection moves it by `shift`, right and down; reaction multiplies it by exp(reaction). Lengths are in
+    sides of the picture.
     """
     turn, (first, second) = math.radians(angle), widths
     axes = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]], dtype=torch.float64)
     K = axes @ torch.diag(torch.tensor([first**2, second**2], dtype=torch.float64) / 2) @ axes.T
-    b, r, tau = -torch.tensor(shift, dtype=torch.float64), torch.tensor(reaction, dtype=torch.float64), K.new_ones(())
-    return torch.fft.irfft2(green_symbol(K, b, r, tau, *grid), s=grid)
+    return K, -torch.tensor(shift, dtype=torch.float64), torch.tensor(reaction, dtype=torch.float64)
+
+
+def green_function(grid, *how, **named):
+    """Returns the Green's function (h, w), float64, of the PDE of these arguments of `coefficients` at tau = 1 on a grid
+    (h, w), with its source at token (0, 0)."""
+    K, b, r = coefficients(*how, **named)
+    return torch.fft.irfft2(green_symbol(K, b, r, K.new_ones(()), *grid), s=grid)
 
 
 def measure(kernel):
@@ -48,7 +54,7 @@ def measure(kernel):
 
 
 def chosen_kernels(grid, chosen=None):
-    """Returns the Green's functions of Figure 1, or that of chosen arguments of `green_function`: {title: (h, w)}."""
+    """Returns the Green's functions of Figure 1, or that of chosen arguments of `coefficients`: {title: (h, w)}."""
     if chosen:
         return {"chosen": green_function(grid, **chosen)}
     return {title: green_function(grid, **how) for title, how in EXAMPLES.items()}

@@ -28,15 +28,20 @@ def save_png(pixels, path):
 
 
 def save_grid(images, path, columns, captions=None):
-    """Writes a tensor uint8 (n, H, W, 3) as one PNG, `columns` images to a row. captions: a text for each image; one that
-    several neighbours have in common stands over the first of them."""
+    """Writes what `make_sheet` makes of images as one PNG."""
+    save_png(make_sheet(images, columns, captions), path)
+
+
+def make_sheet(images, columns, captions=None):
+    """Returns a tensor uint8 (n, H, W, 3) as one picture, uint8 (H, W, 3) of NumPy, `columns` images to a row. captions: a text
+    for each image; one that several neighbours have in common stands over the first of them."""
     scale = max(1, SHOWN_SIDE // images.shape[1])
     shown = interpolate(images.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="bicubic")
     shown = shown.round().clamp(0, 255).byte()
     if captions:
         shown = pad(shown, (0, 0, CAPTION, 0), value=255)
-    grid = make_grid(shown, nrow=columns, pad_value=255).permute(1, 2, 0).numpy()
-    save_png(write_captions(grid, captions, min(columns, len(captions)), *shown.shape[2:]) if captions else grid, path)
+    sheet = make_grid(shown, nrow=columns, pad_value=255).permute(1, 2, 0).numpy()
+    return write_captions(sheet, captions, min(columns, len(captions)), *shown.shape[2:]) if captions else sheet
 
 
 def write_captions(grid, captions, columns, height, width):

@@ -52,7 +52,7 @@ def golden():
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomize():
     """randomize(model): gives every trainable parameter that is all zeros random values, without which adaLN-Zero's
     blocks are the identity."""

