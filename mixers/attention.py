@@ -1,14 +1,12 @@
 """Self-attention, timm's, as in DiT; with norms of its queries and keys, or with places in their angles."""
 
-from functools import lru_cache
-
 import torch
 from timm.layers import AttentionRope, RmsNorm, build_rotary_pos_embed
 from timm.models.vision_transformer import Attention
 
-from mixers.grid import refuse
+from mixers.grid import checked_grid, refuse
 from mixers.options import Mixer, Option
-from pde_ssm_kernels.modes import traced, widen
+from pde_ssm_kernels.modes import remembered, widen
 
 BASE = 100  # of the periods of rotations, from 2 pi to 2 pi BASE tokens; language has 10,000
 
@@ -34,23 +32,18 @@ class RotaryAttention(AttentionRope):
         if dim % (4 * num_heads):
             raise ValueError(f"--positions rope needs heads of 4, 8, 12 ... channels; here they have {dim / num_heads:g}")
         super().__init__(dim, num_heads, num_prefix_tokens=prefix_tokens, **options)
-        self.grid_size = self.trained_grid = grid_size
+        self.grid_size = self.trained_grid = checked_grid(grid_size, "attention with rope")
 
     def forward(self, x, **call):                                          # (B, N, D)
         refuse(call, "attention with rope")
-        return super().forward(x, rope=rotations(self.grid_size, self.trained_grid, self.head_dim, x))
+        return super().forward(x, rope=rotations(tuple(self.grid_size), self.trained_grid, self.head_dim, x))
 
 
-def rotations(grid_size, trained_grid, dim, like):
-    """Returns sines and cosines of the angles by which a token's channels are turned, (N, 2 dim); kept between calls."""
-    return (_rotations.__wrapped__ if traced(like) else _rotations)(tuple(grid_size), tuple(trained_grid), dim, like.device)
-
-
-@lru_cache(maxsize=64)
-def _rotations(grid_size, trained_grid, dim, device):
-    with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
-        how = dict(in_pixels=False, temperature=BASE, ref_feat_shape=list(trained_grid), device=device)
-        return torch.cat(build_rotary_pos_embed(list(grid_size), dim=dim, **how), dim=-1)
+@remembered
+def rotations(grid_size, trained_grid, dim, device):
+    """Returns sines and cosines of the angles by which a token's channels are turned, (N, 2 dim)."""
+    how = dict(in_pixels=False, temperature=BASE, ref_feat_shape=list(trained_grid), device=device)
+    return torch.cat(build_rotary_pos_embed(list(grid_size), dim=dim, **how), dim=-1)
 
 
 def build(dim, num_heads=8, qkv_bias=False, grid_size=None, qk_norm=False, positions="sincos", prefix_tokens=0):

@@ -6,14 +6,12 @@ tokens u only, and returns what its block adds to x once. So u stands for the st
     a = ss2d(u),     out = a + window(layer_norm(u + a))
 """
 
-from math import isqrt
-
 from torch import nn
 
 from machine.flags import positive
+from mixers import window
 from mixers.options import Mixer, Option
 from mixers.ss2d import SS2D
-from mixers.window import Window
 
 
 class LaMambaMixer(nn.Module):
@@ -27,7 +25,7 @@ class LaMambaMixer(nn.Module):
         super().__init__()
         self.op = SS2D(dim, gate=True, order="continuous")
         self.norm_swin = nn.LayerNorm(dim)
-        self.attn = Window(dim, num_heads, qkv_bias, layer=layer, size=window_size)
+        self.attn = window.Window(dim, num_heads, qkv_bias, layer=layer, size=window_size)
         self.grid_size = grid_size
 
     @property
@@ -45,8 +43,8 @@ class LaMambaMixer(nn.Module):
 
 def read(weights):
     """Returns the options of a LaMambaMixer with these weights; None for another layer's."""
-    table = weights.get("attn.relative_position_bias_table")
-    return None if table is None else dict(window_size=(isqrt(len(table)) + 1) // 2)
+    told = window.read({name.removeprefix("attn."): weight for name, weight in weights.items() if name.startswith("attn.")})
+    return told and dict(window_size=told["size"])
 
 
 OPTIONS = (Option("window_size", "side of a window in tokens, 8 unless given", dict(type=positive)),)

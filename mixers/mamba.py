@@ -23,6 +23,7 @@ from mixers.options import Mixer, Option
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from mixers.selective_scan_cpu import Convolution, serves
+from mixers.time_steps import initialize_time_steps
 from pde_ssm_kernels.modes import traced, widen
 
 
@@ -69,9 +70,7 @@ class Mamba(nn.Module):
             A_log, dt_proj = getattr(self, f"A{b}_log"), getattr(self, f"dt_proj{b}")
             A_log.copy_(torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32).log().expand_as(A_log))
             nn.init.ones_(getattr(self, f"D{b}"))
-            nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
-            steps = torch.empty_like(dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
-            dt_proj.bias.copy_(steps + (-torch.expm1(-steps)).log())       # the inverse of softplus
+            initialize_time_steps(dt_proj)
 
     def forward(self, tokens, **call):                                     # (B, L, D)
         refuse(call, "Mamba")

@@ -5,12 +5,11 @@ grid, h x w, odd or even.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 import torch
 
-from pde_ssm_kernels.modes import traced
+from pde_ssm_kernels.modes import remembered
 
 
 @dataclass(frozen=True)
@@ -58,38 +57,26 @@ def follow(tokens, paths, grid_size):                                      # (B,
     One gather for all paths takes less than their views side by side do, a quarter for VMamba's on 32 x 32 tokens of 768
     channels (1.5 and 6.2 ms, one thread of a CPU).
     """
-    return tokens.index_select(1, places(paths, grid_size, tokens)).unflatten(1, (-1, len(paths)))
+    return tokens.index_select(1, places(paths, tuple(grid_size), tokens)).unflatten(1, (-1, len(paths)))
 
 
 def put_back(sequences, paths, grid_size):                                 # (B, N, K, D), K paths
     """Returns for every place of an (h, w) grid the sum of what the paths found there, (B, N, D)."""
     grid = sequences.new_zeros(len(sequences), sequences.shape[1], sequences.shape[3])
-    return grid.index_add(1, places(paths, grid_size, sequences), sequences.flatten(1, 2))
+    return grid.index_add(1, places(paths, tuple(grid_size), sequences), sequences.flatten(1, 2))
 
 
-def places(paths, grid_size, like):
-    """Returns the places of the paths side by side, (N K,), on the device of a tensor; kept between calls."""
-    compute = _places.__wrapped__ if traced(like) else _places
-    return compute(paths, tuple(grid_size), like.device)
+@remembered
+def places(paths, grid_size, device):
+    """Returns the places of the paths side by side, (N K,)."""
+    return torch.stack([path.places(*grid_size) for path in paths], dim=1).flatten().to(device)
 
 
-@lru_cache(maxsize=64)
-def _places(paths, grid_size, device):
-    with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
-        return torch.stack([path.places(*grid_size) for path in paths], dim=1).flatten().to(device)
-
-
-def steps(paths, grid_size, like):
-    """Returns by which step each path came to its tokens on an (h, w) grid, (N, K), on the device of a tensor: 0 at its start,
-    1 to the right, 2 to the left, 3 up, 4 down; kept between calls."""
-    compute = _steps.__wrapped__ if traced(like) else _steps
-    return compute(paths, tuple(grid_size), like.device)
-
-
-@lru_cache(maxsize=64)
-def _steps(paths, grid_size, device):
-    with torch.inference_mode(False):
-        places = torch.stack([path.places(*grid_size) for path in paths], dim=1)
-        down, right = (places // grid_size[1]).diff(dim=0), (places % grid_size[1]).diff(dim=0)
-        kinds = (right > 0) + 2 * (right < 0) + 3 * (down < 0) + 4 * (down > 0)
-        return torch.cat([torch.zeros_like(places[:1]), kinds]).to(device)
+@remembered
+def steps(paths, grid_size, device):
+    """Returns by which step each path came to its tokens on an (h, w) grid, (N, K): 0 at its start, 1 to the right, 2 to the
+    left, 3 up, 4 down."""
+    places = torch.stack([path.places(*grid_size) for path in paths], dim=1)
+    down, right = (places // grid_size[1]).diff(dim=0), (places % grid_size[1]).diff(dim=0)
+    kinds = (right > 0) + 2 * (right < 0) + 3 * (down < 0) + 4 * (down > 0)
+    return torch.cat([torch.zeros_like(places[:1]), kinds]).to(device)

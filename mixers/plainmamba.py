@@ -22,7 +22,7 @@ from mixers.grid import on_grid, refuse
 from mixers.options import Mixer, Option
 from mixers.orders import ORDERS, follow, put_back, steps
 from mixers.selective_scan import selective_scan
-from mixers.ss2d import time_step_biases
+from mixers.time_steps import initialize_time_steps
 from pde_ssm_kernels.modes import full_precision, widen
 
 
@@ -55,10 +55,7 @@ class PlainMamba(nn.Module):
 
     def initialize(self):
         """Sets time steps between 0.001 and 0.1, which a network's own initialisation would spoil."""
-        rank = self.dt_proj.in_features
-        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(time_step_biases(self.dt_proj.out_features))
+        initialize_time_steps(self.dt_proj)
 
     def forward(self, tokens, **call):                                     # (B, N, D)
         refuse(call, "plainmamba")

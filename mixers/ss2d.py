@@ -21,6 +21,7 @@ from mixers.grid import on_grid, refuse
 from mixers.options import Mixer, Option
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
+from mixers.time_steps import time_step_biases
 from pde_ssm_kernels.modes import full_precision, widen
 
 CHOICES = ("cross", "continuous")
@@ -79,16 +80,8 @@ class SS2D(nn.Module):
             return put_back(y.transpose(1, 2).unflatten(2, (len(self.paths), -1)), self.paths, grid_size)
 
 
-
-
 def uniform(*shape, bound):
     return torch.empty(shape).uniform_(-bound, bound)
-
-
-def time_step_biases(*shape):
-    """Returns biases for which softplus gives time steps between 0.001 and 0.1, log-uniform."""
-    steps = uniform(*shape, bound=1).add(1).mul(math.log(10)).exp().mul(1e-3).clamp(min=1e-4)
-    return steps + (-torch.expm1(-steps)).log()                            # the inverse of softplus
 
 
 def read(weights):

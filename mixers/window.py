@@ -4,7 +4,6 @@ Windows do not look at one another. Those of layers with odd numbers are shifted
 their edges from layer to layer, and in no other way: by itself this mixer sees no more than a window.
 """
 
-from functools import lru_cache
 from math import isqrt
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
 from mixers.options import Mixer, Option
-from pde_ssm_kernels.modes import traced
+from pde_ssm_kernels.modes import remembered
 
 
 class Window(WindowAttention):
@@ -61,28 +60,22 @@ def layout(n, size, shifted):
     return -(-n // window) * window, window, size // 2 if shifted and n > size else 0
 
 
-def neighbours(axes, grid_size, like):
-    """Returns who may look at whom in every window, (windows, a b, a b) bool, or None if all may; kept between calls.
+@remembered
+def neighbours(axes, grid_size, device):
+    """Returns who may look at whom in every window, (windows, a b, a b) bool, or None if all may.
 
     axes are the layouts of both. Two tokens may, if on either axis the shift led both round the edge of the grid or neither,
     and both are padding or neither is.
     """
-    compute = _neighbours.__wrapped__ if traced(like) else _neighbours
-    return compute(axes, grid_size, like.device)
-
-
-@lru_cache(maxsize=64)
-def _neighbours(axes, grid_size, device):
     if all(shift == 0 and length == n for (length, _, shift), n in zip(axes, grid_size)):
         return None
     kinds = []
-    with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
-        for (length, _, shift), n in zip(axes, grid_size):
-            place = (torch.arange(length, device=device) + shift) % length
-            kinds.append((place < shift) + 2 * (place >= n))
-        regions = (4 * kinds[0][:, None] + kinds[1])[None, :, :, None]     # (1, H, W, 1)
-        regions = window_partition(regions, tuple(window for _, window, _ in axes)).flatten(1)
-        return regions[:, :, None] == regions[:, None]
+    for (length, _, shift), n in zip(axes, grid_size):
+        place = (torch.arange(length, device=device) + shift) % length
+        kinds.append((place < shift) + 2 * (place >= n))
+    regions = (4 * kinds[0][:, None] + kinds[1])[None, :, :, None]         # (1, H, W, 1)
+    regions = window_partition(regions, tuple(window for _, window, _ in axes)).flatten(1)
+    return regions[:, :, None] == regions[:, None]
 
 
 def read(weights):

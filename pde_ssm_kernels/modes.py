@@ -1,6 +1,7 @@
 """Who looks at tensors besides the code that runs, and in which types the operator computes."""
 
 from contextlib import nullcontext
+from functools import lru_cache, wraps
 
 import torch
 from torch import nn
@@ -28,6 +29,23 @@ def transformed():
 def exporting():
     """Whether torch.export makes a program, which may go where no compiler is."""
     return torch.compiler.is_exporting()
+
+
+def remembered(compute):
+    """Decorates compute(..., device), which makes tensors of plain values: called with a tensor in place of its device, it
+    returns what it made for these values before, or, where somebody looks at each operator, makes it again."""
+
+    @lru_cache(maxsize=64)
+    def remember(*values):
+        with torch.inference_mode(False):                                  # they outlive the mode that their first caller is in
+            return compute(*values)
+
+    @wraps(compute)
+    def look_up(*values):
+        *values, like = values
+        return (compute if traced(like) else remember)(*values, like.device)
+
+    return look_up
 
 
 def full_precision(x):

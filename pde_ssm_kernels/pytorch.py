@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .modes import traced, widen
+from .modes import remembered, traced, widen
 from .products import matmul, matrix_exp
 
 CHUNK = 2**20            # entries of a symbol that exist at once in training
@@ -50,17 +50,15 @@ def symbol(equation, h, w):
 def monomials(equation, h, w):
     """Returns what the exponent, Eq. (8), is linear in at the f = h (w // 2 + 1) wave vectors of a grid: (f, 4) and (f, 2)."""
     like = widen(equation.g0)
-    compute = _monomials.__wrapped__ if traced(like) else _monomials
-    return compute(equation.wave_vectors, h, w, like.dtype, like.device)
+    return _monomials(equation.wave_vectors, h, w, like.dtype, like)
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _monomials(wave_vectors, h, w, dtype, device):
-    with torch.inference_mode(False):                                      # they outlive the mode that their first caller is in
-        kx, ky, kx_odd, ky_odd = wave_vectors(h, w, torch.empty(0, dtype=dtype, device=device))
-        even = torch.broadcast_tensors(torch.ones_like(kx), -(kx**2), -2 * kx_odd * ky_odd, -(ky**2))
-        odd = torch.broadcast_tensors(kx_odd, ky_odd)
-        return torch.stack(even, dim=-1).flatten(0, 1), torch.stack(odd, dim=-1).flatten(0, 1)
+    kx, ky, kx_odd, ky_odd = wave_vectors(h, w, torch.empty(0, dtype=dtype, device=device))
+    even = torch.broadcast_tensors(torch.ones_like(kx), -(kx**2), -2 * kx_odd * ky_odd, -(ky**2))
+    odd = torch.broadcast_tensors(kx_odd, ky_odd)
+    return torch.stack(even, dim=-1).flatten(0, 1), torch.stack(odd, dim=-1).flatten(0, 1)
 
 
 def exponents(equation):
