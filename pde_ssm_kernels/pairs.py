@@ -25,7 +25,7 @@ CHUNK = 1024             # pairs whose gradients of tau the kernels add up
 def evolve_tokens(v, equation, time_scale=None):
     """The road of `pde_ssm_kernels.choose` for Pairwise: tokens v (B, h, w, C) to their state, in the type of v."""
     h, w = v.shape[1:3]
-    spectra = pytorch.lanes(pytorch.real_spectrum(widen(v)), equation.groups)      # (groups, f, 2, B, c)
+    spectra = pytorch.lanes(pytorch.real_spectrum(widen(v)), equation.groups).contiguous()         # (groups, f, 2, B, c)
     inputs = spectra, *equation.embedding(), exponents(equation)
     if torch.compiler.is_compiling():
         states, _ = evolve_op(*inputs, h, w)
@@ -70,7 +70,7 @@ def fold(u, layer):
         folding.matrices = folded(layer, h, w)
     if folding.matrices is None and (layer.dim != c or u[..., 0].numel() < 3 * c):
         return None
-    v = pytorch.lanes(pytorch.real_spectrum(u), 1)                         # (1, f, 2, B, dim)
+    v = pytorch.lanes(pytorch.real_spectrum(u), 1).contiguous()            # (1, f, 2, B, dim)
     if folding.matrices is None:                                           # R times g0, gx and gy costs less than R times u
         states, _ = evolve(v, *(g @ layer.R.weight for g in layer.equation.embedding()), exponents(layer.equation), h, w)
     else:
