@@ -8,9 +8,8 @@ import torch
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import Mlp, PatchEmbed
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from backbones import Backbone
+from backbones import PatchBackbone, count_blocks, settings_of
 from backbones.dis import DiS
 from backbones.lamamba import LaMamba
 from backbones.parts import NORMS, LabelEmbedder, TimestepEmbedder, grid_embedding, modulate, unpatch
@@ -63,7 +62,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, *self.adaLN_modulation(c).chunk(2, dim=1), self.norm))
 
 
-class DiT(Backbone):
+class DiT(PatchBackbone):
     """A diffusion transformer on images or latents.
 
     input_size is a side or (height, width), divisible by patch_size. mixer is a name in mixers.MIXERS or a class;
@@ -81,16 +80,9 @@ class DiT(Backbone):
         time_intervals=None, **mixer_options,
     ):
         # fmt: on
-        super().__init__()
-        self.in_channels, self.patch_size, self.learn_sigma = in_channels, patch_size, learn_sigma
-        self.stride = patch_size
-        height, width = self.input_size = self.check_size(input_size)
-        self.num_classes = self.trained_classes = num_classes
+        super().__init__(input_size, patch_size, in_channels, num_classes, learn_sigma)
         self.num_heads = num_heads
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
-
-        self.x_embedder = PatchEmbed((height, width), patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, intervals=time_intervals)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         mixers = [build_mixer(mixer, hidden_size, num_heads, self.grid_size, i, **mixer_options) for i in range(depth)]
@@ -101,25 +93,16 @@ class DiT(Backbone):
         self._initialize()
 
     @classmethod
-    def stride_of(cls, keywords):
-        return keywords["patch_size"]
-
-    @classmethod
     def read(cls, weights):
         hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         first = "blocks.0.attn."
         mixer, options = read_mixer({name.removeprefix(first): w for name, w in weights.items() if name.startswith(first)})
         if not (weights["pos_embed"].is_meta or weights["pos_embed"].any()):
             options["positions"] = "rope"
-        return dict(hidden_size=hidden, depth=depth, patch_size=patch), {
-            "mixer": mixer,
-            "mixer_options": options,
-            "mlp": "swiglu" if "blocks.0.mlp.fc1_g.weight" in weights else "gelu",
-            "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
-            "in_channels": channels,
-            "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
-        }
+        mlp = "swiglu" if "blocks.0.mlp.fc1_g.weight" in weights else "gelu"
+        outputs, table = len(weights["final_layer.linear.bias"]) // patch**2, weights["y_embedder.embedding_table.weight"]
+        size = dict(hidden_size=hidden, depth=count_blocks(weights, "blocks"), patch_size=patch)
+        return size, settings_of(channels, outputs, table, mixer=mixer, mixer_options=options, mlp=mlp)
 
     def positions(self, hidden_size):
         """Returns what is added to the tokens of the grid for their places, (1, h w, D)."""
@@ -149,13 +132,8 @@ class DiT(Backbone):
         Only the positional embedding changes: it is computed for the new grid, whose tokens lie between those of the
         grid that the model was built for. Every mixer runs on any grid.
         """
-        height, width = self.input_size = self.check_size(input_size)
-        self.grid_size = (height // self.patch_size, width // self.patch_size)
-        self.x_embedder.set_input_size(self.input_size)
+        super().resize(input_size)
         self.pos_embed = nn.Parameter(self.positions(self.pos_embed.shape[2]).to(self.pos_embed), requires_grad=False)
-        for block in self.blocks:
-            if hasattr(block.attn, "grid_size"):
-                block.attn.grid_size = self.grid_size
         return self
 
     def forward(self, x, t, y, drop=None):
@@ -167,7 +145,7 @@ class DiT(Backbone):
         # Contiguous, for a convolution's result may lie channel after channel, and every block would read it across.
         x = (self.x_embedder(x) + self.pos_embed).contiguous()             # (B, N, D), N = h w
         for block in self.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False) if self.recompute and self.training else block(x, c)
+            x = self.run(block, x, c)
         x = self.final_layer(x, c)                                         # (B, N, p p C)
         return unpatch(x, self.grid_size, self.patch_size)                 # (B, C, H, W)
 

@@ -1,7 +1,9 @@
 """Networks to train: each maps x (B, C, H, W), timesteps t (B,) and classes y (B,) to (B, out_channels, H, W)."""
 
 import torch
+from timm.models.vision_transformer import PatchEmbed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from backbones.pretrained import Pretrained
 
@@ -34,6 +36,10 @@ class Backbone(nn.Module, Pretrained):
         """From now on training keeps what enters a block only, and computes the rest again when it needs gradients."""
         self.recompute = True
 
+    def run(self, block, *inputs):
+        """Returns what a block makes of its inputs, which training after `checkpoint_gradients` computes twice."""
+        return checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
+
     def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
         """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
 
@@ -51,6 +57,48 @@ class Backbone(nn.Module, Pretrained):
         if height % self.stride or width % self.stride:
             raise ValueError(f"input size {height} x {width} is not divisible by {self.stride}, as this model needs")
         return height, width
+
+
+class PatchBackbone(Backbone):
+    """A backbone whose tokens are patches of patch_size x patch_size pixels, on a grid of grid_size (h, w); it was built for
+    trained_grid. `resize` keeps the weights, and tells the grid to the mixers that have one."""
+
+    def __init__(self, input_size, patch_size, in_channels, num_classes, learn_sigma):
+        super().__init__()
+        self.in_channels, self.patch_size, self.stride, self.learn_sigma = in_channels, patch_size, patch_size, learn_sigma
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.num_classes = self.trained_classes = num_classes
+        height, width = self.input_size = self.check_size(input_size)
+        self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
+
+    @classmethod
+    def stride_of(cls, keywords):
+        return keywords["patch_size"]
+
+    def resize(self, input_size):
+        """The same weights for inputs of another size, a side or (height, width): returns the model."""
+        height, width = self.input_size = self.check_size(input_size)
+        self.grid_size = (height // self.patch_size, width // self.patch_size)
+        for layer in self.modules():
+            if isinstance(layer, PatchEmbed):
+                layer.set_input_size(self.input_size)
+        for block in self.blocks:
+            for mixer in (layer for layer in block.children() if hasattr(layer, "grid_size")):
+                mixer.grid_size = self.grid_size
+        return self
+
+
+def settings_of(channels, outputs, table=None, **more):
+    """Returns what `read` tells besides a size: of a network with that many channels in and out, whose table of classes, if it
+    has one, ends in a row for none."""
+    classes = 0 if table is None else len(table) - 1
+    settings = dict(mixer="attention", mixer_options={}, num_classes=classes, in_channels=channels)
+    return settings | dict(learn_sigma=outputs != channels) | more
+
+
+def count_blocks(weights, name):
+    """Returns how many blocks the list of that name has in a state dict."""
+    return len({key.removeprefix(f"{name}.").partition(".")[0] for key in weights if key.startswith(f"{name}.")})
 
 
 def drop_labels(y, drop, null, probability):

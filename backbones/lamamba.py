@@ -4,11 +4,9 @@ import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import nn
-from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 
-from backbones import Backbone, refuse_mixer
-from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, modulate
+from backbones import Backbone, count_blocks, refuse_mixer, settings_of
+from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, learnt_positions, modulate
 from mixers.ss2d import SS2D
 from mixers.window import Window
 
@@ -144,18 +142,13 @@ class LaMamba(Backbone):
     @classmethod
     def read(cls, weights):
         hidden, channels = weights["patch_embed.proj.weight"].shape[:2]
-        depths = [len({name.split(".")[3] for name in weights if name.startswith(f"layers.{i}.blocks.")}) for i in range(4)]
+        depths = tuple(count_blocks(weights, f"layers.{i}.blocks") for i in range(4))
         attention = "unshifted" if "unshifted" in weights else "shifted"
         if "layers.0.blocks.0.attn.relative_position_bias_table" not in weights:
             attention = "global" if "layers.0.blocks.0.attn.qkv.weight" in weights else "none"
-        size = dict(hidden_size=hidden, depths=tuple(depths)) | ({} if attention == "shifted" else dict(attention=attention))
-        return size, {
-            "mixer": "attention",
-            "mixer_options": {},
-            "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
-            "in_channels": channels,
-            "learn_sigma": len(weights["final_linear.bias"]) != channels,
-        }
+        size = dict(hidden_size=hidden, depths=depths) | ({} if attention == "shifted" else dict(attention=attention))
+        outputs, table = len(weights["final_linear.bias"]), weights["y_embedder.embedding_table.weight"]
+        return size, settings_of(channels, outputs, table)
 
     @property
     def blocks(self):
@@ -196,10 +189,7 @@ class LaMamba(Backbone):
 
     def positions(self):
         """Returns the position of every pixel of the present grid, (1, N, D)."""
-        if self.input_size == self.trained_size:
-            return self.pos_embed.flatten(1, 2)
-        image = interpolate(self.pos_embed.permute(0, 3, 1, 2), self.input_size, mode="bicubic", align_corners=False)
-        return image.flatten(2).transpose(1, 2)
+        return learnt_positions(self.pos_embed.flatten(1, 2), self.trained_size, self.input_size)
 
     def forward(self, x, t, y, drop=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).
@@ -211,21 +201,20 @@ class LaMamba(Backbone):
         x = self.patch_embed["norm"](x) + self.positions()
         skips = []
         for stage in self.layers:
-            x = self.run(stage, x, c)
+            x = self.run_stage(stage, x, c)
             skips.append(x)
             x = stage.downsample(x, stage.grid_size) if stage.downsample else x        # (B, N / 4, 2 D)
-        x = x + self.run(self.mid_layer, x, c)
+        x = x + self.run_stage(self.mid_layer, x, c)
         for stage in self.layers_up:
             x = stage.upsample(x, stage.grid_size) if stage.upsample else x
-            x = self.run(stage, x + skips.pop(), c)
+            x = self.run_stage(stage, x + skips.pop(), c)
         shift, scale = self.final_adaLN_modulation(self.final_condition_projection(c)).chunk(2, dim=1)
         x = self.final_linear(modulate(self.final_up(x, self.input_size), shift, scale))       # (B, N, C)
         return x.transpose(1, 2).unflatten(2, self.input_size)             # (B, C, H, W)
 
-    def run(self, stage, x, c):
-        """Returns what the blocks of a stage make of tokens, which training with checkpoint_gradients computes twice."""
+    def run_stage(self, stage, x, c):
         for block in stage.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False) if self.recompute and self.training else block(x, c)
+            x = self.run(block, x, c)
         return x
 
 

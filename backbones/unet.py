@@ -2,7 +2,7 @@
 
 import re
 
-from . import Backbone, drop_labels, refuse_mixer
+from . import Backbone, drop_labels, refuse_mixer, settings_of
 
 
 class UNet(Backbone):
@@ -44,13 +44,8 @@ class UNet(Backbone):
     def read(cls, weights):
         ends = re.compile(r"net\.down_blocks\.\d+\.resnets\.0\.conv2\.weight")
         channels = weights["net.conv_in.weight"].shape[1]
-        return dict(channels=tuple(len(w) for name, w in weights.items() if ends.fullmatch(name))), {
-            "mixer": "attention",
-            "mixer_options": {},
-            "num_classes": len(weights["net.class_embedding.weight"]) - 1,
-            "in_channels": channels,
-            "learn_sigma": len(weights["net.conv_out.weight"]) != channels,
-        }
+        size = dict(channels=tuple(len(w) for name, w in weights.items() if ends.fullmatch(name)))
+        return size, settings_of(channels, len(weights["net.conv_out.weight"]), weights["net.class_embedding.weight"])
 
     def resize(self, input_size):
         """A convolutional network runs at any size: returns the model."""

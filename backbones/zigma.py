@@ -4,9 +4,8 @@ import torch
 from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 from torch.nn.functional import layer_norm
-from torch.utils.checkpoint import checkpoint
 
-from backbones import Backbone, refuse_mixer
+from backbones import PatchBackbone, count_blocks, refuse_mixer, settings_of
 from backbones.parts import LabelEmbedder, TimestepEmbedder, learnt_positions, unpatch
 from mixers.mamba import Mamba
 
@@ -30,7 +29,7 @@ class Block(nn.Module):
         return torch.addcmul(x, gate, self.mixer(torch.addcmul(shift, x, 1 + scale))), stream
 
 
-class ZigMa(Backbone):
+class ZigMa(PatchBackbone):
     """ZigMa on images or latents. Names and shapes are those of its public code, but for a null class, which that has not.
 
     Arguments are DiT's but for the mixer, which is its own: ValueError for another. Timesteps go to 1000; public code takes
@@ -46,13 +45,8 @@ class ZigMa(Backbone):
         self, input_size=32, patch_size=2, in_channels=4, hidden_size=368, depth=24, num_classes=1000, learn_sigma=True,
         class_dropout_prob=0.1, mixer="attention",
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(input_size, patch_size, in_channels, num_classes, learn_sigma)
         refuse_mixer(mixer, "ZigMa")
-        self.in_channels, self.patch_size, self.stride, self.learn_sigma = in_channels, patch_size, patch_size, learn_sigma
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.num_classes = self.trained_classes = num_classes
-        height, width = self.input_size = self.check_size(input_size)
-        self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
@@ -63,30 +57,11 @@ class ZigMa(Backbone):
         self.final_layer = nn.ModuleDict(dict(linear=nn.Linear(hidden_size, patch_size**2 * self.out_channels)))
 
     @classmethod
-    def stride_of(cls, keywords):
-        return keywords["patch_size"]
-
-    @classmethod
     def read(cls, weights):
         hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        return dict(hidden_size=hidden, depth=depth, patch_size=patch), {
-            "mixer": "attention",
-            "mixer_options": {},
-            "num_classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
-            "in_channels": channels,
-            "learn_sigma": len(weights["final_layer.linear.bias"]) != channels * patch**2,
-        }
-
-    def resize(self, input_size):
-        """The same weights for inputs of another size, a side or (height, width): returns the model. Positions are interpolated
-        where they are used, and stay those of the trained grid."""
-        height, width = self.input_size = self.check_size(input_size)
-        self.grid_size = (height // self.patch_size, width // self.patch_size)
-        self.x_embedder.set_input_size(self.input_size)
-        for block in self.blocks:
-            block.mixer.grid_size = self.grid_size
-        return self
+        outputs, table = len(weights["final_layer.linear.bias"]) // patch**2, weights["y_embedder.embedding_table.weight"]
+        size = dict(hidden_size=hidden, depth=count_blocks(weights, "blocks"), patch_size=patch)
+        return size, settings_of(channels, outputs, table)
 
     def forward(self, x, t, y, drop=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W). drop (B,) bool: whose class to leave
@@ -95,8 +70,7 @@ class ZigMa(Backbone):
         x = self.x_embedder(x) + learnt_positions(self.pos_embed, self.trained_grid, self.grid_size)       # (B, N, D)
         stream = torch.zeros_like(x)
         for block in self.blocks:
-            inputs = (x, stream, c)
-            x, stream = checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
+            x, stream = self.run(block, x, stream, c)
         x = self.norm_f(stream + x)
         x = self.final_layer["linear"](layer_norm(x, x.shape[-1:], eps=1e-6))                              # (B, N, p p C)
         return unpatch(x, self.grid_size, self.patch_size)
