@@ -96,7 +96,8 @@ static INLINE Z wave(const U &angle) {
 }
 
 // Wave vectors with one x and neighbouring y, at most RUN of them, as integers m of k = 2 pi m. At the Nyquist frequency of y,
-// which is a run of its own, and of x, odd powers are zero: see `wave_numbers` of pde_ssm.py.
+// which is a run of its own, and of x, odd powers are zero: see `wave_numbers` of pde_ssm.py. Where x's is, -y has the complex
+// conjugate of y, so that only one of them has a run: see `conjugates` of pairs.py.
 struct Run {
   int x, x_odd, y, step, n;
   bool nyquist;
@@ -109,11 +110,11 @@ struct Grid {
   std::vector<Run> runs;
 
   Grid(int h, int w) : h(h), f(w / 2 + 1) {
-    int most = (h - 1) / 2, count = 2 * most + 1, pieces = (count + RUN - 1) / RUN;
     for (int x = 0; x < f; x++) {
-      int x_odd = 2 * x == w ? 0 : x;
+      int x_odd = 2 * x == w ? 0 : x, most = (h - 1) / 2;
+      int least = x_odd ? -most : 0, count = most - least + 1, pieces = (count + RUN - 1) / RUN;
       for (int i = 0; i < pieces; i++) {                                   // outward, since growth falls there as a rule
-        int first = count * i / pieces - most, last = count * (i + 1) / pieces - most - 1;
+        int first = count * i / pieces + least, last = count * (i + 1) / pieces + least - 1;
         if (first + last < 0) runs.push_back({x, x_odd, last, -1, last - first + 1, false});
         else runs.push_back({x, x_odd, first, 1, last - first + 1, false});
       }

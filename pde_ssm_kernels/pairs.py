@@ -91,6 +91,7 @@ def folded(layer, h, w):
         embedded = torch.stack([g0[part].expand(len(odd), -1, -1), kx * gx[part] + ky * gy[part]], dim=1)[None]
         states = torch.empty_like(embedded)                                # (1, f, 2, part, c)
         run("green", packed(embedded), rows, states, sizes=(h, w, c, len(part), 1))
+        fill_conjugates(states, h, w)
         padded = F.pad(states[0], (0, blocks * lanes() - c)).unflatten(-1, (blocks, -1))
         matrices[:, :, part] = padded.permute(0, 3, 2, 1, 4)
     return matrices
@@ -187,6 +188,7 @@ def evolve(spectra, g0, gx, gy, exponents, h, w):
     embedded, states = (torch.empty_like(inputs[0]) for _ in range(2))
     run("embed", packed(spectra), *inputs[1:4], embedded, sizes=sizes)
     run("green", packed(embedded), inputs[4], states, sizes=sizes)
+    fill_conjugates(states, h, w)
     return states, embedded
 
 
@@ -196,8 +198,9 @@ def evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w):
     sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w)
     gradient, embedded = gradient.to(spectra.dtype).expand_as(spectra), embedded.expand_as(spectra).contiguous()
     found, of_embedded = [torch.empty_like(x) for x in inputs], torch.empty_like(embedded)
-    run("green_backward", packed(gradient), embedded, inputs[4], of_embedded, found[4], sizes=sizes)
+    run("green_backward", packed(add_conjugates(gradient, h, w)), embedded, inputs[4], of_embedded, found[4], sizes=sizes)
     run("embed_backward", packed(of_embedded), *inputs[:4], *found[:4], sizes=sizes)
+    found[0][:, conjugates(h, w)[0]] = 0
     return tuple(found)
 
 
@@ -210,6 +213,30 @@ def check(*inputs_and_grid):
         got = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
         raise ValueError(f"the kernels need float32 of shapes {shapes} for {h} x {w} tokens; they got {got}")
     return (h, w, c, B, groups), [x.contiguous() for x in inputs]
+
+
+@cache
+def conjugates(h, w):
+    """Returns the wave vectors that have no product of their own, and those of which they are the complex conjugates: in the
+    columns of kx = 0 and of the Nyquist frequency, the spectrum of real tokens is the same up and down."""
+    f = w // 2 + 1
+    y, x = torch.arange(1, (h + 1) // 2)[:, None], torch.tensor([0] if w % 2 or w == 0 else [0, w // 2])
+    return ((h - y) * f + x).flatten(), (y * f + x).flatten()
+
+
+def fill_conjugates(spectra, h, w):
+    """Writes what the kernels leave out of (groups, f, 2, B, c)."""
+    theirs, mine = conjugates(h, w)
+    spectra[:, theirs, 0], spectra[:, theirs, 1] = spectra[:, mine, 0], -spectra[:, mine, 1]
+
+
+def add_conjugates(gradient, h, w):
+    """Returns the gradient from before `fill_conjugates`."""
+    theirs, mine = conjugates(h, w)
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
+    gradient[:, mine, 0] += gradient[:, theirs, 0]
+    gradient[:, mine, 1] -= gradient[:, theirs, 1]
+    return gradient
 
 
 def packed(spectra):

@@ -76,6 +76,7 @@ def symbols(exponents, h, w):
     units[:, :, 0] = torch.eye(c)
     out = torch.empty_like(units)
     pairs.run("green", pairs.packed(units), exponents, out, sizes=(h, w, c, c, 1))
+    pairs.fill_conjugates(out, h, w)
     return torch.complex(*out[0].unbind(1)).unflatten(0, (h, -1)).permute(3, 2, 0, 1).to(torch.complex128)
 
 
