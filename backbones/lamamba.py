@@ -173,7 +173,7 @@ class LaMamba(Backbone):
                 if self.window and side > self.window and side % self.window:
                     raise ValueError(
                         f"input size {height} x {width} does not fit windows of {self.window}: this model comes to a side of "
-                        f"{side}, which is more than a window and not whole windows"
+                        f"{side}, which is more than a window and not whole windows; multiples of {4 * self.window} fit"
                     )
         return height, width
 

@@ -86,6 +86,8 @@ def reconcile(stored, settings, path):
     """Returns the settings that weights tell, with those that a checkpoint's args state. ValueError, with both values, where
     they differ."""
     stated, told, options = stated_settings(stored, path), dict(settings), {}
+    if MODELS[settings["model"]].func is not DiT and (foreign := stated.keys() & {"mlp", "norm", "time_intervals"}):
+        raise ValueError(f"{path} contradicts itself: it states {', '.join(sorted(foreign))}, and its weights are no DiT's")
     kind = kind_of(settings["mixer"])
     if kind.options and MODELS[settings["model"]].func is DiT and stated.get("mixer") in kind.named:
         told |= settings["mixer_options"] | dict(mixer=stated["mixer"])

@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, linear, pad, silu
 
 from machine.flags import positive
 from mixers.grid import checked_grid, on_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from mixers.selective_scan_cpu import Convolution, serves
@@ -41,9 +41,7 @@ class Mamba(nn.Module):
     def __init__(self, dim, num_heads=8, qkv_bias=False, *, expand=2, d_state=16, d_conv=4, bidirectional=False, summed=False,
                  zigzag=False, grid_size=None, layer=0, prefix_tokens=0):  # fmt: skip
         super().__init__()
-        for name, number in dict(expand=expand, d_state=d_state, d_conv=d_conv).items():
-            if number < 1 or number != int(number):
-                raise ValueError(f"{name} of Mamba is a whole number from 1; it is {number}")
+        check_numbers("Mamba", expand=expand, d_state=d_state, d_conv=d_conv)
         if summed and not bidirectional:
             raise ValueError("summed adds up two directions and Mamba has one; with bidirectional, which is Vim, it has both")
         if zigzag and prefix_tokens:

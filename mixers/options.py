@@ -4,6 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
+def check_numbers(name, **numbers):
+    """Raises a ValueError unless all numbers, options of the mixer of that name, are whole and from 1."""
+    for option, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{option} of {name} is a whole number from 1; it is {number!r}")
+
+
 @dataclass(frozen=True)
 class Option:
     """A keyword of a mixer's constructor, which is a flag of the commands, too.

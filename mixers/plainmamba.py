@@ -19,7 +19,7 @@ from torch.nn.functional import linear, silu
 
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back, steps
 from mixers.selective_scan import selective_scan
 from mixers.time_steps import initialize_time_steps
@@ -38,8 +38,9 @@ class PlainMamba(nn.Module):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, states=16, expand=2, conv_size=7):
         super().__init__()
-        if min(states, expand, conv_size) < 1 or conv_size % 2 == 0:
-            raise ValueError(f"plainmamba takes numbers from 1, and an odd conv_size: {states=}, {expand=}, {conv_size=}")
+        check_numbers("plainmamba", states=states, expand=expand, conv_size=conv_size)
+        if conv_size % 2 == 0:
+            raise ValueError(f"--plainmamba-conv-size {conv_size}: a side of the convolution is odd, around a token")
         self.grid_size = grid_size
         E, rank = expand * dim, math.ceil(dim / 16)
         self.sizes = [rank, states, states]

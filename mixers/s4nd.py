@@ -8,7 +8,7 @@ from torch.nn.functional import gelu
 
 from machine.flags import above_zero, positive
 from mixers.grid import checked_grid, on_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import Mixer, Option, check_numbers
 from pde_ssm_kernels.modes import full_precision, widen
 from pde_ssm_kernels.products import matmul
 
@@ -62,6 +62,7 @@ class S4ND(nn.Module):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, state_dim=64, bandlimit=None):
         super().__init__()
+        check_numbers("s4nd", state_dim=state_dim)
         if state_dim % 2:
             raise ValueError(f"--s4nd-state-dim {state_dim}: states come in conjugate pairs, so their number is even")
         self.grid_size = self.trained_grid = checked_grid(grid_size, "s4nd")

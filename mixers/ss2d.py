@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from mixers.time_steps import time_step_biases
@@ -39,8 +39,7 @@ class SS2D(nn.Module):
         self, dim, num_heads=8, qkv_bias=False, grid_size=None, states=1, expand=2, gate=False, order="cross", conv_bias=False,
     ):  # fmt: skip
         super().__init__()
-        if states < 1 or expand < 1:
-            raise ValueError(f"ss2d has at least 1 state, and at least as many channels as tokens: {states=}, {expand=}")
+        check_numbers("ss2d", states=states, expand=expand)
         if order not in CHOICES:
             raise ValueError(f"ss2d knows the orders {', '.join(CHOICES)}; order={order!r}")
         self.grid_size, self.gate, self.paths = grid_size, gate, ORDERS[order]

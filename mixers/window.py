@@ -12,7 +12,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import Mixer, Option, check_numbers
 from pde_ssm_kernels.modes import remembered
 
 
@@ -26,8 +26,9 @@ class Window(WindowAttention):
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, layer=0, size=8):
-        if dim % num_heads or size < 1:
-            raise ValueError(f"window needs heads that divide its channels, and a size from 1: {dim=}, {num_heads=}, {size=}")
+        check_numbers("window", size=size)
+        if dim % num_heads:
+            raise ValueError(f"window has {dim} channels, which its {num_heads} heads do not divide")
         super().__init__(dim, num_heads, window_size=size, qkv_bias=qkv_bias)
         self.grid_size, self.size, self.shifted = grid_size, size, layer % 2 == 1
 
@@ -46,8 +47,8 @@ class Window(WindowAttention):
         return x[:, :h, :w].flatten(1, 2)                                  # (B, N, D)
 
     def bias(self, a, b, axes, h, w):
-        """Returns what is added to the scores: (heads, a b, a b), or (windows, heads, a b, a b), -inf where tokens of a window
-        are none's neighbours."""
+        """Returns what is added to the scores: (heads, a b, a b), or (windows, heads, a b, a b), -inf between
+        tokens of a window that may not look at one another."""
         places = self.relative_position_index.view(2 * (self.size, self.size))[:a, :b, :a, :b]
         bias = self.relative_position_bias_table[places.reshape(a * b, a * b)].permute(2, 0, 1)
         see = neighbours(tuple(axes), (h, w), bias)

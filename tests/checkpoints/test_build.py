@@ -13,7 +13,7 @@ from diffusion import create_sampler
 from download import find_model
 from machine.processes import launch
 from mixers import MIXERS, kind_of
-from models import DiT, DiT_models, grid_embedding
+from models import MODELS, DiT, DiT_models, grid_embedding
 from pde_ssm import TERMS
 
 
@@ -98,6 +98,13 @@ def test_a_file_that_contradicts_its_weights_is_refused_with_both_values(tmp_pat
     with pytest.raises(ValueError, match=message) as error:
         load_model(tmp_path / "a.pt", given_flags(), "ema")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_another_network_states_no_parts_of_dit(tmp_path):
+    weights = MODELS["U-ViT-N/4"](**PIXELS).state_dict()
+    save_checkpoint(tmp_path / "a.pt", ema=weights, args=dict(model="U-ViT-N/4", norm="rms", mlp="swiglu"))
+    with pytest.raises(ValueError, match=r"a.pt contradicts itself: it states mlp, norm, and its weights are no DiT's$"):
+        load_model(tmp_path / "a.pt", given_flags(), "ema")
 
 
 def test_what_a_file_states_and_its_weights_allow_is_believed(tmp_path):

@@ -51,9 +51,9 @@ def test_time_steps_survive_what_initializes_a_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(states=0), "states=0, expand=2, conv_size=7"),
-        (dict(expand=0), "states=16, expand=0, conv_size=7"),
-        (dict(conv_size=4), "states=16, expand=2, conv_size=4"),
+        (dict(states=0), "states of plainmamba is a whole number from 1; it is 0"),
+        (dict(expand=0), "expand of plainmamba is a whole number from 1; it is 0"),
+        (dict(conv_size=4), "--plainmamba-conv-size 4: a side of the convolution is odd"),
     ],
 )
 def test_mistakes_are_named(options, message):

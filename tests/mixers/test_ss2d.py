@@ -75,8 +75,8 @@ def test_tokens_stay_together_through_the_convolution(gate, batch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(states=0), "states=0, expand=2"),
-        (dict(expand=0), "states=1, expand=0"),
+        (dict(states=0), "states of ss2d is a whole number from 1; it is 0"),
+        (dict(expand=0), "expand of ss2d is a whole number from 1; it is 0"),
         (dict(order="zigzag"), "orders cross, continuous; order='zigzag'"),
     ],
 )

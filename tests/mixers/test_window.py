@@ -69,7 +69,11 @@ def test_odd_layers_are_shifted():
 
 
 @pytest.mark.parametrize(
-    ("heads", "options", "message"), [(3, {}, "dim=8, num_heads=3, size=8"), (2, dict(size=0), "dim=8, num_heads=2, size=0")]
+    ("heads", "options", "message"),
+    [
+        (3, {}, "8 channels, which its 3 heads do not divide"),
+        (2, dict(size=0), "size of window is a whole number from 1; it is 0"),
+    ],
 )
 def test_mistakes_are_named(heads, options, message):
     with pytest.raises(ValueError, match=message):
