@@ -35,8 +35,8 @@ def main(args, processes):
 
 
 def choose_folders(given):
-    """Returns the folders whose checkpoints may be opened, by default those of FOLDERS that there are. Says if there is no
-    checkpoint in them; ValueError for one that is given and is no folder."""
+    """Returns the folders whose checkpoints may be opened, by default FOLDERS. Says if there is no checkpoint in them;
+    ValueError for one that is given and is no folder."""
     if missing := [folder for folder in given or () if not Path(folder).is_dir()]:
         raise ValueError(f"--folders {missing[0]}: there is no such folder")
     if not checkpoints_in(folders := list(given or FOLDERS)):

@@ -61,12 +61,13 @@ def appear(opened, how):
     """Yields samples on their way as (uint8 (n, H, W, 3), calls of the network so far), and last of all the finished ones, as
     sample.py draws them.
 
-    The sampler runs in a thread of its own, looked at every LOOK seconds; it ends if the generator is closed.
+    The sampler runs in a thread of its own, at which the generator looks every LOOK seconds, or less often where a look takes
+    long, as a decoder does on CPUs; it ends if the generator is closed.
     """
     labels = how.labels(opened.model)
     objective, sampler = create_sampler(opened.settings["objective"], how.sampler, how.steps, **trained(opened.settings))
     guidance = create_guidance(how.scale, opened.model.in_channels, interval=how.interval)
-    calls, latest, left = 0, [], threading.Event()
+    calls, latest, left, pause = 0, [], threading.Event(), LOOK
 
     def watched(objective, network, x, **settings):
         def look(x, t, **labels):
@@ -81,9 +82,11 @@ def appear(opened, how):
     with ThreadPoolExecutor(1) as pool:
         drawn = pool.submit(draw, opened.model, opened.space, objective, watched, labels, how.seed, guidance, progress=False)
         try:
-            while wait([drawn], LOOK).not_done:
+            while wait([drawn], pause).not_done:
                 if latest:
+                    began = time.perf_counter()
                     yield to_pixels(opened.space.decode(latest.pop())), calls
+                    pause = max(LOOK, 4 * (time.perf_counter() - began))
         finally:
             left.set()
     yield drawn.result(), calls
