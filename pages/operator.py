@@ -100,11 +100,11 @@ def build():
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             sliders = [
-                gr.Slider(0, 0.3, 0.12, step=0.005, label="K: first width", info="standard deviation at τ = 1, in sides"),
+                gr.Slider(0, 0.3, 0.12, step=0.005, label="K: first width", info="in sides, at τ = 1"),
                 gr.Slider(0, 0.3, 0.03, step=0.005, label="K: second width", info="across the first"),
                 gr.Slider(-90, 90, 30, step=1, label="K: angle of the first width", info="degrees, from right to down"),
-                gr.Slider(-0.5, 0.5, -0.1, step=0.01, label="b, x", info="moves by -τ b: negative is to the right"),
-                gr.Slider(-0.5, 0.5, 0.05, step=0.01, label="b, y", info="negative is down"),
+                gr.Slider(-0.5, 0.5, -0.1, step=0.01, label="b, x", info="moves by -τ b, to the right"),
+                gr.Slider(-0.5, 0.5, 0.05, step=0.01, label="b, y", info="moves by -τ b, down"),
                 gr.Slider(-4, R_MAX, -0.2, step=0.05, label="r", info=f"multiplies by exp(τ r); τ r ≤ {R_MAX:g}"),
                 gr.Slider(0.05, 4, 1, step=0.05, label="τ", elem_id="tau"),
                 gr.CheckboxGroup(list(TERMS), value=list(TERMS), label="terms"),

@@ -99,11 +99,11 @@ def controls():
 
     with gr.Row():
         seed = gr.Number(0, precision=0, minimum=0, label="seed", min_width=90)
-        steps = gr.Slider(1, 250, 50, step=1, label="steps", min_width=160)
+        steps = gr.Slider(1, 250, 50, step=1, label="steps", min_width=140)
+    scale = gr.Slider(0, 10, 4, step=0.1, label="guidance", info="1 is none")
     with gr.Row():
-        scale = gr.Slider(0, 10, 4, step=0.1, label="guidance", info="1 is none", min_width=140)
-        low = gr.Slider(0, 1, 0, step=0.01, label="from", info="0 is noise", min_width=110)
-        high = gr.Slider(0, 1, 1, step=0.01, label="to", info="1 is the image", min_width=110)
+        low = gr.Slider(0, 1, 0, step=0.01, label="guided from", info="noise: 0", min_width=140)
+        high = gr.Slider(0, 1, 1, step=0.01, label="to", info="image: 1", min_width=140)
     return seed, steps, scale, low, high
 
 
