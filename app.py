@@ -1,6 +1,6 @@
 """Looks at the operator and draws samples in a browser, on this machine alone:
 
-    python app.py                                      http://127.0.0.1:7860
+    python app.py                                      serves at http://127.0.0.1:7860
     python app.py --folders results runs/elsewhere     checkpoints from there, and from nowhere else
 
 Needs gradio and matplotlib, which `make app` installs (requirements-app.txt).

@@ -16,7 +16,7 @@ from PIL import Image
 import app
 import sample
 from checkpoints.build import save_checkpoint
-from commands import error_of
+from commands import ROOT, error_of
 from machine.processes import ALONE
 from models import MODELS
 from pages.operator import chosen, evolve, picture, to_show
@@ -50,7 +50,7 @@ def browser():
     with sync_playwright() as driver:
         window = driver.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in QUIET.split()])
         page = window.new_page(viewport=dict(width=1440, height=900))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         yield page
         window.close()
 
@@ -140,6 +140,15 @@ def test_the_page_talks_to_this_machine_alone_and_hands_out_no_files(page, folde
     assert page.hosts == {page.address.removeprefix("http://")}
     for path in (folder / "pdessm.pt", app.__file__, "/etc/hostname"):
         assert page.request.get(f"{page.address}/gradio_api/file={path}").status == 403
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_picture_that_was_not_uploaded_is_not_read(page, sent):
+    outside = dict(path=str(ROOT / "reproduce" / "results" / "digits.png"), meta={"_type": "gradio.FileData"}) if sent else None
+    asked = dict(fn_index=0, session_hash=f"sent {sent}", data=[outside, 16, 0.1, 0.1, 0, 0, 0, 0, 1, []])
+    page.request.post(f"{page.address}/gradio_api/queue/join", data=asked)
+    answer = page.request.get(f"{page.address}/gradio_api/queue/data", params=dict(session_hash=f"sent {sent}")).text()
+    assert f'"success":{"false" if sent else "true"}' in answer
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import sample
+from checkpoints.sharded import SETTINGS
 from machine.processes import ALONE
 from pages import samples
 from pages.checkpoints import checkpoints_in, open_checkpoint
@@ -21,15 +22,22 @@ def opened(checkpoint, tmp_path):
     return open_checkpoint(checkpoint(), [str(tmp_path)], torch.device("cpu"))
 
 
+@pytest.fixture
+def opened_flow(checkpoint, tmp_path):
+    return open_checkpoint(checkpoint(objective="flow", name="flow.pt"), [str(tmp_path)], torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("kind", "how"),
     [
-        How((3, 1), each=3, steps=12, sampler="ddim", scale=2.5, interval=(0.2, 0.7), seed=5),
-        How(steps=12, scale=1),
+        ("opened", How((3, 1), each=3, steps=12, sampler="ddim", scale=2.5, interval=(0.2, 0.7), seed=5)),
+        ("opened", How(steps=12, scale=1)),
+        ("opened_flow", How((2,), steps=6, sampler="heun")),
     ],
 )
-def test_the_command_draws_what_the_page_shows(opened, tmp_path, monkeypatch, how):
+def test_the_command_draws_what_the_page_shows(request, tmp_path, monkeypatch, kind, how):
     monkeypatch.setattr(samples, "LOOK", 0.001)
+    opened = request.getfixturevalue(kind)
     *way, (images, calls) = appear(opened, how)
     assert calls == 12
     assert way
@@ -82,8 +90,10 @@ def test_nothing_outside_the_folders_is_opened(checkpoint, tmp_path):
     os.link(outside, inside / "run" / "checkpoints" / "0000001.pt")
     (inside / "link.pt").symlink_to(outside)
     (inside / "notes.txt").write_text("none")
+    (inside / "sharded.dcp").mkdir()
+    (inside / "sharded.dcp" / SETTINGS).touch()
     folders = [str(inside)]
-    assert checkpoints_in(folders) == [f"{inside}/run/checkpoints/0000001.pt"]
+    assert checkpoints_in(folders) == [f"{inside}/run/checkpoints/0000001.pt", f"{inside}/sharded.dcp"]
     for path in (outside, f"{inside}/link.pt", f"{inside}/../outside.pt", "/etc/passwd"):
         with pytest.raises(ValueError, match=r"is not within .*--folders names others"):
             open_checkpoint(path, folders, "cpu")
