@@ -2,6 +2,7 @@
 
 Names, shapes, state-dict keys and initial values are those of the public DiT checkpoints."""
 
+from argparse import ArgumentTypeError
 from functools import partial
 
 import torch
@@ -212,6 +213,13 @@ def families():
         sizes = ",".join(size.removeprefix(family) for size in sizes)
         together.append(f"{family}{{{sizes}}}" + ("" if "" in patches else f"/{{{','.join(patches)}}}"))
     return ", ".join(together)
+
+
+def model_name(text):
+    """Reads a name in MODELS, as a type of argparse, which would list them all where there is no such name."""
+    if text not in MODELS:
+        raise ArgumentTypeError(f"{text} is no model; they are {families()}")
+    return text
 
 
 BACKBONES = tuple(dict.fromkeys(build.func for build in (ZigMa_models | MODELS).values()))  # ZigMa has DiT's names, and more

@@ -22,7 +22,7 @@ from machine.flags import above_zero, class_label, decay, ema_length, from_zero,
 from machine.processes import launch
 from mixers import MIXERS
 from mixers.running import add_speed_flags, prepare_to_sample
-from models import MODELS, DiT
+from models import DiT, model_name
 
 
 def main(args, processes):
@@ -75,7 +75,7 @@ def add_model_flags(add, vae):
     add("--ema", type=decay, metavar="DECAY", help="which of several averages of weights, by its decay; the first unless given")
     length = "an average that looks back over such a share of the run, made of a run's --ema-lengths"
     add("--ema-length", type=ema_length, metavar="L", help=length)
-    add("--model", choices=MODELS, metavar="NAME", help="from the checkpoint")
+    add("--model", type=model_name, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
     add("--num-classes", type=positive, help="from the checkpoint")

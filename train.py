@@ -32,7 +32,7 @@ from machine.processes import launch
 from machine.stops import postponed
 from mixers import MIXERS, add_mixer_flags
 from mixers.running import add_speed_flags, choose_backend
-from models import MODELS, add_network_flags, families, network_options
+from models import MODELS, add_network_flags, families, model_name, network_options
 from training import runs
 from training.batches import BadImages, batches, draw_batch, images_of_step, make_loader, open_images
 from training.checks import check
@@ -232,7 +232,7 @@ def flags():
     add("--class-dropout", type=probability, metavar="P", help="leave the class away so often, for guidance; 0.1 unless given")
     vary("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add, vary = group(parser, "network")
-    add("--model", choices=MODELS, metavar="NAME", default="DiT-XL/2", help=f"one of {families()}")
+    add("--model", type=model_name, metavar="NAME", default="DiT-XL/2", help=f"one of {families()}")
     add("--mixer", choices=MIXERS, default="attention", help="what mixes the tokens; pdessm: see --pde-coupling")
     add_mixer_flags(add, conditioned=True)
     add_network_flags(add)
