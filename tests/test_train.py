@@ -293,7 +293,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, flags, message):
     ("flags", "message"),
     [
         (["--mixer", "hyena"], "choose from .*attention.*pdessm"),
-        (["--model", "DiT-Q/2"], "choose from .*DiT-XL/2"),
+        (["--model", "DiT-Q/2"], "--model: DiT-Q/2 is no model; they are DiT-{XL,.*DiS-{H,"),
         (["--max-steps", "0"], "--max-steps: 0 is not a whole number from 1"),
         (["--pde-terms", "advection"], "choose from .*convection"),
         (["--pde-coupling", "full"], "choose from .*pairwise"),
