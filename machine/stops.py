@@ -130,6 +130,7 @@ def end_readers():
     """Ends all processes that read images for this one, also those that hang or have been halted."""
     for reader in multiprocessing.active_children():
         reader.kill()
+        reader.join(timeout=10)
 
 
 class Outlived:

@@ -39,11 +39,11 @@ def test_no_sampler_reads_what_a_cuda_graph_has_overwritten(monkeypatch, sampler
     assert torch.equal(run(compile_whole(network, torch.device("cuda"))), plain)
 
 
-def test_blocks_of_many_sizes_are_all_compiled(compilations, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_blocks_of_many_sizes_are_all_compiled(compilations):
     """One of each size, for they share a function, of which PyTorch would compile eight."""
     blocks = [torch.nn.Linear(n, n) for n in (*range(1, 12), 3)]
     plain = [block(torch.ones(1, block.in_features)) for block in blocks]
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compile_blocks(blocks)
     for block, expected in zip(blocks, plain):
         torch.testing.assert_close(block(torch.ones(1, block.in_features)), expected)
