@@ -53,7 +53,7 @@ def main(args, processes):
     space = open_space(args.vae)
     dataset, held_out = open_images(args.data_path, args.val_path, args.image_size, args.uncond, args.dataset, processes)
     check(args, processes, dataset, held_out, space)
-    settings, how = vars(args) | settings_of(args, dataset, processes), objective_settings(vars(args))
+    settings, how = vars(args) | settings_of(dataset, args.dataset, args.num_classes, processes), objective_settings(vars(args))
     workers = worker_count(args.num_workers, args.data_path)
     for images in (dataset, held_out):
         if images and args.check_data:
@@ -64,7 +64,7 @@ def main(args, processes):
         space.load(device)
     settings["vae_digest"] = dataset.index["vae_digest"] if isinstance(dataset, CachedLatents) else space.digest()
 
-    model = build_model(args, space, settings["num_classes"])
+    model = build_model(settings, space)
     model.trained_classes, model.class_names = dataset.num_classes, settings["class_names"]
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
     choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
@@ -174,25 +174,25 @@ def set_up(processes, tf32, deterministic):
         be_deterministic()
 
 
-def settings_of(args, dataset, processes):
+def settings_of(dataset, named, num_classes, processes):
     """Returns the settings that the images decide. ValueError if processes see different images."""
     class_names, data = dataset.classes if dataset.num_classes else None, dataset.fingerprint()
     if processes.any(data != processes.share(data))[0]:
         raise ValueError("the processes do not see the same images: --data-path differs from one machine to another")
-    num_classes = dataset.num_classes if args.dataset or not dataset.num_classes else int(args.num_classes)
+    num_classes = dataset.num_classes if named or not dataset.num_classes else int(num_classes)
     return dict(num_classes=num_classes, class_names=class_names, data=data)
 
 
-def build_model(args, space, num_classes):
-    """Returns the model with its initial weights, the same on every process."""
-    torch.manual_seed(args.global_seed)
-    return MODELS[args.model](
-        args.image_size // space.factor,
+def build_model(settings, space):
+    """Returns the model of a run's settings with its initial weights, the same on every process."""
+    torch.manual_seed(settings["global_seed"])
+    return MODELS[settings["model"]](
+        settings["image_size"] // space.factor,
         in_channels=space.channels,
-        num_classes=num_classes,
-        learn_sigma=args.objective == "diffusion",
-        mixer=args.mixer,
-        **network_options(args.model, args.mixer, vars(args)),
+        num_classes=settings["num_classes"],
+        learn_sigma=settings["objective"] == "diffusion",
+        mixer=settings["mixer"],
+        **network_options(settings["model"], settings["mixer"], settings),
     )
 
 

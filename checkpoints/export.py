@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from backbones.pretrained import to_safetensors
 from checkpoints.build import class_names, load_model, save_checkpoint
-from checkpoints.hub import locate, push
+from checkpoints.hub import locate
+from checkpoints.hub import push as upload
 from checkpoints.pipelines import write_pipeline
 from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
 from machine.files import whole_file
@@ -21,34 +22,34 @@ from machine.processes import launch
 FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
-def export(args, processes):
+def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None):
     """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
-    if args.format in FILES and (args.push or args.metrics):
+    if format in FILES and (push or metrics):
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
-    path = locate(args.ckpt)
-    out = Path(args.out or Path(args.ckpt).with_suffix(f".{args.format}"))
-    if out.exists():
-        raise ValueError(f"{out} is there already; give another --out")
-    rename = renaming(args.class_names) if args.class_names else dict
-    if args.format in FILES:
-        write_file(path, args.ema, args.format, out, rename)
+    path = locate(ckpt)
+    target = Path(out or Path(ckpt).with_suffix(f".{format}"))
+    if target.exists():
+        raise ValueError(f"{target} is there already; give another --out")
+    rename = renaming(names) if names else dict
+    if format in FILES:
+        write_file(path, ema, format, target, rename)
         return
-    facts = dict(name=args.push or out.name) | measures(path, args.metrics)
+    facts = dict(name=push or target.name) | measures(path, metrics)
     with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
-        folder = alone if args.push and not args.out else out
-        model, settings = load_model(path, {}, "ema", args.ema)
+        folder = alone if push and not out else target
+        model, settings = load_model(path, {}, "ema", ema)
         model.settings = rename(model.settings)
-        model.class_names = class_names(model.settings, model.num_classes, args.class_names or path)
-        if args.format == "diffusers":
+        model.class_names = class_names(model.settings, model.num_classes, names or path)
+        if format == "diffusers":
             read = write_pipeline(model, settings, folder)
             model.generate_model_card(**facts).save(Path(folder, "README.md"))
         else:
             model.save_pretrained(folder, model_card_kwargs=facts)
             read = f"{type(model).__name__}.from_pretrained({str(folder)!r})"
-        if folder is out:
-            print(f"The model is in {out}: {read}")
-        if args.push:
-            push(folder, args.push)
+        if folder is target:
+            print(f"The model is in {target}: {read}")
+        if push:
+            upload(folder, push)
 
 
 def renaming(file):
@@ -116,7 +117,6 @@ def _is_measure(name, value):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write the weights of a checkpoint in another format.")
-    parser.set_defaults(device="cpu")
     add = parser.add_argument
     add("ckpt", help="checkpoint of train.py or of this command, or what else --ckpt takes elsewhere")
     forms = "pt is what DiT's own code loads; hub, diffusers: a folder for from_pretrained, here or there"
@@ -124,10 +124,10 @@ def parse_args(argv=None):
     add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
     add("--out", help="by default the checkpoint's name with the format's ending")
     add("--push", metavar="OWNER/NAME", help="upload the folder to Hugging Face's hub")
-    add("--class-names", metavar="FILE", help="JSON with names for the classes: a list, or new names by those they have")
+    add("--class-names", dest="names", metavar="FILE", help="JSON of names for the classes: a list, or new names by old")
     add("--metrics", metavar="FILE", help="JSON of evaluate.py, for the card")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    launch(export, parse_args())
+    launch(lambda args, _: export(**vars(args)), parse_args())

@@ -74,6 +74,8 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 def launch(command, args):
     """Runs command(args, processes) under `python` or `torchrun`; gloo takes what lies on CPUs, and NCCL what on GPUs.
 
+    A command without a --device runs on CPUs.
+
     What the user or the machine got wrong (ValueError, OSError) ends it with one line and exit status 1 instead of a
     traceback; `python -X dev` shows the traceback.
     """
@@ -82,7 +84,7 @@ def launch(command, args):
     with outlived_terminal():
         try:
             catch()
-            processes = join(choose_device(args.device))
+            processes = join(choose_device(getattr(args, "device", "cpu")))
             command(args, processes)
             sys.stdout.flush()  # what could not be written shows here
             processes.barrier()  # the end of one process is for some launchers a reason to end the others

@@ -4,7 +4,6 @@ import os
 
 from checkpoints import export
 from checkpoints.build import save_checkpoint
-from commands import ALONE
 from models import DiT_models
 from pde_ssm import TERMS
 
@@ -57,4 +56,4 @@ def garbage(path):
 
 
 def write_as(path, *flags):
-    export.export(export.parse_args([str(path), *map(str, flags)]), ALONE)
+    export.export(**vars(export.parse_args([str(path), *map(str, flags)])))

@@ -134,7 +134,7 @@ from checkpoints import export
 from checkpoints.hub import locate
 from machine.processes import launch
 from models import DiT
-launch(export.export, export.parse_args([sys.argv[1], "--format", "hub", "--push", "me/flowers"]))
+launch(lambda args, _: export.export(**vars(args)), export.parse_args([sys.argv[1], "--format", "hub", "--push", "me/flowers"]))
 print(locate("me/flowers"), locate("me/pipeline"), DiT.from_pretrained("me/flowers").class_names)
 locate("me/nothing")
 """

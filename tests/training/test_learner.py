@@ -296,7 +296,7 @@ def test_any_of_several_averages_is_drawn_and_exported(tmp_path):
 
     exported = tmp_path / "slow.safetensors"
     flags = [str(path), "--format", "safetensors", "--ema", "0.9999", "--out", str(exported)]
-    export(export_args(flags), ALONE)
+    export(**vars(export_args(flags)))
     assert np.array_equal(grids[2], draw(exported, tmp_path / "a.png", "--ema", 0.9999))
     for file, decays in ((path, "0.3, 0.9999"), (exported, "0.9999")):
         with pytest.raises(ValueError, match=f"--ema 0.5: {file} has averages of decay {decays}$"):
