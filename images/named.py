@@ -44,6 +44,8 @@ def dataset(name, images, held_out, num_classes, where):
 def read_named(name, folder, held_out, uncond):
     """Reads a data set of DATASETS from its folder. OSError says what is missing, and where it comes from."""
     named = DATASETS[name]
+    if held_out and not named.held_out:
+        raise ValueError(f"{name} has no held-out images here: training takes all {named.images:,}")
     if folder is None or not Path(folder).is_dir():
         raise FileNotFoundError(f"{name} is expected in a folder, not {folder}: {named.where}")
     try:
@@ -154,19 +156,11 @@ def _imagenet256(folder, held_out, uncond):
     "celeba-hq", 30_000, 0, 0,
     "the images that https://github.com/tkarras/progressive_growing_of_gans makes, as files at any depth",
 )  # fmt: skip
-def _celeba_hq(folder, held_out, uncond):
-    if held_out:
-        raise ValueError("celeba-hq has no held-out images of its own")
-    return Folder(folder, labelled=False)
-
-
 @dataset(
     "celeba", 162_770, 0, 0,
     "the training images (partition 0) of img_align_celeba of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, at any depth",
 )  # fmt: skip
-def _celeba(folder, held_out, uncond):
-    if held_out:
-        raise ValueError("celeba has no held-out images here")
+def _faces(folder, held_out, uncond):
     return Folder(folder, labelled=False)
 
 
@@ -221,8 +215,6 @@ class _Database(Dataset):
     "https://www.robots.ox.ac.uk/~vgg/data/flowers/102, or its 8,189 images as files at any depth",
 )  # fmt: skip
 def _flowers102(folder, held_out, uncond):
-    if held_out:
-        raise ValueError("flowers102 has no held-out images here: training takes all of its three splits, as the paper does")
     if not Path(folder, "flowers-102").is_dir():
         return Folder(folder, labelled=False)
     splits = [Flowers102(folder, split) for split in ("train", "val", "test")]

@@ -51,6 +51,12 @@ def without_tf32():
         matrices.fp32_precision = before
 
 
+def keep_inputs(ctx, inputs, output):
+    """Keeps what both derivatives need."""
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
 class Product(torch.autograd.Function):
     """`matmul` and its derivatives of any order, forwards and backwards."""
 
@@ -61,10 +67,7 @@ class Product(torch.autograd.Function):
         with without_tf32():
             return a @ b
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context = staticmethod(keep_inputs)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -87,10 +90,7 @@ class MatrixExponential(torch.autograd.Function):
         with without_tf32():
             return torch.linalg.matrix_exp(A)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context = staticmethod(keep_inputs)
 
     @staticmethod
     def backward(ctx, gradient):

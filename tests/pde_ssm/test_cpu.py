@@ -101,13 +101,16 @@ def test_shifts_of_many_turns_are_those_of_the_torus_on_both_paths(grid):
         assert_close(kernels, plain, 1e-5)
 
 
-@pytest.mark.parametrize("components", [1, 2])
-def test_gradients_have_gradients(components):
-    equation, v = PDESSM(4, components=components).equation, torch.randn(2, 6, 5, 4, requires_grad=True)
+COUPLINGS = [dict(components=1), dict(components=2), dict(coupling="pairwise")]
+
+
+@pytest.mark.parametrize("options", COUPLINGS, ids=str)
+def test_gradients_have_gradients(options):
+    equation, v = PDESSM(4, **options).equation, torch.randn(2, 6, 5, 4, requires_grad=True)
     for p in equation.parameters():
         torch.nn.init.normal_(p, std=0.1)
     inputs, results = [v, *equation.parameters()], []
-    for backend in ("torch", "cpp"):
+    for backend in ("plain", "cpp"):
         pde_ssm.set_backend(backend)
         gradients = torch.autograd.grad(equation.evolve(v).square().sum(), inputs, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
@@ -115,13 +118,15 @@ def test_gradients_have_gradients(components):
         assert_close(mine, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("frozen", ["input", "rows"])
+@pytest.mark.parametrize("options", COUPLINGS, ids=str)
+@pytest.mark.parametrize("frozen", ["input", "parameters"])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_a_frozen_side_gets_no_gradient(frozen, create_graph):
-    equation, v = PDESSM(4).equation.requires_grad_(frozen != "rows"), torch.randn(2, 6, 5, 4, requires_grad=frozen != "input")
+def test_a_frozen_side_gets_no_gradient(options, frozen, create_graph):
+    equation = PDESSM(4, **options).equation.requires_grad_(frozen != "parameters")
+    v = torch.randn(2, 6, 5, 4, requires_grad=frozen != "input")
     equation.evolve(v).square().sum().backward(create_graph=create_graph)
     assert (v.grad is None) == (frozen == "input")
-    assert (equation.g0.grad is None) == (frozen == "rows")
+    assert (equation.g0.grad is None) == (frozen == "parameters")
 
 
 def test_images_and_channels_do_not_touch():

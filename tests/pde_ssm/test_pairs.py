@@ -136,29 +136,6 @@ def test_no_bit_depends_on_the_number_of_threads(threads):
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_gradients_have_gradients():
-    equation, v = PDESSM(4, coupling="pairwise").equation, torch.randn(2, 6, 5, 4, requires_grad=True)
-    for p in equation.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    inputs, results = [v, *equation.parameters()], []
-    for backend in ("plain", "cpp"):
-        pde_ssm.set_backend(backend)
-        gradients = torch.autograd.grad(equation.evolve(v).square().sum(), inputs, create_graph=True)
-        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
-    for theirs, mine in zip(*results):
-        assert_close(mine, theirs, 1e-4)
-
-
-@pytest.mark.parametrize("frozen", ["input", "parameters"])
-@pytest.mark.parametrize("create_graph", [False, True])
-def test_a_frozen_side_gets_no_gradient(frozen, create_graph):
-    equation = PDESSM(4, coupling="pairwise").equation.requires_grad_(frozen != "parameters")
-    v = torch.randn(2, 6, 5, 4, requires_grad=frozen != "input")
-    equation.evolve(v).square().sum().backward(create_graph=create_graph)
-    assert (v.grad is None) == (frozen == "input")
-    assert (equation.g0.grad is None) == (frozen == "parameters")
-
-
 def test_functional_transforms_see_pytorchs_operations():
     equation, (v, dv) = PDESSM(4, coupling="pairwise").equation, torch.randn(2, 2, 6, 5, 4)
     _, slope = torch.func.jvp(equation.evolve, (v,), (dv,))                # linear in v
