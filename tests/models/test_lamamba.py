@@ -18,7 +18,8 @@ def test_public_numbers(golden):
     model = LaMamba(**TINY)
     assert any(name.endswith(".attn_mask") for name in numbers)
     assert_public(model, numbers, numbers["t"], numbers["y"])
-    assert_near(model(numbers["x"].double(), numbers["t2"], numbers["y"]), numbers["out2"], 1e-5)
+    # The sines of float32 angles differ from one processor to another.
+    assert_near(model(numbers["x"].double(), numbers["t2"], numbers["y"]), numbers["out2"], 5e-5)
     x, t, y, scale = (numbers[f"cfg_{name}"] for name in ("x", "t", "y", "scale"))
     assert_near(model.forward_with_cfg(x.double(), t, y, scale.item(), channels=4), numbers["cfg_out"])
 

@@ -28,7 +28,8 @@ def test_public_numbers(golden, case, model):
     numbers, model = golden(f"{case}.npz"), model()
     labels = numbers["y"] if len(numbers["y"]) else None
     assert_public(model, numbers, numbers["t"], labels)
-    assert_near(model(numbers["x"].double(), numbers["t2"], labels), numbers["out2"], 1e-5)
+    # The sines of float32 angles differ from one processor to another.
+    assert_near(model(numbers["x"].double(), numbers["t2"], labels), numbers["out2"], 5e-5)
     if "cfg_x" in numbers:
         x, t, y, scale = (numbers[f"cfg_{name}"] for name in ("x", "t", "y", "scale"))
         assert_near(model.forward_with_cfg(x.double(), t, y, scale.item()), numbers["cfg_out"])

@@ -15,7 +15,8 @@ def test_public_numbers(golden):
     numbers[table] = torch.cat([numbers[table], torch.ones(1, 24)])
     model = ZigMa(8, 2, 4, 24, 4, 6, learn_sigma=False)
     assert_public(model, numbers, numbers["t"], numbers["y"])
-    assert_near(model(numbers["x"].double(), 1000 * numbers["t2"], numbers["y"]), numbers["out2"], 1e-5)
+    # The sines of float32 angles differ from one processor to another.
+    assert_near(model(numbers["x"].double(), 1000 * numbers["t2"], numbers["y"]), numbers["out2"], 5e-5)
 
 
 @pytest.mark.parametrize("size", "SBMLH")
