@@ -10,6 +10,8 @@
 #   SIZE        if small, of the images, 32; DiT-N's patches are an eighth of it
 #   PREDICT     of flow: velocity, or x, which pixels at larger patches need
 #   SEEDS       "0 1 2", or if small "0"
+#   PRECISION   of training and sampling: fp32, or bf16, which is twice as fast where the processor has it
+#   ONLY        names of the systems to run, all unless given
 #   OBJECTIVE   flow, the paper's, or diffusion
 #   FEATURES    of evaluate.py: inception, or if small efficientnet-lite0, whose weights come with its package
 #   PROCESSES   of torchrun: the number of GPUs, or 1
@@ -24,8 +26,9 @@ if [ $# -ne 1 ]; then
 fi
 table=$(basename "$0" .sh) data=$(realpath "$1")
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PYTHON=${PYTHON:-python}
+SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32} PYTHON=${PYTHON:-python}
 other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}
+if [ "$PRECISION" != fp32 ]; then other=$other-$PRECISION; fi
 WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE$other} ROWS=${ROWS:-reproduce/results/$table$other.jsonl}
 case $SCALE-$OBJECTIVE in
     full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps
@@ -64,6 +67,7 @@ recipe() {
 # system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own
 system() {
     local name=$1 model=$2 seed run samples
+    if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return; fi
     if [ "$SCALE" = small ]; then model=${3/#DiT-N\/4/DiT-N\/$((${SIZE:-32} / 8))}; fi
     for seed in $SEEDS; do
         folder=$WORK/$name-$seed run=$STEPS-$SAMPLING_STEPS-$IMAGES-$FEATURES
@@ -74,11 +78,11 @@ system() {
             run evaluate.py --make-ref "$real" "$REFERENCE" "${reference[@]}" --features "$FEATURES"
         fi
         if [ -z "$(checkpoint)" ]; then
-            run train.py --model "$model" "${train[@]}" --objective "$OBJECTIVE" --max-steps "$STEPS" --global-seed "$seed" \
-                --results-dir "$folder" --resume auto "${@:4}"
+            run train.py --model "$model" "${train[@]}" --objective "$OBJECTIVE" --precision "$PRECISION" \
+                --max-steps "$STEPS" --global-seed "$seed" --results-dir "$folder" --resume auto "${@:4}"
         fi
         run sample_ddp.py --ckpt "$(checkpoint)" --sampler $sampler --num-sampling-steps "$SAMPLING_STEPS" \
-            --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$samples"
+            --precision "$PRECISION" --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$samples"
         run evaluate.py "$REFERENCE" "$(echo "$samples"/*.npz)" --features "$FEATURES" ${metrics[@]+"${metrics[@]}"} \
             --json "$folder/metrics.json"
         "$PYTHON" -m reproduce.tables --record "$ROWS" "$table" "$SCALE" "$name" "$folder" "$(checkpoint)"
@@ -95,11 +99,12 @@ pde_system() {
     done
 }
 
-# three_systems DIT: the paper's three, with a DiT of that name, and the table
-three_systems() {
+# all_systems DIT: the paper's three and ours, with a DiT of that name, and the table
+all_systems() {
     system DiT "$1" DiT-N/4
     system U-Net UNet-S UNet-N
     pde_system PDE-SSM-DiT "$1" DiT-N/4
+    system PDE-SSM-DiT-g "$1" DiT-N/4 --mixer pdessm-g
     "$PYTHON" -m reproduce.tables "$ROWS"
 }
 

@@ -24,7 +24,7 @@ from mixers import kind_of, mixer_options
 
 SETS = ("cifar10", "flowers")
 DISTANCE = "FD-EfficientNet"
-KEPT = ("model", "mixer", "predict", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
+KEPT = ("model", "mixer", "predict", "precision", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
 SHOWN = 16  # samples of each row that are kept as a picture
 
 
@@ -89,17 +89,23 @@ def collect(work, results):
     rows |= {key(row): row for row in (json.loads(path.read_text()) for path in sorted(work.glob("*/*/row.json")))}
     write_json(results, list(rows.values()))
     times = read_times(results.parent)
-    for objective, steps in sorted({(row["objective"], row["steps"]) for row in rows.values()}):
-        mine = [row for row in rows.values() if (row["objective"], row["steps"]) == (objective, steps)]
-        print(tabulate(mine, times, f"{objective}, {steps:,} steps"))
-        picture = results.with_name(f"{results.stem}-{objective}-{steps}.png")
+    for setting in sorted(set(map(setting_of, rows.values()))):
+        mine = [row for row in rows.values() if setting_of(row) == setting]
+        objective, steps, precision = setting
+        print(tabulate(mine, times, f"{objective}, {steps:,} steps, {precision}"))
+        picture = results.with_name(f"{results.stem}-{objective}-{steps}-{precision}.png")
         draw(picture, mine, times)
     for strips in sorted({path.parent.parent for path in work.glob("*/*/samples.png")}):
         sheet(strips, results.with_name(f"{results.stem}-{strips.name}-samples.png"))
 
 
+def setting_of(row):
+    """Returns what all rows of one table have in common."""
+    return row["objective"], row["steps"], row.get("precision", "fp32")
+
+
 def key(row):
-    return row["data"], row["objective"], row["steps"], row["name"], row["seed"]
+    return row["data"], row["name"], row["seed"], setting_of(row)
 
 
 def read_times(folder):

@@ -14,6 +14,7 @@
 #   SEEDS       "0 1 2"
 #   ONLY        names of the rows to run, all of `python -m reproduce.every_mixer --names` unless given
 #   IMAGES      samples to draw; 5000. With 0 only the held-out loss is measured, and a later call can draw them
+#   PRECISION   of training and sampling: fp32, or bf16, which is twice as fast where the processor has it
 #   OBJECTIVE   flow, or diffusion for CIFAR-10. Samplers take 12 evaluations: 6 steps of heun, or 12 of dpm-solver
 #   WORK        where runs go; results/every_mixer
 #   PYTHON, RESULTS (the .json of all rows, reproduce/results/every_mixer.json)
@@ -25,7 +26,7 @@ fi
 CIFAR10=${CIFAR10:+$(realpath "$CIFAR10")} FLOWERS=${FLOWERS:+$(realpath "$FLOWERS")}
 WORK=$(realpath -m "${WORK:-results/every_mixer}") RESULTS=$(realpath -m "${RESULTS:-$(dirname "$0")/results/every_mixer.json}")
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} OBJECTIVE=${OBJECTIVE:-flow}
+PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32}
 case $OBJECTIVE in
     flow) sampler=heun sampling_steps=6 predict=(--predict x) ;;
     diffusion) sampler=dpm-solver sampling_steps=12 predict=() ;;
@@ -46,19 +47,20 @@ compare() {
 
 # one FLAGS...: one run of train.py with these flags, its samples, and its row after either
 one() {
-    folder=$WORK/$set-$OBJECTIVE-$STEPS/$name-$seed
+    folder=$WORK/$set-$OBJECTIVE-$STEPS-$PRECISION/$name-$seed
     mkdir -p "$folder"
     if [ ! -f "$folder/row.json" ]; then
         run train.py --vae none --data-path "$data/train" --val-path "$data/test" --objective "$OBJECTIVE" --num-workers 0 \
-            --global-batch-size 64 --lr "${LR:-1e-3}" --max-steps "$STEPS" --epochs 100000 --global-seed "$seed" \
+            --global-batch-size 64 --lr "${LR:-1e-3}" --precision "$PRECISION" \
+            --max-steps "$STEPS" --epochs 100000 --global-seed "$seed" \
             --ckpt-every 100 --keep-last 1 --resume auto --results-dir "$folder" "$@" || return 0
         record
     fi
     if [ "$IMAGES" != 0 ] && ! grep -q '^ "\(metrics\|failure\)"' "$folder/row.json"; then
         checkpoint=$(echo "$folder"/*/checkpoints/"$(printf %07d "$STEPS")".pt)
         run sample_ddp.py --ckpt "$checkpoint" --sampler $sampler --num-sampling-steps $sampling_steps --cfg-scale 1 \
-            --num-fid-samples "$IMAGES" --per-proc-batch-size 100 --global-seed "$seed" --sample-dir "$folder/samples" \
-            --evaluate "$reference" --features efficientnet-lite0 || return 0
+            --num-fid-samples "$IMAGES" --per-proc-batch-size 100 --precision "$PRECISION" --global-seed "$seed" \
+            --sample-dir "$folder/samples" --evaluate "$reference" --features efficientnet-lite0 || return 0
         record
         rm -rf "$folder/samples"
     fi

@@ -3,4 +3,4 @@
 # DATA: where cifar-10-batches-py lies. MSE is the loss on the test images.
 source "$(dirname "$0")/common.sh"
 recipe cifar10 32 400000 50000 --vae none --val-path "$data" --global-batch-size 64 --lr 5e-4
-three_systems DiT-S/2
+all_systems DiT-S/2

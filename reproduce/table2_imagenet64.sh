@@ -3,4 +3,4 @@
 # DATA: the downsampled batches that ImageNet's site gives, or ImageNet's training images.
 source "$(dirname "$0")/common.sh"
 recipe imagenet64 64 400000 50000 --vae none --global-batch-size 64 --lr 5e-4
-three_systems DiT-S/4
+all_systems DiT-S/4

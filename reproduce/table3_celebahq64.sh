@@ -3,4 +3,4 @@
 # DATA: the 30,000 images, of any size.
 source "$(dirname "$0")/common.sh"
 recipe celeba-hq 64 400000 50000 --vae none --global-batch-size 64 --lr 5e-4
-three_systems DiT-S/4
+all_systems DiT-S/4

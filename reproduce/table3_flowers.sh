@@ -4,4 +4,4 @@
 # DATA: where torchvision's flowers-102 lies, or a folder of its 8,189 images.
 source "$(dirname "$0")/common.sh"
 recipe flowers102 64 400000 8189 --vae none --global-batch-size 32 --lr 5e-4
-three_systems DiT-M/4
+all_systems DiT-M/4

@@ -4,4 +4,4 @@
 # DATA: church_outdoor_train_lmdb, or its images as files.
 source "$(dirname "$0")/common.sh"
 recipe lsun-church 64 400000 50000 --vae none --global-batch-size 32 --lr 5e-4
-three_systems DiT-M/4
+all_systems DiT-M/4

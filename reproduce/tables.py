@@ -30,15 +30,17 @@ PAPER = {
         "DiT": {"parameters": 29.6, "MSE": 0.0382, "FID": 4.25},
         "U-Net": {"parameters": 32.6, "MSE": 0.0378, "FID": 4.19},
         "PDE-SSM-DiT": {"parameters": 34.2, "MSE": 0.0376, "FID": 4.18},
+        "PDE-SSM-DiT-g": {},
     },
     "table2_imagenet64": {
         "DiT": {"parameters": 33, "FID": 22.9},
         "U-Net": {"parameters": 32, "FID": 22.2},
         "PDE-SSM-DiT": {"parameters": 31, "FID": 22.1},
+        "PDE-SSM-DiT-g": {},
     },
-    "table3_celebahq64": {"DiT": {"FID": 9.17}, "U-Net": {"FID": 11.06}, "PDE-SSM-DiT": {"FID": 7.01}},
-    "table3_lsun_church": {"DiT": {"FID": 55.04}, "U-Net": {"FID": 51.56}, "PDE-SSM-DiT": {"FID": 40.71}},
-    "table3_flowers": {"DiT": {"FID": 61.50}, "U-Net": {"FID": 57.20}, "PDE-SSM-DiT": {"FID": 49.56}},
+    "table3_celebahq64": {"DiT": {"FID": 9.17}, "U-Net": {"FID": 11.06}, "PDE-SSM-DiT": {"FID": 7.01}, "PDE-SSM-DiT-g": {}},
+    "table3_lsun_church": {"DiT": {"FID": 55.04}, "U-Net": {"FID": 51.56}, "PDE-SSM-DiT": {"FID": 40.71}, "PDE-SSM-DiT-g": {}},
+    "table3_flowers": {"DiT": {"FID": 61.50}, "U-Net": {"FID": 57.20}, "PDE-SSM-DiT": {"FID": 49.56}, "PDE-SSM-DiT-g": {}},
     "table4_celebahq256": {
         "DiT": {"parameters": 32.99, "MSE": 0.0802, "FID": 21.08},
         "PDE-SSM-DiT": {"parameters": 26.48, "MSE": 0.0537, "FID": 18.36},
@@ -111,7 +113,8 @@ def record(rows, table, scale, system, folder, checkpoint):
     about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     row = dict(
         table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"],
-        predict=args.get("predict") or "velocity", image_size=args["image_size"], model=args["model"],
+        predict=args.get("predict") or "velocity", precision=args["precision"],
+        image_size=args["image_size"], model=args["model"],
         coupling=(args.get("pde_coupling") or "diagonal") if args["mixer"] != "attention" else None,
         parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
@@ -134,7 +137,8 @@ def tabulate(table, rows):
     for row in rows:  # a later run of the same seed replaces an earlier one
         sampler = f"{row['sampling_steps']} steps of {row['sampler']}"
         metrics_of = row["metrics"]
-        key = row["scale"], _objective(row), row["steps"], sampler, metrics_of["features"], metrics_of["samples"]["images"]
+        trained = row["scale"], _objective(row), row.get("precision", "fp32"), row["steps"]
+        key = *trained, sampler, metrics_of["features"], metrics_of["samples"]["images"]
         settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
     lines, ours = {}, {row["system"] for row in rows}
@@ -145,16 +149,16 @@ def tabulate(table, rows):
                 lines[f"{system}-{coupling}"] = [f"{system}, {coupling}", *[""] * len(metrics)]
     notes = []
     for number, (key, systems) in enumerate(settings.items(), 1):
-        header += [f"{_ours(name, key[4])} [{number}]" for name in metrics]
+        scale, objective, precision, steps, sampler, features, images = key
+        header += [f"{_ours(name, features)} [{number}]" for name in metrics]
         for system, line in lines.items():
             runs = list(systems.get(system, {}).values())
             line += [_summary([_figure(row, name) for row in runs]) for name in metrics]
-        scale, objective, steps, sampler, features, images = key
         seeds = sorted({seed for runs in systems.values() for seed in runs})
         row = next(iter(next(iter(systems.values())).values()))
         notes.append(
-            f"[{number}] {scale} scale, {objective}, {steps:,} steps, {features}, {images:,} samples by {sampler} against "
-            f"{row['metrics']['reference']['images_in_statistics']:,} images, seed{'s' * (len(seeds) > 1)} "
+            f"[{number}] {scale} scale, {objective}, {steps:,} steps in {precision}, {features}, {images:,} samples by "
+            f"{sampler} against {row['metrics']['reference']['images_in_statistics']:,} images, seed{'s' * (len(seeds) > 1)} "
             f"{', '.join(map(str, seeds))}; {row['machine']}, PyTorch {row['torch']}, {row['date']}"
         )
     table_lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines.values()]]

@@ -129,7 +129,7 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     assert table[3][:4] == ["mean", f"{row['held_out_loss']['2']:.4g} (1 seed)", "123.4 (1 seed)", "it diverged (seed 1)"]
     with Image.open(tmp_path / "rows-cifar10-flow-2-samples.png") as sheet:
         assert np.asarray(sheet)[:, -16 * 8 :].tolist() == np.full((8, 128, 3), 77).tolist()
-    assert (tmp_path / "rows-flow-2.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "rows-flow-2-fp32.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeds_are_summed_up():

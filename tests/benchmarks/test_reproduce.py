@@ -93,7 +93,7 @@ def test_small_runs_may_have_larger_images_and_patches(tmp_path):
 def test_other_settings_are_another_run(tmp_path):
     for flags in ({"STEPS": "10"}, {"STEPS": "20"}, {"STEPS": "20", "IMAGES": "30"}):
         commands = commands_of("table1_cifar10.sh", tmp_path, SCALE="small", **flags)
-        assert [c[0] for c in commands].count("sample_ddp.py") == 4, flags
+        assert [c[0] for c in commands].count("sample_ddp.py") == 5, flags
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -127,17 +127,20 @@ def test_a_small_table_has_every_system(tmp_path):
         for number in range(64):
             image = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8))
             image.save(tmp_path / "data" / split / f"{number}.png")
+    systems = ["DiT", "U-Net", "PDE-SSM-DiT-diagonal", "PDE-SSM-DiT-g"]
     settings = dict(SCALE="small", STEPS="1", IMAGES="4", SAMPLING_STEPS="1", FEATURES="efficientnet-lite0")
+    settings["ONLY"] = " ".join(systems)
     done = run_script("table1_cifar10.sh", tmp_path / "data", tmp_path, PYTHON=sys.executable, **settings)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["system"] for row in rows] == ["DiT", "U-Net", "PDE-SSM-DiT-diagonal", "PDE-SSM-DiT-pairwise"]
+    assert [row["system"] for row in rows] == systems
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     assert table[0][:3] == ["parameters (M), paper", "MSE, paper", "FID, paper"]
     lines = [line for line in table[2:] if line[0] != "PDE-SSM-DiT"]       # the paper's, of which no coupling is known
     for row, line in zip(rows, lines, strict=True):
         ours = [row["parameters"] / 1e6, row["held_out_mse"], row["metrics"]["FD-EfficientNet"]]
         assert line[0].replace(", ", "-") == row["system"]
+        assert row["precision"] == "fp32"
         assert [float(cell) for cell in line[4:]] == pytest.approx(ours, rel=1e-3)
         assert str(tmp_path / "data") not in json.dumps(row["commands"])
 
