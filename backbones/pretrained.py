@@ -99,7 +99,7 @@ def card(model, settings, name="this model", steps=None, metrics=None):
         f"---\n{header.to_yaml()}\n---\n\n# {Path(name).name}\n",
         f"{kind} with the mixer {mixer}: {sum(p.numel() for p in model.parameters()):,} parameters, trained for "
         f"{settings.get('objective', 'diffusion')}.\n",
-        f"## Data\n\n{images}.\n" if "data" in settings else "",
+        f"## Data\n\n{images}.\n" if {"data", "data_path"} <= settings.keys() else "",  # a path is left out of what is exported
         f"Classes, by number from 0: {classes}\n" if classes else "",
         f"## Training\n\n{steps:,} steps of {batch:,} images.\n" if batch else "",
         f"    python train.py {' '.join(filter(None, flags))}\n" if batch else "",

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from backbones.pretrained import to_safetensors
+import torch
+
+from backbones.pretrained import public, to_safetensors
 from checkpoints.build import class_names, load_model, save_checkpoint
 from checkpoints.hub import locate
 from checkpoints.hub import push as upload
@@ -22,17 +24,19 @@ from machine.processes import launch
 FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
-def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None):
+def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None, half=False):
     """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
     if format in FILES and (push or metrics):
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
+    if half and format in FOLDERS:
+        raise ValueError(f"--half goes with --format {' or '.join(FILES)}")
     path = locate(ckpt)
     target = Path(out or Path(ckpt).with_suffix(f".{format}"))
     if target.exists():
         raise ValueError(f"{target} is there already; give another --out")
     rename = renaming(names) if names else dict
     if format in FILES:
-        write_file(path, ema, format, target, rename)
+        write_file(path, ema, format, target, rename, half)
         return
     facts = dict(name=push or target.name) | measures(path, metrics)
     with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
@@ -76,10 +80,13 @@ def renaming(file):
     return rename
 
 
-def write_file(path, average, form, out, rename):
-    """Writes the weights in a checkpoint, those of an average of that decay, and its settings, renamed, to a file."""
+def write_file(path, average, form, out, rename, half):
+    """Writes the weights in a checkpoint, those of an average of that decay, in half precision if asked for, and its settings,
+    renamed and without paths of this machine, to a file."""
     weights, settings = load_checkpoint(path, average)
-    settings = rename(settings)
+    settings = public(rename(settings))
+    if half:
+        weights = {name: rounded_to_half(name, w) for name, w in weights.items()}
     if averages := averages_of(settings):
         settings = settings | dict(ema_decay=[average or next(iter(averages))], ema_lengths=None)
     if (out.suffix == ".safetensors") != (form == "safetensors"):
@@ -90,6 +97,15 @@ def write_file(path, average, form, out, rename):
         with whole_file(out, "checkpoint") as file:
             file.write(to_safetensors(weights, settings))
     print(f"{len(weights)} tensors are in {out}")
+
+
+def rounded_to_half(name, weights):
+    """Returns floating-point weights as float16. ValueError for what is too large for it."""
+    if not weights.is_floating_point():
+        return weights
+    if (largest := weights.abs().max().item()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"{name} has a weight of {largest:.4g}, which is too large for --half")
+    return weights.half()
 
 
 def measures(path, metrics):
@@ -125,6 +141,7 @@ def parse_args(argv=None):
     add("--out", help="by default the checkpoint's name with the format's ending")
     add("--push", metavar="OWNER/NAME", help="upload the folder to Hugging Face's hub")
     add("--class-names", dest="names", metavar="FILE", help="JSON of names for the classes: a list, or new names by old")
+    add("--half", action="store_true", help="float16, half the size: pt and safetensors; networks compute in float32 again")
     add("--metrics", metavar="FILE", help="JSON of evaluate.py, for the card")
     return parser.parse_args(argv)
 

@@ -47,6 +47,28 @@ def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
     assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_half_precision_is_half_the_size_and_the_nearest_weights(tmp_path, form):
+    written = write_checkpoint(tmp_path / "a.pt", "pdessm-g").state_dict()
+    write_as(tmp_path / "a.pt", "--format", form, "--half", "--out", tmp_path / f"b.{form}")
+    model, _ = load_model(tmp_path / f"b.{form}", given_flags(), "ema")
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, written[name], rtol=2**-11, atol=2**-25)
+    assert os.path.getsize(tmp_path / f"b.{form}") < 2.1 * sum(value.numel() for value in written.values())
+    with pytest.raises(ValueError, match="--half goes with --format safetensors or pt"):
+        write_as(tmp_path / "a.pt", "--format", "hub", "--half")
+
+
+def test_what_is_too_large_for_half_precision_is_named(tmp_path):
+    weights = DiT_models["DiT-N/4"](**PIXELS).state_dict()
+    weights["final_layer.linear.bias"][0] = -1e5
+    torch.save(weights, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"final_layer\.linear\.bias has a weight of 1e\+05, .* too large for --half"):
+        write_as(tmp_path / "a.pt", "--format", "safetensors", "--half")
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
 def test_safetensors_of_others_are_bare_weights(tmp_path):
     from safetensors.torch import save_file
 
