@@ -1,5 +1,5 @@
 """Times one layer of Algorithm 1 (`coupling="pairwise"`) against attention, by tokens and images, beside what its products of
-matrices would take at the rate of the largest:
+matrices would take at the rate of the largest, and one of systems of channels (`coupling="coupled"`):
 
     python -m benchmarks.pairwise --threads 1 --quick      up to 1,024 tokens
     python -m benchmarks.pairwise --threads 1
@@ -25,7 +25,7 @@ ROWS = 1024                 # of the product that gives the rate
 # A backward pass has twice as many.
 STEPS, FOLDED = 2 + 4 + 4, 4  # R, embedding and symbol; one product
 FOLDS = 32                  # the longest side whose products find room in what evaluation may keep
-SIDES = ("attention", "pairwise")
+SIDES = ("attention", "pairwise", "coupled")
 
 
 def product(device):
@@ -52,6 +52,7 @@ COLUMNS = {
     **{f"{name}, ms": milliseconds(name) for name in SIDES},
     "floor, ms": floor,
     "attention/pairwise": ratio("attention", "pairwise"),
+    "attention/coupled": ratio("attention", "coupled"),
     "attention/floor": attention_over_floor,
 }
 
@@ -76,6 +77,7 @@ def main(args):
                 sides = dict(
                     attention=partial(layer, mixer="attention"),
                     pairwise=partial(evaluated, ours, batch) if folds else ours,
+                    coupled=partial(layer, mixer="pdessm", coupling="coupled"),
                     product=partial(product, args.device),
                 )
                 times = time_in_turns(sides, args.device, args.seconds)

@@ -1,6 +1,6 @@
-"""Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py and cpu.cpp, for pairs of
-channels pairs.py and pairs.cpp), Triton for GPUs (gpu.py), and for couplings of many channels matrices in pieces (pytorch.py).
-This is the only place that chooses. building.py builds C++ kernels, also those of mixers/.
+"""Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py and cpu.cpp, for pairs and
+systems of channels pairs.py and pairs.cpp), Triton for GPUs (gpu.py), and for couplings of many channels matrices in pieces
+(pytorch.py). This is the only place that chooses. building.py builds C++ kernels, also those of mixers/.
 
 A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to their state, which it gets out of the equation's
 `rows()` or `symbol(h, w)`. All of them are held against the plain road of pde_ssm.py, values and gradients.
@@ -25,7 +25,7 @@ def set_backend(name):
     auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
     plain:   the equations as pde_ssm.py writes them: for checks, since pairs of channels take much memory
 
-    C++ runs the diagonal and the pairwise coupling, Triton the diagonal one. ValueError for another name.
+    C++ runs all couplings, systems in groups of up to 8 or 16 channels, Triton the diagonal one. ValueError for another name.
     """
     global _backend
     if name not in BACKENDS:
@@ -75,12 +75,12 @@ def fold(u, layer):
 
 
 def _pairs(v, equation):
-    """Whether the C++ kernels of pairs are to run these tokens."""
-    if equation.is_system or "cpp" not in BACKENDS[_backend]:
-        return False
+    """Whether the C++ kernels of pairs and systems are to run these tokens."""
+    if "cpp" not in BACKENDS[_backend] or (equation.is_system and equation.frozen and torch.compiler.is_compiling()):
+        return False                                                       # its symbol is a constant of the program
     from . import pairs
 
-    return pairs.serves(v)
+    return pairs.serves(v, equation)
 
 
 def why_not(name, v):

@@ -1,8 +1,10 @@
-"""The C++ kernels of pairs.cpp: products of spectra with the matrices of the pairwise coupling, and their gradients, on CPUs.
+"""The C++ kernels of pairs.cpp: products of spectra with the matrices of the pairwise coupling and, in groups of few channels,
+of the coupled one, and their gradients, on CPUs.
 
 Never needed for a result, only for speed: pytorch.py computes the same in pieces, on any device and without a compiler. One
 layer of 384 channels, both passes, one thread of an Intel Xeon, takes 0.17 of its time for 4 images of 64 tokens, 0.14 for 4
-of 256, 0.29 for 16 of 64 and 0.30 for 16 of 256 (`python -m benchmarks.pairwise`, without and with CXX=/no/compiler).
+of 256, 0.29 for 16 of 64 and 0.30 for 16 of 256 (`python -m benchmarks.pairwise`, without and with CXX=/no/compiler). A coupled
+layer takes 0.19 of its time for 4 images of 64 or 256 tokens, and 0.33 and 0.37 for 16 (AMD EPYC, one thread).
 """
 
 import ctypes
@@ -23,17 +25,24 @@ CHUNK = 1024             # pairs whose gradients of tau the kernels add up
 
 
 def evolve_tokens(v, equation, time_scale=None):
-    """The road of `pde_ssm_kernels.choose` for Pairwise: tokens v (B, h, w, C) to their state, in the type of v."""
+    """The road of `pde_ssm_kernels.choose` for Pairwise and Coupled: tokens v (B, h, w, C) to their state, in the type of v."""
     h, w = v.shape[1:3]
     spectra = pytorch.lanes(pytorch.real_spectrum(widen(v)), equation.groups).contiguous()         # (groups, f, 2, B, c)
+    return pytorch.from_real_spectrum(pytorch.from_lanes(evolve_spectra(spectra, equation, h, w), h), h, w).to(v.dtype)
+
+
+def evolve_spectra(spectra, equation, h, w):
+    """Returns G B v of spectra v (groups, f, 2, B, c), in the same shape."""
+    compiling, is_system = torch.compiler.is_compiling(), equation.is_system
+    evaluating = not (compiling or torch.is_grad_enabled() or equation.training)
+    if is_system and evaluating and len(spectra[0]) * equation.g0.numel() <= pytorch.LARGEST_WHOLE:
+        states, matrices = torch.empty_like(spectra), symbol_of_system(equation, h, w)
+        run("multiply_by", matrices, packed(spectra), states, sizes=(len(matrices), *equation.g0.shape[1:], spectra.shape[3]))
+        return states
     inputs = spectra, *equation.embedding(), exponents(equation)
-    if torch.compiler.is_compiling():
-        states, _ = evolve_op(*inputs, h, w)
-    elif torch.is_grad_enabled():
-        states = Evolution.apply(equation, h, w, *inputs)
-    else:
-        states, _ = evolve(*inputs, h, w)
-    return pytorch.from_real_spectrum(pytorch.from_lanes(states, h), h, w).to(v.dtype)
+    if torch.is_grad_enabled() and not compiling:
+        return Evolution.apply(equation, h, w, *inputs)
+    return (evolve_op if compiling else evolve)(*inputs, h, w, is_system)[0]
 
 
 class Folding:
@@ -97,8 +106,20 @@ def folded(layer, h, w):
     return matrices
 
 
+@kept
+def symbol_of_system(equation, h, w):
+    """Returns G(k) B(k) of Coupled at the f wave vectors of a grid, (groups f, c, 2, lanes), input channels before outputs."""
+    groups, c, _ = equation.g0.shape
+    units = torch.zeros(groups, h * (w // 2 + 1), 2, c, c)
+    units[:, :, 0] = torch.eye(c)
+    states, _ = evolve(units, *equation.embedding(), exponents(equation), h, w, True)
+    return F.pad(states, (0, lanes() - c)).transpose(2, 3).flatten(0, 1).contiguous()
+
+
 def exponents(equation):
     """Returns what `pytorch.exponents` does as the kernels want it, (6, groups, c, c)."""
+    if equation.is_system:
+        return torch.cat(pytorch.exponents(equation), dim=1).movedim(1, 0).view(6, *equation.g0.shape)
     lx, ly, shear, b, slack = (equation._parameters.get(name) for name in ("log_lx", "log_ly", "shear", "b", "r_slack"))
     r = None if slack is None else 1 - F.softplus(widen(slack))            # R_MAX, before `bound`
     inputs = equation.tau(), *(None if x is None else widen(x) for x in (lx, ly, shear, b)), r
@@ -124,7 +145,7 @@ class Evolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, equation, h, w, *inputs):
-        states, embedded = evolve(*inputs, h, w)
+        states, embedded = evolve(*inputs, h, w, equation.is_system)
         ctx.save_for_backward(*inputs, embedded)
         ctx.equation, ctx.grid = equation, (h, w)
         return states
@@ -133,7 +154,7 @@ class Evolution(torch.autograd.Function):
     def backward(ctx, gradient):
         *inputs, embedded = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return None, None, None, *evolve_backward(gradient, embedded, *inputs, *ctx.grid)
+            return None, None, None, *evolve_backward(gradient, embedded, *inputs, *ctx.grid, ctx.equation.is_system)
 
         def plainly(spectra, g0, gx, gy, exponents):
             growth, phase = exponents.movedim(0, 1).flatten(2).split([4, 2], dim=1)
@@ -165,9 +186,11 @@ def differentiable(plainly, inputs, gradient, needed):
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
-def serves(v):
+def serves(v, equation):
     """Whether the kernels can take these tokens (B, h, w, C): of at most 32 bits, on a CPU."""
-    return v.device.type == "cpu" and v.dtype in (torch.float32, torch.bfloat16, torch.float16) and built()
+    if v.device.type != "cpu" or v.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not built():
+        return False
+    return not equation.is_system or equation.g0.shape[-1] <= lanes()
 
 
 @torch.compiler.assume_constant_result  # for compilers, which cannot look into it
@@ -176,42 +199,51 @@ def built():
     return cpu.built() and library()[1] is None
 
 
-def evolve(spectra, g0, gx, gy, exponents, h, w):
-    """Returns G B v, and B v, at the f wave vectors of an h x w grid.
+def evolve(spectra, g0, gx, gy, exponents, h, w, is_system=False):
+    """Returns G B v, and B v unless it is a system's, at the f wave vectors of an h x w grid.
 
     spectra v:  (groups, f, 2, B, c), real parts before imaginary ones, as both results.
     g0, gx, gy: (groups, c, c).
     exponents:  (6, groups, c, c): tau times r, Kxx, Kxy, Kyy, bx and by, the last two from -1/2 to 1/2.
     All of them float32, or ValueError.
     """
-    sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w)
+    sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w, is_system)
     embedded, states = (torch.empty_like(inputs[0]) for _ in range(2))
+    if is_system:
+        run("systems", packed(spectra), *inputs[1:], states, sizes=sizes)
+        return fill_conjugates(states, h, w), spectra.new_empty(0)
     run("embed", packed(spectra), *inputs[1:4], embedded, sizes=sizes)
     run("green", packed(embedded), inputs[4], states, sizes=sizes)
-    fill_conjugates(states, h, w)
-    return states, embedded
+    return fill_conjugates(states, h, w), embedded
 
 
-def evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w):
+def evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w, is_system=False):
     """Returns the gradients of the spectra, the embedding and the exponents from that of `evolve`'s first result; embedded is
     its second."""
-    sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w)
-    gradient, embedded = gradient.to(spectra.dtype).expand_as(spectra), embedded.expand_as(spectra).contiguous()
-    found, of_embedded = [torch.empty_like(x) for x in inputs], torch.empty_like(embedded)
-    run("green_backward", packed(add_conjugates(gradient, h, w)), embedded, inputs[4], of_embedded, found[4], sizes=sizes)
-    run("embed_backward", packed(of_embedded), *inputs[:4], *found[:4], sizes=sizes)
+    sizes, inputs = check(spectra, g0, gx, gy, exponents, h, w, is_system)
+    gradient, found = gradient.to(spectra.dtype).expand_as(spectra), [torch.empty_like(x) for x in inputs]
+    gradient = packed(add_conjugates(gradient, h, w))
+    if is_system:
+        run("systems_backward", gradient, *inputs, *found, sizes=sizes)
+    else:
+        embedded = embedded.expand_as(spectra).contiguous()
+        of_embedded = torch.empty_like(embedded)
+        run("green_backward", gradient, embedded, inputs[4], of_embedded, found[4], sizes=sizes)
+        run("embed_backward", packed(of_embedded), *inputs[:4], *found[:4], sizes=sizes)
     found[0][:, conjugates(h, w)[0]] = 0
     return tuple(found)
 
 
-def check(*inputs_and_grid):
+def check(*arguments):
     """Returns the sizes that kernels take after the tensors, and contiguous inputs of `evolve`."""
-    *inputs, h, w = inputs_and_grid
+    *inputs, h, w, is_system = arguments
     groups, _, _, B, c = inputs[0].shape
     shapes = [(groups, h * (w // 2 + 1), 2, B, c), *[(groups, c, c)] * 3, (6, groups, c, c)]
     if [tuple(x.shape) for x in inputs] != shapes or any(x.dtype != torch.float32 for x in inputs):
         got = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
         raise ValueError(f"the kernels need float32 of shapes {shapes} for {h} x {w} tokens; they got {got}")
+    if is_system and c > lanes():
+        raise ValueError(f"the kernels take systems of at most {lanes()} channels; they got {c}")
     return (h, w, c, B, groups), [x.contiguous() for x in inputs]
 
 
@@ -228,6 +260,7 @@ def fill_conjugates(spectra, h, w):
     """Writes what the kernels leave out of (groups, f, 2, B, c)."""
     theirs, mine = conjugates(h, w)
     spectra[:, theirs, 0], spectra[:, theirs, 1] = spectra[:, mine, 0], -spectra[:, mine, 1]
+    return spectra
 
 
 def add_conjugates(gradient, h, w):
@@ -269,8 +302,9 @@ def run(name, *tensors, sizes):
     getattr(kernels, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
 
 
+@torch.compiler.assume_constant_result
 def lanes():
-    """How many channels are one vector."""
+    """How many channels are one vector, which a system's group must fit into."""
     return library()[0].lanes()
 
 
@@ -281,6 +315,7 @@ def library():
     if reason:
         return None, reason
     counts = dict(embed=(5, 6), green=(3, 6), embed_backward=(9, 6), green_backward=(5, 6), multiply_by=(3, 5))
+    counts |= dict(systems=(6, 6), systems_backward=(11, 6))
     for name, (tensors, sizes) in (counts | dict(exponents=(7, 3), exponents_backward=(13, 3))).items():
         kernel = getattr(kernels, name)
         kernel.argtypes, kernel.restype = [ctypes.c_void_p] * tensors + [ctypes.c_int] * sizes, None
@@ -292,22 +327,23 @@ Tensor = torch.Tensor
 
 @torch.library.custom_op("pde_ssm::evolve_pairs_on_cpu", mutates_args=())
 def evolve_op(
-    spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int
+    spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int, is_system: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`evolve` as an operator that compilers do not look into."""
-    return evolve(spectra, g0, gx, gy, exponents, h, w)
+    return evolve(spectra, g0, gx, gy, exponents, h, w, is_system)
 
 
 @evolve_op.register_fake
-def _(spectra, *others):
-    return spectra.new_empty(spectra.shape), spectra.new_empty(spectra.shape)
+def _(spectra, g0, gx, gy, exponents, h, w, is_system=False):
+    return spectra.new_empty(spectra.shape), spectra.new_empty(0 if is_system else spectra.shape)
 
 
 @torch.library.custom_op("pde_ssm::evolve_pairs_on_cpu_backward", mutates_args=())
 def evolve_backward_op(
-    gradient: Tensor, embedded: Tensor, spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int
+    gradient: Tensor, embedded: Tensor, spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int,
+    is_system: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w)
+    return evolve_backward(gradient, embedded, spectra, g0, gx, gy, exponents, h, w, is_system)
 
 
 @evolve_backward_op.register_fake
@@ -316,13 +352,13 @@ def _(gradient, embedded, *inputs_and_grid):
 
 
 def _keep(ctx, inputs, output):
-    *inputs, h, w = inputs
+    *inputs, h, w, is_system = inputs
     ctx.save_for_backward(output[1], *inputs)
-    ctx.grid = h, w
+    ctx.grid = h, w, is_system
 
 
 def _backward(ctx, gradient, _):
-    return *evolve_backward_op(gradient, *ctx.saved_tensors, *ctx.grid), None, None
+    return *evolve_backward_op(gradient, *ctx.saved_tensors, *ctx.grid), None, None, None
 
 
 evolve_op.register_autograd(_backward, setup_context=_keep)

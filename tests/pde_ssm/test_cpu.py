@@ -118,7 +118,7 @@ def test_gradients_have_gradients(options):
         assert_close(mine, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("options", COUPLINGS, ids=str)
+@pytest.mark.parametrize("options", [*COUPLINGS, dict(coupling="coupled")], ids=str)
 @pytest.mark.parametrize("frozen", ["input", "parameters"])
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_frozen_side_gets_no_gradient(options, frozen, create_graph):

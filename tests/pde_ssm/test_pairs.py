@@ -129,12 +129,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_no_bit_depends_on_the_number_of_threads(threads):
+@pytest.mark.parametrize(("coupling", "groups", "c"), [("pairwise", 2, 35), ("coupled", 7, 6)])
+def test_no_bit_depends_on_the_number_of_threads(threads, coupling, groups, c):
     """Of what the kernels compute. The products of matrices before and after them are PyTorch's."""
-    equation = random_operator(70, 0.1, "pairwise", 2).float().equation
-    v, gradient = torch.randn(2, 2, 45, 2, 3, 35)                          # spectra (groups, f, 2, B, c) of 9 x 8 tokens
+    equation = random_operator(groups * c, 0.1, coupling, groups).float().equation
+    v, gradient = torch.randn(2, groups, 45, 2, 3, c)                      # spectra (groups, f, 2, B, c) of 9 x 8 tokens
     with torch.no_grad():
-        inputs, results = (v, *equation.embedding(), pairs.exponents(equation), 9, 8), []
+        inputs, results = (v, *equation.embedding(), pairs.exponents(equation), 9, 8, equation.is_system), []
     for number in (1, 2, 5):
         threads(number)
         states, embedded = pairs.evolve_op(*inputs)
@@ -143,21 +144,23 @@ def test_no_bit_depends_on_the_number_of_threads(threads):
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_functional_transforms_see_pytorchs_operations():
-    equation, (v, dv) = PDESSM(4, coupling="pairwise").equation, torch.randn(2, 2, 6, 5, 4)
+@pytest.mark.parametrize("coupling", ["pairwise", "coupled"])
+def test_functional_transforms_see_pytorchs_operations(coupling):
+    equation, (v, dv) = PDESSM(4, coupling=coupling).equation, torch.randn(2, 2, 6, 5, 4)
     _, slope = torch.func.jvp(equation.evolve, (v,), (dv,))                # linear in v
     assert_close(slope, equation.evolve(dv), 1e-5)
     assert_close(torch.vmap(equation.evolve)(torch.stack([v, dv]))[1], slope, 1e-5)
 
 
-def test_as_custom_operators_they_keep_the_rules_of_torch_compile():
+@pytest.mark.parametrize("is_system", [False, True])
+def test_as_custom_operators_they_keep_the_rules_of_torch_compile(is_system):
     inputs = torch.randn(2, 12, 2, 3, 5), *torch.randn(3, 2, 5, 5), torch.rand(6, 2, 5, 5) - 0.5
     inputs[4][:4] = 0
     inputs = [x.requires_grad_() for x in inputs]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(pairs.evolve_op, (*inputs, 4, 5), test_utils=tests)
-    states, embedded = pairs.evolve_op(*inputs, 4, 5)
-    arguments = torch.randn_like(states), embedded, *inputs, 4, 5
+    torch.library.opcheck(pairs.evolve_op, (*inputs, 4, 5, is_system), test_utils=tests)
+    states, embedded = pairs.evolve_op(*inputs, 4, 5, is_system)
+    arguments = torch.randn_like(states), embedded, *inputs, 4, 5, is_system
     torch.library.opcheck(pairs.evolve_backward_op, arguments, test_utils="test_faketensor")
     with torch.no_grad():
         exact = pairs.evolve_backward(*arguments)
