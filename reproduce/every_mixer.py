@@ -169,6 +169,7 @@ def draw(path, rows, times):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axes_of = {"ms of a training step at batch 64": "median_ms", "multiply-adds of one image": "multiply_adds"}
     sets = [data for data in SETS if any(row["data"] == data for row in rows)]
@@ -183,6 +184,9 @@ def draw(path, rows, times):
                     axis.plot(*place, "o", color="#009e73" if name.startswith("pdessm") else "#0072b2")
                     axis.annotate(name, place, (4, 3), textcoords="offset points", fontsize=8)
             axis.set(xscale="log", xlabel=label, ylabel="held-out loss", title=data)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels of more places would overlap
+            axis.xaxis.set_major_formatter(EngFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.spines[["top", "right"]].set_visible(False)
     with whole_file(path, "plot") as file:
         figure.savefig(file, format="png", dpi=110)
