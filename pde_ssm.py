@@ -356,12 +356,12 @@ class PDESSM(Keeping):
     coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
     groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
                  pairwise, as in the paper, and groups of 8 channels for coupled, whose exponential costs O(c^3).
-    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back.
-    expand:      the same in multiples of dim, where state_dim is not given.
+    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. expand: the same, in multiples of dim.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
     components:  not the paper's: how many PDEs a channel has, whose states are summed. For the diagonal coupling alone.
     activation:  not the paper's: silu(R u + bias) in place of R u.
     gate:        not the paper's: the state times silu of a second projection of u, then a linear layer.
+    local:       not the paper's: a learnt 3 x 3 stencil of R u (a depthwise convolution, zero outside) is added to the state.
     conditioned: not the paper's: forward takes a vector c (B, dim) too, and each channel's tau is multiplied by exp of
                  a linear map of it, zero at the start and bounded to +-2. For the diagonal coupling alone.
 
@@ -371,7 +371,7 @@ class PDESSM(Keeping):
 
     def __init__(
         self, dim, *, grid_size=(16, 16), coupling="diagonal", groups=None, state_dim=None, expand=1.0, terms=TERMS,
-        components=1, activation=False, gate=False, conditioned=False,
+        components=1, activation=False, gate=False, local=False, conditioned=False,
     ):  # fmt: skip
         super().__init__()
         if coupling not in COUPLINGS:
@@ -395,13 +395,13 @@ class PDESSM(Keeping):
         terms = tuple(term for term in TERMS if term in terms)
         self.equation = EQUATIONS[coupling](C, grid_size, terms, components if coupling == "diagonal" else groups)
         self.gate = nn.Linear(dim, C, bias=False) if gate else None
+        self.local = nn.Conv2d(C, C, 3, padding=1, groups=C) if local else None
         self.out = nn.Linear(C, dim, bias=False) if gate or dim != C else None
         for layer in filter(None, (self.R, self.gate, self.out)):
             nn.init.xavier_uniform_(layer.weight)
         if activation:
             nn.init.zeros_(self.R.bias)
-        if conditioned:
-            self.log_time_scale = nn.Parameter(torch.zeros(C, dim))
+        self.log_time_scale = nn.Parameter(torch.zeros(C, dim)) if conditioned else None
 
     def forward(self, u, c=None):                                          # (B, D, h, w), (B, D) or None
         if u.ndim != 4 or u.shape[1] != self.dim or not u.is_floating_point():
@@ -417,11 +417,11 @@ class PDESSM(Keeping):
             v = nn.functional.silu(self.R(u)) if self.activation else self.R(u)    # (B, h, w, C)
             with full_precision(u):
                 state = self.equation.evolve(v, *([self.time_scale(c)] if self.conditioned else []))   # (B, h, w, C)
+            if self.local is not None:
+                state = state + self.local(v.movedim(-1, 1)).movedim(1, -1)
         if self.gate is not None:
             state = state * nn.functional.silu(self.gate(u))               # (B, h, w, C)
-        if self.out is not None:
-            state = self.out(state)                                        # (B, h, w, D)
-        return state.movedim(-1, 1)                                        # (B, D, h, w)
+        return (state if self.out is None else self.out(state)).movedim(-1, 1)     # (B, D, h, w)
 
     def time_scale(self, c):                                               # (B, D)
         return (2 * torch.tanh(matmul(widen(c), widen(self.log_time_scale).T) / 2)).exp()   # (B, C), from e^-2 to e^2
@@ -441,8 +441,8 @@ class PDESSM(Keeping):
             return self.equation.kernel(h, w)
 
     def extra_repr(self):
-        shape = f"groups={self.equation.groups}, components={self.equation.components}"
-        return f"{self.dim}, coupling={self.coupling!r}, {shape}, terms={self.equation.terms}"
+        e = self.equation
+        return f"{self.dim}, coupling={self.coupling!r}, groups={e.groups}, components={e.components}, terms={e.terms}"
 
 
 def receptive_field(kernel):
@@ -461,9 +461,8 @@ class PDESSMBlock(nn.Module):
     """PDE-SSM on tokens, (B, N, D) -> (B, N, D): stands where timm's Attention stood and takes its arguments.
 
     num_heads, qkv_bias and most other arguments of attention mean nothing to a PDE and are ignored; device and dtype are
-    those of the parameters, and dim_out, if given, must be dim.
+    those of the parameters, and dim_out, if given, must be dim. The other options are those of `PDESSM`.
     grid_size is the (h, w) of the h w tokens of the grid, row by row; without it, their number must be a square.
-    The other options are those of `PDESSM`.
 
     prefix_tokens is the number of tokens before the grid's that have no place on it, such as a class token. The mean of
     these tokens, after a linear layer, is added to every token of the grid, and the mean of the grid's result to each of
@@ -472,7 +471,7 @@ class PDESSMBlock(nn.Module):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
                  groups=None, state_dim=None, expand=1.0, terms=TERMS, components=1, activation=False, gate=False,
-                 conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
+                 local=False, conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
         super().__init__()
         if dim_out not in (None, dim):
             raise ValueError(f"dim_out={dim_out}: PDESSMBlock returns as many channels as it gets, {dim}")
@@ -480,8 +479,8 @@ class PDESSMBlock(nn.Module):
             raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
         self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
         self.pde = PDESSM(
-            dim, grid_size=self.grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim,
-            expand=expand, terms=terms, components=components, activation=activation, gate=gate, conditioned=conditioned,
+            dim, grid_size=self.grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim, expand=expand,
+            terms=terms, components=components, activation=activation, gate=gate, local=local, conditioned=conditioned,
         )  # fmt: skip
         self.conditioned = conditioned
         self.prefix = nn.Linear(dim, dim, bias=False) if prefix_tokens else None
@@ -509,11 +508,12 @@ class PDESSMBlock(nn.Module):
         return torch.cat([uniform + mixed.mean(1, keepdim=True), mixed + uniform.mean(1, keepdim=True)], dim=1)
 
 
-# What makes a mixer of PDESSMBlock, by name. The first has the paper's PDE, one per channel. The second is ours, with at most
-# as many parameters as attention from 88 channels on: 3.5 D^2 + 48 D against 4 D^2 + 4 D.
+# What makes a mixer of PDESSMBlock, by name. The first has the paper's PDE, one per channel. The others are ours, with at most
+# as many parameters as attention's 4 D^2 + 4 D: from 88 channels on, 3.5 D^2 + 48 D, and from 64 on, 3.5 D^2 + 36 D.
 PRESETS = {
     "pdessm": {},
     "pdessm-g": {"gate": True, "activation": True, "components": 4, "expand": 7 / 6},
+    "pdessm-gl": {"gate": True, "activation": True, "components": 2, "expand": 7 / 6, "local": True},
 }
 
 
@@ -534,6 +534,7 @@ def options_from_weights(weights):
         "components": len(g0) if g0.ndim == 2 else 1,
         "activation": "pde.R.bias" in weights,
         "gate": "pde.gate.weight" in weights,
+        "local": "pde.local.weight" in weights,
         "conditioned": "pde.log_time_scale" in weights,
     }
 

@@ -18,6 +18,7 @@ OPTIONS = (
     Option("components", "PDEs per channel, whose states are summed (not in the paper)", dict(type=positive)),
     Option("activation", "silu before the PDE (not in the paper)", SWITCH),
     Option("gate", "multiply by a gate, project back (not in the paper)", SWITCH),
+    Option("local", "add a 3 x 3 convolution of each channel to the state (not in the paper)", SWITCH),
     Option("conditioned", "let timestep and class scale the PDE's time (not in the paper)", SWITCH, conditioned=True),
 )
 

@@ -67,7 +67,9 @@ def choose(v, equation, time_scale=None):
 def fold(u, layer):
     """Returns the state of tokens u (B, h, w, dim) by what evaluation keeps of a PDESSM, the product of R, embedding and symbol
     at each wave vector; None where nothing is kept, so that the layer goes step by step."""
-    if torch.is_grad_enabled() or observed() or layer.training or layer.coupling != "pairwise" or not _pairs(u, layer.equation):
+    if torch.is_grad_enabled() or observed() or layer.training or layer.local is not None:
+        return None
+    if layer.coupling != "pairwise" or not _pairs(u, layer.equation):
         return None
     from . import pairs
 

@@ -9,7 +9,8 @@ from pde_ssm import TERMS
 
 PIXELS = dict(input_size=16, in_channels=3, num_classes=10)
 PAPERS = dict(
-    coupling="diagonal", groups=1, state_dim=None, terms=TERMS, components=1, activation=False, gate=False, conditioned=False,
+    coupling="diagonal", groups=1, state_dim=None, terms=TERMS, components=1, activation=False, gate=False, local=False,
+    conditioned=False,
 )  # fmt: skip
 OBJECTIVE = dict(objective="diffusion", path="linear", predict="velocity", time_shift=1.0, time_scale=1000, learn_sigma=True)
 SETTINGS = dict(

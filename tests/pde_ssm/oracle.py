@@ -81,4 +81,5 @@ VARIANTS = [
     dict(gate=True),
     dict(conditioned=True),
     dict(components=3, activation=True),
+    dict(local=True),
 ]

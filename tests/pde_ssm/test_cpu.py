@@ -60,7 +60,12 @@ def test_sides_have_no_larger_prime_factors():
     assert {n for n in range(1, MAX_SIDE + 1) if max(primes(n), default=1) <= cpu.LARGEST_PRIME} == SIDES
 
 
-OPTIONS = [{}, {"components": 3, "gate": True, "activation": True}, {"conditioned": True}, {"terms": "convection"}]
+OPTIONS = [
+    {},
+    {"components": 3, "gate": True, "activation": True, "local": True},
+    {"conditioned": True},
+    {"terms": "convection"},
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
