@@ -1,5 +1,4 @@
 import copy
-import itertools
 import math
 import subprocess
 import sys
@@ -170,22 +169,6 @@ def test_the_activation_precedes_the_equation():
         plain.R.weight.copy_(torch.eye(4))
     u = torch.randn(2, 4, 3, 5, dtype=f64)
     torch.testing.assert_close(pde(u), plain(torch.nn.functional.silu(pde.R(u.movedim(1, -1)).movedim(-1, 1))))
-
-
-@couplings
-@pytest.mark.parametrize("grid", [(3, 5), (1, 4), (1, 1)], ids=str)
-@torch.no_grad()
-def test_the_stencil_is_added_to_the_state(coupling, grid):
-    """Each token takes nine of its own channel, as far as they are on the grid."""
-    pde = random_operator(4, coupling=coupling, local=True)
-    plain = PDESSM(4, coupling=coupling).double()
-    plain.load_state_dict({name: p for name, p in pde.state_dict().items() if not name.startswith("local")})
-    u = torch.randn(2, 4, *grid, dtype=f64)
-    v, wanted = pde.R(u.movedim(1, -1)), plain(u).movedim(1, -1) + pde.local.bias
-    for y, x in itertools.product(range(grid[0]), range(grid[1])):
-        for i, j in itertools.product(range(max(y - 1, 0), min(y + 2, grid[0])), range(max(x - 1, 0), min(x + 2, grid[1]))):
-            wanted[:, y, x] += pde.local.weight[:, 0, i - y + 1, j - x + 1] * v[:, i, j]
-    torch.testing.assert_close(pde.eval()(u).movedim(1, -1), wanted)
 
 
 @pytest.mark.parametrize("components", [1, 3])
