@@ -21,7 +21,8 @@ def load(source, *flags):
     if not compiler:
         return None, "there is no C++ compiler: install g++, or name another in CXX"
     command = [*compiler, *FLAGS, *flags]
-    key = hashlib.sha256("\n".join([source.read_text(), *command, processor()]).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\n".join([*texts, *command, processor()]).encode()).hexdigest()[:16]
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pde_ssm", f"{key}.so")
         if not path.exists():

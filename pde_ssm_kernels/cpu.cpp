@@ -5,40 +5,14 @@
 // cache: memory sees the tokens, once in and once out, and never a spectrum or a symbol.
 
 #include <cmath>
-#include <cstring>
 #include <memory>
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-constexpr float LEAST_GROWTH = -80;  // the exponential of less is nothing in float32, but would take ten times as long
-constexpr double TURN = 6.283185307179586;
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int I __attribute__((vector_size(4 * LANES)));
+#include "vectors.h"
+
 typedef double D __attribute__((vector_size(8 * LANES)));
-struct Z { V re, im; };  // a complex number for each channel
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Z operator+(const Z &a, const Z &b) { return {a.re + b.re, a.im + b.im}; }
-INLINE Z operator-(const Z &a, const Z &b) { return {a.re - b.re, a.im - b.im}; }
-INLINE Z operator*(const Z &a, const Z &b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
-INLINE Z conj(const Z &a) { return {a.re, -a.im}; }
-INLINE Z turned(const Z &a, float cosine, float sine) { return {a.re * cosine - a.im * sine, a.re * sine + a.im * cosine}; }
-
-INLINE V load(const float *from, int lanes) {
-  V v = {};
-  if (lanes == LANES) std::memcpy(&v, from, sizeof v);
-  else std::memcpy(&v, from, 4 * lanes);
-  return v;
-}
-
-INLINE void store(float *to, const V &v, int lanes) {
-  if (lanes == LANES) std::memcpy(to, &v, sizeof v);
-  else std::memcpy(to, &v, 4 * lanes);
-}
+static INLINE Z conj(const Z &a) { return {a.re, -a.im}; }
+static INLINE Z turned(const Z &a, float cosine, float sine) { return {a.re * cosine - a.im * sine, a.re * sine + a.im * cosine}; }
 
 // Fourier transforms of n points: Stockham's, whose results are in order without a pass that sorts.
 
@@ -59,7 +33,7 @@ struct Axis {
 
 // One stage of radix r = n / (m s), of s transforms side by side; `sign` is that of the exponent.
 template <int sign>
-INLINE void stage2(const Axis &axis, int m, int s, const Z *in, Z *out) {
+static INLINE void stage2(const Axis &axis, int m, int s, const Z *in, Z *out) {
   for (int p = 0; p < m; p++)
     for (int q = 0; q < s; q++) {
       Z a = in[q + s * p], b = in[q + s * (p + m)];
@@ -69,7 +43,7 @@ INLINE void stage2(const Axis &axis, int m, int s, const Z *in, Z *out) {
 }
 
 template <int sign>
-INLINE void stage4(const Axis &axis, int m, int s, const Z *in, Z *out) {
+static INLINE void stage4(const Axis &axis, int m, int s, const Z *in, Z *out) {
   for (int p = 0; p < m; p++) {
     float c1 = axis.cosine[p * s], c2 = axis.cosine[2 * p * s], c3 = axis.cosine[3 * p * s];
     float s1 = sign * axis.sine[p * s], s2 = sign * axis.sine[2 * p * s], s3 = sign * axis.sine[3 * p * s];
@@ -164,7 +138,7 @@ static Z *workspace(long size) {
 // Tokens of the next two rows, for reading or writing: they lie too far apart for the processor to guess. Where there are
 // none it does not matter.
 template <int writing>
-INLINE void will_need(const float *upper, const float *lower) {
+static INLINE void will_need(const float *upper, const float *lower) {
   __builtin_prefetch(upper, writing);
   __builtin_prefetch(lower, writing);
 }
@@ -227,19 +201,6 @@ static void tokens_of(const Grid &grid, const Z *spectrum, float *tokens, long C
   }
 }
 
-// exp to one unit in the last place or two; not below exp(LEAST_GROWTH).
-INLINE V exponential(V x) {
-  x = x < LEAST_GROWTH ? V{} + LEAST_GROWTH : x > 89.0f ? V{} + 89.0f : x; // above 88.7 it is infinite, and NaN stays
-  V doublings = x * 1.44269504f + 12582912.0f;                             // rounded by a number whose last bit is one
-  V scale = (V)(((I)doublings << 23) + (127 << 23));
-  doublings -= 12582912.0f;
-  x -= doublings * 0.693145752f;
-  x -= doublings * 1.42860677e-6f;
-  V power = 1 / 720.0f + x * (1 / 5040.0f);
-  power = 1 / 24.0f + x * (1 / 120.0f + x * power);
-  return scale * (1 + x * (1 + x * (0.5f + x * (1 / 6.0f + x * power))));
-}
-
 // cos and sin of j angle, j < n, the angle in turns.
 static void powers(V turns, int n, Z *result) {
   D cosine, sine, re = {}, im = {};
@@ -259,7 +220,7 @@ static void powers(V turns, int n, Z *result) {
 
 // The wave vectors of a grid one after the other with G(k) and B(k) there, for one PDE of each channel.
 template <class Visit>
-INLINE void for_each_wave(const Grid &grid, const V *row, Z *waves_x, Z *waves_y, Visit visit) {
+static INLINE void for_each_wave(const Grid &grid, const V *row, Z *waves_x, Z *waves_y, Visit visit) {
   V r = row[0], Kxx = row[1], Kxy = row[2], Kyy = row[3];
   V gx = row[6], gy = row[7], g0 = row[8];
   powers(row[4], grid.f, waves_x);

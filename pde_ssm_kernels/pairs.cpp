@@ -8,50 +8,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "vectors.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, IMAGES = 8;  // IMAGES: as many sums as registers hold
-#else
-constexpr int LANES = 8, IMAGES = 4;
-#endif
-constexpr float LEAST_GROWTH = -80;    // the exponential of less is nothing in float32
+constexpr int IMAGES = LANES / 2;      // as many sums as registers hold
 constexpr float LARGEST_GROWTH = 1;     // of tau r: R_MAX of pde_ssm.py
 constexpr float LARGEST_STEP = 30;     // of an exponent from one wave vector to the next, where recurrences are trusted
 constexpr int RUN = 8;                 // wave vectors from one exact value to the next
 constexpr int PIECE = 32;              // input channels at a time: RUN * PIECE vectors of a matrix fit into the first cache
 constexpr int STRIDE = PIECE + 1;      // from one wave vector to the next: powers of two fall on one place in the cache
 constexpr int SPAN = 4;                // vectors of output channels that share what they read, where all cores have work
-constexpr double TURN = 6.283185307179586;
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-struct Z { V re, im; };
-
-#define INLINE inline __attribute__((always_inline))
-
-static INLINE Z operator*(const Z &a, const Z &b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
-static INLINE Z operator*(const Z &a, const V &b) { return {a.re * b, a.im * b}; }
-static INLINE Z operator*(const Z &a, float b) { return {a.re * b, a.im * b}; }
-static INLINE Z operator+(const Z &a, const Z &b) { return {a.re + b.re, a.im + b.im}; }
-
-static INLINE V load(const float *from, int lanes) {
-  V v = {};
-  if (lanes == LANES) std::memcpy(&v, from, sizeof v);
-  else std::memcpy(&v, from, 4 * lanes);
-  return v;
-}
-
-static INLINE void store(float *to, const V &v, int lanes) {
-  if (lanes == LANES) std::memcpy(to, &v, sizeof v);
-  else std::memcpy(to, &v, 4 * lanes);
-}
 
 static INLINE bool all(const I &mask) {
 #ifdef __AVX512F__
@@ -72,19 +44,6 @@ static INLINE V gather(const float *from, long stride, int lanes) {
 #endif
   for (int lane = 0; lane < lanes; lane++) v[lane] = from[lane * stride];
   return v;
-}
-
-// exp to one unit in the last place or two; not below exp(LEAST_GROWTH).
-static INLINE V exponential(V x) {
-  x = x < LEAST_GROWTH ? V{} + LEAST_GROWTH : x > 89.0f ? V{} + 89.0f : x; // above 88.7 it is infinite, and NaN stays
-  V doublings = x * 1.44269504f + 12582912.0f;                             // rounded by a number whose last bit is one
-  V scale = (V)(((I)doublings << 23) + (127 << 23));
-  doublings -= 12582912.0f;
-  x -= doublings * 0.693145752f;
-  x -= doublings * 1.42860677e-6f;
-  V power = 1 / 720.0f + x * (1 / 5040.0f);
-  power = 1 / 24.0f + x * (1 / 120.0f + x * power);
-  return scale * (1 + x * (1 + x * (0.5f + x * (1 / 6.0f + x * power))));
 }
 
 // cos and sin of an angle in 2^-32 turns, whose multiples and sums are exact: whole turns fall off by themselves.
