@@ -35,7 +35,7 @@ def layer_and_gradients(pde, u, direction, backend, dtype, **grad):
 @pytest.mark.parametrize(("channels", "groups", "batch"), [(18, 1, 3), (10, 2, 9), (33, 1, 1)])
 def test_values_and_all_gradients_are_those_of_the_plain_equations(grid, channels, groups, batch, dtype):
     pde, (u, direction) = random_operator(channels, 0.1, "pairwise", groups), torch.randn(2, batch, channels, *grid)
-    pde, allowed = pde.to(dtype), 1e-9 if dtype == f64 else 1e-5           # float64 takes PyTorch's operations
+    pde, allowed = pde.to(dtype), 1e-9 if dtype == f64 else 2e-5           # float64 takes PyTorch's operations
     mine, plain = (layer_and_gradients(pde, u, direction, *how) for how in (("default", dtype), ("plain", f64)))
     largest = max(exact.abs().max() for exact in plain)
     for ours, exact in zip(mine, plain):
