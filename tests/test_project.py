@@ -86,11 +86,14 @@ def test_the_readmes_tree_is_the_tree():
     kept = {path.name for path in ROOT.glob("*.py")}
     kept |= {path.name for path in ROOT.glob("requirements*.txt")}
     kept |= {"environment.yml", "pyproject.toml", "Makefile", "LICENSE", "train.slurm"}
-    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/"}
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/", "pretrained/"}
     assert kept | folders == named
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("pretrained/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_what_a_page_links_to_is_there(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
     assert links or page.name != "README.md"
