@@ -509,7 +509,7 @@ class PDESSMBlock(nn.Module):
 
 
 # What makes a mixer of PDESSMBlock, by name. The first has the paper's PDE, one per channel. The others are ours, with at most
-# as many parameters as attention's 4 D^2 + 4 D: from 88 channels on, 3.5 D^2 + 48 D, and from 64 on, 3.5 D^2 + 36 D.
+# as many parameters as attention's 4 D^2 + 4 D: from 88 channels on, 3.5 D^2 + 48 D, and from 72 on, 3.5 D^2 + 36 D.
 PRESETS = {
     "pdessm": {},
     "pdessm-g": {"gate": True, "activation": True, "components": 4, "expand": 7 / 6},

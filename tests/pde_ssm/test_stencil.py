@@ -25,10 +25,10 @@ def test_the_stencil_is_added_to_the_state(coupling, grid):
     torch.testing.assert_close(pde.eval()(u).movedim(1, -1), wanted)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 384])
+@pytest.mark.parametrize("dim", [72, 96, 384])
 def test_the_preset_has_fewer_parameters_than_attention(dim):
     block = PDESSMBlock(dim, **PRESETS["pdessm-gl"])
-    assert sum(p.numel() for p in block.parameters()) < 4 * dim**2 + 4 * dim + 100
+    assert sum(p.numel() for p in block.parameters()) < 4 * dim**2 + 4 * dim
 
 
 @torch.no_grad()
