@@ -10,7 +10,8 @@
 #   SIZE        if small, of the images, 32; DiT-N's patches are an eighth of it
 #   PREDICT     of flow: velocity, or x, which pixels at larger patches need
 #   SEEDS       "0 1 2", or if small "0"
-#   PRECISION   of training and sampling: fp32, or bf16, which is twice as fast where the processor has it
+#   PRECISION   of training and sampling: fp32, or bf16. CPUs differ: an AMD EPYC (Zen 5) takes half the time with bf16, an
+#               Intel Xeon without AMX 1.4 to 1.9 times as long
 #   ONLY        names of the systems to run, all unless given
 #   OBJECTIVE   flow, the paper's, or diffusion
 #   FEATURES    of evaluate.py: inception, or if small efficientnet-lite0, whose weights come with its package

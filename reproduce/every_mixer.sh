@@ -14,7 +14,8 @@
 #   SEEDS       "0 1 2"
 #   ONLY        names of the rows to run, all of `python -m reproduce.every_mixer --names` unless given
 #   IMAGES      samples to draw; 5000. With 0 only the held-out loss is measured, and a later call can draw them
-#   PRECISION   of training and sampling: fp32, or bf16, which is twice as fast where the processor has it
+#   PRECISION   of training and sampling: fp32, or bf16. CPUs differ: an AMD EPYC (Zen 5) takes half the time with bf16, an
+#               Intel Xeon without AMX 1.4 to 1.9 times as long
 #   OBJECTIVE   flow, or diffusion for CIFAR-10. Samplers take 12 evaluations: 6 steps of heun, or 12 of dpm-solver
 #   WORK        where runs go; results/every_mixer
 #   PYTHON, RESULTS (the .json of all rows, reproduce/results/every_mixer.json)
