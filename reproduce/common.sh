@@ -19,6 +19,7 @@
 #   REFERENCE   what samples are compared with: by default an .npz of the training images, which is made: statistics of all
 #               and 10,000 images. ADM's VIRTUAL_imagenet256_labeled.npz is what Table 10's figures are usually taken from
 #   IMAGES_OF   the images, if DATA holds their cached latents
+#   BATCH       if small, 64
 #   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
 set -euo pipefail
 if [ $# -ne 1 ]; then
@@ -57,7 +58,8 @@ recipe() {
         if [ -d "$data/train" ]; then real=$data/train; fi
         if [ -d "$data/test" ]; then held_out=(--val-path "$data/test"); fi
         reference=(--image-size "${SIZE:-32}" --num-images "$IMAGES")
-        train=(--vae none --uncond --image-size "${SIZE:-32}" --global-batch-size 64 --lr 1e-3 --num-workers 0 --epochs 100000)
+        train=(--vae none --uncond --image-size "${SIZE:-32}" --num-workers 0 --epochs 100000)
+        train+=(--global-batch-size "${BATCH:-64}" --lr 1e-3)
         train+=(--data-path "$real" ${held_out[@]+"${held_out[@]}"})
         REFERENCE=${REFERENCE:-$WORK/reference-$FEATURES-$IMAGES.npz}
     fi

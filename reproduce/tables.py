@@ -95,6 +95,7 @@ REMARKS = {
     "shifts 3.19 and 3.18; with global attention, which has no relative positions here, 4.24 and 4.22.",
 }
 
+LOSS = "held-out loss"
 COUPLINGS = ("diagonal", "pairwise")  # systems of ours are named <the paper's>-<coupling>
 
 
@@ -114,7 +115,7 @@ def record(rows, table, scale, system, folder, checkpoint):
     row = dict(
         table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"],
         predict=args.get("predict") or "velocity", precision=args["precision"],
-        image_size=args["image_size"], model=args["model"],
+        image_size=args["image_size"], batch=args["global_batch_size"], model=args["model"],
         coupling=(args.get("pde_coupling") or "diagonal") if args["mixer"] != "attention" else None,
         parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
@@ -131,13 +132,15 @@ def record(rows, table, scale, system, folder, checkpoint):
 
 
 def tabulate(table, rows):
-    """Writes one table as Markdown: the paper's figures, then ours for each setting that was run."""
+    """Writes one table as Markdown: the paper's figures, then ours for each setting that was run, with the loss on held-out
+    images also where the paper has none."""
     metrics = list(next(iter(PAPER[table].values())))  # the first has figures of all
+    measured = metrics + [LOSS] * ("MSE" not in metrics and any("held_out_loss" in row for row in rows))
     settings = {}
     for row in rows:  # a later run of the same seed replaces an earlier one
         sampler = f"{row['sampling_steps']} steps of {row['sampler']}"
         metrics_of = row["metrics"]
-        trained = row["scale"], _objective(row), row.get("precision", "fp32"), row["steps"]
+        trained = row["scale"], _objective(row), row.get("precision", "fp32"), row["steps"], row.get("batch")
         key = *trained, sampler, metrics_of["features"], metrics_of["samples"]["images"]
         settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
@@ -149,17 +152,20 @@ def tabulate(table, rows):
                 lines[f"{system}-{coupling}"] = [f"{system}, {coupling}", *[""] * len(metrics)]
     notes = []
     for number, (key, systems) in enumerate(settings.items(), 1):
-        scale, objective, precision, steps, sampler, features, images = key
-        header += [f"{_ours(name, features)} [{number}]" for name in metrics]
+        scale, objective, precision, steps, batch, sampler, features, images = key
+        header += [f"{_ours(name, features)} [{number}]" for name in measured]
         for system, line in lines.items():
             runs = list(systems.get(system, {}).values())
-            line += [_summary([_figure(row, name) for row in runs]) for name in metrics]
+            line += [_summary([_figure(row, name) for row in runs]) for name in measured]
         seeds = sorted({seed for runs in systems.values() for seed in runs})
-        row = next(iter(next(iter(systems.values())).values()))
+        made = [row for runs in systems.values() for row in runs.values()]
+        where, torch, dates = (sorted({row[name] for row in made}) for name in ("machine", "torch", "date"))
+        of_batch = f" of {batch}" if batch else ""  # older rows do not say
         notes.append(
-            f"[{number}] {scale} scale, {objective}, {steps:,} steps in {precision}, {features}, {images:,} samples by "
-            f"{sampler} against {row['metrics']['reference']['images_in_statistics']:,} images, seed{'s' * (len(seeds) > 1)} "
-            f"{', '.join(map(str, seeds))}; {row['machine']}, PyTorch {row['torch']}, {row['date']}"
+            f"[{number}] {scale} scale, {objective}, {steps:,} steps{of_batch} in {precision}, {features}, "
+            f"{images:,} samples by {sampler} against {made[0]['metrics']['reference']['images_in_statistics']:,} images, "
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {' and '.join(where)}, PyTorch {' and '.join(torch)}, "
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         )
     table_lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines.values()]]
     remark = [REMARKS[table], ""] if table in REMARKS else []
@@ -176,6 +182,8 @@ def _figure(row, name):
     """Returns a row's value of the metric that the paper calls `name`, or None."""
     if name == "parameters":
         return row["parameters"] / 1e6
+    if name == LOSS:
+        return row.get("held_out_loss")
     if name == "MSE":
         return row.get("held_out_mse", row["training_loss"])
     return next((value for key, value in row["metrics"].items() if _same(key, name)), None)
