@@ -201,7 +201,7 @@ def begin(args, model, run, changes, rate, processes):
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     sharded, float16 = args.parallel == "fsdp", args.precision == "fp16"
-    adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay)
+    adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay, lr_coefficients=args.lr_coefficients)
     averages = [*args.ema_decay, *map(average_of_length, args.ema_lengths or [])]
     learner = create_learner(model, processes, args.lr, averages, args.ema_device, sharded, float16, **adam)
     learner.rate = rate

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from checkpoints.build import initialize
 from checkpoints.lengths import exponent
 from download import find_checkpoint
 from machine.stops import postponed
+from pde_ssm import PDE
 
 
 @dataclass(eq=False)
@@ -39,12 +41,14 @@ class Learner:
 
 
 def create_learner(
-    model, processes, lr, decays, average_device=None, sharded=False, float16=False, betas=(0.9, 0.999), weight_decay=0.0
-):
+    model, processes, lr, decays, average_device=None, sharded=False, float16=False, betas=(0.9, 0.999), weight_decay=0.0,
+    lr_coefficients=1.0,
+):  # fmt: skip
     """Returns a Learner that has learnt nothing yet, on this process's device.
 
     decays: of the averages, which lie on average_device, or else beside the model. sharded: it is this process's part of one
     (FSDP2). float16: gradients are scaled to stay in float16's range. lr, betas, weight_decay: of AdamW.
+    lr_coefficients: times which the learning rate is that of the coefficients of PDEs.
     """
     device = processes.device
     home = average_device or device
@@ -53,13 +57,27 @@ def create_learner(
     if sharded:
         for network in (model, *averages.values()):
             shard(network, processes)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    learnt = model.parameters() if lr_coefficients == 1 else groups_by_rate(model, lr, lr_coefficients)
+    opt = torch.optim.AdamW(learnt, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=float16)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         # As the optimiser would at its first step; a checkpoint is read into it.
         opt.state[parameter] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter))
         opt.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
     return Learner(model, averages, opt, scaler)
+
+
+def groups_by_rate(model, lr, factor):
+    """Returns AdamW's groups of a model's parameters: the coefficients of its PDEs, which learn at lr times factor, and others.
+    ValueError for a model without PDEs.
+
+    A group is a row of neighbours, so that all keep the numbers by which a checkpoint knows them.
+    """
+    coefficients = {p for layer in model.modules() if isinstance(layer, PDE) for p in layer.parameters()}
+    if not coefficients:
+        raise ValueError(f"--lr-coefficients {factor:g} is for the coefficients of PDEs, and the model has none")
+    rows = groupby(model.parameters(), key=lambda p: factor if p in coefficients else 1)
+    return [dict(params=list(row), lr=lr * times, times=times) for times, row in rows]
 
 
 def start_from(checkpoint, model, processes):
@@ -108,7 +126,8 @@ def update(learner, loss, step, max_norm=None, warmup=True):
     with postponed():                                                      # a signal waits until the step is whole
         learner.step = None
         if learner.rate:
-            opt.param_groups[0]["lr"] = learner.rate(step)
+            for parameters_of in opt.param_groups:
+                parameters_of["lr"] = learner.rate(step) * parameters_of.get("times", 1)
         if finite:
             scaler.step(opt)
             for decay, average in learner.averages.items():

@@ -9,6 +9,8 @@ from machine.flags import above_zero, decay, ema_length, from_zero, not_negative
 def add_learning_flags(add, vary):
     """Adds the flags of train.py that say how weights change, by `group` of machine/flags.py."""
     add("--lr", type=above_zero, default=1e-4, help="learning rate of AdamW, constant unless the next two say otherwise")
+    more = "times which it is that of the coefficients of PDEs, most of which are logarithms"
+    add("--lr-coefficients", type=above_zero, default=1.0, metavar="TIMES", help=more)
     add("--warmup-steps", type=not_negative, default=0, metavar="STEPS", help="in which it rises from 0")
     add("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after that; cosine: falls to 0 at the end")
     add("--weight-decay", type=from_zero, default=0.0, help="of AdamW, for every parameter")

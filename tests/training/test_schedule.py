@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import train
-from commands import QUICK, fit
+from commands import ALONE, QUICK, fit
+from pde_ssm import PDESSM
 from small_runs import assert_same, learnt, log_rows
 from training.batches import draw_batch
+from training.learner import create_learner, update
 from training.schedule import learning_rate
 
 pytestmark = pytest.mark.usefixtures("shallow", "one_thread")
@@ -76,3 +78,42 @@ def test_unknown_rates_are_refused(capsys):
         with pytest.raises(SystemExit):
             train.parse_args([*QUICK, *flags])
         assert f"{flags[0]}: {flags[-1]} is not a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("times", [1, 5, 0.5])
+def test_coefficients_of_pdes_learn_at_a_multiple_of_the_rate(times):
+    """AdamW's first step moves every weight by the learning rate, whatever its gradient is."""
+    torch.manual_seed(0)
+    model = PDESSM(4, components=2, gate=True, local=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = create_learner(model, ALONE, 1e-3, [0.5], lr_coefficients=times)
+    learner.rate = lambda step: 1e-3 * step
+    model(torch.randn(2, 4, 6, 6)).square().sum().backward()
+    assert update(learner, torch.tensor(1.0), 1)
+    moved = {name: (p.detach() - before[name]).abs() for name, p in model.named_parameters()}
+    for name, by in moved.items():
+        expected = 1e-3 * (times if name.startswith("equation.") else 1)
+        assert by[by > 0].numel() > 0
+        torch.testing.assert_close(by[by > 0].median(), torch.tensor(expected), rtol=0.02, atol=0, msg=name)
+
+
+def test_a_run_with_another_rate_for_coefficients_goes_on_to_the_bit(tmp_path, monkeypatch):
+    """Parameters keep their numbers in the checkpoint, so that their moments come back to them."""
+    flags = [*RECIPE[: RECIPE.index("--lr")], "--lr", 0.01, "--mixer", "pdessm-gl", "--lr-coefficients", 5]
+    whole = learnt(fit(tmp_path / "whole", *flags).parent)
+    assert {group["lr"] for group in whole["opt"]["param_groups"]} == {0.01, 0.05}
+    numbers = [number for group in whole["opt"]["param_groups"] for number in group["params"]]
+    assert numbers == sorted(numbers)
+    for number, weight in enumerate(whole["model"].values()):
+        assert number not in whole["opt"]["state"] or whole["opt"]["state"][number]["exp_avg"].shape == weight.shape
+
+    fit(tmp_path / "parts", *flags, "--max-steps", 4)
+    fit(tmp_path / "parts", *flags, "--resume", "auto")
+    assert_same(learnt(tmp_path / "parts"), whole)
+    with pytest.raises(ValueError, match=r"--lr-coefficients was 5\.0 and is 1\.0"):
+        fit(tmp_path / "parts", *flags, "--lr-coefficients", 1, "--resume", "auto")
+
+
+def test_a_model_without_pdes_has_no_coefficients(tmp_path):
+    with pytest.raises(ValueError, match="--lr-coefficients 5 is for the coefficients of PDEs, and the model has none"):
+        fit(tmp_path, *QUICK, "--lr-coefficients", 5)
