@@ -55,7 +55,7 @@ def draw_kernels(ckpt, ema, device, grid, count, **chosen):
             raise ValueError("a checkpoint has its own coefficients and grid; leave --ckpt or the others out")
         model, _, title = open_model(ckpt, ema, device)
         rows = kernels.kernels_of_layers(model, count)
-        return kernels.draw_layers(rows, title), {title: [[kernels.measure(kernel) for kernel in row] for row in rows]}
+        return kernels.draw_layers(rows, title), {title: [[kernels.measure(kernel) for kernel in row] for row in rows.values()]}
     grid = grid or 64
     found = kernels.chosen_kernels((grid, grid) if isinstance(grid, int) else grid, chosen)
     return kernels.draw_chosen(found), {title: kernels.measure(kernel) for title, kernel in found.items()}

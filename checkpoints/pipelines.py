@@ -78,6 +78,7 @@ def check_exportable(model, settings):
     """Raises a ValueError for a network that no pipeline here can draw with."""
     options = set(settings["mixer_options"].values()) - {None, False, "sincos"} if settings["mixer"] == "attention" else set()
     plain = settings.get("mlp", "gelu") == "gelu" and settings.get("norm", "layer") == "layer"
+    plain = plain and not settings["mixer_options"].get("attention_every")
     if type(model) is not DiT or not plain or options or kind_of(settings["mixer"]).name not in ("attention", "pde"):
         what = f"{settings['model']} with the mixer {settings['mixer']}" + ("" if plain else " and other layers than DiT's")
         raise ValueError(f"{what} has no pipeline: those are of DiT with attention or PDEs; --format hub takes all networks")

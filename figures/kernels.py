@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from figures.layers import mixers_of
 from figures.page import new_page, show_picture
 from pde_ssm import PDESSM, green_symbol, receptive_field
 
@@ -62,15 +63,16 @@ def chosen_kernels(grid, chosen=None):
 
 def kernels_of_layers(model, count=8):
     """Returns `count` Green's functions of each PDE of a network, evenly spread over its channels as sorted by how far they
-    see: [[(h, w), ...], ...]. ValueError for a network without PDEs."""
-    layers = [layer for layer in model.modules() if isinstance(layer, PDESSM)]
+    see, by the number of its layer: {1: [(h, w), ...], ...}. ValueError for a network without PDEs."""
+    mixers = [[part for part in mixer.modules() if isinstance(part, PDESSM)] for mixer in mixers_of(model)]
+    layers = {number: parts[0] for number, parts in enumerate(mixers, start=1) if parts}  # others are a hybrid's attention
     if not layers:
         raise ValueError("the checkpoint's mixer has no Green's functions; reach and spectrum measure every mixer")
-    rows = []
-    for layer in layers:
+    rows = {}
+    for number, layer in layers.items():
         kernels = layer.kernel(*model.grid_size).flatten(0, -3).cpu()      # (channels, h, w)
         ranks = receptive_field(kernels).argsort()
-        rows.append([kernels[ranks[place]] for place in torch.linspace(0, len(ranks) - 1, count).round().long()])
+        rows[number] = [kernels[ranks[place]] for place in torch.linspace(0, len(ranks) - 1, count).round().long()]
     return rows
 
 
@@ -89,10 +91,11 @@ def draw_chosen(kernels):
 
 def draw_layers(rows, title):
     """Draws the kernels of each layer in a row, from narrow to wide."""
-    (h, w), columns = rows[0][0].shape, len(rows[0])
+    first = next(iter(rows.values()))
+    (h, w), columns = first[0].shape, len(first)
     heading = f"{title}: Green's functions on {h} x {w} tokens, narrow to wide\nabove each, how far it sees, in tokens"
     figure, axes = new_page(len(rows), columns, 1.1, 1.25, heading)
-    for number, (line, kernels) in enumerate(zip(axes, rows), start=1):
+    for line, (number, kernels) in zip(axes, rows.items()):
         for axis, kernel in zip(line, kernels):
             _show(axis, kernel)
             axis.set_title(f"{receptive_field(kernel).item():.1f}", fontsize=7, pad=2)

@@ -34,7 +34,8 @@ def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
     build = MIXERS[mixer] if isinstance(mixer, str) else mixer
     parameters = inspect.signature(build).parameters
     # The model decides the first five, and its tokens are all on the grid.
-    accepted = parameters.keys() - {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored"}
+    decided = {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored", "options"}
+    accepted = {option.name for option in kind_of(mixer).options} if isinstance(mixer, str) else parameters.keys() - decided
     if unknown := [name for name in options if name not in accepted]:
         raise ValueError(f"mixer {mixer} has no option {', '.join(unknown)}")
     told = dict(grid_size=grid_size, layer=layer)

@@ -1,10 +1,12 @@
-"""The PDE-SSM block: one declaration of its options, whatever preset they are added to."""
+"""The PDE-SSM block: one declaration of its options, whatever preset they are added to; and hybrids with attention."""
 
 from machine.flags import above_zero, positive
-from mixers.options import Mixer, Option
+from mixers import attention
+from mixers.options import Mixer, Option, check_numbers
 from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock, options_from_weights
 
 SWITCH = dict(action="store_true")
+HYBRID = "pdessm-gla"
 OPTIONS = (
     Option(
         "coupling",
@@ -19,8 +21,19 @@ OPTIONS = (
     Option("activation", "silu before the PDE (not in the paper)", SWITCH),
     Option("gate", "multiply by a gate, project back (not in the paper)", SWITCH),
     Option("local", "add a 3 x 3 convolution of each channel to the state (not in the paper)", SWITCH),
+    Option("attention_every", "let every so many-th block mix by attention instead (not in the paper)", dict(type=positive)),
     Option("conditioned", "let timestep and class scale the PDE's time (not in the paper)", SWITCH, conditioned=True),
 )
+
+
+def build(dim, num_heads=8, qkv_bias=False, *, grid_size=None, layer=0, attention_every=None, **options):
+    """Returns a PDESSMBlock with these options, or, as block number layer of a hybrid whose every attention_every-th block is
+    that, attention: a PDE sends all tokens' states along the same ways, and attention finds them by what the tokens hold."""
+    if attention_every is not None:
+        check_numbers("a hybrid", attention_every=attention_every)
+        if (layer + 1) % attention_every == 0:
+            return attention.build(dim, num_heads, qkv_bias)
+    return PDESSMBlock(dim, num_heads, qkv_bias, grid_size=grid_size, **options)
 
 
 def check(options):
@@ -33,6 +46,8 @@ def check(options):
         raise ValueError(f"{flag} means nothing to --pde-coupling {coupling}; it needs the diagonal one")
     if {"state_dim", "expand"} <= options.keys():
         raise ValueError("--pde-state-dim and --pde-expand say the same; give one of them")
+    if options.get("attention_every") == 1:
+        raise ValueError("--pde-attention-every 1 leaves no PDE; that is --mixer attention")
 
 
 def read(weights):
@@ -40,4 +55,7 @@ def read(weights):
     return options_from_weights(weights) if "pde.equation.g0" in weights else None
 
 
-MIXER = Mixer("pde", PDESSMBlock, read, OPTIONS, PRESETS, check, told_as={"expand": "state_dim"})
+MIXER = Mixer(
+    "pde", build, read, OPTIONS, PRESETS | {HYBRID: PRESETS["pdessm-gl"] | {"attention_every": 4}}, check,
+    told_as={"expand": "state_dim"},
+)  # fmt: skip

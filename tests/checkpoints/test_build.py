@@ -226,10 +226,11 @@ def test_words_that_mean_nothing_here_are_passed_over(tmp_path):
     assert load_model(tmp_path / "a.pt", given_flags(), "ema")[1] == SETTINGS
 
 
-def test_a_preset_keeps_its_name(tmp_path):
-    written = write_checkpoint(tmp_path / "a.pt", "pdessm-g")
-    model, settings = load_model(tmp_path / "a.pt", given_flags(mixer="pdessm-g"), "ema")
-    assert settings["mixer"] == "pdessm-g"
+@pytest.mark.parametrize("mixer", ["pdessm-g", "pdessm-gla"])
+def test_a_preset_keeps_its_name(tmp_path, mixer):
+    written = write_checkpoint(tmp_path / "a.pt", mixer)
+    model, settings = load_model(tmp_path / "a.pt", given_flags(mixer=mixer), "ema")
+    assert settings["mixer"] == mixer
     assert str(model) == str(written)
     torch.save(written.state_dict(), tmp_path / "a.pt")  # which knows no names
     assert str(load_model(tmp_path / "a.pt", given_flags(), "ema")[0]) == str(written)
