@@ -18,6 +18,7 @@ from backbones.unet import UNet
 from backbones.uvit import UViT
 from backbones.zigma import ZigMa
 from mixers import build_mixer, kind_of, mixer_options, read_mixer
+from mixers.pde import read_hybrid
 
 
 def gelu_mlp(dim, hidden):
@@ -100,9 +101,8 @@ class DiT(PatchBackbone):
         mixer, options = read_mixer({name.removeprefix(first): w for name, w in weights.items() if name.startswith(first)})
         if not (weights["pos_embed"].is_meta or weights["pos_embed"].any()):
             options["positions"] = "rope"
-        attention = (i for i in range(count_blocks(weights, "blocks")) if f"blocks.{i}.attn.qkv.weight" in weights)
-        if mixer == "pdessm" and (first_attention := next(attention, None)):
-            options["attention_every"] = first_attention + 1
+        if mixer == "pdessm":
+            options |= read_hybrid(weights, first)
         mlp = "swiglu" if "blocks.0.mlp.fc1_g.weight" in weights else "gelu"
         outputs, table = len(weights["final_layer.linear.bias"]) // patch**2, weights["y_embedder.embedding_table.weight"]
         size = dict(hidden_size=hidden, depth=count_blocks(weights, "blocks"), patch_size=patch)

@@ -26,6 +26,7 @@ import torch
 from comparing.checkouts import HERE, imports_of
 from comparing.exchange import Exchange, describe, exchanging, say, shapes
 from mixers import MIXERS, add_mixer_flags, build_mixer, mixer_options
+from mixers.pde import MIXER, read_hybrid
 from pde_ssm import options_from_weights
 
 
@@ -89,7 +90,7 @@ def choose_mixer(mixer, settings, attention_class, arguments):
 
     mixer: what --mixer says, or None. settings: a dict of all that the flags say.
     """
-    path, stored = stored_mixer(arguments)
+    path, stored, hybrid = stored_mixer(arguments)
     if stored and mixer == "attention":
         raise ValueError(f"--mixer attention contradicts {path}, which mixes tokens by a PDE; leave the flag out")
     mixer = mixer or ("pdessm" if stored else "attention")
@@ -98,19 +99,22 @@ def choose_mixer(mixer, settings, attention_class, arguments):
         raise ValueError("--attention-class means nothing to --mixer attention")
     if not stored:
         return mixer, options
-    kept = options_from_weights(stored)
+    kept = options_from_weights(stored) | hybrid
     if kept["conditioned"]:
         raise ValueError(f"the PDEs of {path} are conditioned, but the blocks of a checkout pass no vector to their mixers")
     with torch.device("meta"):
         asked = build_mixer(mixer, stored["pde.R.weight"].shape[1], 8, (16, 16), 0, **options)
-    if (options or mixer != "pdessm") and shapes(asked.state_dict()) != shapes(stored):
+    same = shapes(asked.state_dict()) == shapes(stored)
+    same = same and (MIXER.named[mixer] | options).get("attention_every") == hybrid.get("attention_every")
+    if (options or mixer != "pdessm") and not same:
         asked, kept = describe(mixer, options), describe("pdessm", kept)
         raise ValueError(f"{asked} contradicts {path}, which has {kept}; leave the flags out")
     return "pdessm", kept
 
 
 def stored_mixer(arguments):
-    """Returns (path, weights of its first mixer) for the first argument that is a checkpoint with PDEs, or (None, {}).
+    """Returns (path, weights of its first mixer, what `read_hybrid` tells of all) for the first argument that is a checkpoint
+    with PDEs, or (None, {}, {}).
 
     Attention in a checkpoint tells nothing: its weights may be those of an encoder that the script reads, too.
     """
@@ -125,8 +129,9 @@ def stored_mixer(arguments):
         for name in map(str, weights):
             if name.endswith(".pde.equation.g0"):
                 prefix = name.removesuffix("pde.equation.g0")
-                return path, {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
-    return None, {}
+                first = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
+                return path, first, read_hybrid(weights, prefix)
+    return None, {}, {}
 
 
 def mixer_flags():

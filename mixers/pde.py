@@ -1,5 +1,7 @@
 """The PDE-SSM block: one declaration of its options, whatever preset they are added to; and hybrids with attention."""
 
+from itertools import count
+
 from machine.flags import above_zero, positive
 from mixers import attention
 from mixers.options import Mixer, Option, check_numbers
@@ -53,6 +55,17 @@ def check(options):
 def read(weights):
     """Returns the options of a PDESSMBlock with these weights; None for another layer's."""
     return options_from_weights(weights) if "pde.equation.g0" in weights else None
+
+
+def read_hybrid(weights, first):
+    """Returns what the blocks of a network with PDEs tell together: attention_every, if one of them has attention. weights: its
+    state dict, in which the names of the first block's mixer begin with `first`, such as "blocks.0.attn."."""
+    before, _, after = first.rpartition("0")
+    for block in count(1):
+        if f"{before}{block}{after}qkv.weight" in weights:
+            return {"attention_every": block + 1}
+        if f"{before}{block}{after}pde.R.weight" not in weights:
+            return {}
 
 
 MIXER = Mixer(

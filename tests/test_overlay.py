@@ -98,6 +98,7 @@ def test_two_processes_train_and_the_checkpoint_travels(checkout):
         ("pdessm-g", {}),
         ("pdessm", dict(coupling="coupled", terms=("diffusion", "reaction"))),
         ("pdessm", dict(coupling="pairwise", groups=3, state_dim=48)),
+        ("pdessm-gla", {}),
     ],
 )
 def test_checkpoints_of_this_repository_tell_the_mixer(checkout, mixer, options):
@@ -215,6 +216,8 @@ def test_mistakes_in_flags(checkout, flags, message):
         ("pdessm", {}, ["--mixer", "attention"], "--mixer attention contradicts ours.pt, which mixes tokens by a PDE"),
         ("pdessm", {}, ["--mixer", "pdessm-g"], r"--mixer pdessm-g contradicts ours.pt, which has --mixer pdessm \(coupling"),
         ("pdessm", {}, ["--pde-gate"], r"--mixer pdessm \(gate=True\) contradicts ours.pt"),
+        ("pdessm-gl", {}, ["--mixer", "pdessm-gla"], "--mixer pdessm-gla contradicts ours.pt, which has --mixer"),
+        ("pdessm-gla", {}, ["--mixer", "pdessm-gl"], r"--mixer pdessm-gl contradicts ours.pt, which has .*attention_every=4"),
         ("attention", {}, ["--pde-gate"], "--pde-gate means nothing to --mixer attention"),
         ("pdessm", dict(conditioned=True), [], "ours.pt are conditioned, but the blocks of a checkout pass no vector"),
     ],
@@ -225,18 +228,19 @@ def test_checkpoints_of_another_mixer(checkout, mixer, options, flags, message):
         draw(checkout, "ours.pt", *flags)
 
 
-def test_flags_that_agree_with_the_checkpoint(checkout):
-    ours, _ = draw_ours(write("ours.pt", "pdessm-g"))
-    torch.testing.assert_close(draw(checkout, "ours.pt", "--mixer", "pdessm-g"), ours, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("mixer", ["pdessm-g", "pdessm-gla"])
+def test_flags_that_agree_with_the_checkpoint(checkout, mixer):
+    ours, _ = draw_ours(write("ours.pt", mixer))
+    torch.testing.assert_close(draw(checkout, "ours.pt", "--mixer", mixer), ours, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("contents", [{"ema": [torch.zeros(2)]}, {"model": None}, [1], {"ema": {1: torch.zeros(2)}}, None])
 def test_files_that_are_no_checkpoint_say_nothing(tmp_path, contents):
     path = tmp_path / "statistics.pt"
     torch.save(contents, path)
-    assert overlay.stored_mixer(["train", f"--statistics={path}", "--other", str(tmp_path / "none.pt")]) == (None, {})
+    assert overlay.stored_mixer(["train", f"--statistics={path}", "--other", str(tmp_path / "none.pt")]) == (None, {}, {})
     path.write_bytes(b"not torch's")
-    assert overlay.stored_mixer([str(path)]) == (None, {})
+    assert overlay.stored_mixer([str(path)]) == (None, {}, {})
 
 
 @pytest.mark.parametrize(("mixer", "flags"), [("attention", PDE), ("pdessm", [])])

@@ -161,6 +161,7 @@ def test_code_that_is_exported_needs_no_more_than_diffusers_and_the_operator(nam
     [
         (dict(options=dict(mlp="swiglu"), mlp="swiglu"), "mixer attention and other layers than DiT.s has no pipeline"),
         (dict(options=dict(positions="rope"), attention_positions="rope"), "mixer attention has no pipeline"),
+        (dict(mixer="pdessm-gla"), "DiT-N/4 with the mixer pdessm-gla .*has no pipeline"),
         (dict(mixer="mamba"), "DiT-N/4 with the mixer mamba has no pipeline.*--format hub takes all networks"),
         (dict(mixer="pdessm", objective="flow", predict="x", path="cosine"), "images on the path cosine has no pipeline"),
     ],
