@@ -92,7 +92,7 @@ def reconcile(stored, settings, path):
     if kind.options and MODELS[settings["model"]].func is DiT and stated.get("mixer") in kind.named:
         told |= settings["mixer_options"] | dict(mixer=stated["mixer"])
         as_weights_tell, options = _stated_options(stored, settings["model"], path)
-        stated |= as_weights_tell
+        stated |= as_weights_tell | {name: value for name, value in options.items() if name in told}
     for name, value in stated.items():
         if told.get(name, value) != value:
             raise ValueError(

@@ -219,6 +219,12 @@ def test_weights_of_a_grid_that_is_no_square_ask_for_its_shape(tmp_path, randomi
     assert torch.equal(loaded.pos_embed, model.pos_embed)
 
 
+def test_a_hybrid_that_contradicts_its_weights_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "a.pt", "pdessm-gla", args=dict(mixer="pdessm-gl", pde_attention_every=3))
+    with pytest.raises(ValueError, match="states attention_every=3, and its weights have attention_every=4"):
+        load_model(tmp_path / "a.pt", given_flags(), "ema")
+
+
 def test_words_that_mean_nothing_here_are_passed_over(tmp_path):
     args = dict(model=["MyDiT"], mixer="hyena", vae=None, num_classes=None, image_size="64", objective="eps", path="/data")
     args |= dict(ema_decay=[[0.9]], class_names=3)
