@@ -83,11 +83,14 @@ def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
     assert all(other == settings[0] for other in settings)  # systems differ in the network alone
 
 
-def test_small_runs_may_have_larger_images_and_patches(tmp_path):
-    commands = commands_of("table3_flowers.sh", tmp_path, SCALE="small", SIZE="64", PREDICT="x")
+@pytest.mark.parametrize(
+    ("flags", "predict"), [({}, "x"), ({"PREDICT": "velocity"}, "velocity"), ({"OBJECTIVE": "diffusion"}, None)], ids=str
+)
+def test_small_runs_may_have_larger_images_and_patches(tmp_path, flags, predict):
+    commands = commands_of("table3_flowers.sh", tmp_path, SCALE="small", SIZE="64", BATCH="32", **flags)
     trained = [train.parse_args(flags) for name, *flags in commands if name == "train.py"]
     assert {args.model for args in trained} == {"DiT-N/8", "UNet-N"}
-    assert {(args.image_size, args.predict) for args in trained} == {(64, "x")}
+    assert {(args.image_size, args.predict, args.global_batch_size) for args in trained} == {(64, predict, 32)}
 
 
 def test_other_settings_are_another_run(tmp_path):
