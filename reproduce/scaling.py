@@ -16,7 +16,7 @@ from statistics import linear_regression, mean
 
 import torch
 
-from benchmarks.plot import COLOURS
+from benchmarks.plot import styles
 from benchmarks.sides import training_step
 from benchmarks.timing import time_in_turns
 from checkpoints.read import read_checkpoint
@@ -31,7 +31,6 @@ COSTS = {
     "steps": "steps, widest",
     "seconds": "seconds of all steps",
 }
-MARKERS = "osD^v"
 
 
 def runs_in(work):
@@ -63,7 +62,7 @@ def measured(runs, device):
             parameters=sum(p.numel() for p in network.parameters()), batch=batch, image_size=side,
             step_multiply_adds=training_flops(network, batch) // 2, step_ms=times[model, mixer]["median_ms"],
         ))  # fmt: skip
-    return entries
+    return sorted(entries, key=lambda entry: entry["parameters"])
 
 
 def curves(entries, cost):
@@ -91,14 +90,22 @@ def slope(line):
 
 def draw(file, entries):
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 8), layout="constrained")
     for axis, (cost, label) in zip(axes.flat, COSTS.items()):
-        for marker, (mixer, line) in zip(MARKERS, curves(entries, cost).items()):
+        lines = curves(entries, cost)
+        for (mixer, line), (colour, marker) in zip(lines.items(), styles(list(lines)).values()):
             fitted = slope(line)
             text = mixer if fitted is None else f"{mixer}, slope {fitted:.3f}"
-            axis.plot(*zip(*line), marker=marker, color=COLOURS.get(mixer), label=text)
+            axis.plot(*zip(*line), marker=marker, color=colour, label=text)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="held-out loss")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))           # labels of more places would overlap
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=[n / 10 for n in range(10, 100)], numticks=99))    # every 0.01
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_minor_formatter(NullFormatter())
         axis.grid(which="both", color="#dddddd", linewidth=0.6)
         axis.legend(frameon=False)
     figure.savefig(file, format="png", dpi=110)
@@ -128,8 +135,8 @@ def main(work, device):
         raise SystemExit(f"{work} has no finished run of reproduce/scaling.sh")
     entries = measured(runs, device)
     with whole_file(RESULTS / "scaling.json", "results") as file:
-        how = dict(command="bash reproduce/scaling.sh DATA", device=str(device), torch=torch.__version__)
-        contents = how | dict(runs=entries)
+        command = f"STEPS={runs[0]['max_steps']} bash reproduce/scaling.sh DATA"
+        contents = dict(command=command, device=str(device), torch=torch.__version__, runs=entries)
         file.write((json.dumps(contents, indent=1) + "\n").encode())
     with whole_file(RESULTS / "scaling.png", "picture") as file:
         draw(file, entries)
