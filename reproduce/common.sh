@@ -31,7 +31,7 @@ table=$(basename "$0" .sh) data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32} PYTHON=${PYTHON:-python}
 if [ "$SCALE-$OBJECTIVE" = small-flow ] && [ "${SIZE:-32}" -ge 64 ]; then PREDICT=${PREDICT:-x}; fi
-other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}
+other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}${BATCH:+-$BATCH}
 if [ "$PRECISION" != fp32 ]; then other=$other-$PRECISION; fi
 WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE$other} ROWS=${ROWS:-reproduce/results/$table$other.jsonl}
 case $SCALE-$OBJECTIVE in
