@@ -8,7 +8,6 @@ from mixers.options import Mixer, Option, check_numbers
 from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock, options_from_weights
 
 SWITCH = dict(action="store_true")
-HYBRID = "pdessm-gla"
 OPTIONS = (
     Option(
         "coupling",
@@ -69,6 +68,6 @@ def read_hybrid(weights, first):
 
 
 MIXER = Mixer(
-    "pde", build, read, OPTIONS, PRESETS | {HYBRID: PRESETS["pdessm-gl"] | {"attention_every": 4}}, check,
+    "pde", build, read, OPTIONS, PRESETS | {"pdessm-gla": PRESETS["pdessm-gl"] | {"attention_every": 4}}, check,
     told_as={"expand": "state_dim"},
 )  # fmt: skip

@@ -8,8 +8,8 @@
 #   SCALE       full, the paper's; or small, on 2 CPU cores in minutes, to see that everything runs: tiny models on pixels,
 #               few steps and images. DATA is then any folder of images, or holds train/ and test/
 #   SIZE        if small, of the images, 32; DiT-N's patches are an eighth of it
-#   PREDICT     of flow: velocity, or x, which pixels at larger patches need: if small, from SIZE=64 on, whose patches are of
-#               8 x 8, x (a DiT-N/8's flowers of 1,000 samples: FD-EfficientNet 260 and 339 with x, 301 to 307 without)
+#   PREDICT     of flow: velocity, or x, which pixels at larger patches need; if small, x from SIZE=64 on, whose patches are of
+#               8 x 8
 #   SEEDS       "0 1 2", or if small "0"
 #   PRECISION   of training and sampling: fp32, or bf16. CPUs differ: an AMD EPYC (Zen 5) takes half the time with bf16, an
 #               Intel Xeon without AMX 1.4 to 1.9 times as long
