@@ -78,7 +78,8 @@ def test_every_command_of_a_script_is_one(tmp_path, script, scale, objective):
         assert system in known or any(system.removesuffix(f"-{coupling}") in known for coupling in tables.COUPLINGS)
     seeds = {args.global_seed for args in trained}
     assert seeds == ({0, 1, 2} if scale == "full" else {0})
-    settings = [{k: v for k, v in vars(a).items() if not k.startswith("pde_") and k not in ("model", "mixer", "results_dir")}
+    of_network = "model", "mixer", "lr_coefficients", "results_dir"
+    settings = [{k: v for k, v in vars(a).items() if not k.startswith("pde_") and k not in of_network}
                 for a in trained if a.global_seed == 0]  # fmt: skip
     assert all(other == settings[0] for other in settings)  # systems differ in the network alone
 
@@ -96,7 +97,7 @@ def test_small_runs_may_have_larger_images_and_patches(tmp_path, flags, predict)
 def test_other_settings_are_another_run(tmp_path):
     for flags in ({"STEPS": "10"}, {"STEPS": "20"}, {"STEPS": "20", "IMAGES": "30"}):
         commands = commands_of("table1_cifar10.sh", tmp_path, SCALE="small", **flags)
-        assert [c[0] for c in commands].count("sample_ddp.py") == 5, flags
+        assert [c[0] for c in commands].count("sample_ddp.py") == 6, flags
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
