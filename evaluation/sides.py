@@ -25,6 +25,7 @@ class Source(NamedTuple):
     numbers: list        # the numbers of those that are compared
     statistics: dict     # those of the file, {"pool": (mu, sigma), ...}, or empty
     counted: int | None  # how many images the statistics are of, None if the file does not say so
+    pool: np.ndarray | None = None  # features (N, D) of all images, from a reference that keeps them
 
     @property
     def shown(self):
@@ -78,7 +79,7 @@ def open_source(source, network, crop=None, dataset=None, num=None, part=slice(N
 
     OSError or ValueError says what is wrong.
     """
-    statistics, counted, misfit = {}, None, None
+    statistics, counted, misfit, pool = {}, None, None, None
     if not isinstance(source, str | os.PathLike):
         name, images = "images in memory", ArrayImages(source)
     elif Path(source).is_file():
@@ -88,6 +89,8 @@ def open_source(source, network, crop=None, dataset=None, num=None, part=slice(N
         images = NpzImages(source) if "arr_0" in held else None
         if "mu" in held:
             statistics, counted, misfit = read_statistics(source, network)
+        if statistics and images is not None and "pool" in held:
+            pool = read_pool(source, (len(images), network.dim))
         if not statistics and images is None:
             nothing = misfit or "neither images (arr_0) nor statistics (mu, sigma)"
             raise ValueError(f"{source} holds {nothing}; it has {_some(held)}")
@@ -96,12 +99,12 @@ def open_source(source, network, crop=None, dataset=None, num=None, part=slice(N
     else:
         raise FileNotFoundError(f"{source}: no such file or folder")
     if num or part != slice(None):
-        statistics, counted = {}, None
+        statistics, counted, pool = {}, None, None
         if images is None:
             raise ValueError(f"{name} holds statistics and no images to choose from")
         if num and num > len(images):
             raise ValueError(f"{name} holds {len(images):,} images, fewer than --num {num:,}")
-    return Source(name, images, evenly_spread(len(images), num)[part] if images else [], statistics, counted)
+    return Source(name, images, evenly_spread(len(images), num)[part] if images else [], statistics, counted, pool)
 
 
 def read_statistics(path, network):
@@ -122,6 +125,21 @@ def read_statistics(path, network):
     if (features, dim) != (network.name, network.dim):
         return {}, None, f"statistics of {dim} features of {features}, not of {network.dim} of {network.name}"
     return statistics, counted, None
+
+
+def read_pool(path, shape):
+    """Reads the features that `make_reference` put beside the images of an .npz. OSError or ValueError if they are damaged or
+    not of this shape."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pool = arrays["pool"]
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise OSError(f"cannot read the features (pool) in {path} ({_reason(error)})") from error
+    if pool.shape != shape or pool.dtype != np.float32:
+        raise ValueError(f"pool of {path} is {pool.dtype} {pool.shape}; features of its images are float32 {shape}")
+    if not np.isfinite(pool).all():
+        raise ValueError(f"pool of {path} holds numbers that are not finite")
+    return pool
 
 
 def _reason(error):
@@ -147,6 +165,9 @@ def measure(source, network, processes=ALONE, batch_size=None):
     ValueError on all processes if a feature is not finite."""
     if source.images is None:
         return Side(source.name, None, source.statistics, source.counted, set())
+    if source.pool is not None:
+        pool = torch.from_numpy(source.pool).to(processes.device)
+        return Side(source.name, pool, source.statistics, source.counted, {source.images.shape[1:3]})
     numbers = source.numbers
     batch_size = batch_size or (64 if processes.device.type == "cuda" else 16)
     batch_size = min(batch_size, len(numbers) // processes.size)
@@ -249,12 +270,12 @@ def read_features(path, wanted):
 
 
 def make_reference(source, path, network, processes, batch_size=None):
-    """Writes statistics of a Source's images, and STORED of them at most, evenly spread, into an .npz that evaluation and
-    ADM's evaluator take as reference."""
+    """Writes statistics of a Source's images, and STORED of them at most, evenly spread, with their features, into an .npz that
+    evaluation and ADM's evaluator take as reference."""
     if source.shown < max(2, processes.size):
         least = f"2, and 1 for each of {processes.size} processes" if processes.size > 1 else "2"
         raise ValueError(f"a reference takes at least {least}; {source.name} holds {held_in_words(source)}")
-    side = measure(source._replace(statistics={}), network, processes, batch_size)
+    side = measure(source._replace(statistics={}, pool=None), network, processes, batch_size)
     if processes.rank > 0:
         return
     if len(side.sizes) > 1:
@@ -262,7 +283,9 @@ def make_reference(source, path, network, processes, batch_size=None):
         raise ValueError(f"{source.name} has images of {sizes}; --image-size crops to one")
     arrays = dict(zip(("mu", "sigma"), side.statistics["pool"]))
     arrays |= dict(zip(("mu_s", "sigma_s"), side.statistics.get("spatial", ())))
-    numbers = [[source.numbers[place]] for place in evenly_spread(source.shown, min(STORED, source.shown))]
+    places = evenly_spread(source.shown, min(STORED, source.shown))
+    arrays |= dict(pool=side.pool[places].cpu().numpy())  # which takes longer to compute than all that is computed from it
+    numbers = [[source.numbers[place]] for place in places]
     images = (batch[0] for batch in source.images.read(numbers))
     progress = tqdm(images, f"Writing {path}", len(numbers), unit="image")
     write_npz(path, progress, len(numbers), **arrays, features=network.name, count=side.counted)

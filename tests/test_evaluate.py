@@ -64,7 +64,7 @@ def test_a_reference_of_one_s_own(tmp_path, random_images, run):
     evaluate.main(evaluate.parse_args(["--make-ref", str(tmp_path / "photos"), str(tmp_path / "ref.npz")]), ALONE)
     with np.load(tmp_path / "ref.npz") as arrays:
         kept = dict(arrays)
-    assert kept.keys() == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "count"}
+    assert kept.keys() == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "pool", "features", "count"}
     assert (kept["arr_0"].shape, kept["arr_0"].dtype, int(kept["count"])) == ((30, 6, 6, 3), np.uint8, 30)
     again = run(tmp_path / "ref.npz", tmp_path / "sample.npz")
     assert [again[name] for name in FIVE] == [plain[name] for name in FIVE]

@@ -110,6 +110,39 @@ def test_a_reference_of_an_npz_with_statistics_is_of_its_images(tmp_path, random
         assert arrays["mu"].min() > 0
 
 
+class NeverAsked(Colours):
+    def forward(self, images):
+        raise AssertionError("the features are in the file")
+
+
+def test_features_in_a_reference_are_not_computed_again(tmp_path, random_images, monkeypatch):
+    monkeypatch.setattr(sides, "STORED", 10)
+    source = open_source(random_images(20), Colours())
+    computed = measure(source, Colours())
+    sides.make_reference(source, tmp_path / "ref.npz", Colours(), ALONE)
+    read = measure(open_source(tmp_path / "ref.npz", Colours()), NeverAsked())
+    torch.testing.assert_close(read.pool, computed.pool[::2], rtol=0, atol=0)
+    assert (read.sizes, read.counted, read.shown) == ({(6, 6)}, 20, 10)
+    with pytest.raises(AssertionError, match="in the file"):  # statistics of the chosen have to be computed
+        measure(open_source(tmp_path / "ref.npz", Colours(), num=4), NeverAsked())
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        (np.zeros((9, 6), np.float32), r"pool of .* is float32 \(9, 6\); features of its images are float32 \(8, 6\)"),
+        (np.zeros((8, 6)), r"is float64 \(8, 6\); features of its images are float32"),
+        (np.full((8, 6), np.nan, np.float32), "pool of .* holds numbers that are not finite"),
+        (np.array([None]), "cannot read the features .pool. in .*Python objects"),
+    ],
+    ids=["rows", "type", "nan", "objects"],
+)
+def test_other_features_in_a_reference_are_refused(tmp_path, random_images, pool, message):
+    np.savez(tmp_path / "ref.npz", arr_0=random_images(8), mu=np.zeros(6), sigma=np.eye(6), pool=pool)
+    with pytest.raises((ValueError, OSError), match=message):
+        open_source(tmp_path / "ref.npz", Colours())
+
+
 def test_memory_grows_with_features_only(tmp_path):
     """A thousand images of 64 x 64 (12 MB) pass through in far less."""
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((1000, 64, 64, 3), np.uint8))
