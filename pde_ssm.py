@@ -26,7 +26,7 @@ from pde_ssm_kernels.modes import full_precision, widen
 from pde_ssm_kernels.products import matmul
 
 TERMS = ("diffusion", "convection", "reaction")
-R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX, so that no mode grows by more than exp(R_MAX)
+R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX, so that no mode grows by more than exp(R_MAX); also in pairs.py and pairs.cpp
 LARGEST_LOG_TAU = 15  # so that tau times other numbers is finite in float32, wherever an optimiser sends log_tau
 LEAST_GROWTH = -80   # the exponential of less is nothing in float32, but takes ten times as long where it underflows
 
@@ -355,7 +355,7 @@ class PDESSM(Keeping):
     grid_size:   (h, w) of the tokens it will see; only the initial values depend on it.
     coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
     groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
-                 pairwise, as in the paper, and groups of 8 channels for coupled, whose exponential costs O(c^3).
+                 pairwise, as in the paper, and groups of 8 channels, or 4 or 2, for coupled, whose exponential costs O(c^3).
     state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. expand: the same, in multiples of dim.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
     components:  not the paper's: how many PDEs a channel has, whose states are summed. For the diagonal coupling alone.
@@ -385,9 +385,13 @@ class PDESSM(Keeping):
             raise ValueError(f"components is {components}, with coupling {coupling!r}; it is 1, or more if diagonal")
         if coupling == "diagonal" and groups not in (None, 1):
             raise ValueError(f"groups is {groups}, with coupling 'diagonal', which has a PDE for each channel and no groups")
+        if state_dim is not None and expand != 1:
+            raise ValueError(f"state_dim {state_dim} and expand {expand:g} both say how many channels the PDE has; give one")
         C = round(expand * dim) if state_dim is None else state_dim
         if groups is None:
             groups = C // math.gcd(C, 8) if coupling == "coupled" else 1
+            if 1 < groups == C:
+                raise ValueError(f"coupled channels fall into groups of 8, 4 or 2, and {C} do not; give groups")
         if groups < 1 or C < 1 or C % groups:
             raise ValueError(f"{C} channels cannot be split into {groups} equal groups")
         self.dim, self.coupling, self.conditioned, self.activation = dim, coupling, conditioned, activation
@@ -448,8 +452,9 @@ class PDESSM(Keeping):
 def receptive_field(kernel):
     """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
-    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone it is the length of the shift, for
-    isotropic diffusion of standard deviation s it is sqrt(2) s.
+    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone by whole tokens, an even number on even sides, it is
+    the length of the shift; for isotropic diffusion of standard deviation s it is sqrt(2) s from s of about 1 to a sixth of the
+    side. Kernels that are sharper ring, as waves that the grid cannot hold are cut off, and are measured with their ringing.
     """
     h, w = kernel.shape[-2:]
     y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))

@@ -48,6 +48,7 @@ class Backbone(nn.Module, Pretrained):
         """
         n = len(x) // 2
         out = self(x[:n].repeat(2, 1, 1, 1), t, y)                         # (2n, out_channels, H, W)
+        cfg_scale = cfg_scale.to(out.dtype) if isinstance(cfg_scale, torch.Tensor) else cfg_scale
         guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)
         return torch.cat([guided.repeat(2, 1, 1, 1), out[:, channels:]], dim=1)
 

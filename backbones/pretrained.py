@@ -21,10 +21,10 @@ WHEREABOUTS = {
 NO_FLAGS = {"class_names", "data", "vae_digest"}
 
 
-def to_safetensors(weights, settings):
-    """Returns a state dict as the bytes of a safetensors file, with settings, a dict, as JSON in its metadata."""
+def to_safetensors(weights, settings, **more):
+    """Returns a state dict as the bytes of a safetensors file, with settings, a dict, as JSON in its metadata, and more text."""
     whole = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
-    return save(whole, dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True)))
+    return save(whole, dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True), **more))
 
 
 class Pretrained(PyTorchModelHubMixin):
@@ -37,14 +37,16 @@ class Pretrained(PyTorchModelHubMixin):
     settings = None
 
     def _save_pretrained(self, folder):
-        config = self._hub_mixin_config | dict(input_size=self.input_size)  # it may have been resized
-        shapes = {name: w.shape for name, w in self.state_dict().items()}
+        config, size = self._hub_mixin_config, self.input_size
+        weights = self.resize(config["input_size"]).state_dict()           # as it was trained: a grid decides what others mean
+        self.resize(size)
+        shapes = {name: w.shape for name, w in weights.items()}
         with torch.device("meta"):
             again = type(self)(**config)
         if {name: w.shape for name, w in again.state_dict().items()} != shapes:
             raise ValueError(f"this {type(self).__name__} has parts without a name, such as a mixer given by its class")
         with whole_file(Path(folder, WEIGHTS), "weights") as file:
-            file.write(to_safetensors(self.state_dict(), public(self.settings or {})))
+            file.write(to_safetensors(weights, public(self.settings or {}), size=json.dumps(size)))
         with whole_file(Path(folder, "config.json"), "configuration") as file:
             file.write(json.dumps(config, indent=1).encode())
 
@@ -61,6 +63,7 @@ class Pretrained(PyTorchModelHubMixin):
             with safe_open(path, "pt") as file:
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 model.settings = json.loads(file.metadata()["args"])
+                model.resize(json.loads(file.metadata().get("size", json.dumps(model.input_size))))
         except (TypeError, RuntimeError, KeyError) as error:
             raise ValueError(f"{model_id} holds no {cls.__name__} that save_pretrained wrote ({error})") from error
         model.class_names = model.settings.get("class_names") or None

@@ -36,7 +36,8 @@ def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
     # The model decides the first five, and its tokens are all on the grid.
     decided = {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored", "options"}
     accepted = {option.name for option in kind_of(mixer).options} if isinstance(mixer, str) else parameters.keys() - decided
-    if unknown := [name for name in options if name not in accepted]:
+    anything = not isinstance(mixer, str) and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if unknown := [name for name in options if name not in accepted and not anything]:
         raise ValueError(f"mixer {mixer} has no option {', '.join(unknown)}")
     told = dict(grid_size=grid_size, layer=layer)
     options |= {name: value for name, value in told.items() if name in parameters}

@@ -12,6 +12,7 @@ from .modes import exporting, observed, traced, transformed
 
 # By the name of a backend, the kernels that it asks, in order.
 BACKENDS = {"default": ["cpp"], "torch": [], "cpp": ["cpp"], "triton": ["triton"], "auto": ["triton", "cpp"], "plain": []}
+OTHER = "set_backend('auto') takes torch there"
 _backend = "default"
 
 
@@ -21,11 +22,12 @@ def set_backend(name):
     default: on CPUs the C++ kernels where they can, PyTorch elsewhere
     torch:   PyTorch
     cpp:     the C++ kernels, or an error where they cannot
-    triton:  the Triton kernels, for GPUs, or an error where they cannot; not for conditioned layers
+    triton:  the Triton kernels, for GPUs, or an error where they cannot
     auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
     plain:   the equations as pde_ssm.py writes them: for checks, since pairs of channels take much memory
 
-    C++ runs all couplings, systems in groups of up to 8 or 16 channels, Triton the diagonal one. ValueError for another name.
+    C++ runs all couplings, systems in groups of up to 8 or 16 channels, Triton the diagonal one without conditioning. Where
+    torch.func, torch.compile or torch.export look on, what they can follow runs under every name. ValueError for another name.
     """
     global _backend
     if name not in BACKENDS:
@@ -45,22 +47,26 @@ def choose(v, equation, time_scale=None):
     """
     if _backend == "plain":
         return None
-    tensors = [v, *equation._parameters.values(), *([] if time_scale is None else [time_scale])]
+    tensors = [v, *equation.parameters(), *([] if time_scale is None else [time_scale])]
     followed = exporting() or transformed() or (not torch.compiler.is_compiling() and traced(*tensors))
     if hasattr(equation, "is_system"):                                    # of matrices
         from . import pairs, pytorch
 
-        return pairs.evolve_tokens if not followed and _pairs(v, equation) else pytorch.evolve_in_pieces
+        if not followed and _pairs(v, equation):
+            return pairs.evolve_tokens
+        if _backend in ("cpp", "triton") and not (followed or torch.compiler.is_compiling()):
+            raise ValueError(f"the backend is {_backend}, and its kernels are not for {_in_words(v)} and coupled channels; {OTHER}")
+        return pytorch.evolve_in_pieces
     if followed:
         return None
     for name in BACKENDS[_backend]:
         kernels = _kernels(name)
-        if name == "triton" and time_scale is not None:
-            continue
-        if kernels and kernels.serves(v):
+        conditioned = name == "triton" and time_scale is not None
+        if kernels and kernels.serves(v) and not conditioned:
             return kernels.evolve_tokens
         if _backend == name:
-            raise ValueError(f"the backend is {name}, and {why_not(name, v)}; set_backend('auto') takes torch there")
+            reason = "its kernels are not for conditioned layers" if conditioned else why_not(name, v)
+            raise ValueError(f"the backend is {name}, and {reason}; {OTHER}")
     return None
 
 
@@ -90,8 +96,11 @@ def why_not(name, v):
     kernels = _kernels(name)
     if kernels and kernels.serves(v):
         return None
-    where = f"not for {v.dtype} of shape {tuple(v.shape)} on {v.device.type}" if kernels else "not installed"
-    return f"its kernels are {where}"
+    return f"its kernels are {f'not for {_in_words(v)}' if kernels else 'not installed'}"
+
+
+def _in_words(v):
+    return f"{v.dtype} of shape {tuple(v.shape)} on {v.device.type}"
 
 
 def _kernels(name):

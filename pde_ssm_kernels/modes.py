@@ -18,7 +18,7 @@ def traced(*tensors):
 
 def observed():
     """The part of `traced` that is no matter of the tensors."""
-    return torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch._C._len_torch_dispatch_stack()
 
 
 def transformed():

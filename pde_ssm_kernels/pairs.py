@@ -95,7 +95,7 @@ def folded(layer, h, w):
     c, rows = equation.dim, exponents(equation)
     blocks = -(-c // lanes())
     matrices = g0.new_zeros(len(odd), blocks, layer.dim, 2, lanes())
-    for part in torch.arange(layer.dim).split(AT_ONCE):
+    for part in torch.arange(layer.dim, device=g0.device).split(AT_ONCE):
         kx, ky = odd[:, :, None, None].unbind(1)
         embedded = torch.stack([g0[part].expand(len(odd), -1, -1), kx * gx[part] + ky * gy[part]], dim=1)[None]
         states = torch.empty_like(embedded)                                # (1, f, 2, part, c)
@@ -110,8 +110,8 @@ def folded(layer, h, w):
 def symbol_of_system(equation, h, w):
     """Returns G(k) B(k) of Coupled at the f wave vectors of a grid, (groups f, c, 2, lanes), input channels before outputs."""
     groups, c, _ = equation.g0.shape
-    units = torch.zeros(groups, h * (w // 2 + 1), 2, c, c)
-    units[:, :, 0] = torch.eye(c)
+    units = torch.zeros(groups, h * (w // 2 + 1), 2, c, c, dtype=torch.float32, device=equation.g0.device)
+    units[:, :, 0].diagonal(dim1=-2, dim2=-1).fill_(1)
     states, _ = evolve(units, *equation.embedding(), exponents(equation), h, w, True)
     return F.pad(states, (0, lanes() - c)).transpose(2, 3).flatten(0, 1).contiguous()
 
@@ -120,7 +120,7 @@ def exponents(equation):
     """Returns what `pytorch.exponents` does as the kernels want it, (6, groups, c, c)."""
     if equation.is_system:
         return torch.cat(pytorch.exponents(equation), dim=1).movedim(1, 0).view(6, *equation.g0.shape)
-    lx, ly, shear, b, slack = (equation._parameters.get(name) for name in ("log_lx", "log_ly", "shear", "b", "r_slack"))
+    lx, ly, shear, b, slack = (getattr(equation, name, None) for name in ("log_lx", "log_ly", "shear", "b", "r_slack"))
     r = None if slack is None else 1 - F.softplus(widen(slack))            # R_MAX, before `bound`
     inputs = equation.tau(), *(None if x is None else widen(x) for x in (lx, ly, shear, b)), r
     return exponents_plainly(*inputs) if torch.compiler.is_compiling() else Exponents.apply(*inputs)
@@ -252,7 +252,8 @@ def conjugates(h, w):
     """Returns the wave vectors that have no product of their own, and those of which they are the complex conjugates: in the
     columns of kx = 0 and of the Nyquist frequency, the spectrum of real tokens is the same up and down."""
     f = w // 2 + 1
-    y, x = torch.arange(1, (h + 1) // 2)[:, None], torch.tensor([0] if w % 2 or w == 0 else [0, w // 2])
+    columns = [0] if w % 2 or w == 0 else [0, w // 2]
+    y, x = torch.arange(1, (h + 1) // 2, device="cpu")[:, None], torch.tensor(columns, device="cpu")
     return ((h - y) * f + x).flatten(), (y * f + x).flatten()
 
 

@@ -175,7 +175,7 @@ def multiply(G, v):
 
 def matrix_exponential(growth, phase):
     """exp of c x c matrices growth + i phase, real part, then imaginary part: (..., c c), (..., c c) -> (..., 2, c c)."""
-    c = round(growth.shape[-1] ** 0.5)
+    c = round(int(growth.shape[-1]) ** 0.5)                                 # int, for torch.jit.trace
     G = matrix_exp(torch.complex(growth, phase).unflatten(-1, (c, c))).flatten(-2)
     return torch.stack([G.real, G.imag], dim=-2)
 

@@ -105,12 +105,31 @@ def test_names_that_do_not_fit_are_refused(tmp_path, text, message):
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_resized_model_is_saved_as_it_is(tmp_path):
-    model = MODELS["DiT-N/4"](**PIXELS).resize((16, 24))
-    model.save_pretrained(tmp_path / "a")
-    again = DiT.from_pretrained(tmp_path / "a")
-    assert again.input_size == (16, 24)
-    assert torch.equal(again.pos_embed, model.pos_embed)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DiT-N/4", {}),
+        ("DiT-N/4", dict(positions="rope")),
+        ("DiT-N/4", dict(mixer="s4nd")),
+        ("DiT-N/4", dict(mixer="global-filter")),
+        ("DiS-N/4", {}),
+        ("LaMamba-N", {}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_resized_model_is_saved_as_it_is(tmp_path, name, options):
+    model = MODELS[name](**PIXELS, **options).eval()
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) / 10)
+    model.resize((16, 32)).save_pretrained(tmp_path / "a")
+    again = type(model).from_pretrained(tmp_path / "a")
+    for size in ((16, 32), (32, 32), (16, 16)):  # as it was saved, another, and the trained one
+        if size != (16, 32):
+            again.resize(size), model.resize(size)
+        assert again.input_size == model.input_size == size
+        inputs = torch.randn(1, 3, *size), torch.tensor([0.3]), torch.tensor([3])
+        torch.testing.assert_close(again(*inputs), model(*inputs), rtol=0, atol=0)
 
 
 def test_what_has_no_name_is_not_saved(tmp_path):

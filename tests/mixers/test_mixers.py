@@ -12,7 +12,7 @@ import train
 from checkpoints.build import load_model
 from commands import QUICK, ROOT, draw, fit
 from machine.flags import positive
-from mixers import KINDS, MIXERS, mixer_options, pde
+from mixers import KINDS, MIXERS, build_mixer, mixer_options, pde
 from mixers.options import Mixer, Option
 from pde_ssm import PDESSMBlock
 
@@ -29,6 +29,14 @@ def test_a_mixer_takes_the_options_that_it_declares(kind):
     for name, preset in kind.named.items():
         assert name in MIXERS
         assert preset.keys() <= {option.name for option in kind.options}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_no_images_are_no_mistake(name):
+    tokens = torch.randn(0, 16, 16, requires_grad=True)
+    out = build_mixer(name, 16, 4, (4, 4), 0)(tokens)
+    assert out.shape == tokens.shape
+    out.sum().backward()
 
 
 def test_the_tables_in_the_docs_have_every_option():

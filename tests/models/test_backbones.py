@@ -80,6 +80,13 @@ def test_guidance(network):
     torch.testing.assert_close(both[:2, :3], null[:, :3] + 2.5 * (plain - null)[:, :3], rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_of_each_image_in_half_precision():
+    network, (x, t, y) = MODELS["DiT-N/4"]((8, 16), in_channels=3, num_classes=10).bfloat16().eval(), inputs()
+    x, t, y = x.bfloat16().repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, 10)])
+    each = network.forward_with_cfg(x, t, y, torch.full((2, 1, 1, 1), 2.5))
+    torch.testing.assert_close(each, network.forward_with_cfg(x, t, y, 2.5))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_that_are_computed_twice_are_the_same(build, name):
     model, x, t, y = build(name), *inputs()

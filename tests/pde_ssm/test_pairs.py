@@ -80,6 +80,42 @@ def symbols(exponents, h, w):
     return torch.complex(*out[0].unbind(1)).unflatten(0, (h, -1)).permute(3, 2, 0, 1).to(torch.complex128)
 
 
+@pytest.mark.parametrize("name", ["log_lx", "log_ly", "shear", "b", "r_slack"])
+def test_parameters_that_are_parametrised_are_not_absent(name):
+    pde, u = PDESSM(6, coupling="pairwise"), torch.randn(2, 6, 5, 4)
+    expected = pde(u)
+    torch.nn.utils.parametrize.register_parametrization(pde.equation, name, torch.nn.Identity())
+    torch.testing.assert_close(pde(u), expected)
+
+
+@pytest.mark.parametrize("coupling", ["pairwise", "coupled"])
+def test_a_trace_holds_what_the_layer_computes(coupling):
+    pde, u = PDESSM(8, coupling=coupling).eval(), torch.randn(2, 8, 5, 4)
+    torch.testing.assert_close(torch.jit.trace(pde, u, check_trace=False)(u), pde(u))
+
+
+@pytest.fixture
+def other_defaults():
+    torch.set_default_dtype(f64)
+    with torch.device("meta"):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("coupling", ["diagonal", "pairwise", "coupled"])
+def test_type_and_device_are_those_of_the_layer_whatever_the_default(request, coupling):
+    pde, u = PDESSM(8, coupling=coupling).eval(), torch.randn(2, 8, 6, 6)
+    expected = copy.deepcopy(pde)(u).detach()
+    for cached in (pairs.conjugates,):
+        cached.cache_clear()
+    request.getfixturevalue("other_defaults")
+    with torch.no_grad():
+        for _ in range(3):  # evaluation folds from the second time on
+            out = pde(u)
+    assert (out.dtype, out.device) == (torch.float32, u.device)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.02, 0.1, 0.3, 1, 10, 1e3, 1e10])
 @pytest.mark.parametrize("grid", [(8, 8), (7, 13), (64, 64), (1, 30), (300, 3)], ids=str)
 @pytest.mark.parametrize("r", [1, -70])
