@@ -50,11 +50,13 @@ def main(args, processes):
 def draw_kernels(ckpt, ema, device, grid, count, **chosen):
     """Draws Green's functions, those of a checkpoint if there is one, or of coefficients that were chosen, or Figure 1."""
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    if not ckpt and (ema or count):
+        raise ValueError("--count and --ema are for the kernels of a checkpoint; give --ckpt, or leave them out")
     if ckpt:
         if chosen or grid:
             raise ValueError("a checkpoint has its own coefficients and grid; leave --ckpt or the others out")
         model, _, title = open_model(ckpt, ema, device)
-        rows = kernels.kernels_of_layers(model, count)
+        rows = kernels.kernels_of_layers(model, count or 8)
         return kernels.draw_layers(rows, title), {title: [[kernels.measure(kernel) for kernel in row] for row in rows.values()]}
     grid = grid or 64
     found = kernels.chosen_kernels((grid, grid) if isinstance(grid, int) else grid, chosen)
@@ -65,7 +67,7 @@ def draw_maps(ckpt, ema, device, image, progress, class_label, seed):
     """Draws what a checkpoint's layers make of a disc, and of a picture, at some places on the way from noise."""
     model, settings, title = open_model(ckpt, ema, device)
     space, objective = open_space(settings, device), create_objective(settings["objective"], **trained(settings))
-    label, rows, numbers = choose_classes(model, class_label and [class_label])[0], [], {}
+    label, rows, numbers = first_class(model, class_label), [], {}
     for name, pixels in pictures(model, space, image).items():
         x = space.encode(pixels[None].to(device), torch.zeros((), device=device))
         for place in progress:
@@ -131,11 +133,17 @@ def draw_drift(ckpt, ema, device, initial):
     return drift.draw_drift(before, after, title), {title: dict(quantiles=levels.tolist(), layers=numbers)}
 
 
-def open_model(ckpt, ema, device):
-    """Returns a checkpoint's model on that device, its settings, and what to call it in a picture."""
+def open_model(ckpt, ema, device, name=None):
+    """Returns a checkpoint's model on that device, its settings, and what to call it in a picture, by its file's name unless
+    another is given."""
     model, settings = load_model(find_checkpoint(ckpt), {}, "mse", ema)
     kind = f"{settings['model']}, {settings['mixer']}" if isinstance(model, DiT) else settings["model"]  # others have their own
-    return model.to(device), settings, f"{kind} ({Path(ckpt).stem})"
+    return model.to(device), settings, f"{kind} ({name or Path(ckpt).stem})"
+
+
+def first_class(model, label):
+    """Returns the number of the class that is wanted, or else of the first that samples are drawn of."""
+    return choose_classes(model, None if label is None else [label])[0]
 
 
 def open_space(settings, device):
@@ -155,12 +163,13 @@ def pictures(model, space, image=None):
 
 def look_at(ckpts, ema, device, image, progress, label, seed, copies=4):
     """Yields (title, Layers) of checkpoints that look at the picture, or else the disc, under several noises."""
-    for ckpt in ckpts:
-        model, settings, title = open_model(ckpt, ema, device)
+    names = [Path(ckpt).stem for ckpt in ckpts]
+    for ckpt, name in zip(ckpts, names if len(set(names)) == len(names) else ckpts):
+        model, settings, title = open_model(ckpt, ema, device, name)
         space, objective = open_space(settings, device), create_objective(settings["objective"], **trained(settings))
         *_, pixels = pictures(model, space, image).values()
         x = space.encode(pixels[None].to(device), torch.zeros((), device=device)).repeat(copies, 1, 1, 1)
-        yield title, observe(model, objective, x, choose_classes(model, label and [label])[0], progress, seed)[1]
+        yield title, observe(model, objective, x, first_class(model, label), progress, seed)[1]
 
 
 def parse_args(argv=None):
@@ -182,12 +191,12 @@ def parse_args(argv=None):
 
     def add_image(add):
         add("--image", metavar="FILE", help="a picture to show to the network; otherwise a disc is drawn")
-        add("--class-label", type=class_label, metavar="CLASS", help="number or name; the first class unless given")
+        add("--class-label", type=class_label, metavar="CLASS", help="number or name; unless given, the first that sample.py draws")
         add("--seed", type=not_negative, default=0, help="of the noise")
 
     add = picture("kernels", draw_kernels, "Green's functions, chosen ones or a checkpoint's")
     add_checkpoint(add)
-    add("--count", type=positive, default=8, help="kernels of each layer of a checkpoint")
+    add("--count", type=positive, help="kernels of each layer of a checkpoint; 8 unless given")
     lengths = "of the Gaussian, in sides of the picture"
     add("--widths", type=from_zero, nargs=2, metavar=("FIRST", "SECOND"), help=f"standard deviations {lengths}")
     add("--angle", type=finite, help="of its first axis, in degrees from right to down")

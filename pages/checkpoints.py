@@ -11,6 +11,7 @@ from checkpoints.pipelines import INDEX
 from checkpoints.sharded import SETTINGS
 from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS
 from images.autoencoder import load_trained_space
+from machine.flags import class_label
 from machine.processes import explain
 from mixers.running import prepare_to_sample
 
@@ -26,8 +27,11 @@ class Opened(NamedTuple):
     space: Any
 
     def classes(self):
-        """Returns what its classes are called, names or numbers, as text."""
-        return self.model.class_names or [str(number) for number in range(self.model.trained_classes)]
+        """Returns (name, text) of each class: what it is called, and what stands for it in commands, which is its number where
+        the name reads as one or several have it."""
+        names = self.model.class_names or [str(number) for number in range(self.model.trained_classes)]
+        plain = [class_label(name.strip()) == name and names.count(name) == 1 for name in names]
+        return [(name, name if unique else str(number)) for number, (name, unique) in enumerate(zip(names, plain))]
 
     def samplers(self):
         """Returns the names of the samplers of its objective, the usual one first."""

@@ -30,7 +30,7 @@ def build(folders, device):
     def offer(path):
         with one_sentence():
             classes = open_checkpoint(path, folders, device).classes() if path else []
-        return gr.update(choices=classes, value=classes[:4])
+        return gr.update(choices=classes, value=[text for _, text in classes[:4]])
 
     def draw_both(path, other, classes, each, *rest):
         with one_sentence():

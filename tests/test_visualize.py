@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,12 +92,29 @@ def test_what_moved_is_seen(tmp_path, run):
     assert after == pytest.approx([np.e * tau for tau in before], rel=1e-5)
 
 
+@pytest.mark.parametrize("command", ["reach", "spectrum"])
+def test_checkpoints_of_one_name_are_two(tmp_path, run, command):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0000001.pt").hardlink_to(run[1])
+    paths = [tmp_path / name / "0000001.pt" for name in "ab"]
+    titles = list(numbers_of(tmp_path, command, "--ckpt", *paths)[0])
+    assert [path in title for path, title in zip(map(str, paths), titles, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(("label", "number"), [(None, 207), (0, 0), (1, 1)])
+def test_class_0_is_a_class(label, number):
+    model = SimpleNamespace(num_classes=1000, trained_classes=1000, class_names=None)
+    assert visualize.first_class(model, label) == number
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["kernels", "--out", "a.pdf"], f"--out a.pdf should end in {' or '.join(FORMATS)}"),
         (["kernels", "--out", "/no/folder/a.png"], "--out /no/folder/a.png: not a file in a folder that can be written"),
         (["kernels", "--ckpt", "PDE", "--angle", "3"], "a checkpoint has its own coefficients"),
+        (["kernels", "--count", "3"], "--count and --ema are for the kernels of a checkpoint"),
         (["kernels", "--ckpt", "ATTENTION"], "no Green's functions; reach and spectrum measure every mixer"),
         (["drift", "--ckpt", "ATTENTION", "--initial", "PDE"], "has no PDEs"),
         (["drift", "--ckpt", "ATTENTION"], "does not say with which seed it began; give --initial"),

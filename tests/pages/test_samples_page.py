@@ -83,6 +83,14 @@ def test_names_and_numbers_of_classes_are_told_apart():
     assert read_how([" rose", "17", "007"], 1, 3.0, 4, None, 4, 0, 1).classes == ("rose", 17, "007")
 
 
+@pytest.mark.parametrize("names", [None, ["1", "10", "2", "007", "rose", "lily", "rose", "3 ", "Lily", "9"]])
+def test_a_class_that_is_chosen_is_the_one_that_is_drawn(opened, names):
+    opened.model.class_names = names
+    shown, texts = zip(*opened.classes())
+    assert list(shown) == (names or [str(number) for number in range(10)])
+    assert read_how(texts, 1, 0, 4, None, 4, 0, 1).labels(opened.model) == list(range(10))
+
+
 def test_nothing_outside_the_folders_is_opened(checkpoint, tmp_path):
     outside = checkpoint(name="outside.pt")
     inside = tmp_path / "inside"
