@@ -33,4 +33,4 @@ lint: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv results samples
+	rm -rf .venv $(DEMO)

