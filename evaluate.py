@@ -9,6 +9,7 @@ of images. Images pass through the network as a stream, and only their features 
 """
 
 import argparse
+from pathlib import Path
 
 from evaluation.features import add_feature_flags, open_network
 from evaluation.metrics import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall  # noqa: F401
@@ -48,6 +49,11 @@ def check(args):
     """Checks that the flags go together. ValueError or OSError if not."""
     if args.make_ref and (args.ref or args.halves or args.features.endswith(".npz")):
         raise ValueError("--make-ref FOLDER OUT.npz stands alone")
+    if args.make_ref and (args.json or args.kid or args.exact_distances):
+        raise ValueError("--json, --kid and --exact-distances are for comparisons, not for --make-ref")
+    sides = args.make_ref[:1] if args.make_ref else filter(None, (args.ref, args.samples))
+    if args.image_size and all(Path(side).is_file() for side in sides):
+        raise ValueError("--image-size crops the images of folders, and there is none")
     if args.dataset and not args.make_ref:
         raise ValueError("--dataset says what the FOLDER of --make-ref holds, and means nothing without it")
     if args.halves and args.samples:

@@ -17,7 +17,7 @@ from diffusion import create_sampler
 from diffusion.drawing import draw_numbered
 from diffusion.guidance import create_guidance
 from download import find_checkpoint, public_checkpoint
-from evaluation.features import add_feature_flags, open_network
+from evaluation.features import NETWORKS, add_feature_flags, open_network
 from evaluation.report import compare, look_ahead, report
 from evaluation.sides import Source, measure, open_source
 from images.autoencoder import DECODER, digest, load_trained_space
@@ -32,6 +32,8 @@ from sample import add_model_flags, in_words, with_guide
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     count = args.num_fid_samples
+    if not args.evaluate and (args.weights or args.features != NETWORKS[0]):
+        raise ValueError("--features and --weights mean nothing without --evaluate REF")
     if count > 2**32:
         raise ValueError(f"--num-fid-samples {count:,}: seeds tell 4,294,967,296 images apart, not more")
     name = args.ckpt or public_checkpoint(args.model, args.mixer, args.image_size, args.num_classes)

@@ -23,7 +23,7 @@ INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 def add_feature_flags(add):
     """Adds the flags that evaluate.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
     others = "an .npz of features from elsewhere, whose arrays REF and SAMPLES name"
-    add("--features", default="inception", metavar="NAME", help=f"{', '.join(NETWORKS)}, or {others}")
+    add("--features", default=NETWORKS[0], metavar="NAME", help=f"{', '.join(NETWORKS)}, or {others}")
     add("--weights", metavar="FILE", help="of Inception; by default the file in PyTorch's hub cache")
 
 

@@ -16,12 +16,13 @@ def left_out(ref, sample, network, kid=False, prefix=""):
     ValueError if that is every metric."""
     wanted, lines = metrics_of(network, kid, prefix), {}
     for metric in wanted:
-        needs = f"{metric.images} image{'s' * (metric.images > 1)}"
-        needs += f" or {metric.features} statistics" if metric.from_statistics else ""
+        images, statistics = f"{metric.images} image{'s' * (metric.images > 1)}", f"{metric.features} statistics"
         for side in (sample,) if metric.of_samples else (ref, sample):
             by_statistics = metric.from_statistics and side.statistics
             enough = metric.features in side.statistics if by_statistics else side.shown >= metric.images
             if not enough:
+                either = f"{images} or {statistics}" if metric.from_statistics else images
+                needs = f"{statistics} too" if by_statistics else either
                 lines[metric.name] = f"{metric.name}: not without {needs} a side, and {side.name} holds {held_in_words(side)}"
     if len(lines) == len(wanted):
         raise ValueError("; ".join(lines.values()))

@@ -24,9 +24,9 @@ def run(tmp_path, monkeypatch):
 
     def command(*flags, network=None):
         monkeypatch.setattr(evaluate, "open_network", lambda *_: network or Colours())
-        args = evaluate.parse_args(["--json", str(tmp_path / "out.json"), "--device", "cpu", *map(str, flags)])
-        launch(evaluate.main, args)
-        return json.loads((tmp_path / "out.json").read_text())
+        numbers = [] if "--make-ref" in flags else ["--json", str(tmp_path / "out.json")]
+        launch(evaluate.main, evaluate.parse_args([*numbers, "--device", "cpu", *map(str, flags)]))
+        return json.loads((tmp_path / "out.json").read_text()) if numbers else None
 
     return command
 
@@ -277,6 +277,8 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "a.npz", "--json", "empty"], "--json empty: not a file in a folder that can be written"),
         (["a.npz", "a.npz", "--halves"], "leave SAMPLES out"),
         (["a.npz", "--make-ref", "a.npz", "b.npz"], "--make-ref FOLDER OUT.npz stands alone"),
+        (["--make-ref", "empty", "b.npz", "--kid"], "--json, --kid and --exact-distances are for comparisons"),
+        (["a.npz", "a.npz", "--image-size", "8"], "--image-size crops the images of folders, and there is none"),
         (["x", "y", "--features", "f.npz", "--num", "3"], "not for features in a file"),
         (["x", "y", "--features", "none.npz"], "none.npz"),
         (["x", "y", "--features", "text.npz"], "text.npz is not an .npz"),
