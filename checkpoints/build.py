@@ -103,14 +103,15 @@ def reconcile(stored, settings, path):
     return settings | {name: stated[name] for name in (*STATED, "time_scale") if name in stated}
 
 
-def load_model(path, given, default_vae, decay=None):
+def load_model(path, given, default_vae, decay=None, usual=()):
     """Returns the model of a checkpoint, in eval mode, and its settings.
 
     The settings are what the weights tell and the checkpoint states. What neither says, `given`, a dict, may: the objective, a
     flow's path and prediction, the vae. Values in it that are not None must agree with what is known, but for three that are
     free: which decoder to use in latent space, a flow's time_shift, and image_size, a side or (height, width), to which the
     model is resized. decay: of which average the weights are, if there are several; ema_length in `given`: of which that is
-    made of them. ValueError names both values, or what does not fit, or what to give.
+    made of them. usual: the objective, path and prediction, a dict, where nothing says them. ValueError names both values, or
+    what does not fit, or what to give.
 
     Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
     """
@@ -123,7 +124,7 @@ def load_model(path, given, default_vae, decay=None):
         if name in given and settings.get(name, given[name]) != given[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {given[name]} contradicts {path}, which has {flag} {settings[name]}; leave the flag out")
-    choose_objective(settings, given, learnt_variances(weights, settings), path)
+    choose_objective(settings, given, learnt_variances(weights, settings), path, dict(usual))
     space = choose_space(settings, given, default_vae, path)
     size = trained_size(settings, backbone_of(weights).tokens_of(weights), given.get("image_size"), space, path)
     model = create_network(settings, tuple(side // space.factor for side in size))
@@ -145,7 +146,8 @@ def trained(settings):
 def load_guide(path, model, settings):
     """Returns the model of a checkpoint that is to guide another, of these settings, at that one's size. ValueError if they do
     not see the same: space, objective and classes, but that it may have none."""
-    guide, own = load_model(path, dict(image_size=settings["image_size"]), settings["vae"])
+    usual = {name: settings[name] for name in ("objective", "path", "predict")}
+    guide, own = load_model(path, dict(image_size=settings["image_size"]), settings["vae"], usual=usual)
     for name in ("vae", "in_channels", "objective", "path", "predict", "time_scale"):
         if own[name] != settings[name]:
             raise ValueError(f"--guide-ckpt {path} has {name} {own[name]}, and what it is to guide has {settings[name]}")
@@ -176,13 +178,14 @@ def learnt_variances(weights, settings):
     return bool(last[variances].any() or not last[~variances].any())
 
 
-def choose_objective(settings, given, learnt_variances, path):
+def choose_objective(settings, given, learnt_variances, path, usual):
     """Adds the objective and a flow's settings to the others. ValueError if nothing says which objective it is."""
-    objective = settings.get("objective") or given.get("objective") or ("diffusion" if learnt_variances else None)
+    objective = settings.get("objective") or given.get("objective")
+    objective = objective or ("diffusion" if learnt_variances else usual.get("objective"))
     if objective is None:
         raise ValueError(
             f"{path} does not say for which objective it was trained, and weights that have learnt no variances do not tell; "
-            f"give --objective {' or '.join(OBJECTIVES)}"
+            f"give --objective {' or '.join(OBJECTIVES)}, to `python -m checkpoints.export` where a command has no such flag"
         )
     for name in ("path", "predict", "time_shift"):
         if objective == "diffusion" and name in given:
@@ -193,8 +196,8 @@ def choose_objective(settings, given, learnt_variances, path):
             raise ValueError(f"{path} contradicts itself: it states objective=flow, and its weights have learned variances")
         settings["time_scale"] = 1  # the only flows with as many outputs are SiT's
     settings["objective"] = objective
-    for name, usual in (("path", "linear"), ("predict", "velocity")):
-        settings.setdefault(name, given.get(name, usual))
+    for name, value in (dict(path="linear", predict="velocity") | usual).items():
+        settings.setdefault(name, given.get(name, value))
     settings["time_shift"] = given.get("time_shift") or settings.get("time_shift", 1.0)
     settings.setdefault("time_scale", 1000)
 

@@ -17,6 +17,7 @@ from checkpoints.hub import locate
 from checkpoints.hub import push as upload
 from checkpoints.pipelines import write_pipeline
 from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
+from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from machine.files import whole_file
 from machine.flags import decay
 from machine.processes import launch
@@ -24,8 +25,9 @@ from machine.processes import launch
 FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
-def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None, half=False):
-    """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for."""
+def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None, half=False, **given):
+    """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for. given: the objective,
+    path and prediction of weights that do not tell, which their settings then state."""
     if format in FILES and (push or metrics):
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
     if half and format in FOLDERS:
@@ -34,15 +36,18 @@ def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None
     target = Path(out or Path(ckpt).with_suffix(f".{format}"))
     if target.exists():
         raise ValueError(f"{target} is there already; give another --out")
-    rename = renaming(names) if names else dict
+    rename, stated = renaming(names) if names else dict, {}
+    if any(given.values()):
+        load_model(path, given, "ema", ema)  # refuses what contradicts the checkpoint
+        stated = {name: value for name, value in given.items() if value}
     if format in FILES:
-        write_file(path, ema, format, target, rename, half)
+        write_file(path, ema, format, target, lambda settings: rename(settings) | stated, half)
         return
     facts = dict(name=push or target.name) | measures(path, metrics)
     with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
         folder = alone if push and not out else target
-        model, settings = load_model(path, {}, "ema", ema)
-        model.settings = rename(model.settings)
+        model, settings = load_model(path, given, "ema", ema)
+        model.settings = rename(model.settings) | stated
         model.class_names = class_names(model.settings, model.num_classes, names or path)
         if format == "diffusers":
             read = write_pipeline(model, settings, folder)
@@ -82,7 +87,7 @@ def renaming(file):
 
 def write_file(path, average, form, out, rename, half):
     """Writes the weights in a checkpoint, those of an average of that decay, in half precision if asked for, and its settings,
-    renamed and without paths of this machine, to a file."""
+    changed by `rename` and without paths of this machine, to a file."""
     weights, settings = load_checkpoint(path, average)
     settings = public(rename(settings))
     if half:
@@ -143,6 +148,9 @@ def parse_args(argv=None):
     add("--class-names", dest="names", metavar="FILE", help="JSON of names for the classes: a list, or new names by old")
     add("--half", action="store_true", help="float16, half the size: pt and safetensors; networks compute in float32 again")
     add("--metrics", metavar="FILE", help="JSON of evaluate.py, for the card")
+    add("--objective", choices=OBJECTIVES, help="to be stated, for weights that do not tell")
+    add("--path", choices=PATHS, help="of a flow, likewise")
+    add("--predict", choices=PREDICTIONS, help="of a flow, likewise")
     return parser.parse_args(argv)
 
 

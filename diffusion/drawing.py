@@ -16,7 +16,7 @@ AT_ONCE = 64  # samples in one batch
 IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]
 REMEDIES = {
     "network": "--precision fp32, a smaller --cfg-scale or another checkpoint may help",
-    "guidance": "a smaller --cfg-scale may help",
+    "guidance": "a smaller --cfg-scale, or --guide-scale if there is a guide, may help",
     "sampler": "a smaller --cfg-scale or more steps may help",
     "decoder": "a smaller --cfg-scale, more steps or another --vae may help",
 }
@@ -31,7 +31,7 @@ def choose_classes(model, wanted=None):
     num_classes, trained = model.num_classes, model.trained_classes
     classes = wanted or (IMAGENET_FAVOURITES if trained == 1000 else list(range(max(min(trained, 16), 1))))
     if num_classes == 0 and wanted:
-        raise ValueError("the checkpoint was trained without classes, so --class-labels means nothing to it")
+        raise ValueError("the checkpoint was trained without classes; there is none to choose")
     classes = [find_class(label, model.class_names) if isinstance(label, str) else label for label in classes]
     if wrong := [label for label in classes if not 0 <= label <= num_classes]:
         raise ValueError(f"class {wrong[0]} is out of range: the checkpoint has 0 to {num_classes - 1}, {num_classes} is none")

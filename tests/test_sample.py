@@ -97,6 +97,14 @@ def test_a_weaker_checkpoint_guides(tmp_path, checkpoint):
     assert draw(path, tmp_path / "b.png", *flags, checkpoint("attention", 0, name="u.pt")).shape == plain.shape
 
 
+def test_a_guide_that_does_not_tell_its_objective_has_the_other_s(tmp_path, checkpoint):
+    path, weak = (checkpoint("attention", name=name, objective="flow") for name in ("a.pt", "weak.pt"))
+    flags = ["--class-labels", 3, "--cfg-scale", 1, "--sampler", "euler", "--guide-ckpt"]
+    told = draw(path, tmp_path / "a.png", *flags, weak)
+    torch.save(torch.load(weak, weights_only=True)["ema"], weak)
+    assert np.array_equal(draw(path, tmp_path / "b.png", *flags, weak), told)
+
+
 def test_guidance_flags_reach_the_samples(tmp_path, checkpoint):
     path = checkpoint()
     base = draw(path, tmp_path / "a.png", "--class-labels", 3)

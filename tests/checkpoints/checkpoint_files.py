@@ -24,9 +24,9 @@ def given_flags(**given):
     return {name: given.get(name) for name in SETTINGS}
 
 
-def write_checkpoint(path, mixer="pdessm", options=None, **changes):
+def write_checkpoint(path, mixer="pdessm", options=None, learn_sigma=True, **changes):
     """A checkpoint as train.py writes it; returns the model."""
-    model = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer, **options or {})
+    model = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer, learn_sigma=learn_sigma, **options or {})
     args = dict(model="DiT-N/4", mixer=mixer, vae="none", num_classes=10, image_size=16, objective="diffusion")
     save_checkpoint(path, **dict(model=model.state_dict(), ema=model.state_dict(), opt={}, args=args) | changes)
     return model
