@@ -40,5 +40,8 @@ def find_model(model_name):
 
 
 if __name__ == "__main__":
-    for model in sorted(pretrained_models):
-        print(find_checkpoint(model))
+    try:
+        for model in sorted(pretrained_models):
+            print(find_checkpoint(model))
+    except OSError as error:
+        raise SystemExit(f"download.py: error: {error}") from None

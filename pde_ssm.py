@@ -26,7 +26,7 @@ from pde_ssm_kernels.modes import full_precision, widen
 from pde_ssm_kernels.products import matmul
 
 TERMS = ("diffusion", "convection", "reaction")
-R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX, so that no mode grows by more than exp(R_MAX); also in pairs.py and pairs.cpp
+R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX: no mode grows by more than exp(R_MAX). Also in pairs.py and pairs.cpp
 LARGEST_LOG_TAU = 15  # so that tau times other numbers is finite in float32, wherever an optimiser sends log_tau
 LEAST_GROWTH = -80   # the exponential of less is nothing in float32, but takes ten times as long where it underflows
 
@@ -452,9 +452,9 @@ class PDESSM(Keeping):
 def receptive_field(kernel):
     """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
-    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone by whole tokens, an even number on even sides, it is
-    the length of the shift; for isotropic diffusion of standard deviation s it is sqrt(2) s from s of about 1 to a sixth of the
-    side. Kernels that are sharper ring, as waves that the grid cannot hold are cut off, and are measured with their ringing.
+    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone by whole tokens, an even number on even sides, it
+    is the length of the shift; for isotropic diffusion of standard deviation s it is sqrt(2) s from s of about 1 to a sixth of
+    the side. Sharper kernels ring, since the grid cuts off what it cannot hold, and are measured with their ringing.
     """
     h, w = kernel.shape[-2:]
     y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))

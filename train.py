@@ -57,7 +57,8 @@ def main(args, processes):
     workers = worker_count(args.num_workers, args.data_path)
     for images in (dataset, held_out):
         if images and args.check_data:
-            check_readable(images, processes, logger.warning, workers, args.max_bad_images)
+            most = None if isinstance(images, CachedLatents) else args.max_bad_images
+            check_readable(images, processes, logger.warning, workers, most)
     compared = args.data_path, args.val_path, args.image_size, args.dataset
     probe = open_probe(*compared, args.features, args.weights, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):
@@ -86,7 +87,7 @@ def main(args, processes):
     begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
     runs.describe(model, begun_from, dataset, held_out, args.data_path, probe)
-    conditions, otherwise = resume.record_rounding(run, processes)
+    conditions, otherwise = resume.record_rounding(run, settings, processes)
     learner = begin(args, model, run, changes, rate, processes)
     if otherwise:
         logger.info(otherwise)

@@ -191,7 +191,7 @@ def parse_args(argv=None):
 
     def add_image(add):
         add("--image", metavar="FILE", help="a picture to show to the network; otherwise a disc is drawn")
-        add("--class-label", type=class_label, metavar="CLASS", help="number or name; unless given, the first that sample.py draws")
+        add("--class-label", type=class_label, metavar="CLASS", help="number or name; else the first that sample.py draws")
         add("--seed", type=not_negative, default=0, help="of the noise")
 
     add = picture("kernels", draw_kernels, "Green's functions, chosen ones or a checkpoint's")

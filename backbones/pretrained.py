@@ -22,7 +22,7 @@ NO_FLAGS = {"class_names", "data", "vae_digest"}
 
 
 def to_safetensors(weights, settings, **more):
-    """Returns a state dict as the bytes of a safetensors file, with settings, a dict, as JSON in its metadata, and more text."""
+    """Returns a state dict as the bytes of a safetensors file; in its metadata are settings, a dict, as JSON, and more text."""
     whole = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
     return save(whole, dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True), **more))
 

@@ -18,7 +18,7 @@ from checkpoints.hub import push as upload
 from checkpoints.pipelines import write_pipeline
 from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
-from machine.files import whole_file
+from machine.files import read_rows, whole_file
 from machine.flags import decay
 from machine.processes import launch
 
@@ -118,8 +118,7 @@ def measures(path, metrics):
     ones that its run had logged by then, and those in evaluate.py's JSON file."""
     contents = read_checkpoint(path)
     step, log, found = contents.get("step"), Path(path).parent.parent / "log.jsonl", {}
-    for line in log.read_text().splitlines() if step and log.is_file() else []:
-        row = json.loads(line)
+    for row in read_rows(log) if step else []:
         if row["step"] <= step:
             named = {f"{key} (train.py, step {row['step']:,})": value for key, value in row.items() if _is_measure(key, value)}
             found = {key: value for key, value in found.items() if key.split()[0] not in row} | named

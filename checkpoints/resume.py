@@ -44,7 +44,7 @@ def checkpoint_to_resume(resume, results_dir, model):
     ValueError or OSError if no run can go on from what was named, or all checkpoints are damaged.
     """
     if resume == "auto":
-        name = re.compile(rf"\d{{3,}}-{re.escape(model.replace('/', '-'))}", re.ASCII)
+        name = re.compile(rf"\d{{3,5}}-{re.escape(model.replace('/', '-'))}", re.ASCII)  # a date has more digits
         root = Path(results_dir)
         experiments = [entry for entry in root.iterdir() if name.fullmatch(entry.name)] if root.is_dir() else []
         experiments = [entry for entry in experiments if checkpoints(entry)]
@@ -102,14 +102,15 @@ def find_run(resume, results_dir, model, processes):
     return plain | dict(path=path, folder=path.parent.parent)
 
 
-def record_rounding(run, processes):
+def record_rounding(run, settings, processes):
     """Returns what the bits of a run's weights depend on, one dict for each time that it went on under other conditions, and a
-    line that says what has changed since its last checkpoint, or None. run: of find_run."""
-    now, before = rounding(processes), run.get("rounding", []) if run else []
-    if not before or before[-1] == now:
+    line that says what has changed since its last checkpoint, or None. run: of find_run. settings: the flags, a dict."""
+    now = rounding(processes) | {name: settings[name] for name in ("grad_accum", "parallel", "compile", "backend")}
+    before = run.get("rounding", []) if run else []
+    names = [name for name in now if before and before[-1].get(name, now[name]) != now[name]]  # older ones do not know all
+    if not names:
         return before or [now], None
-    names = [name for name in now if before[-1].get(name) != now[name]]
-    changes = ", ".join(f"{name} {before[-1].get(name)} is now {now[name]}" for name in names)
+    changes = ", ".join(f"{name} {before[-1][name]} is now {now[name]}" for name in names)
     return [*before, now], f"The last bits may differ from those of a run that was not stopped: {changes}"
 
 
@@ -122,6 +123,8 @@ def check_changes(run, now, parser, allowed):
     if now["lr_schedule"] == "cosine":
         may_change -= {"epochs", "max_steps"}  # which decide how fast the learning rate falls
     ignored = may_change | ABOUT_IMAGES | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural
+    if (then := (before.get("data") or {}).get("names")) and then == now["data"].get("names"):
+        ignored |= {"data_path"}                                           # the same images, moved or called otherwise
     names = [name for name in now if name in before and name not in ignored and before[name] != now[name]]
     called = {name: WITHOUT_FLAG.get(name, f"--{name.replace('_', '-')}") for name in names}
     changes = [f"{called[name]} was {before[name]} and is {now[name]}" for name in names] + changed_images(before, now)

@@ -80,7 +80,7 @@ def distance(ours, theirs):
     if shapes(ours) != shapes(theirs):
         return math.inf
     pairs = [(a.double(), theirs[name].double()) for name, a in ours.items()]
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for a, b in pairs)
+    return torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in pairs]).max().item()  # or NaN
 
 
 def same_weights(*builds):

@@ -1,6 +1,7 @@
 """Training images: a folder by its path, or a data set by its name. Each yields (image, class): float (3, size, size) in
 [-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
 
+import errno
 import os
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,8 @@ from machine.stops import ignore_stops, read_batches
 
 CHECK = "first read every image once, name those that cannot be read, and end if there are any"
 SIZES = 10_000  # files whose sizes a run compares, evenly spread: looking up a million takes minutes on some disks
+# What may pass: of too many open files, of memory, of disks and networks. Another time the same image could be read.
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 LONG = 16  # a longer image, by this ratio of its sides, is cropped first: scaled as a whole, it could take gigabytes
 
 
@@ -99,11 +102,19 @@ class Replacing(Dataset):
                 try:
                     return *self.images[other], faults
                 except OSError as error:
+                    if of_machine(error):
+                        raise
                     faults.append(str(error))
                     if len(faults) > self.most:
                         break
         tried = f"{len(faults):,} of its class were tried, and --max-bad-images is {self.most:,}"
         raise OSError(f"{faults[0]}; none stands in for it: {tried}")
+
+
+def of_machine(error):
+    """Whether what kept an image from being read is a lack or fault of the machine, so that it may be read another time."""
+    cause = error.__cause__
+    return isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING
 
 
 def collate(items):
@@ -126,6 +137,8 @@ class _Faults(Dataset):
             self.images[index]
             return ""
         except OSError as error:
+            if of_machine(error):
+                raise
             return str(error)
 
 

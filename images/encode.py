@@ -34,6 +34,8 @@ def encode(args, processes):
         processes.barrier()  # rank 0 looks first and may join a data set's files, which the others then find
     workers = worker_count(args.num_workers, args.data_path)
     images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
+    if processes.rank == 0:
+        processes.barrier()
     classes = describe_classes(images.classes) if images.num_classes and images.classes else []
     for line in [*images.remarks, *classes] if processes.rank == 0 else []:
         print(line)
@@ -47,7 +49,6 @@ def encode(args, processes):
     folder, index = Path(args.out), index_of(images, space, args.image_size, dtype, args.shard_size, **made_from)
     if processes.rank == 0:
         latents.claim_folder(folder, index)
-        processes.barrier()
     missing, changed = processes.share(shards_to_make(folder, index, images) if processes.rank == 0 else None)
     shards = sorted(missing + changed)
     if processes.rank == 0:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and folders for one process at a time."""
 
 import fcntl
+import json
 import logging
 import os
 from contextlib import contextmanager, suppress
@@ -26,6 +27,15 @@ def whole_file(path, what):
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def read_rows(path):
+    """Returns the rows of a file of JSON lines, without one that was cut short; none if there is no such file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def check_writable(path, flag):

@@ -121,7 +121,8 @@ def build(folders, device):
         if not opened:
             return gr.update(), gr.update(), ""
         classes, samplers = opened.classes(), opened.samplers()
-        return gr.update(choices=classes, value=[text for _, text in classes[:4]]), gr.update(choices=samplers, value=samplers[0]), opened.in_words()
+        first = [text for _, text in classes[:4]]
+        return gr.update(choices=classes, value=first), gr.update(choices=samplers, value=samplers[0]), opened.in_words()
 
     def draw_it(path, classes, each, seed, steps, sampler, scale, low, high):
         with one_sentence():

@@ -55,7 +55,8 @@ def choose(v, equation, time_scale=None):
         if not followed and _pairs(v, equation):
             return pairs.evolve_tokens
         if _backend in ("cpp", "triton") and not (followed or torch.compiler.is_compiling()):
-            raise ValueError(f"the backend is {_backend}, and its kernels are not for {_in_words(v)} and coupled channels; {OTHER}")
+            what = f"coupled channels, {_in_words(v)}"
+            raise ValueError(f"the backend is {_backend}, and its kernels are not for {what}; {OTHER}")
         return pytorch.evolve_in_pieces
     if followed:
         return None

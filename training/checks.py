@@ -1,8 +1,10 @@
 """Settings of a run that cannot work together, or not with its images."""
 
+from evaluation.features import NETWORKS
 from images.latents import CachedLatents
 from machine.flags import Default
 from machine.precision import check_compiler
+from mixers import pde
 from models import stride
 
 
@@ -26,12 +28,23 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError(f"the images have {dataset.num_classes} classes: --num-classes {dataset.num_classes}")
     if not brings_classes and dataset.num_classes > args.num_classes:
         raise ValueError(f"the images are of {dataset.num_classes} classes, more than --num-classes {args.num_classes}")
+    if not (dataset.num_classes or args.uncond or args.dataset or isinstance(args.num_classes, Default)):
+        raise ValueError(f"--num-classes {args.num_classes}, and the images have no classes: give --uncond, or others")
+    for name, values in (("--ema-decay", args.ema_decay), ("--ema-lengths", args.ema_lengths or [])):
+        if len({*values}) < len(values):
+            raise ValueError(f"{name} {' '.join(map(str, values))}: give each once")
+    if args.lr_coefficients != 1 and args.mixer not in pde.MIXER.named:
+        raise ValueError(f"--lr-coefficients {args.lr_coefficients:g} is for the coefficients of PDEs, and the model has none")
     if args.class_dropout and not dataset.num_classes:
         raise ValueError("--class-dropout means nothing to --uncond, which has no class to leave away")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
         latents.check_vae(args.vae)
     if args.max_bad_images and isinstance(dataset, CachedLatents):
         raise ValueError("--max-bad-images is for images; `python -m images.encode` makes damaged latents again")
+    if not args.probe_every and (args.weights or args.features != NETWORKS[0]):
+        raise ValueError("--features and --weights mean nothing without --probe-every")
+    if args.keep_every and not args.keep_last:
+        raise ValueError("--keep-every means nothing without --keep-last: all checkpoints are kept")
     if args.compile:
         check_compiler(processes.device)
     if held_out:

@@ -99,7 +99,11 @@ def shard(model, processes):
 
 def replicate(model, processes):
     """Returns what to call instead of the model, so that processes add up their gradients: a sharded model does so itself."""
-    return DistributedDataParallel(model) if processes.size > 1 and not isinstance(model, FSDPModule) else model
+    if processes.size == 1 or isinstance(model, FSDPModule):
+        return model
+    # After its first step it would order gradients anew, and so change in which order three or more processes are added up: a
+    # run that goes on would differ in its last bits. It does not where parameters may be unused.
+    return DistributedDataParallel(model, find_unused_parameters=processes.size > 2)
 
 
 def sync_gradients(replica, now):

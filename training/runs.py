@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 
 from images.folders import describe_classes
 from machine.cost import peak_memory
-from machine.files import lock, whole_file
+from machine.files import lock, read_rows, whole_file
 from machine.processes import one_line
 from training.trackers import numbers_of
 
@@ -92,11 +92,7 @@ class Journal(NamedTuple):
 
 def rows_until(folder, step):
     """Returns the rows of a folder's log.jsonl up to a step, without a line that was cut short."""
-    log, rows = folder / "log.jsonl", []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row["step"] <= step]
+    return [row for row in read_rows(folder / "log.jsonl") if row["step"] <= step]
 
 
 def seen_at(folder, step):

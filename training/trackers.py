@@ -13,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from machine.files import whole_file
+from machine.files import read_rows, whole_file
 
 PROJECT = "pde-ssm-dit"
 # What tells accelerate that there are several processes. One of them tracks, so that it need not know of the others: it would
@@ -114,9 +114,7 @@ def other(name, arguments, folder, settings, first=0):
 
 def shown_before(folder, last):
     """Returns (step, numbers, picture) of all that a run's folder has up to step `last`, in order."""
-    log = folder / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    shown = [(row["step"], numbers_of(row), None) for row in rows]
+    shown = [(row["step"], numbers_of(row), None) for row in read_rows(folder / "log.jsonl")]
     shown += [(int(path.stem), {}, path) for path in folder.glob("samples/*.png")]
     return sorted((entry for entry in shown if entry[0] <= last), key=lambda entry: entry[0])
 

@@ -51,13 +51,13 @@ def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
 def test_what_weights_do_not_tell_can_be_stated(tmp_path, form):
     model = write_checkpoint(tmp_path / "a.pt", learn_sigma=False)
     torch.save(model.state_dict(), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="give --objective diffusion or flow, to `python -m checkpoints.export` where"):
+    with pytest.raises(ValueError, match=r"give --objective diffusion or flow, to `python -m checkpoints\.export` where"):
         load_model(tmp_path / "a.pt", {}, "ema")
     flags = "--format", form, "--out", tmp_path / f"b.{form}", "--objective", "flow", "--path", "cosine"
     write_as(tmp_path / "a.pt", *flags)
     settings = load_model(tmp_path / f"b.{form}", {}, "ema")[1]
     assert [settings[name] for name in ("objective", "path", "predict")] == ["flow", "cosine", "velocity"]
-    with pytest.raises(ValueError, match="--objective diffusion contradicts .*, which has --objective flow"):
+    with pytest.raises(ValueError, match=r"--objective diffusion contradicts .*, which has --objective flow"):
         write_as(tmp_path / f"b.{form}", "--format", form, "--out", tmp_path / f"c.{form}", "--objective", "diffusion")
 
 

@@ -60,7 +60,7 @@ def test_the_card_tells_data_steps_measures_and_commands_and_no_paths(tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     write(folder / "checkpoints" / "0000300.pt")
     rows = [dict(step=200, loss=0.5, held_out_loss=0.4), dict(step=300, loss=0.25, steps_per_sec=3.0), dict(step=400, loss=0.1)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 500, "lo')  # killed
     (tmp_path / "m.json").write_text(json.dumps(dict(fid=12.5, note="x")))
     flags = ["--format", "hub", "--out", tmp_path / "a", "--metrics", tmp_path / "m.json"]
     write_as(folder / "checkpoints" / "0000300.pt", *flags)

@@ -214,11 +214,11 @@ def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog
     assert "bits may differ" not in caplog.text
     torch.set_num_threads(2)
     try:
-        again(flags, "--resume", "auto", "--max-steps", 16)
+        again(flags, "--resume", "auto", "--max-steps", 16, "--grad-accum", 2)
     finally:
         torch.set_num_threads(1)
-    assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2)]
-    assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2"]
+    assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2, grad_accum=2)]
+    assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2, grad_accum 1 is now 2"]
 
 
 @pytest.mark.parametrize("change", [["--global-batch-size", 10], ["--global-seed", 1]])

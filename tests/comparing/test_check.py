@@ -1,9 +1,11 @@
 """overlay.py --check: a checkout's numbers beside ours."""
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
 
 import overlay
 from commands import ROOT, write_modules
@@ -55,3 +57,9 @@ def test_check_finds_differences(copy, capsys):
     rows = {row["what"].split(":")[0]: row["difference"] for row in check.check(folder)[:2]}
     assert rows["DiT-S/8"] == 1  # and no outputs, since the weights do not fit
     assert list(rows)[1].startswith("create_diffusion")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_number_agrees_with_nothing(place):
+    ours = {name: torch.full((2,), math.nan if i == place else 1.0) for i, name in enumerate("ab")}
+    assert not check.distance(ours, {name: torch.ones(2) for name in "ab"}) <= 1

@@ -1,5 +1,6 @@
 """Images that cannot be read: others of their class stand in for a few, many end the run."""
 
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from commands import fit, fork, lasting
@@ -65,6 +67,14 @@ def test_one_bad_image_too_many_ends_the_run_and_more_may_be_allowed_for(tmp_pat
     fit(tmp_path / "whole", *flags, "--max-bad-images", 3)
     assert all(torch.equal(learnt(tmp_path / "r")["model"][name], w) for name, w in learnt(tmp_path / "whole")["model"].items())
     assert learnt(tmp_path / "r")["args"]["bad_images"] == learnt(tmp_path / "whole")["args"]["bad_images"]
+
+
+@pytest.mark.parametrize("lack", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=["files", "memory"])
+def test_what_the_machine_lacks_is_no_image_s_fault(photos, monkeypatch, lack):
+    images = dataset.Replacing(load_dataset(photos, 8), 100)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(lack))
+    with pytest.raises(OSError, match=r"cannot read the image .*/1/\d+\.png \((.*Too many open files|MemoryError)\)$"):
+        images[15]
 
 
 def test_a_class_without_a_good_image_has_none_to_stand_in(photos):

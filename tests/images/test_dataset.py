@@ -152,6 +152,11 @@ def test_images_that_changed_are_named_when_a_run_goes_on(tmp_path, photos, capl
         with pytest.raises(ValueError, match=rf"0000002\.pt is of other settings: {message}; .*--allow-changes"):
             fit(tmp_path / "r", *again, 3)
 
+    photos.rename(photos.parent / "moved")
+    caplog.clear()
+    fit(tmp_path / "r", *again, 2, "--data-path", photos.parent / "moved")
+    assert "Done! All 2 steps were done before" in caplog.text
+    (photos.parent / "moved").rename(photos)
     another = photos / "1" / "another.png"
     another.write_bytes((photos / "0" / "0.png").read_bytes())
     refused("the images were 40 and are 41")

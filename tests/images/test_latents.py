@@ -172,7 +172,7 @@ def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_pat
         load_dataset(str(out), 8)
     made = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 3 <= len(made) < 60
-    torchrun(2, "images.encode", *flags)
+    torchrun(2, "images.encode", *flags, "--check-data")
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
     assert read(out, "latents.json") == read(whole, "latents.json")

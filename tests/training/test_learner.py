@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -16,18 +17,41 @@ from checkpoints.export import export
 from checkpoints.export import parse_args as export_args
 from checkpoints.read import load_checkpoint, read_checkpoint
 from checkpoints.resume import first_not_finite
-from commands import ALONE, QUICK, draw, draw_many, fit
+from commands import ALONE, QUICK, draw, draw_many, fit, forked
 from images import dataset
 from machine.processes import Processes
 from models import MODELS
 from on_gpu import CUDA
 from small_runs import spoil_weights
 from training import watching
-from training.learner import create_learner, decay_at, only_the_scale_falls, update, update_ema
+from training.learner import create_learner, decay_at, only_the_scale_falls, replicate, update, update_ema
 
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_step_s_gradients_do_not_depend_on_how_many_came_before(tmp_path, one_thread):
+    """Of three processes, whose numbers could be added up in several orders; else a run that goes on would differ."""
+
+    def passes(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=3)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(30, 30) for _ in range(5)))
+        replica, gradients = replicate(model, Processes(rank, 3, torch.device("cpu"))), []
+        x = torch.randn(7, 30, generator=torch.Generator().manual_seed(rank))
+        for _ in range(3):
+            model.zero_grad()
+            replica(x).square().sum().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        assert all(torch.equal(*pair) for later in gradients[1:] for pair in zip(gradients[0], later))
+
+    children = [forked(passes, rank) for rank in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
 
 
 def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
