@@ -49,12 +49,12 @@ def measured(runs, device):
     kinds = dict.fromkeys((run["model"], run["mixer"], run["global_batch_size"], run["image_size"]) for run in runs)
     sides, entries = {}, []
     for model, mixer, batch, side in kinds:
-        options = MODELS[model].keywords | dict(input_size=side, in_channels=3, num_classes=1, learn_sigma=False, mixer=mixer)
+        options = MODELS[model].keywords | dict(input_size=side, in_channels=3, num_classes=0, learn_sigma=False, mixer=mixer)
         sides[model, mixer] = partial(training_step, device, batch, **options)
     times = time_in_turns(sides, device, seconds=8 * len(sides))
     for model, mixer, batch, side in kinds:
         with torch.device("meta"):
-            network = MODELS[model](side, in_channels=3, num_classes=1, learn_sigma=False, mixer=mixer)
+            network = MODELS[model](side, in_channels=3, num_classes=0, learn_sigma=False, mixer=mixer)
         same = [run for run in runs if (run["model"], run["mixer"]) == (model, mixer)]
         losses = {step: [run["loss"][step] for run in same] for step in same[0]["loss"]}
         entries.append(dict(
