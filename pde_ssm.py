@@ -309,13 +309,10 @@ class Coupled(PDE):
         self.log_tau = nn.Parameter(torch.zeros(groups))
         if "diffusion" in self.terms:
             l = torch.diag_embed(initial_widths(token, self.dim).view(self.groups, c))
-            self.lx = nn.Parameter(l)
-            self.ly = nn.Parameter(l.clone())
-            self.shear = nn.Parameter(torch.zeros_like(l))
+            self.lx, self.ly, self.shear = (nn.Parameter(x) for x in (l, l.clone(), torch.zeros_like(l)))
         if "convection" in self.terms:
-            bx, by = initial_shifts(token, (self.groups, c)).unbind(-1)
-            self.bx = nn.Parameter(torch.diag_embed(bx))
-            self.by = nn.Parameter(torch.diag_embed(by))
+            shifts = initial_shifts(token, (self.groups, c)).unbind(-1)
+            self.bx, self.by = (nn.Parameter(torch.diag_embed(b)) for b in shifts)
         if "reaction" in self.terms:
             self.r_root = nn.Parameter(math.sqrt(R_MAX) * own)
 
@@ -379,6 +376,8 @@ class PDESSM(Keeping):
         terms = (terms,) if isinstance(terms, str) else tuple(terms)
         if not terms or set(terms) - set(TERMS):
             raise ValueError(f"terms must be some of {', '.join(TERMS)}, not {terms!r}")
+        if not (isinstance(grid_size, tuple | list) and len(grid_size) == 2 and min(grid_size) >= 1):
+            raise ValueError(f"grid_size is {grid_size!r}, and not (h, w), two whole numbers from 1")
         if conditioned and coupling != "diagonal":
             raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")
         if components < 1 or (components > 1 and coupling != "diagonal"):
@@ -452,9 +451,8 @@ class PDESSM(Keeping):
 def receptive_field(kernel):
     """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
-    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone by whole tokens, an even number on even sides, it
-    is the length of the shift; for isotropic diffusion of standard deviation s it is sqrt(2) s from s of about 1 to a sixth of
-    the side. Sharper kernels ring, since the grid cuts off what it cannot hold, and are measured with their ringing.
+    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone by an even number of tokens it is the length of the
+    shift; for isotropic diffusion of standard deviation s, from 1 to a sixth of the side, sqrt(2) s. Sharper kernels ring.
     """
     h, w = kernel.shape[-2:]
     y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))
@@ -478,15 +476,15 @@ class PDESSMBlock(nn.Module):
                  groups=None, state_dim=None, expand=1.0, terms=TERMS, components=1, activation=False, gate=False,
                  local=False, conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
         super().__init__()
-        if dim_out not in (None, dim):
-            raise ValueError(f"dim_out={dim_out}: PDESSMBlock returns as many channels as it gets, {dim}")
+        if prefix_tokens < 0 or dim_out not in (None, dim):
+            raise ValueError(f"{prefix_tokens} prefix_tokens and dim_out={dim_out}: these are from 0, and None or dim, {dim}")
         if unknown := set(ignored) - ARGUMENTS:
             raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
-        self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
         self.pde = PDESSM(
-            dim, grid_size=self.grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim, expand=expand,
+            dim, grid_size=grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim, expand=expand,
             terms=terms, components=components, activation=activation, gate=gate, local=local, conditioned=conditioned,
         )  # fmt: skip
+        self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
         self.conditioned = conditioned
         self.prefix = nn.Linear(dim, dim, bias=False) if prefix_tokens else None
         self.to(device=device, dtype=dtype)
@@ -524,9 +522,7 @@ PRESETS = {
 
 def options_from_weights(weights):
     """Returns the options of the PDESSMBlock that has these weights, a state dict: build it, then load them. No prefix tokens.
-
-    KeyError if the weights are not those of a PDESSMBlock.
-    """
+    KeyError if the weights are not those of a PDESSMBlock."""
     g0 = weights["pde.equation.g0"]
     names = {name.removeprefix("pde.equation.") for name in weights}
     signs = {"diffusion": {"log_lx", "lx"}, "convection": {"b", "bx"}, "reaction": {"r_slack", "r_root"}}

@@ -10,6 +10,11 @@ from torch import nn
 
 # What timm's Attention takes besides its channels, heads and qkv_bias.
 ARGUMENTS = {"attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated"}
+# What diffusers' layers of self-attention over tokens alone are run by.
+PROCESSORS = {
+    "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor",
+    "SanaLinearAttnProcessor2_0",
+}  # fmt: skip
 
 
 def exchange(model, mixer, options):
@@ -18,7 +23,8 @@ def exchange(model, mixer, options):
     from 0, and how many of the model's tokens, the first, are not on the grid.
 
     That is global self-attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or as diffusers has it
-    (`to_q`, `to_k`, `to_v`, `to_out`). Cross-attention, attention in windows and attention over channels stay.
+    (`to_q`, `to_k`, `to_v`, `to_out`: its DiT, Sana, Transformer2DModel, UNet2DConditionModel). Cross-attention, attention to
+    text as well, in windows, over channels or of maps stays.
 
     The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer, if the
     model has prefix tokens and the mixer takes none, or if its tokens are not on one grid in all layers, as where it merges
@@ -76,9 +82,16 @@ def attention_width(layer):
     """Returns the channels of a global self-attention layer, timm's or diffusers'; 0 for any other module."""
     if isinstance(getattr(layer, "qkv", None), nn.Linear) and hasattr(layer, "proj") and hasattr(layer, "num_heads"):
         return layer.qkv.in_features if sees_all_tokens(layer) else 0
-    if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and not layer.is_cross_attention:
+    if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and is_called_with_tokens(layer):
         return layer.to_q.in_features
     return 0
+
+
+def is_called_with_tokens(layer):
+    """Says whether attention in diffusers' manner takes (B, N, D) -> (B, N, D) and nothing else: no text, maps or rotations."""
+    plain = getattr(layer, "is_cross_attention", None) is False and getattr(layer, "added_kv_proj_dim", None) is None
+    around = any(getattr(layer, name, None) for name in ("group_norm", "spatial_norm", "residual_connection"))
+    return plain and not around and type(getattr(layer, "processor", None)).__name__ in PROCESSORS
 
 
 @torch.no_grad()

@@ -57,8 +57,7 @@ def main(args, processes):
     workers = worker_count(args.num_workers, args.data_path)
     for images in (dataset, held_out):
         if images and args.check_data:
-            most = None if isinstance(images, CachedLatents) else args.max_bad_images
-            check_readable(images, processes, logger.warning, workers, most)
+            check_readable(images, processes, logger.warning, workers, args.max_bad_images)
     compared = args.data_path, args.val_path, args.image_size, args.dataset
     probe = open_probe(*compared, args.features, args.weights, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):

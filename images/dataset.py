@@ -158,7 +158,8 @@ def check_readable(images, processes, say, workers=0, most=None):
         for _, fault in found:
             say(fault)
     if len(found) > (most or 0):
-        way_out = "" if most is None else f", or give --max-bad-images {len(found)}"
+        replaced = most is not None and not isinstance(images, latents.CachedLatents)
+        way_out = f", or give --max-bad-images {len(found)}" if replaced else ""
         raise ValueError(f"{len(found):,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
 
 

@@ -12,7 +12,14 @@ logger = logging.getLogger("train")
 
 @contextmanager
 def whole_file(path, what):
-    """Opens a file to write to under a temporary name, which becomes `path` in the end: it is whole or not there."""
+    """Opens a file to write to under a temporary name, which becomes `path` in the end: it is whole or not there. A device or a
+    pipe is written to as it is, and a link stays one."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = path.resolve() if path.is_symlink() else path
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

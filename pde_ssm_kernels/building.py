@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-Wno-psabi"]
@@ -17,19 +18,22 @@ FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-sh
 def load(source, *flags):
     """Returns the compiled kernels of a C++ file and None, or None and why there are none. Builds them unless they are in the
     cache; flags are the compiler's, beside FLAGS."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
-    if not compiler:
-        return None, "there is no C++ compiler: install g++, or name another in CXX"
-    command = [*compiler, *FLAGS, *flags]
-    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    key = hashlib.sha256("\n".join([*texts, *command, processor()]).encode()).hexdigest()[:16]
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
+        if not compiler:
+            return None, "there is no C++ compiler: install g++, or name another in CXX"
+        command = [*compiler, *FLAGS, *flags]
+        texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+        key = hashlib.sha256("\n".join([*texts, *command, processor()]).encode()).hexdigest()[:16]
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pde_ssm", f"{key}.so")
-        if not path.exists():
-            build([*command, str(source)], path)
+        if path.exists():
+            with suppress(OSError):                                        # of a damaged file, which is built again
+                return ctypes.CDLL(str(path)), None
+        build([*command, str(source)], path)
         return ctypes.CDLL(str(path)), None
-    except (OSError, RuntimeError) as error:                               # RuntimeError: there is no home
-        return None, f"the kernels of {source.parent.name}/{source.name} could not be built: {error}"
+    except (OSError, RuntimeError, ValueError) as error:                   # no home; quotes in CXX that do not close
+        way_out = "; CXX names another compiler, XDG_CACHE_HOME another folder for them"
+        return None, f"the kernels of {source.parent.name}/{source.name} could not be built: {error}{way_out}"
 
 
 def processor():
@@ -50,4 +54,6 @@ def build(command, path):
         if result.returncode:
             lines = result.stderr.splitlines()
             raise OSError(next((line for line in lines if "error" in line), f"{command[0]} failed"))
+        with open(f"{folder}/kernels.so", "rb") as file:
+            os.fsync(file.fileno())                                        # a short file would end whoever loads it
         os.replace(f"{folder}/kernels.so", path)

@@ -135,7 +135,8 @@ def record(rows, table, scale, system, folder, checkpoint):
     row = dict(
         table=table, scale=scale, system=system, seed=args["global_seed"], objective=args["objective"],
         predict=args.get("predict") or "velocity", precision=args["precision"],
-        image_size=args["image_size"], batch=args["global_batch_size"], model=args["model"],
+        data="/".join(Path(args["data_path"]).parts[-2:]), image_size=args["image_size"],
+        batch=args["global_batch_size"], model=args["model"],
         coupling=(args.get("pde_coupling") or "diagonal") if args["mixer"] != "attention" else None,
         parameters=sum(value.numel() for value in contents["ema"].values()), steps=log[-1]["step"],
         training_loss=[entry["loss"] for entry in log if "loss" in entry][-1],
@@ -179,10 +180,11 @@ def tabulate(table, rows):
             line += [_summary([_figure(row, name) for row in runs]) for name in measured]
         seeds = sorted({seed for runs in systems.values() for seed in runs})
         made = [row for runs in systems.values() for row in runs.values()]
+        data = "".join(sorted({f", {row['data']}" for row in made if "data" in row}))
         where, torch, dates = (sorted({row[name] for row in made}) for name in ("machine", "torch", "date"))
         of_batch = f" of {batch}" if batch else ""  # older rows do not say
         notes.append(
-            f"[{number}] {scale} scale, {objective}, {steps:,} steps{of_batch} in {precision}, {features}, "
+            f"[{number}] {scale} scale{data}, {objective}, {steps:,} steps{of_batch} in {precision}, {features}, "
             f"{images:,} samples by {sampler} against {made[0]['metrics']['reference']['images_in_statistics']:,} images, "
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {' and '.join(where)}, PyTorch {' and '.join(torch)}, "
             f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}"

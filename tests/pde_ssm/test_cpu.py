@@ -300,6 +300,15 @@ def test_kernels_are_built_once_for_each_kind_of_processor(builds, tmp_path, mon
     assert len(list((tmp_path / "cache" / "pde_ssm").iterdir())) == 2      # nothing is left of building them
 
 
+def test_damaged_kernels_are_built_again(builds, tmp_path):
+    library = cpu.library.__wrapped__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "build", lambda _, path: path.parent.mkdir(parents=True) or path.write_bytes(b""))
+        assert "file too short" in library()[1]
+    assert library()[1] is None
+    assert len(builds) == 1
+
+
 def without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -311,6 +320,10 @@ def with_another_program(monkeypatch, tmp_path):
 
 def with_a_compiler_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/no/compiler")
+
+
+def with_quotes_that_do_not_close(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "g++ -DX='")
 
 
 def with_a_cache_that_is_a_file(monkeypatch, tmp_path):
@@ -325,6 +338,7 @@ TROUBLES = {
     without_a_compiler: "there is no C\\+\\+ compiler: install g\\+\\+, or name another in CXX",
     with_another_program: "could not be built: error: what\\?",
     with_a_compiler_that_is_not_there: "could not be built: .*/no/compiler",
+    with_quotes_that_do_not_close: "could not be built: No closing quotation; CXX names another",
     with_a_cache_that_is_a_file: "could not be built: .*cache",
     with_a_broken_cache: "could not be built: .*\\.so",
 }

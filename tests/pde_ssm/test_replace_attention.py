@@ -34,6 +34,18 @@ def diffusers_dit():
     return model, (torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.tensor([1, 2])), None
 
 
+def diffusers_unet():
+    """Its attention takes maps (B, D, h, w), and norms and residuals are inside."""
+    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    return diffusers.UNet2DModel(sample_size=16, block_out_channels=(32, 32), norm_num_groups=8, **blocks)
+
+
+def diffusers_sd3():
+    """Its attention takes text beside the image's tokens."""
+    heads = dict(attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16)
+    return diffusers.SD3Transformer2DModel(sample_size=8, num_layers=2, pooled_projection_dim=16, in_channels=4, **heads)
+
+
 BUILD = [our_dit, timm_vit, timm_vit_with_registers, diffusers_dit]
 
 
@@ -143,6 +155,8 @@ def test_cross_attention_stays():
     [
         (nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no layer of self-attention"),
         (timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), {}, "no layer of self-attention"),
+        (diffusers_unet(), {}, "UNet2DModel has no layer of self-attention over all tokens"),
+        (diffusers_sd3(), {}, "SD3Transformer2DModel has no layer of self-attention over all tokens"),
         (our_dit()[0], dict(mixer="attention"), "unknown mixer 'attention'; known: pdessm"),
         (our_dit()[0], dict(conditioned=True), "conditioned needs blocks that pass"),
         (our_dit()[0], dict(coupling="pairwise", groups=5), "32 channels cannot be split into 5"),
