@@ -99,7 +99,7 @@ class DiT(PatchBackbone):
         hidden, channels, *_, patch = weights["x_embedder.proj.weight"].shape
         first = "blocks.0.attn."
         mixer, options = read_mixer({name.removeprefix(first): w for name, w in weights.items() if name.startswith(first)})
-        if not (weights["pos_embed"].is_meta or weights["pos_embed"].any()):
+        if mixer == "attention" and not (weights["pos_embed"].is_meta or weights["pos_embed"].any()):
             options["positions"] = "rope"
         if mixer == "pdessm":
             options |= read_hybrid(weights, first)

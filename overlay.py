@@ -52,6 +52,8 @@ def main(argv):
         return
     from comparing.check import check, check_table
 
+    if args.mixer or args.model or args.attention_class:
+        raise ValueError("--check compares with attention at every size; --mixer, --model and --attention-class are for --diff")
     rows = check(args.check)
     print(json.dumps(rows, indent=1) if args.json else check_table(rows))
     if wrong := [row["what"] for row in rows if not row["agrees"]]:

@@ -353,7 +353,8 @@ class PDESSM(Keeping):
     coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
     groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
                  pairwise, as in the paper, and groups of 8 channels, or 4 or 2, for coupled, whose exponential costs O(c^3).
-    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. expand: the same, in multiples of dim.
+    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. expand: the same, in multiples of
+                 dim, if there is no state_dim.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
     components:  not the paper's: how many PDEs a channel has, whose states are summed. For the diagonal coupling alone.
     activation:  not the paper's: silu(R u + bias) in place of R u.
@@ -384,8 +385,6 @@ class PDESSM(Keeping):
             raise ValueError(f"components is {components}, with coupling {coupling!r}; it is 1, or more if diagonal")
         if coupling == "diagonal" and groups not in (None, 1):
             raise ValueError(f"groups is {groups}, with coupling 'diagonal', which has a PDE for each channel and no groups")
-        if state_dim is not None and expand != 1:
-            raise ValueError(f"state_dim {state_dim} and expand {expand:g} both say how many channels the PDE has; give one")
         C = round(expand * dim) if state_dim is None else state_dim
         if groups is None:
             groups = C // math.gcd(C, 8) if coupling == "coupled" else 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from machine.files import whole_file
@@ -19,6 +19,7 @@ WHEREABOUTS = {
     "compile", "backend", "deterministic",
 }  # fmt: skip
 NO_FLAGS = {"class_names", "data", "vae_digest"}
+NEGATED = {"ema_warmup", "tf32"}  # flags that are on unless --no-... is given
 
 
 def to_safetensors(weights, settings, **more):
@@ -64,7 +65,7 @@ class Pretrained(PyTorchModelHubMixin):
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 model.settings = json.loads(file.metadata()["args"])
                 model.resize(json.loads(file.metadata().get("size", json.dumps(model.input_size))))
-        except (TypeError, RuntimeError, KeyError) as error:
+        except (TypeError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{model_id} holds no {cls.__name__} that save_pretrained wrote ({error})") from error
         model.class_names = model.settings.get("class_names") or None
         model.trained_classes = len(model.class_names or range(model.num_classes))
@@ -114,6 +115,8 @@ def card(model, settings, name="this model", steps=None, metrics=None):
 
 def _as_flag(name, value):
     flag = f"--{name.replace('_', '-')}"
-    if value is None or value is False or isinstance(value, dict):
+    if name in NEGATED and value is False:
+        return f"--no-{name.replace('_', '-')}"
+    if value is None or value is False or isinstance(value, dict) or (name == "num_classes" and value == 0):
         return ""
     return flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -1,12 +1,12 @@
 """The flags that all benchmarks share, and what they set up."""
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
 from machine.flags import above_zero, positive
+from machine.precision import count_cores
 from machine.processes import choose_device, keep_freed_memory
 from pde_ssm import set_backend
 
@@ -19,7 +19,7 @@ def parse_args(description, argv=None, **flags):
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and smaller sizes: within 5 minutes on 2 CPU cores")
     add("--device", help="cpu, cuda or cuda:N; by default a GPU if there is one")
-    add("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of PyTorch; by default all its cores")
+    add("--threads", type=positive, default=count_cores(), help="of PyTorch; by default all its cores")
     add("--seconds", type=above_zero, help="for each row of the table, beyond 3 rounds; 10, or 4 with --quick")
     add("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile every side, e.g. reduce-overhead")
     add("--backend", choices=("default", "torch", "auto"), default="default", help="of the PDE: see set_backend in pde_ssm.py")

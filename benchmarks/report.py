@@ -1,7 +1,6 @@
 """What a benchmark does with its times: a table, JSON and a plot, and the columns and lines that these show."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -14,14 +13,14 @@ import torch
 from benchmarks.attention import chosen
 from benchmarks.plot import draw
 from machine.files import whole_file
-from machine.precision import processor
+from machine.precision import count_cores, processor
 
 ROOT = Path(__file__).parent.parent
 
 
 def machine(device):
     """Describes what times depend on: processor, cores, threads, GPU, versions."""
-    about = dict(processor=processor(), cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads())
+    about = dict(processor=processor(), cores=count_cores(), threads=torch.get_num_threads())
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         about |= dict(gpu=card.name, gpu_memory_gb=round(card.total_memory / 1e9), cuda=torch.version.cuda)

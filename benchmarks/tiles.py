@@ -5,7 +5,6 @@ this GPU into pde_ssm_kernels/tiles.json, which the kernels read:
 """
 
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -18,6 +17,7 @@ import torch
 from benchmarks.flags import parse_args
 from benchmarks.timing import sample_ms
 from machine.files import whole_file
+from machine.precision import count_cores
 from pde_ssm_kernels import gpu, tiles
 from pde_ssm_kernels.tiles import Tile
 
@@ -97,7 +97,7 @@ def launcher(kernel, sides, device):
 
 def compile_ahead(work, device):
     """Launches everything once in several processes, so that all processors compile, into the cache that Triton keeps."""
-    with ProcessPoolExecutor(min(12, len(os.sched_getaffinity(0))), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(12, count_cores()), mp_context=get_context("spawn")) as pool:
         list(pool.map(launch_once, *zip(*work), [device] * len(work)))
 
 

@@ -147,9 +147,9 @@ def load_guide(path, model, settings):
     """Returns the model of a checkpoint that is to guide another, of these settings, at that one's size. ValueError if they do
     not see the same: space, objective and classes, but that it may have none."""
     usual = {name: settings[name] for name in ("objective", "path", "predict")}
-    guide, own = load_model(path, dict(image_size=settings["image_size"]), settings["vae"], usual=usual)
-    for name in ("vae", "in_channels", "objective", "path", "predict", "time_scale"):
-        if own[name] != settings[name]:
+    guide, own = load_model(path, dict(image_size=settings["image_size"], vae=settings["vae"]), settings["vae"], usual=usual)
+    for name in ("vae_digest", "in_channels", "objective", "path", "predict", "time_scale"):
+        if own.get(name, settings.get(name)) != settings.get(name, own.get(name)):
             raise ValueError(f"--guide-ckpt {path} has {name} {own[name]}, and what it is to guide has {settings[name]}")
     if guide.num_classes not in (0, model.num_classes):
         raise ValueError(f"--guide-ckpt {path} has {guide.num_classes} classes, what it is to guide {model.num_classes}")
@@ -295,8 +295,8 @@ def initialize(model, path):
         differs = f"it holds a {theirs.__name__}, and the model is a {ours.__name__}"
         reason = "none of its matrices fits the model" if theirs is ours else differs
         raise ValueError(f"{path} is of another network or size: {reason}")
-    if getattr(model, "rotary", False):
-        fitting.pop("pos_embed", None)  # its places are in its mixers
+    if ours is DiT and (model.rotary or ("pos_embed" in given and not given["pos_embed"].any())):
+        fitting.pop("pos_embed", None)  # places are in the mixers of one of the two
     model.load_state_dict(fitting, strict=False)
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
     for name in (name for name in known if name not in fitting):

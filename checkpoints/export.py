@@ -34,20 +34,26 @@ def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None
         raise ValueError(f"--half goes with --format {' or '.join(FILES)}")
     path = locate(ckpt)
     target = Path(out or Path(ckpt).with_suffix(f".{format}"))
-    if target.exists():
+    if target.exists() and (out or not push):
         raise ValueError(f"{target} is there already; give another --out")
     rename, stated = renaming(names) if names else dict, {}
-    if any(given.values()):
-        load_model(path, given, "ema", ema)  # refuses what contradicts the checkpoint
+    if names or any(given.values()):
+        model, known = load_model(path, given, "ema", ema)  # refuses what contradicts the checkpoint
+        class_names(rename(model.settings), model.num_classes, names or path)
         stated = {name: value for name, value in given.items() if value}
+        stated |= dict(time_scale=known["time_scale"]) if known["time_scale"] != 1000 else {}
+
+    def change(settings):
+        return of_average(rename(settings), ema) | stated
+
     if format in FILES:
-        write_file(path, ema, format, target, lambda settings: rename(settings) | stated, half)
+        write_file(path, ema, format, target, change, half)
         return
     facts = dict(name=push or target.name) | measures(path, metrics)
     with TemporaryDirectory() as alone:  # what is only uploaded leaves nothing here
         folder = alone if push and not out else target
         model, settings = load_model(path, given, "ema", ema)
-        model.settings = rename(model.settings) | stated
+        model.settings = change(model.settings)
         model.class_names = class_names(model.settings, model.num_classes, names or path)
         if format == "diffusers":
             read = write_pipeline(model, settings, folder)
@@ -85,15 +91,20 @@ def renaming(file):
     return rename
 
 
-def write_file(path, average, form, out, rename, half):
+def of_average(settings, decay):
+    """Returns settings that know of one average alone, that of this decay or else the first."""
+    if not (averages := averages_of(settings)):
+        return settings
+    return settings | dict(ema_decay=[next(iter(averages)) if decay is None else decay], ema_lengths=None)
+
+
+def write_file(path, average, form, out, change, half):
     """Writes the weights in a checkpoint, those of an average of that decay, in half precision if asked for, and its settings,
-    changed by `rename` and without paths of this machine, to a file."""
+    changed and without paths of this machine, to a file."""
     weights, settings = load_checkpoint(path, average)
-    settings = public(rename(settings))
+    settings = public(change(settings))
     if half:
         weights = {name: rounded_to_half(name, w) for name, w in weights.items()}
-    if averages := averages_of(settings):
-        settings = settings | dict(ema_decay=[average or next(iter(averages))], ema_lengths=None)
     if (out.suffix == ".safetensors") != (form == "safetensors"):
         raise ValueError(f"--out {out} should end in .{form}")
     if form == "pt":
@@ -125,6 +136,8 @@ def measures(path, metrics):
     if metrics:
         try:
             told = json.loads(Path(metrics).read_text())
+            if not isinstance(told, dict):
+                raise ValueError("it holds no names of numbers")
         except ValueError as error:
             raise ValueError(f"--metrics {metrics} is not the JSON of evaluate.py: {error}") from error
         found |= {f"{key} (evaluate.py)": value for key, value in told.items() if isinstance(value, (int, float))}

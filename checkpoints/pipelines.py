@@ -192,12 +192,15 @@ def read_pipeline(path):
 
 def _read_weights(folder):
     """Returns the tensors of a network in diffusers' files, and what safetensors state beside them."""
-    file = folder / f"{WEIGHTS}.safetensors"
-    if file.is_file():
+    files = [folder / f"{WEIGHTS}{ending}" for ending in (".safetensors", ".bin")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} holds neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin")
+    try:
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", weights_only=True), {}
         with safe_open(file, "pt") as opened:
             args = json.loads((opened.metadata() or {}).get("args", "{}"))
             return {name: opened.get_tensor(name) for name in opened.keys()}, args  # noqa: SIM118
-    file = folder / f"{WEIGHTS}.bin"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin")
-    return torch.load(file, map_location="cpu", weights_only=True), {}
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise ValueError(f"{file} is no whole file of tensors alone: it is damaged, cut short or something else") from error

@@ -40,7 +40,9 @@ def claim_folder(folder, settings, count):
     record.seek(0)
     try:
         before = OLDER | json.loads(record.read())
-    except (ValueError, TypeError) as error:  # new, or cut short
+        if not (drawn or Path(f"{folder}.npz").exists()):
+            raise ValueError("a run that drew nothing")
+    except (ValueError, TypeError) as error:  # new, cut short, or of nothing
         if drawn:
             raise ValueError(strange) from error
         before = settings

@@ -38,6 +38,11 @@ def rounding(processes):
     )
 
 
+def count_cores():
+    """Returns how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+
+
 def processor():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

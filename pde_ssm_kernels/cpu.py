@@ -84,6 +84,11 @@ def serves(v):
 @torch.compiler.assume_constant_result  # for compilers, which cannot look into it
 def built():
     """Whether there are kernels; says once why there are none."""
+    return found(library)
+
+
+def found(library):
+    """Whether a library has kernels; warns, once for each reason, where it has none."""
     _, reason = library()
     if reason:
         warnings.warn(f"{reason}; PDEs on CPUs run by PyTorch's operations, which are slower", stacklevel=2)

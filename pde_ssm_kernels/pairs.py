@@ -195,8 +195,8 @@ def serves(v, equation):
 
 @torch.compiler.assume_constant_result  # for compilers, which cannot look into it
 def built():
-    """Whether there are kernels; cpu.py says why there are none."""
-    return cpu.built() and library()[1] is None
+    """Whether there are kernels; says once why there are none."""
+    return cpu.built() and cpu.found(library)
 
 
 def evolve(spectra, g0, gx, gy, exponents, h, w, is_system=False):

@@ -185,12 +185,13 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path, checkpoint):
     assert len(draw_many(path, tmp_path / "s", "--num-fid-samples", 2)) == 2
 
 
-def test_what_a_kill_leaves_is_taken_away(tmp_path, checkpoint):
+@pytest.mark.parametrize("kept", ['{"weights": "2f', '{"num_sampling_steps": 7}'], ids=["cut short", "before the first image"])
+def test_what_a_kill_leaves_is_taken_away(tmp_path, checkpoint, kept):
     """A kill while the folder's settings, an image or the .npz was being written."""
     path = checkpoint()
     folder = tmp_path / "s" / "DiT-N-4-a-size-8-vae-none-cfg-1.5-seed-0"
     folder.mkdir(parents=True)
-    (folder / "settings.json").write_text('{"weights": "2f')
+    (folder / "settings.json").write_text(kept)
     left = [folder / "000000.png.7.partial", tmp_path / "s" / f"{folder.name}.npz.7.partial"]
     for partial in left:
         partial.write_bytes(b"half")

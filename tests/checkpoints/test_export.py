@@ -11,7 +11,7 @@ import torch
 from checkpoint_files import PIXELS, SETTINGS, Hostile, empty, garbage, given_flags, text, truncated, write_as, write_checkpoint
 from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint
-from download import find_model
+from download import find_checkpoint, find_model
 from models import DiT_models
 
 
@@ -45,6 +45,21 @@ def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
     assert all(torch.equal(weights[name], average[name]) for name in average)
     assert settings == dict(model="DiT-N/4", image_size=16, num_classes=10, vae="none", path=["data", 3], odd={})
     assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors", "hub"])
+@pytest.mark.parametrize("decay", [0.5, 0.0])
+def test_a_second_average_does_not_pass_for_the_first(tmp_path, form, decay):
+    model = write_checkpoint(tmp_path / "a.pt").state_dict()
+    args = dict(model="DiT-N/4", mixer="pdessm", vae="none", num_classes=10, image_size=16, ema_decay=[0.9, decay])
+    second = {f"ema_{decay}": {name: value + 1 for name, value in model.items()}}
+    torch.save(dict(model=model, ema=model, args=args, **second), tmp_path / "a.pt")
+    write_as(tmp_path / "a.pt", "--format", form, "--ema", decay, "--out", tmp_path / f"b.{form}")
+    name = "final_layer.linear.bias"
+    path = find_checkpoint(tmp_path / f"b.{form}")
+    assert torch.equal(load_checkpoint(path, decay)[0][name], model[name] + 1)
+    with pytest.raises(ValueError, match=r"0\.9"):
+        load_checkpoint(path, 0.9)
 
 
 @pytest.mark.parametrize("form", ["pt", "safetensors"])

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub import constants
 
 import sample
+import train
+from backbones.pretrained import card
 from checkpoint_files import PIXELS, given_flags, write_as, write_checkpoint
 from checkpoints import hub
 from checkpoints.build import initialize, load_model, save_checkpoint
@@ -73,6 +75,17 @@ def test_the_card_tells_data_steps_measures_and_commands_and_no_paths(tmp_path):
         assert told in text
     for file in (tmp_path / "a").iterdir():
         assert b"/home/me" not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"), [(dict(num_classes=0, uncond=True), "--uncond"), (dict(tf32=False), "--no-tf32")], ids=str
+)
+def test_the_command_of_a_card_is_one_that_trains_the_same(settings, told):
+    text = card(MODELS["DiT-N/4"](**PIXELS), dict(global_batch_size=8, ema_warmup=False, **settings), steps=5)
+    command = next(line for line in text.splitlines() if line.startswith("    python train.py"))
+    args = train.parse_args(command.split()[2:])
+    assert {told, "--no-ema-warmup"} <= {*command.split()}
+    assert not args.ema_warmup
 
 
 @pytest.mark.parametrize("names", [["iris", "lily"], {"rose": "iris", NAMES[1]: "lily"}, {"rose": "iris"}])
@@ -191,6 +204,8 @@ def test_pushed_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
         (["--format", "hub", "--push", "me/x"], "uploading needs a login: run `hf auth login`.* nothing was sent"),
         (["--format", "pt", "--push", "me/x", "--out", "b.pt"], "--push and --metrics go with --format hub"),
         (["--format", "hub", "--metrics", __file__, "--out", "b"], "is not the JSON of evaluate.py"),
+        (["--format", "hub", "--metrics", "list.json", "--out", "b"], "is not the JSON of evaluate.py: it holds no names"),
+        (["--format", "pt", "--class-names", "many.json", "--out", "b.pt"], "names 11 classes, its weights have num_classes=10"),
         (["--format", "hub", "--out", "there"], "there is there already; give another --out"),
     ],
 )
@@ -198,10 +213,12 @@ def test_an_export_to_the_hub_that_cannot_be_says_why(tmp_path, monkeypatch, fla
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "many.json").write_text(json.dumps([str(number) for number in range(11)]))
     write_checkpoint(tmp_path / "a.pt")
     with pytest.raises((ValueError, OSError), match=message):
         write_as("a.pt", *flags)
-    assert sorted(os.listdir()) == ["a.pt", "there"]
+    assert sorted(os.listdir()) == ["a.pt", "list.json", "many.json", "there"]
 
 
 def test_a_name_that_is_nowhere_is_one_sentence(tmp_path):

@@ -57,6 +57,15 @@ def test_a_mixer_of_another_kind_is_initial_whole(tmp_path, before, after, optio
     assert key[before] in report[2]
 
 
+@pytest.mark.parametrize(("before", "after"), [(dict(positions="rope"), {}), ({}, dict(positions="rope"))], ids=str)
+def test_places_that_are_added_are_not_those_of_rotations(tmp_path, before, after):
+    old, new = (DiT_models["DiT-N/4"](**PIXELS, **options) for options in (before, after))
+    added = new.pos_embed.clone()
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    assert torch.equal(new.pos_embed, added)
+    assert report[1].startswith("... not pos_embed")
+
+
 def test_an_option_more_of_the_same_mixer_leaves_the_rest_as_it_was(tmp_path):
     old = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm"), 1000)
     new = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm", gate=True), 0)

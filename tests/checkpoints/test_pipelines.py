@@ -126,6 +126,19 @@ def test_other_layouts_of_the_folder_are_read(export, vae):
     assert load_model(folder, given_flags(), "ema")[0].num_classes == 1000
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", None], ids=["empty", "lfs", "cut"])
+def test_damaged_weights_of_a_folder_are_named(export, name, content):
+    _, folder = export()
+    part = folder / "transformer"
+    torch.save(load_file(folder / FILE), part / "diffusion_pytorch_model.bin")
+    whole = (part / name).read_bytes()
+    (folder / FILE).unlink()
+    (part / name).write_bytes(whole[:-5000] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{name} is no whole file of tensors alone: it is damaged"):
+        load_model(folder, given_flags(), "ema")
+
+
 CASES = {
     "pde on pixels, a flow": dict(mixer="pdessm", objective="flow"),
     "pairs of channels, images predicted, shifted": dict(

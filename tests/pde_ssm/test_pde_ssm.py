@@ -317,7 +317,6 @@ def test_arguments_of_timms_attention():
         (lambda: PDESSM(4, coupling="none"), "known: diagonal, pairwise, coupled"),
         (lambda: PDESSM(6, coupling="pairwise", groups=4), "6 channels cannot be split into 4 equal groups"),
         (lambda: PDESSM(75, coupling="coupled"), "fall into groups of 8, 4 or 2, and 75 do not; give groups"),
-        (lambda: PDESSM(8, state_dim=4, expand=3), "state_dim 4 and expand 3 both say how many channels"),
         (lambda: PDESSM(6, coupling="coupled", groups=4), "6 channels cannot be split into 4 equal groups"),
         (lambda: PDESSM(6, coupling="pairwise", state_dim=8, groups=3), "8 channels cannot be split into 3"),
         (lambda: PDESSM(6, state_dim=0), "0 channels"),
