@@ -67,6 +67,7 @@ class Evolution(torch.autograd.Function):
             return None, *evolve_backward(gradient, v, rows)
         needed = ctx.needs_input_grad[1:]
         with full_precision(v):                                            # backward() may be called under autocast
+            v, rows = v.view_as(v), rows.view_as(rows)                     # one may come of the other
             state = ctx.plainly(v, rows)
             inputs = [x for x, is_needed in zip((v, rows), needed) if is_needed]
             found = torch.autograd.grad(state, inputs, gradient, create_graph=True)

@@ -120,8 +120,8 @@ def _keep(layer, name, value, state):
     own.pop(name, None)
     if state is None or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules()) or traced(*parameters):
         return  # inference tensors; replicated or parametrised, with values elsewhere; of another class
-    while own and (len(own) == VALUES or value.nbytes > room()):
-        own.pop(next(iter(own)))
+    while own and (len(own) >= VALUES or value.nbytes > room()):
+        own.pop(next(iter(own), None), None)                               # another thread may have done so just now
     if value.nbytes > room():
         return
     # As long as the parameters and their memory are held, no others can have their identity and their address.

@@ -69,13 +69,16 @@ def fold(u, layer):
     """Returns the state of tokens u (B, h, w, dim) by kept products of G, B and R of a PDESSM. Where there are none, by G and
     products of B and R, or None if there are too few tokens for that."""
     h, w = u.shape[1:3]
-    plain = type(layer.R) is torch.nn.Linear and not (layer.R._forward_hooks or layer.R._forward_pre_hooks or layer.activation)
+    plain = type(layer.R) is torch.nn.Linear and layer.R.bias is None and not layer.activation
+    plain = plain and not (layer.R._forward_hooks or layer.R._forward_pre_hooks)
     if not plain or layer.equation.groups > 1 or u.dtype != torch.float32 or layer.R.weight.dtype != torch.float32:
         return None
     folding, c = _folding(layer, h, w), layer.equation.dim
     folding.images += len(u)
     size = 8 * h * (w // 2 + 1) * layer.dim * -(-c // lanes()) * lanes()   # bytes
-    if folding.matrices is None and folding.images > c and size <= room():
+    # How many images came before decides by which sums the next go, and so their last bits.
+    pays = folding.images > c and not torch.are_deterministic_algorithms_enabled()
+    if folding.matrices is None and pays and size <= room():
         folding.matrices = folded(layer, h, w)
     if folding.matrices is None and (layer.dim != c or u[..., 0].numel() < 3 * c):
         return None
@@ -181,6 +184,7 @@ class Exponents(torch.autograd.Function):
 def differentiable(plainly, inputs, gradient, needed):
     """Returns the gradients of plainly(*inputs) that are needed, None for others, so that they have gradients themselves."""
     with full_precision(gradient):                                         # backward() may be called under autocast
+        inputs = [None if x is None else x.view_as(x) for x in inputs]     # two may be one tensor, or one come of another
         wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
         found = iter(torch.autograd.grad(plainly(*inputs), wanted, gradient, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed)

@@ -205,7 +205,7 @@ def test_pushed_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
         (["--format", "pt", "--push", "me/x", "--out", "b.pt"], "--push and --metrics go with --format hub"),
         (["--format", "hub", "--metrics", __file__, "--out", "b"], "is not the JSON of evaluate.py"),
         (["--format", "hub", "--metrics", "list.json", "--out", "b"], "is not the JSON of evaluate.py: it holds no names"),
-        (["--format", "pt", "--class-names", "many.json", "--out", "b.pt"], "names 11 classes, its weights have num_classes=10"),
+        (["--format", "pt", "--class-names", "many.json", "--out", "b.pt"], "11 classes, its weights have num_classes=10"),
         (["--format", "hub", "--out", "there"], "there is there already; give another --out"),
     ],
 )

@@ -88,6 +88,40 @@ def test_parameters_that_are_parametrised_are_not_absent(name):
     torch.testing.assert_close(pde(u), expected)
 
 
+@pytest.mark.parametrize(("name", "other"), [("log_ly", "log_lx"), ("gy", "gx")])
+def test_gradients_that_have_gradients_know_tied_parameters(name, other):
+    pde, u = PDESSM(6, coupling="pairwise"), torch.randn(2, 6, 5, 4)
+    setattr(pde.equation, name, getattr(pde.equation, other))
+    found = []
+    for backend in ("default", "plain"):
+        pde_ssm.set_backend(backend)
+        (first,) = torch.autograd.grad(pde(u).square().sum(), getattr(pde.equation, other), create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), getattr(pde.equation, other))))
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
+@torch.no_grad()
+def test_a_bias_of_r_stays_in_evaluation():
+    pde, u = PDESSM(8, coupling="pairwise").eval(), torch.randn(9, 8, 8, 8)
+    pde.R = torch.nn.Linear(8, 8)
+    outs = [pde(u) for _ in range(3)]
+    pde_ssm.set_backend("plain")
+    for out in outs:
+        torch.testing.assert_close(out, pde(u), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_deterministic_evaluation_does_not_depend_on_what_came_before():
+    pde, u = PDESSM(8, coupling="pairwise").eval(), torch.randn(4, 8, 8, 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        outs = [pde(u) for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
 @pytest.mark.parametrize("coupling", ["pairwise", "coupled"])
 def test_a_trace_holds_what_the_layer_computes(coupling):
     pde, u = PDESSM(8, coupling=coupling).eval(), torch.randn(2, 8, 5, 4)

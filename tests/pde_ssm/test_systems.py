@@ -101,7 +101,7 @@ def test_groups_wider_than_a_vector_take_pytorch(monkeypatch):
     pde, u = PDESSM(34, coupling="coupled", groups=2), torch.randn(1, 34, 3, 3)
     pde_ssm.set_backend("torch")
     expected = pde(u)
-    pde_ssm.set_backend("cpp")
+    pde_ssm.set_backend("default")
     monkeypatch.setattr(pairs, "evolve_tokens", None)
     assert torch.equal(pde(u), expected)
     with pytest.raises(ValueError, match=f"the kernels take systems of at most {pairs.lanes()} channels; they got 17"):
