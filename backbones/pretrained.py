@@ -38,9 +38,10 @@ class Pretrained(PyTorchModelHubMixin):
     settings = None
 
     def _save_pretrained(self, folder):
-        config, size = self._hub_mixin_config, self.input_size
-        weights = self.resize(config["input_size"]).state_dict()           # as it was trained: a grid decides what others mean
-        self.resize(size)
+        config, size, weights = self._hub_mixin_config, self.input_size, self.state_dict()
+        if size != (trained := self.check_size(config["input_size"])):     # a grid decides what others mean
+            weights = self.resize(trained).state_dict()
+            self.resize(size)
         shapes = {name: w.shape for name, w in weights.items()}
         with torch.device("meta"):
             again = type(self)(**config)
@@ -64,7 +65,9 @@ class Pretrained(PyTorchModelHubMixin):
             with safe_open(path, "pt") as file:
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
                 model.settings = json.loads(file.metadata()["args"])
-                model.resize(json.loads(file.metadata().get("size", json.dumps(model.input_size))))
+                size = tuple(json.loads(file.metadata().get("size", "[]")))
+                if size and size != model.input_size:
+                    model.resize(size)
         except (TypeError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{model_id} holds no {cls.__name__} that save_pretrained wrote ({error})") from error
         model.class_names = model.settings.get("class_names") or None

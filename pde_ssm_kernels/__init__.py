@@ -22,7 +22,7 @@ def set_backend(name):
     default: on CPUs the C++ kernels where they can, PyTorch elsewhere
     torch:   PyTorch
     cpp:     the C++ kernels, or an error where they cannot
-    triton:  the Triton kernels, for GPUs, or an error where they cannot
+    triton:  the Triton kernels, for GPUs, or an error where they cannot; layers that they are not for run by PyTorch
     auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
     plain:   the equations as pde_ssm.py writes them: for checks, since pairs of channels take much memory
 
@@ -54,20 +54,19 @@ def choose(v, equation, time_scale=None):
 
         if not followed and _pairs(v, equation):
             return pairs.evolve_tokens
-        if _backend in ("cpp", "triton") and not (followed or torch.compiler.is_compiling()):
-            what = f"coupled channels, {_in_words(v)}"
-            raise ValueError(f"the backend is {_backend}, and its kernels are not for {what}; {OTHER}")
+        if _backend == "cpp" and not (followed or torch.compiler.is_compiling()):
+            raise ValueError(f"the backend is cpp, and its kernels are not for coupled channels, {_in_words(v)}; {OTHER}")
         return pytorch.evolve_in_pieces
     if followed:
         return None
     for name in BACKENDS[_backend]:
         kernels = _kernels(name)
-        conditioned = name == "triton" and time_scale is not None
-        if kernels and kernels.serves(v) and not conditioned:
+        if name == "triton" and time_scale is not None:
+            continue
+        if kernels and kernels.serves(v):
             return kernels.evolve_tokens
         if _backend == name:
-            reason = "its kernels are not for conditioned layers" if conditioned else why_not(name, v)
-            raise ValueError(f"the backend is {name}, and {reason}; {OTHER}")
+            raise ValueError(f"the backend is {name}, and {why_not(name, v)}; {OTHER}")
     return None
 
 

@@ -160,8 +160,8 @@ def symbol_at(equation, even, odd, growth, phase):
 
 def polynomial(monomials, coefficients):
     """sum_j monomials_j coefficients_j: (f, n), (groups, n, C) -> (groups, f, C)"""
-    exact = coefficients.device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16")
-    if exact and not traced(coefficients):                                 # compilers fuse sums
+    alone = coefficients.device.type == "cpu" and not traced(coefficients)         # compilers fuse sums
+    if alone and torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16"):      # that products are rounded to
         return monomials @ coefficients
     return (monomials[:, :, None] * coefficients[..., None, :, :]).sum(-2)
 

@@ -148,7 +148,7 @@ def test_a_small_table_runs_to_its_rows(tmp_path):
         for number in range(64):
             image = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8))
             image.save(tmp_path / "data" / split / f"{number}.png")
-    systems = ["U-Net", "PDE-SSM-DiT-diagonal"]  # the others differ in flags, which are parsed above
+    systems = ["PDE-SSM-DiT-diagonal"]  # the others differ in flags, which are parsed above
     settings = dict(SCALE="small", STEPS="1", IMAGES="4", SAMPLING_STEPS="1", FEATURES="efficientnet-lite0")
     settings["ONLY"] = " ".join(systems)
     done = run_script("table1_cifar10.sh", tmp_path / "data", tmp_path, PYTHON=sys.executable, **settings)
