@@ -71,7 +71,8 @@ def sizes_in_words(side):
 
 
 def open_source(source, network, crop=None, dataset=None, num=None, part=slice(None)):
-    """Makes a Source of a path, or of an array uint8 (N, H, W, 3), and reads no more than headers and statistics.
+    """Makes a Source of a path, or of an array uint8 (N, H, W, 3), and reads no images: headers, statistics, and the
+    features that a reference keeps.
 
     crop, dataset: for folders, as in `load_dataset`.
     num, part:     take that many of the images, evenly spread, and a slice of those. Without either, statistics in the file

@@ -40,11 +40,12 @@ def claim_folder(folder, settings, count):
     record.seek(0)
     try:
         before = OLDER | json.loads(record.read())
-        if not (drawn or Path(f"{folder}.npz").exists()):
-            raise ValueError("a run that drew nothing")
-    except (ValueError, TypeError) as error:  # new, cut short, or of nothing
+    except (ValueError, TypeError) as error:  # new, or cut short
         if drawn:
             raise ValueError(strange) from error
+        before = None
+    npz = Path(f"{folder}.npz")
+    if before is None or not (drawn or npz.exists()):  # of a run that drew nothing
         before = settings
         record.truncate(0)
         record.write(json.dumps(settings))
@@ -52,7 +53,6 @@ def claim_folder(folder, settings, count):
     changed = {name: value for name, value in settings.items() if before.get(name, value) != value}
     if differences := [f"{name} {before[name]} and now {value}" for name, value in changed.items()]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")
-    npz = Path(f"{folder}.npz")
     if npz.exists() and (there := len(NpzImages(npz))) > count:
         raise ValueError(f"{npz} holds {there:,} images, more than --num-fid-samples {count:,}; move it away")
     return record

@@ -140,8 +140,7 @@ def other_defaults():
 def test_type_and_device_are_those_of_the_layer_whatever_the_default(request, coupling):
     pde, u = PDESSM(8, coupling=coupling).eval(), torch.randn(2, 8, 6, 6)
     expected = copy.deepcopy(pde)(u).detach()
-    for cached in (pairs.conjugates,):
-        cached.cache_clear()
+    pairs.conjugates.cache_clear()
     request.getfixturevalue("other_defaults")
     with torch.no_grad():
         for _ in range(3):  # evaluation folds from the second time on
