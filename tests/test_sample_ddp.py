@@ -263,3 +263,9 @@ def test_a_folder_keeps_its_precision(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="precision fp32 and now fp16"):
         draw_many(path, tmp_path / "old", *two, "--precision", "fp16")
     draw_many(path, tmp_path / "old", *two)
+
+
+@pytest.mark.parametrize("flags", [["--features", "efficientnet-lite0"], ["--weights", "/no/file"]], ids=str)
+def test_flags_of_evaluation_mean_nothing_without_it(tmp_path, checkpoint, flags):
+    with pytest.raises(ValueError, match="--features and --weights mean nothing without --evaluate"):
+        draw_many(checkpoint(), tmp_path / "s", *flags)

@@ -76,6 +76,18 @@ def test_what_weights_do_not_tell_can_be_stated(tmp_path, form):
         write_as(tmp_path / f"b.{form}", "--format", form, "--out", tmp_path / f"c.{form}", "--objective", "diffusion")
 
 
+def test_weights_of_sit_state_that_their_network_sees_t_itself(tmp_path):
+    weights = write_checkpoint(tmp_path / "a.pt", "attention").state_dict()
+    last = torch.arange(len(weights["final_layer.linear.bias"])) // 3 % 2 == 1  # variances, which SiT does not learn
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = torch.ones_like(weights[name])
+        weights[name][last] = 0
+    torch.save(weights, tmp_path / "a.pt")
+    write_as(tmp_path / "a.pt", "--format", "safetensors", "--objective", "flow", "--out", tmp_path / "b.safetensors")
+    settings = load_model(tmp_path / "b.safetensors", {}, "ema")[1]
+    assert (settings["objective"], settings["time_scale"]) == ("flow", 1)
+
+
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 def test_half_precision_is_half_the_size_and_the_nearest_weights(tmp_path, form):
     written = write_checkpoint(tmp_path / "a.pt", "pdessm-g").state_dict()

@@ -63,3 +63,9 @@ def test_check_finds_differences(copy, capsys):
 def test_what_is_no_number_agrees_with_nothing(place):
     ours = {name: torch.full((2,), math.nan if i == place else 1.0) for i, name in enumerate("ab")}
     assert not check.distance(ours, {name: torch.ones(2) for name in "ab"}) <= 1
+
+
+@pytest.mark.parametrize("flags", [["--model", "DiT-S/2"], ["--mixer", "pdessm"], ["--attention-class", "a:B"]], ids=str)
+def test_flags_of_diff_mean_nothing_to_check(tmp_path, flags):
+    with pytest.raises(ValueError, match="--mixer, --model and --attention-class are for --diff"):
+        overlay.main(["--check", str(tmp_path), *flags])
