@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from checkpoints.build import load_model
-from checkpoints.lengths import exponent, overlap, reconstruct, shares
+from checkpoints.lengths import exponent, overlap, reconstruct, residual, shares
 from checkpoints.read import load_checkpoint, read_checkpoint
 from commands import draw, draw_many, fit
 from training.learner import decay_at
@@ -27,6 +27,16 @@ def test_overlaps_are_integrals():
     one, other = 3 * s**2 / 0.5**3 * (s < 0.5), 6 * s**5
     assert overlap(0.5, 2, 1.0, 5) == pytest.approx((one * other).mean(), rel=1e-4)
     assert overlap(1.0, 5, 0.5, 2) == pytest.approx(overlap(0.5, 2, 1.0, 5))
+
+
+def test_a_residual_is_the_distance_of_the_weights_over_the_run():
+    s = (np.arange(1_000_000) + 0.5) / 1_000_000
+    steps, lengths, found = [500, 1000], [0.05, 0.1], np.array([0.25, 0.75])
+    gammas = [exponent(one) for one in (*lengths, 0.2)]
+    first, second, wanted = ((gamma + 1) * s**gamma for gamma in gammas)
+    first = (gammas[0] + 1) * (2 * s) ** gammas[0] * 2 * (s < 0.5)  # which ended halfway
+    squares = ((0.25 * first + 0.75 * second - wanted) ** 2).mean() / (wanted**2).mean()
+    assert residual(steps, lengths, 1000, 0.2, found) == pytest.approx(np.sqrt(squares), rel=1e-3)
 
 
 def average(path, length):
@@ -61,9 +71,11 @@ def test_lengths_from_training_to_samples(tmp_path):
     torch.testing.assert_close(between["pos_embed"], kept["pos_embed"])  # which does not change
     name = "blocks.0.mlp.fc1.weight"
     assert not torch.allclose(between[name], kept[name], atol=1e-4)
-    drawn = [draw(path, tmp_path / "a.png", "--class-labels", 3, *more) for more in ([], ["--ema-length", 0.2])]
+    drawn = [draw(path, tmp_path / "a.png", "--class-labels", 3, *more) for more in ([], ["--ema-length", 0.08])]
     assert (drawn[0] != drawn[1]).any()
-    assert draw_many(path, tmp_path / "s", "--ema-length", 0.2, "--num-fid-samples", 1).shape == (1, 8, 8, 3)
+    assert draw_many(path, tmp_path / "s", "--ema-length", 0.08, "--num-fid-samples", 1).shape == (1, 8, 8, 3)
+    with pytest.raises(ValueError, match=r"0\.05 and 0\.1 in 3 checkpoints make it with an error of 32%, above 10%; ask for"):
+        draw(path, tmp_path / "a.png", "--ema-length", 0.2)
     with pytest.raises(ValueError, match=r"--ema 0\.9999 and --ema-length 0\.1 name two averages; leave one out"):
         draw(path, tmp_path / "a.png", "--ema", 0.9999, "--ema-length", 0.1)
     with pytest.raises(ValueError, match=r"--ema 0\.5: .* has averages of decay 0\.9999, length_0\.05, length_0\.1"):
