@@ -83,7 +83,7 @@ def main(args, processes):
         logger.info(f"Done! All {total:,} steps were done before: {run['path']}")
         return
 
-    begun_from = start_from(args.init_from, model, processes) if args.init_from and not run else []
+    begun_from = start_from(args.init_from, model, settings, processes) if args.init_from and not run else []
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
     runs.describe(model, begun_from, dataset, held_out, args.data_path, probe)
     conditions, otherwise = resume.record_rounding(run, settings, processes)

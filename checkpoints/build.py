@@ -5,6 +5,7 @@ so do safetensors, with the weights and, as JSON in their metadata, the args; ch
 
 import math
 import re
+from contextlib import suppress
 
 import torch
 
@@ -14,7 +15,7 @@ from checkpoints.read import load_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from images.autoencoder import open_space
 from machine.files import whole_file
-from mixers import MIXERS, build_mixer, kind_of, mixer_options
+from mixers import MIXERS, build_mixer, kind_of, mixer_options, read_mixer
 from models import MLPS, MODELS, DiT, backbone_of, stride
 
 # The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
@@ -280,17 +281,21 @@ def load_weights(model, weights, path):
         raise ValueError(f"{path} does not fit the model: {'; '.join(differences[:3])}{more}") from error
 
 
-def initialize(model, path):
+def initialize(model, path, settings=None):
     """Gives the model what fits it of a checkpoint's weights, by name and shape; returns lines that say what does not.
 
-    Mixers of another kind keep their initial values, since they share no name, and so does the table of another number of
-    classes, but for the null class. ValueError for another kind of network, and if no matrix fits.
+    Mixers of another kind keep their initial values, and so does the table of another number of classes, but for the null
+    class. settings: a dict of what the model is for; the lines then say what else the weights were trained for. ValueError for
+    another kind of network, and if no matrix fits.
     """
-    given = {name: w for name, w in load_checkpoint(path)[0].items() if isinstance(w, torch.Tensor)}
+    weights, stored = load_checkpoint(path)
+    given = {name: w for name, w in weights.items() if isinstance(w, torch.Tensor)}
     own = model.state_dict()
-    known = {name: w for name, w in given.items() if name in own}
-    fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
     theirs, ours = backbone_of(given) or type(model), type(model)
+    kinds = [_mixers_of_blocks(weights) if backbone is DiT else {} for backbone, weights in ((theirs, given), (ours, own))]
+    other = tuple(start for start, kind in kinds[1].items() if kinds[0].get(start, kind) != kind)
+    known = {name: w for name, w in given.items() if name in own and not name.startswith(other)}
+    fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
     if theirs is not ours or not any(w.dim() > 1 for w in fitting.values()):
         differs = f"it holds a {theirs.__name__}, and the model is a {ours.__name__}"
         reason = "none of its matrices fits the model" if theirs is ours else differs
@@ -308,7 +313,35 @@ def initialize(model, path):
         report.append(f"... not there, and initial: {_by_kind(missing)}")
     if unknown := [name for name in given if name not in known]:
         report.append(f"... there, and not taken: {_by_kind(unknown)}")
-    return report
+    try:
+        return report + _other_purposes(stated_settings(stored, path), stated_settings(settings or {}, path))
+    except ValueError as error:  # of a flow that is unknown here, which is no reason not to begin there
+        return [*report, f"... {error}"]
+
+
+def _mixers_of_blocks(weights):
+    """Returns which mixer each block of a DiT has, by what its tensors' names begin with; of a kind, always the same name, and
+    for all that are unknown here None."""
+    starts = dict.fromkeys(found[0] for name in weights if (found := re.match(r"blocks\.\d+\.attn\.", name)))
+    own = {start: {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)} for start in starts}
+    found = {}
+    for start, layer in own.items():
+        with suppress(ValueError):
+            found[start] = read_mixer(layer)[0]
+    return dict.fromkeys(starts) | found
+
+
+def _other_purposes(stated, now):
+    """Returns a line for each setting that is not what weights were trained with, and that their names and shapes do not tell:
+    of stated ones and those of now, both by stated_settings."""
+    names = ["norm", "mixer", "objective", "vae"]
+    if stated.get("objective") == now.get("objective") == "flow":
+        names += ["path", "predict", "time_scale"]
+    before, now = (dict(norm="layer", time_scale=1000) | known for known in (stated, now))
+    differing = [name for name in names if name in before and name in now and before[name] != now[name]]
+    if {before.get("vae"), now.get("vae")} == {"ema", "mse"}:
+        differing.remove("vae")  # two decoders of one encoder
+    return [f"... trained with {name.replace('_', ' ')} {before[name]}, which is {now[name]} here" for name in differing]
 
 
 def _by_kind(names):

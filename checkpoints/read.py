@@ -59,19 +59,22 @@ def choose_average(stored, decay, path):
 
 def read_checkpoint(path, decay=None):
     """Returns the dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its
-    averages, and args. The tensors of a .pt file stay in it, which must stay as it is, until they are used; `load_checkpoint`
+    averages, args and step. The tensors of a .pt file stay in it, which must stay as it is, until they are used; `load_checkpoint`
     compares their checksums.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.
     """
     if os.path.isdir(path):
         if Path(path, INDEX).is_file():
-            return read_pipeline(path)
+            contents = read_pipeline(path)
+            choose_average(contents["args"], decay, path)  # it has one, and says so
+            return contents
         if not Path(path, SETTINGS).is_file():
             raise ValueError(f"{path} is {_kind_of_folder(path)}")
-        args = read_settings(path)["args"]
+        stored = read_settings(path)
         check_pieces(path)
-        return dict(ema=read_whole(path, choose_average(args, decay, path)), args=args)
+        average = choose_average(stored["args"], decay, path)
+        return dict(ema=read_whole(path, average), args=stored["args"], step=stored["step"])
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoints.build import save_checkpoint
-from checkpoints.read import average_names, read_checkpoint
+from checkpoints.read import average_names, averages_of, read_checkpoint
 from checkpoints.sharded import check_pieces, load_sharded, read_settings, save_sharded
 from images.folders import listed
 from machine.flags import marked_may_change
@@ -151,19 +151,31 @@ def changed_images(before, now):
 
 def restore(learner, run):
     """Makes the learner what it was at the checkpoint of find_run. ValueError if its tensors are not the learner's."""
+    stored = tensors(learner, stored_averages(learner.averages, run))
     if run["path"].suffix == ".dcp":
-        load_sharded(run["path"], tensors(learner))
+        load_sharded(run["path"], stored)
     else:
         # From here to its end the file is held open, but not in memory: it could not be deleted for good all through the run.
         contents = read_checkpoint(run["path"])
         names = [name for name, _ in learner.model.named_parameters()]
-        moments = {names[number]: state for number, state in contents["opt"]["state"].items()}
-        copy_into(tensors(learner), contents | dict(opt=moments), run["path"])
+        moments = {names[number]: state for number, state in contents["opt"]["state"].items() if number < len(names)}
+        copy_into(stored, contents | dict(opt=moments), run["path"])
     if run["scaler"]:  # empty if the run was not in float16
         learner.scaler.load_state_dict(run["scaler"])
     if spoilt := first_not_finite(learner):
         raise ValueError(f"{run['path']}: {spoilt} is not finite; to go on from the one before, move it away")
     learner.step = run["step"]
+
+
+def stored_averages(decays, run):
+    """Returns under which name each of the averages, by decay, goes on from a run's checkpoint: its own, or, if the first has a
+    decay that no average had, the first one's. ValueError if there is none for one of them."""
+    known = averages_of(run["args"])
+    names = {decay: known.get(decay, name) for decay, name in average_names(decays).items()}
+    if known and ({*names.values()} - {*known.values()} or len({*names.values()}) < len(names)):
+        kept, wanted = (", ".join(map(str, some)) for some in (known, decays))
+        raise ValueError(f"{run['path']} has averages of decay {kept}, and none to go on from for each of {wanted}")
+    return names
 
 
 def copy_into(values, stored, path):
@@ -283,9 +295,11 @@ def delete(path):
     return shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def tensors(learner):
-    """Returns all tensors that updates change, by name, as they lie in memory: writing into them changes the learner."""
-    averages = {name: learner.averages[decay].state_dict() for decay, name in average_names(learner.averages).items()}
+def tensors(learner, names=None):
+    """Returns all tensors that updates change, by name, as they lie in memory: writing into them changes the learner. names: of
+    the averages in a checkpoint, by decay, if they are not the usual ones."""
+    names = names or average_names(learner.averages)
+    averages = {name: learner.averages[decay].state_dict() for decay, name in names.items()}
     moments = {name: learner.opt.state[p] for name, p in learner.model.named_parameters() if p in learner.opt.state}
     return dict(model=learner.model.state_dict(), **averages, opt=moments)
 

@@ -80,12 +80,12 @@ def groups_by_rate(model, lr, factor):
     return [dict(params=list(row), lr=lr * times, times=times) for times, row in rows]
 
 
-def start_from(checkpoint, model, processes):
-    """Gives the model initial weights for fine-tuning, and returns lines that say which."""
+def start_from(checkpoint, model, settings, processes):
+    """Gives the model initial weights for fine-tuning, and returns lines that say which. settings: of the run, a dict."""
     if processes.rank == 0:
         find_checkpoint(checkpoint)  # if it must be fetched, then once
     processes.barrier()
-    return initialize(model, find_checkpoint(checkpoint))
+    return initialize(model, find_checkpoint(checkpoint), settings)
 
 
 def shard(model, processes):

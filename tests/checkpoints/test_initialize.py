@@ -40,7 +40,10 @@ def test_fine_tuning_with_other_classes_keeps_all_but_their_table(tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "after", "options"),
-    [("attention", "pdessm", {}), ("pdessm", "attention", {}), ("attention", "pdessm", dict(gate=True))],
+    [
+        ("attention", "pdessm", {}), ("pdessm", "attention", {}), ("attention", "pdessm", dict(gate=True)),
+        ("attention", "window", {}), ("vim", "ss2d", {}),
+    ],
 )
 def test_a_mixer_of_another_kind_is_initial_whole(tmp_path, before, after, options):
     old = filled(DiT_models["DiT-N/4"](**PIXELS, mixer=before), 1000)
@@ -50,7 +53,10 @@ def test_a_mixer_of_another_kind_is_initial_whole(tmp_path, before, after, optio
     for name, value in new.state_dict().items():
         assert torch.equal(value < 1000, torch.full(value.shape, name in mixing)), name
     assert len(report) == 3
-    key = {"attention": "blocks.*.attn.qkv.weight (6)", "pdessm": "blocks.*.attn.pde.equation.g0 (6)"}
+    key = {
+        "attention": "blocks.*.attn.qkv.weight (6)", "pdessm": "blocks.*.attn.pde.equation.g0 (6)",
+        "window": "blocks.*.attn.relative_position_bias_table", "vim": "blocks.*.attn.A_log", "ss2d": "blocks.*.attn.A_logs",
+    }  # fmt: skip
     assert report[1].startswith("... not there, and initial: ")
     assert key[after] in report[1]
     assert report[2].startswith("... there, and not taken: ")
@@ -72,6 +78,42 @@ def test_an_option_more_of_the_same_mixer_leaves_the_rest_as_it_was(tmp_path):
     initialize(new, saved(tmp_path / "a.pt", old))
     kept = {name for name, value in new.state_dict().items() if (value >= 1000).all()}
     assert kept == new.state_dict().keys() & old.state_dict().keys()
+
+
+def test_the_attention_of_a_hybrid_is_of_the_kind_of_attention(tmp_path):
+    old = filled(DiT_models["DiT-N/4"](**PIXELS), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS, mixer="pdessm-gla"), 0)
+    initialize(new, saved(tmp_path / "a.pt", old))
+    taken = {name for name, value in new.state_dict().items() if ".attn." in name and (value >= 1000).all()}
+    assert taken == {name for name in new.state_dict() if name.startswith("blocks.3.attn.")}
+
+
+def test_what_weights_were_trained_for_is_said_where_it_differs(tmp_path):
+    path = tmp_path / "a.pt"
+    model = DiT_models["DiT-N/4"](**PIXELS | dict(learn_sigma=False), mixer="mamba")
+    stated = dict(norm="rms", mixer="mamba", objective="flow", predict="x", vae="ema", path="linear")
+    torch.save(dict(ema=model.state_dict(), args=stated), path)
+    assert initialize(model, path, stated)[1:] == []
+    assert initialize(model, path, stated | dict(vae="mse"))[1:] == []
+    now = dict(norm="layer", mixer="zigzag", objective="flow", predict=None, vae="none", path="linear")
+    assert initialize(model, path, now)[1:] == [
+        f"... trained with {was}, which is {is_} here"
+        for was, is_ in (("norm rms", "layer"), ("mixer mamba", "zigzag"), ("vae ema", "none"), ("predict x", "velocity"))
+    ]
+    torch.save(dict(ema=model.state_dict(), args=dict(model="SiT-N/4", path_type="Linear", prediction="velocity")), path)
+    assert initialize(model, path, stated)[-1] == "... trained with time scale 1, which is 1000 here"
+    torch.save(dict(ema=model.state_dict(), args=dict(model="SiT-N/4", path_type="VP", prediction="score")), path)
+    assert initialize(model, path, stated)[-1].startswith(f"... {path} is SiT's with path_type VP and prediction score")
+
+
+def test_mixers_of_somebody_else_keep_what_has_their_names_and_shapes(tmp_path):
+    class Mixer(torch.nn.Linear):
+        def __init__(self, dim, num_heads, qkv_bias):
+            super().__init__(dim, dim)
+
+    old, new = (filled(DiT_models["DiT-N/4"](**PIXELS, mixer=Mixer), start) for start in (1000, 0))
+    assert len(initialize(new, saved(tmp_path / "a.pt", old))) == 1
+    assert all((value >= 1000).all() for value in new.state_dict().values())
 
 
 @pytest.mark.parametrize(

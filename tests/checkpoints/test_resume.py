@@ -204,6 +204,22 @@ def test_other_settings_are_named_and_stop(calm, flags, begun):
     assert (moved[1] - was[1]).abs().max() > 0.05
 
 
+def test_averages_go_on_from_their_own(tmp_path, flags):
+    """Not from the first of the checkpoint, whatever its decay was; a network of fewer tensors is said not to fit."""
+    flags += ["--lr", 1e-2, "--no-ema-warmup", "--mixer", "pdessm", "--ckpt-every", 1, "--max-steps", 2]
+    again(flags, "--ema-decay", 0.9, 0.5)
+    before = learnt(tmp_path / "r", 2)["ema_0.5"]
+    flags += ["--resume", "auto", "--allow-changes", "--max-steps", 3]
+    with pytest.raises(ValueError, match=r"0000002\.pt does not fit: \S+ is missing"):
+        again(flags, "--mixer", "attention")
+    with pytest.raises(ValueError, match=r"has averages of decay 0\.9, 0\.5, and none to go on from for each of 0\.3, 0\.9"):
+        again(flags, "--ema-decay", 0.3, 0.9)
+    again(flags, "--ema-decay", 0.5)
+    after = learnt(tmp_path / "r", 3)
+    for name, w in after["ema"].items():
+        torch.testing.assert_close(w, (before[name] + after["model"][name]) / 2)
+
+
 def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog):
     """Tests compare such records with everything else that was learnt: see `learnt`."""
     (one,) = learnt(begun)["rounding"]
