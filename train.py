@@ -29,7 +29,7 @@ from machine.cost import peak_flops, training_flops
 from machine.flags import Default, group, not_negative, positive, probability
 from machine.precision import be_deterministic, compile_blocks, in_precision
 from machine.processes import launch
-from machine.stops import postponed
+from machine.stops import postponed, received
 from mixers import MIXERS, add_mixer_flags
 from mixers.running import add_speed_flags, choose_backend
 from models import MODELS, add_network_flags, families, model_name, network_options
@@ -125,6 +125,7 @@ def main(args, processes):
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=not leads)
         train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show)
+        received.clear()  # a signal to one of several processes in the last step comes too late for all
     logger.info("Done!")
 
 
@@ -218,7 +219,9 @@ def begin(args, model, run, changes, rate, processes):
 
 def flags():
     """Returns the parser of this command's flags. Those that are added by `vary` may change when a run goes on."""
-    parser = argparse.ArgumentParser(description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     add, vary = group(parser, "images")
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
     add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")

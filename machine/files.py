@@ -45,6 +45,15 @@ def read_rows(path):
     return rows
 
 
+def append_row(path, row):
+    """Appends a row to a file of JSON lines: on a line of its own, even if the one before was cut short."""
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+        cut = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
+
+
 def check_writable(path, flag):
     """Raises an OSError, which names the flag that gave the path, unless a file can be written there."""
     folder = Path(path).parent

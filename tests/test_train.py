@@ -266,6 +266,7 @@ def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
         (["--ema-decay", "0.9", "0.5", "0.9"], "--ema-decay 0.9 0.5 0.9: give each once"),
         (["--ema-lengths", "0.1", "0.1"], "--ema-lengths 0.1 0.1: give each once"),
         (["--lr-coefficients", "5"], "--lr-coefficients 5 is for the coefficients of PDEs, and the model has none"),
+        (["--mixer", "pdessm", "--pde-attention-every", "9"], "9: DiT-N/4 has 6 blocks, of which none would have attention"),
         (["--features", "efficientnet-lite0"], "--features and --weights mean nothing without --probe-every"),
         (["--keep-every", "5"], "--keep-every means nothing without --keep-last"),
         (["--uncond", "--class-dropout", "0.2"], "--class-dropout means nothing to --uncond"),

@@ -5,7 +5,7 @@ from images.latents import CachedLatents
 from machine.flags import Default
 from machine.precision import check_compiler
 from mixers import pde
-from models import stride
+from models import MODELS, stride
 
 
 def check(args, processes, dataset, held_out, space):
@@ -35,6 +35,8 @@ def check(args, processes, dataset, held_out, space):
             raise ValueError(f"{name} {' '.join(map(str, values))}: give each once")
     if args.lr_coefficients != 1 and args.mixer not in pde.MIXER.named:
         raise ValueError(f"--lr-coefficients {args.lr_coefficients:g} is for the coefficients of PDEs, and the model has none")
+    if (every := args.pde_attention_every) and every > (depth := MODELS[args.model].keywords["depth"]):
+        raise ValueError(f"--pde-attention-every {every}: {args.model} has {depth} blocks, of which none would have attention")
     if args.class_dropout and not dataset.num_classes:
         raise ValueError("--class-dropout means nothing to --uncond, which has no class to leave away")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):

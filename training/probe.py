@@ -39,15 +39,16 @@ class Probe(NamedTuple):
 def open_probe(path, held_out_path, image_size, dataset, features, weights, processes):
     """Returns a Probe against images held out, or else those to train on, evenly spread over all that are there. dataset: the
     name of their set, if it has one. features, weights: of open_network. OSError or ValueError says what is missing."""
-    path, held_out = held_out_path or path or "digits", bool(held_out_path)
-    if path != "digits" and holds_latents(path):
+    path, held_out = held_out_path or path, bool(held_out_path)
+    if path and holds_latents(path):
         raise ValueError(f"--probe-every compares with images, and {path} holds latents; name images with --val-path")
     network = open_network(features, weights, FEATURES if features == "inception" else None)
     network.to(processes.device, memory_format=torch.channels_last)
     images = FolderImages(path, image_size, dataset, held_out=held_out)
     samples, least = max(PROBED, processes.size), max(2, processes.size)
     if len(images) < least:
-        raise ValueError(f"--probe-every compares with {least} images or more, one a process; {path} holds {len(images)}")
+        holds = f"{path or 'digits'} holds {len(images)}"
+        raise ValueError(f"--probe-every compares with {least} images or more, one a process; {holds}")
     count = min(samples, len(images))
     mine, sums = evenly_spread(len(images), count)[processes.rank :: processes.size], Statistics()
     for batch in images.read([mine[start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]):

@@ -14,7 +14,7 @@ import torch
 
 from images.folders import describe_classes
 from machine.cost import peak_memory
-from machine.files import lock, read_rows, whole_file
+from machine.files import append_row, lock, read_rows, whole_file
 from machine.processes import one_line
 from training.trackers import numbers_of
 
@@ -83,8 +83,8 @@ class Journal(NamedTuple):
         """Appends a dict with a step to log.jsonl, and gives its numbers to the tracker."""
         if not self.writes:
             return
-        with best_effort("Writing to log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
-            print(json.dumps(row), file=file)
+        with best_effort("Writing to log.jsonl"):
+            append_row(self.folder / "log.jsonl", row)
         if self.track:
             with best_effort("Tracking"):
                 self.track(row["step"], numbers_of(row))

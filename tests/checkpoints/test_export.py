@@ -47,7 +47,7 @@ def test_what_is_exported_is_the_average_of_weights_whoever_wrote_it(tmp_path):
     assert os.path.getsize(tmp_path / "b.safetensors") < 0.6 * os.path.getsize(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("form", ["pt", "safetensors", "hub"])
+@pytest.mark.parametrize("form", ["pt", "safetensors", "hub", "diffusers"])
 @pytest.mark.parametrize("decay", [0.5, 0.0])
 def test_a_second_average_does_not_pass_for_the_first(tmp_path, form, decay):
     model = write_checkpoint(tmp_path / "a.pt").state_dict()

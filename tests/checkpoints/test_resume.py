@@ -162,6 +162,14 @@ def test_a_signal_saves_and_says_so(calm, flags, tmp_path, capfd, processes, num
     assert_same(learnt(calm(processes)), learnt(tmp_path / "r"))
 
 
+def test_a_signal_to_one_process_in_the_last_step_comes_too_late_for_all(flags, tmp_path):
+    def spoil(rank):
+        if rank == 1:
+            at_update(STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))()
+
+    assert fork(*flags, processes=2, spoil=spoil) == [0, 0]
+
+
 def test_images_that_were_seen_are_not_read_again(flags, begun, monkeypatch):
     read = []
     get = dataset.TrainingImages.__getitem__
@@ -285,6 +293,8 @@ def test_the_log_is_that_of_the_weights(flags, begun):
     (log.parent / "checkpoints" / "0000012.pt.123.partial").write_bytes(b"cut")
     with open(log, "a") as file:
         file.write('{"step": 15, "los')
+    files.append_row(log, dict(step=16, loss=2.0))  # which is not lost with the line before it
+    assert files.read_rows(log) == [*whole, dict(step=16, loss=2.0)]
     again(flags, "--resume", "auto")
     assert [(row["step"], row["loss"]) for row in log_rows(begun)] == [(row["step"], row["loss"]) for row in whole]
     assert checkpoint_names(begun) == ["0000004.pt", "0000008.pt", "0000012.pt", "0000014.pt"]

@@ -16,6 +16,7 @@ import train
 from checkpoint_files import Hostile
 from checkpoints import resume, sharded
 from checkpoints.build import load_model
+from checkpoints.export import measures
 from checkpoints.read import load_checkpoint, read_checkpoint
 from checkpoints.resume import tensors
 from checkpoints.sharded import Index, read_whole
@@ -193,6 +194,12 @@ def test_a_killed_sharded_run_ends_as_if_it_had_not_been(runs, tmp_path, capfd):
     assert fork(*flags, processes=2) == [0, 0]
     assert "0000008.dcp is damaged (__0_0.distcp); going on from the one before" in capfd.readouterr().err
     assert_same(weights(final(runs / "fsdp")), weights(final(folder)))
+
+
+def test_a_card_of_a_sharded_checkpoint_tells_steps_and_losses(runs):
+    told = measures(final(runs / "fsdp"), None)
+    assert told["steps"] == 10
+    assert {"loss (train.py, step 10)", "held_out_loss (train.py, step 10)"} <= told["metrics"].keys()
 
 
 def fill_disk(room):

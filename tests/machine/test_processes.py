@@ -215,6 +215,7 @@ sys.exit(int(status))
     [
         ("--results-dir xl", "75:0.2 75:0", "0000001.pt", os.EX_TEMPFAIL, True),
         ("--results-dir=xl", "75:0.2 75:0", "0000001.dcp", os.EX_TEMPFAIL, True),
+        ("--results-dir=other --resume xl/000-DiT-N-4", "75:0.2 75:0", "0000001.pt", os.EX_TEMPFAIL, True),
         ("--results-dir xl", "75:0.2 75:0", "", os.EX_TEMPFAIL, False),
         ("--results-dir xl", "0:0.2 0:0", "0000001.pt", 0, False),
         ("--results-dir xl", "75:30 75:0", "0000001.pt", 137, True),
@@ -222,7 +223,7 @@ sys.exit(int(status))
         ("--results-dir xl", "143:0 75:0", "0000001.pt", 143, True),
         ("--results-dir xl", "1:0.2 1:0", "0000001.pt", 1, False),
     ],
-    ids=["stopped", "sharded", "before a step", "done", "killed", "killed before a step", "terminated", "an error"],
+    ids=["stopped", "sharded", "named", "before a step", "done", "killed", "killed before a step", "terminated", "an error"],
 )
 def test_the_slurm_script_queues_again_what_was_stopped_and_saved_and_nothing_else(tmp_path, flag, ends, saves, status, again):
     """With stand-ins for Slurm's commands and for Python."""

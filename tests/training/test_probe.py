@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,13 @@ def gaussian(images):
     """Of uint8 images (n, H, W, 3), as NumPy has it."""
     features = Colours()(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))["pool"].double().numpy()
     return features.mean(0), np.cov(features, rowvar=False)
+
+
+def test_a_folder_of_the_name_of_the_digits_is_not_the_digits(tmp_path, photos, monkeypatch):
+    shutil.copytree(photos, tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    folder = fit(tmp_path / "r", *SHORT, "--probe-every", 4)
+    assert "compares 12 samples with 12 images" in (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("flags", [[], ["--objective", "flow"], ["--uncond"]], ids=["classes", "flow", "uncond"])
