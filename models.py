@@ -204,13 +204,14 @@ UViT_models = {
     for size, (hidden, depth, heads) in UViT_SIZES.items()
     for patch in (2, 4, 8)
 }
-MODELS = DiT_models | UNets | LaMamba_models | DiS_models | UViT_models | ZigMa_models  # every backbone by name
+FAMILIES = (DiT_models, UNets, LaMamba_models, DiS_models, UViT_models, ZigMa_models)
+MODELS = {name: build for family in FAMILIES for name, build in family.items()}
 
 
 def families():
     """Returns the names of MODELS, those of a family together, as in DiT-{XL,L}/{1,2}."""
     together = []
-    for names in (DiT_models, UNets, LaMamba_models, DiS_models, UViT_models, ZigMa_models):
+    for names in FAMILIES:
         sizes, patches = (dict.fromkeys(name.partition("/")[i] for name in names) for i in (0, 2))
         family = next(iter(sizes)).rpartition("-")[0] + "-"
         sizes = ",".join(size.removeprefix(family) for size in sizes)

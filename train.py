@@ -224,7 +224,7 @@ def flags():
     )
     add, vary = group(parser, "images")
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
-    add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
+    add("--dataset", choices=DATASETS, help="which of the papers' data sets --data-path holds; checks that it is whole")
     vary("--check-data", action="store_true", help=CHECK)
     more = "so many that cannot be read are named, and the next of their class stands in; one more ends the run, saved"
     vary("--max-bad-images", type=not_negative, default=0, metavar="N", help=more)

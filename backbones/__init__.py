@@ -21,8 +21,10 @@ class Backbone(nn.Module, Pretrained):
     read(weights) tells from a state dict what it was built with, a dict of the arguments that tell the named sizes apart and
     one of mixer, mixer_options, num_classes, in_channels and learn_sigma, and tokens_of(weights) for how many tokens of an
     image there are positions, None for any number. read_from names the weights that they need; the first of them no other
-    backbone has.
+    backbone has. class_table names that with a row for each class and one for none.
     """
+
+    class_table = "y_embedder.embedding_table.weight"
 
     recompute = False
     random_numbers = 0

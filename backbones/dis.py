@@ -51,6 +51,7 @@ class DiS(LongSkips):
     others divided by the probability that it stays (stochastic depth), each image by numbers of its own: see random_numbers.
     """
 
+    class_table = "label_emb.embedding_table.weight"
     read_from = (
         "in_blocks.0.mixer.A_log", "patch_embed.proj.weight", "pos_embed", "time_embed.0.weight", "final_layer.linear.bias"
     )  # fmt: skip

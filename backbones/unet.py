@@ -9,6 +9,7 @@ class UNet(Backbone):
     """channels has one entry per resolution, each half of the one before, with `layers` residual blocks; those numbered
     in attention_levels have self-attention. Other arguments are DiT's; ValueError for any mixer but attention."""
 
+    class_table = "net.class_embedding.weight"
     read_from = ("net.conv_in.weight", "net.conv_out.weight", "net.class_embedding.weight")
 
     def __init__(

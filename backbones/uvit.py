@@ -36,6 +36,7 @@ class UViT(LongSkips):
     deviation 0.02, as those of vision transformers do.
     """
 
+    class_table = "label_emb.weight"
     read_from = (
         "in_blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "pos_embed", "decoder_pred.bias", "mid_block.norm1.weight"
     )  # fmt: skip

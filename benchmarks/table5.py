@@ -4,8 +4,8 @@
     python -m benchmarks.table5 --batch 16       all cells; on a GPU the naive attention of the largest wants --batch 2
 
 DiT of hidden size 384 and depth 3 on images of 3 channels, 6 heads, AdamW; PDE-SSM with the diagonal coupling. The paper names
-neither its batch size nor its GPU nor its kind of attention. Its PDE column depends on the image and not on the patch, in time
-and in parameters (12.76 to 13.27 million; see docs/paper.md), so its ratio is not of equal tokens, as ours is.
+its GPU (RTX 6000 Ada), and neither its batch size nor its kind of attention. Its PDE column depends on the image and not on the
+patch, in time and in parameters (12.76 to 13.27 million; see docs/paper.md), so its ratio is not of equal tokens, as ours is.
 """
 
 from functools import partial

@@ -26,9 +26,6 @@ STATED = dict(
     model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float, mlp=MLPS,
     norm=NORMS, time_intervals=int,
 )  # fmt: skip
-CLASS_TABLES = (
-    "y_embedder.embedding_table.weight", "net.class_embedding.weight", "label_emb.embedding_table.weight", "label_emb.weight",
-)  # fmt: skip
 
 
 def save_checkpoint(path, **contents):
@@ -306,7 +303,7 @@ def initialize(model, path, settings=None):
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
     for name in (name for name in known if name not in fitting):
         report.append(f"... not {name}, which is {tuple(known[name].shape)} there and {tuple(own[name].shape)} here")
-        if name in CLASS_TABLES and own[name].shape[1:] == known[name].shape[1:]:
+        if name == ours.class_table and own[name].shape[1:] == known[name].shape[1:]:
             own[name][-1].copy_(known[name][-1])
             report[-1] += "; the null class is kept"
     if missing := [name for name in own if name not in known]:

@@ -1,1 +1,1 @@
-"""The operator in other people's work, forty lines each: `python -m examples.<name>`."""
+"""The operator in other people's work, a page each: `python -m examples.<name>`."""

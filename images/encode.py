@@ -127,7 +127,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data-path", help="what train.py would be given: a folder of images; without it, the digits of scikit-learn")
-    add("--dataset", choices=DATASETS, help="which of the paper's data sets --data-path holds; checks that it is whole")
+    add("--dataset", choices=DATASETS, help="which of the papers' data sets --data-path holds; checks that it is whole")
     add("--held-out", action="store_true", help="the set's own test images, for train.py's --val-path")
     add("--uncond", action="store_true", help="images without classes")
     add("--check-data", action="store_true", help=CHECK)

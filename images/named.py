@@ -1,4 +1,4 @@
-"""The paper's data sets by name. Each stands here in one place: how many images it has, where its files come from, and the
+"""The papers' data sets by name. Each stands here in one place: how many images it has, where its files come from, and the
 function that reads them as a sequence of (PIL image, class). `DATASETS` holds them all; a new one is one more function."""
 
 import io
