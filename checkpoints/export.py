@@ -13,11 +13,11 @@ import torch
 
 from backbones.pretrained import public, to_safetensors
 from checkpoints.build import class_names, load_model, save_checkpoint
+from checkpoints.hub import locate
 from checkpoints.hub import push as upload
 from checkpoints.pipelines import write_pipeline
 from checkpoints.read import averages_of, load_checkpoint, read_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
-from download import find_checkpoint
 from machine.files import read_rows, whole_file
 from machine.flags import decay
 from machine.processes import launch
@@ -32,7 +32,7 @@ def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
     if half and format in FOLDERS:
         raise ValueError(f"--half goes with --format {' or '.join(FILES)}")
-    path = find_checkpoint(ckpt)
+    path = locate(ckpt)
     target = Path(out or Path(ckpt).with_suffix(f".{format}"))
     if target.exists() and (out or not push):
         raise ValueError(f"{target} is there already; give another --out")
@@ -151,7 +151,7 @@ def _is_measure(name, value):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write the weights of a checkpoint in another format.")
     add = parser.add_argument
-    add("ckpt", help="checkpoint of train.py or of this command, or what else --ckpt takes elsewhere")
+    add("ckpt", help="checkpoint of train.py or of this command, or what else --ckpt takes elsewhere but for the names of public weights")
     forms = "pt is what DiT's own code loads; hub, diffusers: a folder for from_pretrained, here or there"
     add("--format", choices=[*FILES, *FOLDERS], required=True, help=forms)
     add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")
