@@ -125,7 +125,6 @@ def main(args, processes):
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=not leads)
         train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show)
-        received.clear()  # a signal to one of several processes in the last step comes too late for all
     logger.info("Done!")
 
 
@@ -163,6 +162,7 @@ def train(args, processes, learner, replica, loss_of, loader, progress, first, t
             save()
         show(step)
         start += perf_counter() - paused
+    received.clear()  # a signal to one of several processes in the last step comes too late for all
 
 
 def set_up(processes, tf32, deterministic):

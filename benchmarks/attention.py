@@ -2,6 +2,7 @@
 attention's, cuDNN's, the one that spares memory) and FlashAttention-3's, where that is installed.
 """
 
+import math
 from functools import cache, partial
 
 import torch
@@ -9,7 +10,7 @@ from timm.models.vision_transformer import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.timing import prepare, sample_ms
+from benchmarks.timing import noted, sample_ms, warm_up
 
 chosen = {}  # {"4 x 6 x 256 x 64, forward": "flash"}
 
@@ -50,13 +51,13 @@ def by_third(flash_attn_func, q, k, v):
 @cache
 def fastest(shape, dtype, device, training):
     """Times the kernels on random numbers of a shape, and returns the name of the fastest of those that take it."""
-    times = {}
+    times, failed = {}, {}
     for name, kernel in kernels().items():
-        run = partial(attend, kernel, shape, dtype, device, training)
-        try:
-            times[name] = min(sample_ms(run(), 3, device) for _ in range(5)) if prepare(run, device) else float("inf")
-        except RuntimeError:
-            continue  # it does not take the type or the head's size
+        with noted(name, failed):  # one that does not take the type or the head's size, or does not fit
+            call = attend(kernel, shape, dtype, device, training)
+            warm_up(call, device)
+            times[name] = min(sample_ms(call, 3, device) for _ in range(5))
+    times = dict.fromkeys(failed, math.inf) | times
     best = min(times, key=times.get)
     chosen[f"{' x '.join(map(str, shape))}, {'both passes' if training else 'forward'}"] = best
     return best

@@ -98,7 +98,11 @@ def run(folder, mixer, script, arguments):
 
 
 def status(checkout):
-    return subprocess.run(["git", "-C", str(checkout), "status", "--porcelain", "--ignored", "."], capture_output=True).stdout
+    git = ["git", "-C", str(checkout), "status", "--porcelain", "--ignored", "."]
+    try:
+        return subprocess.run(git, capture_output=True).stdout
+    except OSError:  # no git: files and their sizes
+        return sorted((str(path), path.stat().st_size) for path in checkout.rglob("*"))
 
 
 if __name__ == "__main__":

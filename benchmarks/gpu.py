@@ -4,8 +4,9 @@
     python -m benchmarks.gpu --rehearse       the same on a CPU within 6 minutes, with tiny sizes and Triton's interpreter
 
 Every stage is a process with a time limit of its own. Its output goes to <out>/<stage>.log, its tables and pictures to <out>,
-and how it ended to <out>/gpu.json, at once. Started again, this goes on with the stages that have not passed; to run some once
-more, name them in --stages. --checkout is a clone of facebookresearch/DiT; --cifar10 and --flowers are folders of images.
+and how it ended to <out>/gpu.json, at once. Started again, this goes on with the stages that have not begun, and then with
+those that have not passed; to run some once more, name them in --stages. --checkout is a clone of facebookresearch/DiT;
+--cifar10 and --flowers are folders of images.
 """
 
 import argparse
@@ -60,25 +61,26 @@ def stages(out, checkout, cifar10, flowers, rehearse):
         if rehearse:  # the suite has tried the others
             files = [path for path in files if path.stem.endswith("_on_gpu")]
         flags = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--junitxml", out / "tests.xml"]
-        return ["-m", "pytest", *map(str, flags), *([] if rehearse else ["-n", "4"]), *map(str, sorted(files))]
+        flags += [] if rehearse else ["-n", "8", "-vv"]  # every result at once: what is stopped has no summary
+        return ["-m", "pytest", *map(str, flags), *map(str, sorted(files))]
 
     few = ["--seconds", 0.1 if rehearse else 2]
-    kernels, step = 3 if rehearse else 120, ["--tokens-per-step", 64 if rehearse else 2**15]
+    kernels, step = 3 if rehearse else 60, ["--tokens-per-step", 64 if rehearse else 2**15]
     table1, small = paper("table1_cifar10", cifar10)
     flowers102, others = paper("table3_flowers", flowers)
     return [
         Stage("environment", 1, ["-c", ABOUT.format(device="cpu" if rehearse else "cuda")]),
-        Stage("tests", 6, tests()),
-        Stage("kernels", 3, benchmark("kernel_grids", "--seconds", kernels)),
-        Stage("tiles", 5, benchmark("tiles", *(["--table", out / "tiles.json"] if rehearse else []))),
+        Stage("kernels", 2, benchmark("kernel_grids", "--seconds", kernels)),
         Stage("step", 2, benchmark("step", *step, *few)),
-        Stage("layer", 4, benchmark("mixer", *few)),
-        Stage("table5", 3, benchmark("table5", *few)),
         Stage("table8", 2, benchmark("table8", *few)),
+        Stage("memory", 2, benchmark("memory")),
+        Stage("tests", 6, tests()),
+        Stage("tiles", 5, benchmark("tiles", *(["--table", out / "tiles.json"] if rehearse else []))),
+        Stage("layer", 4, benchmark("mixer", *few)),
+        Stage("sampling", 4, benchmark("sampling", "--batch", 4, *few)),
+        Stage("table5", 3, benchmark("table5", *few)),
         Stage("table9", 2, benchmark("table9", *few)),
         *(Stage(f"step-{size}", 2, benchmark("step", "--size", size, *step, *few)) for size in ("B", "L", "XL")),
-        Stage("memory", 2, benchmark("memory")),
-        Stage("sampling", 4, benchmark("sampling", "--batch", 4, *few)),
         Stage("checkout", 3, module("checkout", checkout, *(["--mixers", "pdessm"] if rehearse else [])), {}, "checkout"),
         Stage("profiles", 2, benchmark("slowest")),
         Stage("table1", 60, table1, small, "cifar10"),
@@ -96,7 +98,7 @@ def main(argv=None):
         raise SystemExit(f"no stage {', '.join(sorted(unknown))}; known: {', '.join(stage.name for stage in planned)}")
     given = {name: value for name, value in vars(args).items() if value}
     results, end = read(args.out / "gpu.json"), monotonic() + 60 * args.minutes
-    for stage in planned:
+    for stage in sorted(planned, key=lambda stage: "seconds" in results.get(stage.name, {})):
         before = results.get(stage.name, {})
         if stage.name not in args.stages if args.stages else before.get("state") == "passed":
             continue
@@ -108,6 +110,7 @@ def main(argv=None):
         else:
             print(f"{stage.name} ...", flush=True)
             result = run(stage, min(60 * stage.minutes, left), args.out, environment(args.rehearse))
+            print(table({stage.name: result}, [stage.name]), flush=True)
         results[stage.name] = result
         write(args.out / "gpu.json", results)
     print(table(results, [stage.name for stage in planned]))
@@ -162,7 +165,10 @@ def finish(child):
 
 
 def commit():
-    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git
+        return None
     return found.stdout.strip() or None
 
 
@@ -204,4 +210,5 @@ def parse_args(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # so that the stage that runs is ended, too
     main()

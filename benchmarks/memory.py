@@ -20,7 +20,7 @@ import torch
 from benchmarks.flags import limit_memory, parse_args, proc_value
 from benchmarks.report import Report, lines_of
 from benchmarks.sides import SIDES, layer_pass, training_step
-from benchmarks.timing import is_out_of_memory, release_memory, rounded
+from benchmarks.timing import noted, release_memory, rounded
 from machine.processes import return_freed_memory
 from pde_ssm import set_backend
 
@@ -117,15 +117,13 @@ def grow(build, n, threads, backend):
 
 
 def two_steps(build, n):
-    """Takes two steps, of which the second has the optimiser's moments; returns words if they do not fit into memory."""
-    try:
+    """Takes two steps, of which the second has the optimiser's moments; returns words if they fail or do not fit."""
+    failed = {}
+    with noted("steps", failed):
         step = build(n)
         step()
         step()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return "does not fit into memory"
+    return failed.get("steps")
 
 
 if __name__ == "__main__":

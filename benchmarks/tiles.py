@@ -43,11 +43,16 @@ def main(device, table):
         print(f"{tiles.key(kernel, *sides):28} {before:.4f} ms, {times[best]:.4f} ms by {best}", flush=True)
         if times[best] < GAIN * before:
             found[tiles.key(kernel, *sides)] = list(best)
+        write(table, name, found)  # at once: what is stopped has tuned some
+    print(f"Saved {table}: {json.dumps({name: found})}")
+
+
+def write(table, name, found):
+    """Writes what was found on a GPU into a table, beside what others have there."""
     others = json.loads(table.read_text()) if table.exists() else {}
     with whole_file(table, "table") as file:
         entries = ",\n".join(f"{json.dumps(card)}: {json.dumps(entry)}" for card, entry in (others | {name: found}).items())
         file.write(f"{{\n{entries}\n}}\n".encode())
-    print(f"Saved {table}: {json.dumps({name: found})}")
 
 
 def candidates(kernel, sides):

@@ -9,10 +9,13 @@ in every call, so small ones lie in the cache for every side, as they do between
 import gc
 import math
 import random
+from contextlib import contextmanager
 from statistics import median, quantiles
 from time import perf_counter
 
 import torch
+
+from machine.processes import one_line
 
 SAMPLE_MS = 5.0   # a sample is at least as long
 ROUNDS = 3        # at least, however long a call takes
@@ -25,13 +28,14 @@ def time_in_turns(sides, device, seconds):
     sides:   name -> a function that returns the function to time, called once; it and its first calls are not timed.
     seconds: no round begins later than that, except the first ROUNDS.
     Returns name -> dict(median_ms, quartiles_ms, samples, calls), calls being those of one sample. For a side that does
-    not fit into memory it returns a sentence that says so.
+    not fit into memory, or fails, it returns a sentence that says so; the others are timed.
     """
-    results, ready = dict.fromkeys(sides, "does not fit into memory"), {}
+    results, ready = {}, {}
     for name, build in sides.items():
         release_memory(device)  # of a side that did not fit, or of the row before
-        if call := prepare(build, device):
-            ready[name] = call
+        with noted(name, results):
+            call = build()
+            ready[name] = call, warm_up(call, device)
     samples = {name: [] for name in ready}
     order, deal, start = list(ready), random.Random(0), perf_counter()
     for done in range(MOST_ROUNDS):
@@ -39,22 +43,24 @@ def time_in_turns(sides, device, seconds):
             break
         deal.shuffle(order)
         for name in order:
-            samples[name].append(sample_ms(*ready[name], device))
-    for name, times in samples.items():
+            with noted(name, results):  # several at once may need more memory than each alone
+                samples[name].append(sample_ms(*ready[name], device))
+        order = [name for name in order if name not in results]
+    for name in order:
+        times = samples[name]
         low, _, high = (rounded(ms) for ms in quantiles(times, n=4, method="inclusive"))
         middle = rounded(median(times))
         results[name] = dict(median_ms=middle, quartiles_ms=[low, high], samples=len(times), calls=ready[name][1])
-    return results
+    return {name: results[name] for name in sides}
 
 
-def prepare(build, device):
-    """Returns the function to time, already called, and how many calls make a sample; None if it does not fit into memory."""
+@contextmanager
+def noted(name, results):
+    """Turns what a side raises inside into its result, a sentence."""
     try:
-        call = build()
-        return call, warm_up(call, device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        yield
+    except Exception as error:  # Triton's are of no kind of their own
+        results[name] = "does not fit into memory" if is_out_of_memory(error) else f"failed: {one_line(error)}"
 
 
 def rounded(value):
@@ -90,7 +96,7 @@ def sample_ms(call, calls, device):
 
 
 def is_out_of_memory(error):
-    """Tells whether a RuntimeError of PyTorch means that memory ran out, on a GPU or a CPU."""
+    """Tells whether an error of PyTorch means that memory ran out, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -151,7 +151,7 @@ def _is_measure(name, value):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Write the weights of a checkpoint in another format.")
     add = parser.add_argument
-    add("ckpt", help="checkpoint of train.py or of this command, or what else --ckpt takes elsewhere but for the names of public weights")
+    add("ckpt", help="checkpoint of train.py or of this command, or what --ckpt takes elsewhere, without public weights")
     forms = "pt is what DiT's own code loads; hub, diffusers: a folder for from_pretrained, here or there"
     add("--format", choices=[*FILES, *FOLDERS], required=True, help=forms)
     add("--ema", type=decay, metavar="DECAY", help="which of several averages, by its decay; the first unless given")

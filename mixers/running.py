@@ -31,6 +31,10 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
     if compile:
         check_compiler(device)
         freeze(model)
+        if device.type == "cuda":  # what layers and kernels keep must not come to lie in the memory of a CUDA graph
+            x, y = torch.zeros(1, model.in_channels, *model.input_size, device=device), torch.zeros(1, dtype=int, device=device)
+            with torch.no_grad():
+                forward(x, y.float(), y)
         forward = compile_whole(forward, device)
     model.forward = forward  # of this one model: forward_with_cfg calls it, too
 

