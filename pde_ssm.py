@@ -430,7 +430,7 @@ class PDESSM(Keeping):
 
     def coefficients(self):
         """Returns K, b, r and tau of the PDE; see `PDE.coefficients`."""
-        with full_precision(self.R.weight):
+        with full_precision(self.equation.g0):
             return self.equation.coefficients()
 
     def kernel(self, h, w):
@@ -439,7 +439,7 @@ class PDESSM(Keeping):
         (C, h, w) for the diagonal coupling, (components, C, h, w) if there are several. For the others
         (C, C / groups, h, w), output channels before input channels, as the weight of a grouped, circular convolution.
         """
-        with full_precision(self.R.weight):
+        with full_precision(self.equation.g0):
             return self.equation.kernel(h, w)
 
     def extra_repr(self):

@@ -48,7 +48,7 @@ class Backbone(nn.Module, Pretrained):
         Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through. cfg_scale
         is a number, or one for each image (n, 1, 1, 1).
         """
-        n = len(x) // 2
+        n, channels = len(x) // 2, min(channels, self.in_channels)         # what follows them are variances
         out = self(x[:n].repeat(2, 1, 1, 1), t, y)                         # (2n, out_channels, H, W)
         cfg_scale = cfg_scale.to(out.dtype) if isinstance(cfg_scale, torch.Tensor) else cfg_scale
         guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)

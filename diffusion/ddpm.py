@@ -13,7 +13,10 @@ from . import samplers
 
 
 def beta_schedule(name, steps):
-    """Returns the variances beta_t of each step's noise: (steps,) float64. ValueError for an unknown name."""
+    """Returns the variances beta_t of each step's noise: (steps,) float64. ValueError for an unknown name, or where they would
+    not be below 1."""
+    if name == "linear" and steps <= 20:
+        raise ValueError(f"a linear noise schedule takes more than 20 steps, not {steps}: its last variance is 20 / {steps}")
     if name == "linear":
         return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
     if name == "squaredcos_cap_v2":
@@ -148,7 +151,8 @@ class GaussianDiffusion:
             raise ValueError(f"learned variances need {2 * x.shape[1]} output channels; the network has {output.shape[1]}")
         # The variance lies between that of the posterior, at -1, and beta, at 1, on a logarithmic scale.
         prediction, position = output.chunk(2, dim=1)
-        return prediction, torch.lerp(self.table("log_posterior", t, x), self.table("log_beta", t, x), (position + 1) / 2)
+        weight = (position.to(x.dtype) + 1) / 2                            # the network may run under autocast
+        return prediction, torch.lerp(self.table("log_posterior", t, x), self.table("log_beta", t, x), weight)
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Computes the losses of predicting the noise in q_sample(x_start, t): a dict of (B,) tensors.
@@ -221,7 +225,7 @@ def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
 
 
 def pixel_log_likelihood(x, mean, log_scale):
-    """Computes the log probability, in nats, of the 1/255-wide bin around each pixel x in [-1, 1] under a Gaussian.
+    """Computes the log probability, in nats, of the 2/255-wide bin around each pixel x in [-1, 1] under a Gaussian.
 
     The outermost bins reach to infinity. Probabilities below 1e-12 count as that, and the normal distribution function
     is the approximation (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2: the published losses rest on both.

@@ -47,7 +47,7 @@ def led_away(network, objective, guidance):
         strength = torch.where(acts(guidance, objective, t), w, 1.0).view(-1, 1, 1, 1)
         weak = guide(x, t, y.clamp(max=guide.num_classes))                 # one without classes has 0 alone
         c = x.shape[1]
-        return torch.cat([torch.lerp(weak[:, :c], out[:, :c], strength), out[:, c:]], dim=1)
+        return torch.cat([torch.lerp(weak[:, :c].to(out.dtype), out[:, :c], strength.to(out.dtype)), out[:, c:]], dim=1)
 
     return led
 

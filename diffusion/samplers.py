@@ -21,7 +21,7 @@ def ddpm(
         mean = p["mean"]
         if cond_fn is not None:
             mean = mean + p["variance"] * cond_fn(x, diffusion.model_timesteps(t), **kwargs)
-        x = torch.where(t[0] > 0, mean + (p["log_variance"] / 2).exp() * noise, mean)
+        x = torch.where(t.view(-1, 1, 1, 1) > 0, mean + (p["log_variance"] / 2).exp() * noise, mean)
     return x
 
 
@@ -43,7 +43,7 @@ def ddim(
         sigma = eta * ((1 - before) / (1 - abar) * (1 - abar / before)).sqrt()
         noise = randn_like(x)
         rest = (1 - before - sigma**2).clamp(min=0).sqrt()                # at eta = 1 rounding may take it below 0
-        x = before.sqrt() * x_start + rest * predicted + (t[0] > 0) * sigma * noise
+        x = before.sqrt() * x_start + rest * predicted + (t.view(-1, 1, 1, 1) > 0) * sigma * noise
     return x
 
 

@@ -33,8 +33,10 @@ class GlobalFilter(nn.Module):
         refuse(call, "global-filter")
         x = on_grid(tokens if self.R is None else self.R(tokens), self.grid_size, "global-filter")
         with full_precision(x):
-            modes = torch.fft.rfft2(widen(x), dim=(1, 2)) * self.filter()  # (B, h, w // 2 + 1, D)
-            y = torch.fft.irfft2(modes, self.grid_size, dim=(1, 2))        # (B, h, w, D)
+            # Channels first: MKL's transforms along axes in the middle write beyond their memory on grids of few rows.
+            modes = torch.fft.rfft2(widen(x).movedim(-1, 1).contiguous())  # (B, D, h, w // 2 + 1)
+            modes = modes * self.filter().movedim(-1, 0)
+            y = torch.fft.irfft2(modes.contiguous(), self.grid_size).movedim(1, -1)            # (B, h, w, D)
         return y.flatten(1, 2).to(x.dtype)
 
     def filter(self):

@@ -102,7 +102,12 @@ class Mamba(nn.Module):
 def convolve(x, weight, bias, reverse):                                    # (B, E, L)
     """Returns silu of the convolution of every channel over a token and those before it, or with `reverse` after it."""
     if not torch.compiler.is_compiling() and not traced(x, weight, bias) and x.dtype == weight.dtype and serves(x):
-        return Convolution.apply(x, weight, bias, reverse)
+        return Convolution.apply(convolve_plainly, x, weight, bias, reverse)
+    return convolve_plainly(x, weight, bias, reverse)
+
+
+def convolve_plainly(x, weight, bias, reverse):
+    """The same in PyTorch's operations."""
     # As a picture one pixel high whose channels come last, which it is in memory: conv1d would turn it over, and back.
     before = weight.shape[2] - 1
     x = pad(x.transpose(1, 2), (0, 0, 0, before) if reverse else (0, 0, before, 0)).transpose(1, 2).unsqueeze(2)

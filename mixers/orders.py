@@ -62,7 +62,7 @@ def follow(tokens, paths, grid_size):                                      # (B,
 
 def put_back(sequences, paths, grid_size):                                 # (B, N, K, D), K paths
     """Returns for every place of an (h, w) grid the sum of what the paths found there, (B, N, D)."""
-    grid = sequences.new_zeros(len(sequences), sequences.shape[1], sequences.shape[3])
+    grid = sequences.new_zeros(sequences.shape[0], sequences.shape[1], sequences.shape[3])
     return grid.index_add(1, places(paths, tuple(grid_size), sequences), sequences.flatten(1, 2))
 
 

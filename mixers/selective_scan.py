@@ -41,7 +41,7 @@ def selective_scan(
     with full_precision(u):
         watched = torch.compiler.is_compiling() or traced(*(x for x in inputs if x is not None))
         if not watched and selective_scan_cpu.serves(inputs[0]):
-            out, last = selective_scan_cpu.Scan.apply(*inputs, delta_softplus, reverse, keep)
+            out, last = selective_scan_cpu.Scan.apply(selective_scan_reference, *inputs, delta_softplus, reverse, keep)
         elif not watched and not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
             out = selective_scan_mamba.function()(*turned(inputs, reverse), delta_softplus)  # has no gradient of the last state
             out = out.flip(2) if reverse else out
@@ -79,7 +79,7 @@ def has_tangents(*tensors):
 def checked(u, delta, A, B, C, D, z, delta_bias):
     """Returns the inputs in one type, float32 or wider, with B and C (B, G, N, L). ValueError for shapes that do not fit."""
     fits = u.ndim == 3 and delta.shape == u.shape and A.ndim == 2 and B.shape == C.shape and B.ndim in (3, 4)
-    fits = fits and (len(B), *B.shape[-2:], len(A)) == (len(u), A.shape[1], u.shape[2], u.shape[1])
+    fits = fits and (B.shape[0], *B.shape[-2:], len(A)) == (u.shape[0], A.shape[1], u.shape[2], u.shape[1])
     if not fits or (B.ndim == 4 and u.shape[1] % B.shape[1]):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in dict(u=u, delta=delta, A=A, B=B, C=C).items())
         expected = "u and delta are (B, E, L), A (E, N), B and C (B, N, L) or (B, G, N, L) with G dividing E"

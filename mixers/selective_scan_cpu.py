@@ -7,14 +7,14 @@ and copy none. Any number of threads gives the same bits.
 
 import ctypes
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pde_ssm_kernels import backend
 from pde_ssm_kernels.building import load
+from pde_ssm_kernels.modes import batched, differentiable
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
 CHUNK = 16  # tokens
@@ -42,21 +42,25 @@ def library():
 
 
 class Scan(torch.autograd.Function):
-    """The scan where nobody looks at its operators: a fifth of a millisecond less than PyTorch's way of calling these."""
+    """The scan where nobody looks at its operators: a fifth of a millisecond less than PyTorch's way of calling these. Where
+    gradients need gradients in turn, or many are wanted at once, they are those of the reference, which computes the same."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, reference, *inputs):
         *tensors, ctx.softplus, ctx.reverse, _ = inputs
         out, last, before = forward(*inputs)
         ctx.save_for_backward(*tensors, before)
+        ctx.reference = reference
         return out, last
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, out_grad, last_grad):
+    def backward(ctx, *gradients):
         *tensors, before = ctx.saved_tensors
-        gradients = backward(out_grad, last_grad, *tensors, ctx.softplus, ctx.reverse, before)
-        return *(None if x is None else gradient for x, gradient in zip(tensors, gradients)), None, None, None
+        if torch.is_grad_enabled() or any(map(batched, gradients)):
+            plainly = partial(ctx.reference, delta_softplus=ctx.softplus, return_last_state=True, reverse=ctx.reverse)
+            return None, *differentiable(plainly, tensors, gradients, ctx.needs_input_grad[1:9]), None, None, None
+        found = backward(*gradients, *tensors, ctx.softplus, ctx.reverse, before)
+        return None, *(None if x is None else gradient for x, gradient in zip(tensors, found)), None, None, None
 
 
 def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
@@ -86,28 +90,31 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
 class Convolution(torch.autograd.Function):
     """silu of the convolution of every channel over a token and those before it; with `reverse`, over those after it.
 
-    x (B, E, L), weight (E, 1, width), the last of which is for the token itself, bias (E,) -> (B, E, L)
+    x (B, E, L), weight (E, 1, width), the last of which is for the token itself, bias (E,) -> (B, E, L). plainly: the same in
+    PyTorch's operations.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, reverse):
+    def forward(ctx, plainly, x, weight, bias, reverse):
         out = torch.empty_like(x)
         weight, bias = weight.contiguous(), bias.contiguous()
         rows = *located(x, reverse), *located(out, reverse), *located(None, reverse)
         run("convolve", x.dtype, [*rows, weight.data_ptr(), bias.data_ptr(), 0, 0, *x.shape, weight.shape[2]])
         ctx.save_for_backward(x, weight, bias)
-        ctx.reverse = reverse
+        ctx.plainly, ctx.reverse = plainly, reverse
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, out_grad):
+        if torch.is_grad_enabled() or batched(out_grad):
+            plainly = partial(ctx.plainly, reverse=ctx.reverse)
+            return None, *differentiable(plainly, ctx.saved_tensors, out_grad, ctx.needs_input_grad[1:4]), None
         x, weight, bias = ctx.saved_tensors
         x_grad, weight_grad, bias_grad = torch.empty_like(x), *(p.new_empty(len(x), *p.shape) for p in (weight, bias))
         rows = [number for tensor in (x, out_grad, x_grad) for number in located(tensor, ctx.reverse)]
         whole = [tensor.data_ptr() for tensor in (weight, bias, weight_grad, bias_grad)]
         run("convolve_backward", x.dtype, [*rows, *whole, *x.shape, weight.shape[2]])
-        return x_grad, sum_of(weight_grad), sum_of(bias_grad), None
+        return None, x_grad, sum_of(weight_grad), sum_of(bias_grad), None
 
 
 def call(name, rows, columns, whole, softplus, reverse):

@@ -39,7 +39,7 @@ class Window(WindowAttention):
         (H, a, down), (W, b, right) = axes = [layout(n, self.size, self.shifted) for n in (h, w)]
         x = pad(grid, (0, 0, 0, W - w, 0, H - h)).roll((-down, -right), (1, 2))
         x = window_partition(x, (a, b)).flatten(1, 2)                      # (B windows, a b, D)
-        qkv = self.qkv(x).view(len(grid), (H // a) * (W // b), a * b, 3, self.num_heads, x.shape[2] // self.num_heads)
+        qkv = self.qkv(x).view(grid.shape[0], (H // a) * (W // b), a * b, 3, self.num_heads, x.shape[2] // self.num_heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                            # (B, windows, heads, a b, d) each
         x = scaled_dot_product_attention(q, k, v, self.bias(a, b, axes, h, w))
         x = self.proj(x.transpose(2, 3).flatten(3)).view(-1, a, b, grid.shape[3])

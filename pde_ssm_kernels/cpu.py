@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .building import load
-from .modes import full_precision, widen
+from .modes import batched, differentiable, widen
 
 ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
 MAX_SIDE = 512
@@ -52,7 +52,8 @@ def evolve_tokens(v, equation, time_scale=None):
 
 
 class Evolution(torch.autograd.Function):
-    """`evolve` with its gradients; where those need gradients in turn, of `plainly`(v, rows), which computes the same."""
+    """`evolve` with its gradients; where those need gradients in turn, or many are wanted at once, of `plainly`(v, rows),
+    which computes the same."""
 
     @staticmethod
     def forward(ctx, plainly, v, rows):
@@ -62,17 +63,9 @@ class Evolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        v, rows = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return None, *evolve_backward(gradient, v, rows)
-        needed = ctx.needs_input_grad[1:]
-        with full_precision(v):                                            # backward() may be called under autocast
-            v, rows = v.view_as(v), rows.view_as(rows)                     # one may come of the other
-            state = ctx.plainly(v, rows)
-            inputs = [x for x, is_needed in zip((v, rows), needed) if is_needed]
-            found = torch.autograd.grad(state, inputs, gradient, create_graph=True)
-        v_gradient = found[0] if needed[0] else None
-        return None, v_gradient, found[-1] if needed[1] else None
+        if torch.is_grad_enabled() or batched(gradient):
+            return None, *differentiable(ctx.plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad[1:])
+        return None, *evolve_backward(gradient, *ctx.saved_tensors)
 
 
 def serves(v):

@@ -26,6 +26,23 @@ def transformed():
     return torch._C._are_functorch_transforms_active()
 
 
+def batched(gradient):
+    """Whether a gradient is many at once (is_grads_batched), for which kernels have no rules."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def differentiable(plainly, inputs, gradients, needed):
+    """Returns the gradients of plainly(*inputs) that are needed, None for others: in PyTorch's operations, so that they may
+    have gradients themselves, or be many at once. gradients: of its result, a tensor or several."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), full_precision(inputs[0]):                   # backward() may be called under autocast
+        # Two may be one tensor, or one come of another.
+        inputs = [x if x is None else x.view_as(x) if again else x.detach().requires_grad_() for x in inputs]
+        wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
+        found = iter(torch.autograd.grad(plainly(*inputs), wanted, gradients, create_graph=again))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
+
+
 def exporting():
     """Whether torch.export makes a program, which may go where no compiler is."""
     return torch.compiler.is_exporting()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import cpu, pytorch
 from .building import load
 from .kept import kept, room
-from .modes import full_precision, widen
+from .modes import batched, differentiable, widen
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
 AT_ONCE = 64             # columns of products that are folded at once
@@ -70,7 +70,8 @@ def fold(u, layer):
     products of B and R, or None if there are too few tokens for that."""
     h, w = u.shape[1:3]
     plain = type(layer.R) is torch.nn.Linear and layer.R.bias is None and not layer.activation
-    plain = plain and not (layer.R._forward_hooks or layer.R._forward_pre_hooks)
+    plain = plain and not (layer.R._forward_hooks or layer.R._forward_pre_hooks or "forward" in vars(layer.R))
+    plain = plain and not torch.nn.modules.module._has_any_global_hook()
     if not plain or layer.equation.groups > 1 or u.dtype != torch.float32 or layer.R.weight.dtype != torch.float32:
         return None
     folding, c = _folding(layer, h, w), layer.equation.dim
@@ -144,7 +145,8 @@ def exponents_plainly(tau, log_lx, log_ly, shear, b, r):
 
 
 class Evolution(torch.autograd.Function):
-    """`evolve` with its gradients; where those need gradients in turn, of pytorch.py, which computes the same."""
+    """`evolve` with its gradients; where those need gradients in turn, or many are wanted at once, of pytorch.py, which
+    computes the same."""
 
     @staticmethod
     def forward(ctx, equation, h, w, *inputs):
@@ -156,7 +158,7 @@ class Evolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         *inputs, embedded = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or batched(gradient)):
             return None, None, None, *evolve_backward(gradient, embedded, *inputs, *ctx.grid, ctx.equation.is_system)
 
         def plainly(spectra, g0, gx, gy, exponents):
@@ -176,18 +178,9 @@ class Exponents(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(gradient):
             return differentiable(exponents_plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad)
         return exponents_backward(gradient, *ctx.saved_tensors)
-
-
-def differentiable(plainly, inputs, gradient, needed):
-    """Returns the gradients of plainly(*inputs) that are needed, None for others, so that they have gradients themselves."""
-    with full_precision(gradient):                                         # backward() may be called under autocast
-        inputs = [None if x is None else x.view_as(x) for x in inputs]     # two may be one tensor, or one come of another
-        wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
-        found = iter(torch.autograd.grad(plainly(*inputs), wanted, gradient, create_graph=True))
-    return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
 def serves(v, equation):

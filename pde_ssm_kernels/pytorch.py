@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .modes import remembered, traced, widen
+from .modes import remembered, traced, transformed, widen
 from .products import matmul, matrix_exp
 
 CHUNK = 2**20            # entries of a symbol that exist at once in training
@@ -38,7 +38,7 @@ def evolve_spectra(equation, spectra, embedding, growth, phase, h, w):
     embedded = embed(embedding, spectra, odd)                              # (groups, f, 2 B, c)
     at_once = max(1, CHUNK // equation.g0.numel())
     pieces = list(zip(embedded.split(at_once, dim=1), even.split(at_once), odd.split(at_once)))
-    run = evolve_piece if len(pieces) == 1 else evolve_and_forget
+    run = evolve_piece if len(pieces) == 1 or transformed() else evolve_and_forget         # torch.func knows no checkpoints
     return torch.cat([run(equation, *piece, growth, phase) for piece in pieces], dim=1)
 
 

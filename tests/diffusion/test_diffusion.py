@@ -78,6 +78,39 @@ def test_unknown_schedule_is_named():
         create_diffusion("", noise_schedule="sqrt")
 
 
+def test_a_linear_schedule_needs_steps_whose_variances_are_below_one():
+    with pytest.raises(ValueError, match="more than 20 steps, not 20: its last variance is 20 / 20"):
+        create_diffusion("", diffusion_steps=20)
+    assert create_diffusion("", diffusion_steps=21).betas.max() < 1
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, dict(use_kl=True), dict(learn_sigma=False)], ids=str)
+def test_networks_may_answer_in_half_precision(half, options):
+    """As under autocast; losses and samples are float32."""
+    diffusion = create_diffusion("4", **options)
+    x, t = torch.randn(3, 2, 4, 4), torch.tensor([0, 1, 3])
+
+    def answers(kind):
+        return lambda x, t: torch.cat([x, x], 1)[:, : 4 if diffusion.learn_sigma else 2].mul(0.5).to(kind)
+
+    def losses_and_samples(kind):
+        torch.manual_seed(0)
+        found = diffusion.training_losses(answers(kind), x, t, noise=torch.ones_like(x))["loss"]
+        return found, diffusion.p_sample_loop(answers(kind), x.shape, x)
+
+    found = losses_and_samples(half)
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    torch.testing.assert_close(found, losses_and_samples(torch.float32), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_no_images_are_no_error(loop):
+    diffusion = create_diffusion("4")
+    none = torch.empty(0, 2, 4, 4)
+    assert getattr(diffusion, loop)(lambda x, t: torch.cat([x, x], 1), none.shape, none).shape == none.shape
+
+
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_skipping_steps_keeps_the_marginals(schedule):
     whole, spaced = (create_diffusion(r, noise_schedule=schedule) for r in ("", "37"))

@@ -1,5 +1,6 @@
 """Classifier-free guidance by its formula."""
 
+import pytest
 import torch
 
 from diffusion import create_diffusion, create_flow
@@ -54,3 +55,23 @@ def test_a_guided_network_is_led_away_from_a_weaker_one(randomize):
     without = randomize(DiT_models["DiT-N/4"](**size | dict(num_classes=0))).eval()
     led = guided(model, diffusion, Guidance(1, guide=without, guide_scale=0))(x, t, y)
     torch.testing.assert_close(led[:, :3], without(x, t, torch.zeros_like(y))[:, :3])
+
+
+@torch.no_grad()
+def test_all_channels_of_an_image_are_guided_and_its_variances_are_not(randomize):
+    model = randomize(DiT_models["DiT-N/4"](input_size=8, in_channels=1, num_classes=10)).eval()
+    x, y, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 7]), torch.full((2,), 400.0)
+    plain, led = model(x, t, y), guided(model, create_diffusion("10"), Guidance(2.5))(x, t, y)
+    assert (led[:, 0] != plain[:, 0]).any()
+    torch.testing.assert_close(led[:, 1], plain[:, 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_guide_may_be_of_any_type(randomize, kind):
+    size, t, y = dict(input_size=8, in_channels=3, num_classes=10), torch.tensor([250.0, 800.0]), torch.tensor([3, 7])
+    model, guide = (randomize(DiT_models[name](**size)).eval().to(kind) for name in ("DiT-N/2", "DiT-N/4"))
+    network = guided(model, create_diffusion("10"), Guidance(1, guide=guide, guide_scale=3.0))
+    led = network(torch.randn(2, 3, 8, 8).to(kind), t.to(kind), y)
+    assert led.dtype == kind
+    assert led.isfinite().all()
