@@ -4,8 +4,6 @@ Notation: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, abar_t = product of (
 """
 
 import math
-from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 
@@ -77,27 +75,28 @@ class GaussianDiffusion:
         self.posterior_variance = self.betas * (1 - before) / (1 - abar)
         # The last step's posterior has no width, so no logarithm: it takes that of the step before.
         self.posterior_log_variance_clipped = _first_from_second(self.posterior_variance).log()
-        # Copies every table that is looked up by t to a device when it is first asked for there.
-        self._tables = lru_cache(lambda device: SimpleNamespace(
-            t=torch.tensor(self.timestep_map, device=device),
-            signal=abar.sqrt().to(device), noise=(1 - abar).sqrt().to(device),
-            recip_signal=(1 / abar).sqrt().to(device), noise_to_signal=(1 / abar - 1).sqrt().to(device),
-            mean_x0=(self.betas * before.sqrt() / (1 - abar)).to(device),
-            mean_xt=((1 - before) * (1 - self.betas).sqrt() / (1 - abar)).to(device),
-            log_beta=self.betas.log().to(device),
-            log_beta_large=_first_from_second(self.betas, self.posterior_variance).log().to(device),
-            log_posterior=self.posterior_log_variance_clipped.to(device),
-            abar=abar.to(device), abar_prev=before.to(device),
-        ))  # fmt: skip
+        self._tables = {"cpu": dict(
+            t=torch.tensor(self.timestep_map), signal=abar.sqrt(), noise=(1 - abar).sqrt(),
+            recip_signal=(1 / abar).sqrt(), noise_to_signal=(1 / abar - 1).sqrt(),
+            mean_x0=self.betas * before.sqrt() / (1 - abar), mean_xt=(1 - before) * (1 - self.betas).sqrt() / (1 - abar),
+            log_beta=self.betas.log(), log_beta_large=_first_from_second(self.betas, self.posterior_variance).log(),
+            log_posterior=self.posterior_log_variance_clipped, abar=abar, abar_prev=before,
+        )}  # fmt: skip
+
+    def _tables_on(self, device):
+        """Returns every table that is looked up by t, on a device, where they stay once they were asked for there."""
+        if str(device) not in self._tables:
+            self._tables[str(device)] = {name: table.to(device) for name, table in self._tables["cpu"].items()}
+        return self._tables[str(device)]
 
     def table(self, name, t, x):
         """Looks up the entries t (B,) of a table, in the type of x and shaped to multiply it."""
-        entries = getattr(self._tables(t.device), name)[t].to(x.dtype)
+        entries = self._tables_on(t.device)[name][t].to(x.dtype)
         return entries.view(-1, *[1] * (x.ndim - 1))
 
     def model_timesteps(self, t):
         """Returns what the network is shown for timesteps t (B,)."""
-        return self._tables(t.device).t[t]
+        return self._tables_on(t.device)["t"][t]
 
     def progress(self, t):
         """Returns how far from noise, 0, to image, 1, the network is at the timestep t that it is shown."""

@@ -1,5 +1,7 @@
 """Diffusion against published numbers and where everything is known."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -102,6 +104,12 @@ def test_networks_may_answer_in_half_precision(half, options):
     found = losses_and_samples(half)
     assert {tensor.dtype for tensor in found} == {torch.float32}
     torch.testing.assert_close(found, losses_and_samples(torch.float32), rtol=0.02, atol=0.02)
+
+
+def test_a_diffusion_may_be_handed_to_another_process():
+    diffusion, x, t = create_diffusion("4"), torch.randn(3, 2, 4, 4), torch.tensor([0, 1, 3])
+    copy = pickle.loads(pickle.dumps(diffusion))
+    assert torch.equal(*(one.training_losses(network, x, t, noise=torch.ones_like(x))["loss"] for one in (diffusion, copy)))
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
