@@ -25,7 +25,8 @@ def gain_map(layer, seed=0):
 
 
 def _power(tokens, h, w):                                                  # (B, N, D)
-    return torch.fft.fft2(tokens.double().unflatten(1, (h, w)), dim=(1, 2)).abs().square().mean((0, 3))    # (h, w)
+    pictures = tokens.double().unflatten(1, (h, w)).movedim(-1, 1).contiguous()                            # (B, D, h, w)
+    return torch.fft.fft2(pictures).abs().square().mean((0, 1))            # (h, w)
 
 
 def by_frequency(gains):

@@ -44,10 +44,10 @@ class GlobalFilter(nn.Module):
         W = torch.view_as_complex(widen(self.complex_weight).contiguous())
         if tuple(self.grid_size) == self.trained_grid:
             return W
-        kernel = torch.fft.irfft2(W, self.trained_grid, dim=(0, 1))        # (h, w, D) of the trained grid
+        kernel = torch.fft.irfft2(W.movedim(-1, 0).contiguous(), self.trained_grid)            # (D, h, w) of the trained grid
         rows, columns = (fourier_series(n, to, kernel) for n, to in zip(self.trained_grid, self.grid_size))
         columns = columns[: self.grid_size[1] // 2 + 1]
-        return torch.einsum("jy,kx,yxd->jkd", rows, columns, kernel.to(rows.dtype))
+        return torch.einsum("jy,kx,dyx->jkd", rows, columns, kernel.to(rows.dtype))
 
 
 def fourier_series(lags, n, like):

@@ -300,6 +300,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, flags, message):
     [
         (["--mixer", "hyena"], "choose from .*attention.*pdessm"),
         (["--model", "DiT-Q/2"], "--model: DiT-Q/2 is no model; they are DiT-{XL,.*DiS-{H,"),
+        (["--results", "runs/xl"], "unrecognized arguments: --results runs/xl"),  # of which train.slurm would not know
         (["--max-steps", "0"], "--max-steps: 0 is not a whole number from 1"),
         (["--pde-terms", "advection"], "choose from .*convection"),
         (["--pde-coupling", "full"], "choose from .*pairwise"),

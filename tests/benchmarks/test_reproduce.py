@@ -17,7 +17,7 @@ from commands import ROOT
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import grids_sheet, noise, tables
+from reproduce import detail, grids_sheet, noise, tables
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -190,6 +190,23 @@ def test_grids_of_a_data_set_become_one_sheet(tmp_path):
     assert pixels.shape == (2 * (20 + grids_sheet.BAR), 3 * 40, 3)
     for number, (x, y) in enumerate(grids.values()):
         assert pixels[(y + 1) * (20 + grids_sheet.BAR) - 1, 40 * x].tolist() == [40 * number, 0, 0]
+
+
+def test_detail_is_by_frequency(tmp_path, capsys):
+    """Of waves of 3 and 10 cycles an image across it, of which the samples have half and twice the amplitude."""
+    place = np.arange(32) * 2 * np.pi / 32
+
+    def waves(slow, fast):
+        row = 127.5 + slow * np.cos(3 * place) + fast * np.cos(10 * place)
+        return np.tile(row.round().astype(np.uint8)[:, None], (32, 1, 3))
+
+    for number in range(4):
+        Image.fromarray(waves(40, 20)).save(tmp_path / f"{number}.png")
+    np.savez(tmp_path / "samples.npz", arr_0=waves(20, 40)[None])
+    detail.main(tmp_path, tmp_path / "samples.npz")
+    ratios = [float(number) for number in capsys.readouterr().out.splitlines()[1].split()[:6]]
+    assert ratios[1] == pytest.approx(0.25, rel=0.05)
+    assert ratios[3] == pytest.approx(4, rel=0.05)
 
 
 def test_noise_is_what_evaluation_reads(tmp_path):

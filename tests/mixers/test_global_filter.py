@@ -1,10 +1,16 @@
 """The filter per frequency: what it is in space, on other grids, and beside the PDE."""
 
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
+
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Attention
 
+from commands import ROOT
 from mixers import MIXERS
 from mixers.global_filter import GlobalFilter
 from mixers.mean import Mean
@@ -100,3 +106,19 @@ def test_they_take_the_place_of_attention_in_timms_models(mixer):
     assert layer.grid_size == (3, 3) if mixer != "mean" else type(layer) is Mean
     model(torch.randn(2, 3, 48, 48)).sum().backward()
     assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+@pytest.mark.skipif(find_library("c_malloc_debug") is None, reason="glibc's checks of memory are not there")
+def test_nothing_is_written_beyond_its_memory():
+    """As MKL does in the gradients of transforms along axes in the middle, which glibc notices when memory is freed."""
+    code = """
+import torch
+from mixers.global_filter import GlobalFilter
+for channels in (3, 8, 32):
+    layer = GlobalFilter(channels, grid_size=(2, 128))
+    for _ in range(3):
+        layer(torch.randn(1, 256, channels, requires_grad=True)).square().sum().backward()
+"""
+    checks = dict(MALLOC_CHECK_="3", LD_PRELOAD="libc_malloc_debug.so.0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | checks, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,39 @@
+"""Prints how much of each spatial frequency samples have, beside real images:
+
+    python -m reproduce.detail IMAGES SAMPLES.npz...
+
+IMAGES is a folder of images of one size, of which every fourth counts. A row has the mean squared Fourier coefficients of an
+.npz of samples, divided by those of the images, in bands of cycles an image.
+"""
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+BANDS = (0.5, 2, 4, 8, 12, 16, 23)  # cycles an image; at most 32 / sqrt(2) at 32 x 32
+
+
+def main(folder, *samples):
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")][::4]
+    real = power(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
+    print("  ".join(f"{low:g}-{high:g}" for low, high in pairwise(BANDS)))
+    for path in samples:
+        with np.load(path) as arrays:
+            ratios = power(arrays["arr_0"]) / real
+        print("  ".join(f"{ratio:.3f}" for ratio in ratios), path)
+
+
+def power(images):
+    """Returns the mean squared Fourier coefficients of images (N, n, n, 3) in each of BANDS."""
+    n = images.shape[1]
+    squares = (np.abs(np.fft.fft2(images / 127.5 - 1, axes=(1, 2), norm="ortho")) ** 2).mean((0, 3))     # (n, n)
+    k = np.fft.fftfreq(n, 1 / n)
+    cycles = np.hypot(k[:, None], k)
+    return np.array([squares[(cycles >= low) & (cycles < high)].mean() for low, high in pairwise(BANDS)])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
