@@ -114,8 +114,8 @@ class DiT(PatchBackbone):
         return torch.zeros_like(added) if self.rotary else added
 
     def _initialize(self):
-        """Xavier for the layers; zero for what modulates, gates and ends, so that every block starts as the identity. A mixer
-        whose own layers must start otherwise has a method `initialize`, which sets them again."""
+        """Initialises layers by Xavier's rule, and those that modulate, gate or come last with zero, so that every block starts
+        as the identity. A mixer whose own layers must start otherwise has a method `initialize`, which sets them again."""
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.flatten(1))
         nn.init.zeros_(patches.bias)
@@ -131,7 +131,7 @@ class DiT(PatchBackbone):
             nn.init.zeros_(last.bias)
 
     def resize(self, input_size):
-        """The same weights for inputs of another size, a side or (height, width): returns the model.
+        """Adapts the model to inputs of another size, a side or (height, width), with the same weights, and returns it.
 
         Only the positional embedding changes: it is computed for the new grid, whose tokens lie between those of the
         grid that the model was built for. Every mixer runs on any grid.
@@ -146,7 +146,7 @@ class DiT(PatchBackbone):
         drop (B,) bool says whose class to replace by the null class; None leaves it to chance in training.
         """
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
-        # Contiguous, for a convolution's result may lie channel after channel, and every block would read it across.
+        # Contiguous: a convolution may return its result channels first, which every block would read with large strides.
         x = (self.x_embedder(x) + self.pos_embed).contiguous()             # (B, N, D), N = h w
         for block in self.blocks:
             x = self.run(block, x, c)
@@ -235,7 +235,7 @@ def backbone_of(weights):
 
 
 def stride(name):
-    """What both sides of the input of the model of that name must be divisible by."""
+    """Returns the number by which both sides of the named model's input must be divisible."""
     return MODELS[name].func.stride_of(MODELS[name].keywords)
 
 
@@ -246,8 +246,8 @@ def add_network_flags(add):
 
 
 def network_options(model, mixer, settings):
-    """Returns what settings, a dict of what a command's flags say, set of the options of the network of that name and of its
-    mixers. ValueError for those of others."""
+    """Returns the options of the named network and of its mixer that `settings`, a dict of a command's flags, sets. ValueError
+    for options of other networks or mixers."""
     given, options = {name: settings[name] for name in ("mlp", "norm") if settings.get(name)}, mixer_options(mixer, settings)
     if MODELS[model].func is DiT:
         return given | options

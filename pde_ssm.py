@@ -10,7 +10,7 @@ up to time tau. A Fourier mode with wave vector k = 2 pi (m_x, m_y) is multiplie
 
 costs O(N log N). Equation numbers are those of the PDE-SSM paper. x runs along the width and y along the height:
 tensors are (..., h, w), so x is their last axis, while pairs of coefficients are in the order (x, y).
-Beside torch it needs pde_ssm_kernels/, which has faster roads to the same numbers, and pde_ssm_attention.py.
+Besides torch it needs pde_ssm_kernels/, which computes the same values faster, and pde_ssm_attention.py.
 """
 
 import math
@@ -28,7 +28,7 @@ from pde_ssm_kernels.products import matmul
 TERMS = ("diffusion", "convection", "reaction")
 R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX: no mode grows by more than exp(R_MAX). Also in pairs.py and pairs.cpp
 LARGEST_LOG_TAU = 15  # so that tau times other numbers is finite in float32, wherever an optimiser sends log_tau
-LEAST_GROWTH = -80   # the exponential of less is nothing in float32, but takes ten times as long where it underflows
+LEAST_GROWTH = -80   # exp of anything below is negligible in float32, and takes ten times as long where it underflows
 
 
 def wave_numbers(n, half=False, dtype=torch.float32, device=None):
@@ -90,12 +90,12 @@ def rfft2(v):
 
 
 def irfft2(v_hat, like):
-    """The inverse, in the shape and type of those tokens."""
+    """Returns the inverse of `rfft2`, in the shape and type of the tokens `like`."""
     return torch.fft.irfft2(v_hat.contiguous(), s=like.shape[1:3]).movedim(1, -1).to(like.dtype)
 
 
 def evolve_plainly(v, rows):
-    """Returns what every kernel is held against: irfft2(G B rfft2(v)) for v (B, h, w, C), the sum of n PDEs per channel.
+    """Returns irfft2(G B rfft2(v)) for v (B, h, w, C), the sum of n PDEs per channel: the reference of every kernel's tests.
 
     rows ([B], n, 9, C): tau times r, Kxx, Kxy, Kyy, bx and by, then gx, gy and g0.
     """
@@ -122,7 +122,7 @@ def initial_shifts(token, shape):
 
 
 class PDE(Keeping):
-    """What the couplings share: g0, gx, gy and log_tau, and scalar coefficients of each PDE, which `Coupled` has as matrices.
+    """Holds what the couplings share: g0, gx, gy and log_tau, and the scalar coefficients of each PDE (matrices in `Coupled`).
 
     All are plain parameters, not layers: initialisers that walk over a model's layers leave them alone. Those of absent
     terms do not exist, and their coefficients are zero.
@@ -279,7 +279,7 @@ class Pairwise(PDE):
 
     @kept
     def symbol(self, h, w):
-        """Returns the same as the road in pieces takes it."""
+        """Returns G(k) at all wave vectors, in the layout of `pytorch.symbol`."""
         return pytorch.symbol(self, h, w)
 
     def kernel(self, h, w):
@@ -291,10 +291,10 @@ class Coupled(PDE):
 
     With c = dim / groups, matrices (groups, c, c) unless said otherwise: g0, gx, gy; log_tau (groups,); lx, ly and
     shear, of which K(k) = P P^T with P = [kx lx + ky shear, ky ly], the matrix form of the Cholesky factor of
-    `Diagonal`; bx and by, of which the symmetric parts count; r = R_MAX - r_root r_root^T, minus what is needed to bring
-    its eigenvalues, as far out as Gershgorin's circles may have them, below R_MAX / tau. K(k) is positive semi-definite,
-    i k . b is anti-Hermitian and tau r <= R_MAX, so the 2-norm of G(k) is at most exp(R_MAX), but for rounding, which
-    grows with the size of tau k . b. Starts as `Diagonal` does, without coupling.
+    `Diagonal`; bx and by, of which the symmetric parts count; r = R_MAX - r_root r_root^T, minus the multiple of the identity
+    that brings its eigenvalues, as bounded by Gershgorin's circles, down to R_MAX / tau. K(k) is positive semi-definite,
+    i k . b is anti-Hermitian and tau r <= R_MAX, so the 2-norm of G(k) is at most exp(R_MAX), but for rounding, which grows
+    with the size of tau k . b. Starts as `Diagonal` does, without coupling.
     """
 
     is_system, wave_vectors = True, staticmethod(wave_vectors)

@@ -42,7 +42,7 @@ def main(args, processes):
     processes.barrier()
     model, settings = load_model(find_checkpoint(name), vars(args), "ema", args.ema)
     objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **trained(settings))
-    if args.evaluate:  # what it lacks shows before the work
+    if args.evaluate:  # before any image is drawn, so that missing weights or files are found at once
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)
         look_ahead(reference, Source("the samples", None, range(count), {}, None), network, processes)

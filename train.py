@@ -95,7 +95,7 @@ def main(args, processes):
 
     def save(alone=False):
         if learner.step not in saved:  # a signal may come right after a checkpoint
-            saved.add(learner.step)  # nor is it tried again
+            saved.add(learner.step)  # before it is written: a checkpoint that failed is not tried again
             with postponed():
                 path = resume.save_run(folder, learner, settings, processes, conditions, alone)
                 if leads:
@@ -107,7 +107,7 @@ def main(args, processes):
         average = next(iter(learner.averages.values()))
         watch.show(watch.due(step, step in saved) - seen, step, average, processes, journal)
 
-    replica = replicate(learner.model, processes)  # where a signal still ends the run at once
+    replica = replicate(learner.model, processes)  # before `postponed`, so that a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, **how)
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, chances=model.random_numbers)
@@ -119,7 +119,7 @@ def main(args, processes):
         return objective.training_losses(network, **batch)["loss"].mean() / args.grad_accum
 
     if run:
-        show(first, seen)  # what a kill came before
+        show(first, seen)  # a kill may have come between the checkpoint and what was due with it
     runs.describe_steps(total, loader, args.global_batch_size, args.grad_accum, processes)
     with resume.rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
@@ -226,13 +226,13 @@ def flags():
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")
     add("--dataset", choices=DATASETS, help="which of the papers' data sets --data-path holds; checks that it is whole")
     vary("--check-data", action="store_true", help=CHECK)
-    more = "so many that cannot be read are named, and the next of their class stands in; one more ends the run, saved"
+    more = "replace up to N unreadable images by the next of their class, and name them; one more ends the run, after saving"
     vary("--max-bad-images", type=not_negative, default=0, metavar="N", help=more)
     vary("--val-path", help="held-out images of the same classes (or CIFAR-10), whose loss is logged with every checkpoint")
     add("--image-size", type=positive, default=256, help="side to which images are cropped, in pixels")
     add("--num-classes", type=positive, default=Default(1000), help="of the images; a --dataset brings its own")
     add("--uncond", action="store_true", help="train without classes; the folder then needs no class folders")
-    add("--class-dropout", type=probability, metavar="P", help="leave the class away so often, for guidance; 0.1 unless given")
+    add("--class-dropout", type=probability, metavar="P", help="share of images without class, for guidance; 0.1 unless given")
     vary("--num-workers", type=not_negative, default=4, help="processes that read images, per process; at most one per core")
     add, vary = group(parser, "network")
     add("--model", type=model_name, metavar="NAME", default="DiT-XL/2", help=f"one of {families()}")

@@ -13,15 +13,15 @@ class Backbone(nn.Module, Pretrained):
     which there were images, and which samplers draw; class_names is a list of their names, or None.
 
     A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
-    divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool says by the
-    null class, or leaves it to chance in training. A positive random_numbers says that training takes so many more numbers of
-    every image, uniform in [0, 1), which forward then takes as chance (B, random_numbers), or draws without.
+    divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool marks by the
+    null class, or without it random ones in training. If random_numbers is positive, forward takes that many more uniform
+    numbers in [0, 1) for every image in training, as chance (B, random_numbers), or draws them itself if none are given.
 
-    Three class methods speak of networks that are not built: stride_of(keywords) is the stride of one with these arguments,
-    read(weights) tells from a state dict what it was built with, a dict of the arguments that tell the named sizes apart and
-    one of mixer, mixer_options, num_classes, in_channels and learn_sigma, and tokens_of(weights) for how many tokens of an
-    image there are positions, None for any number. read_from names the weights that they need; the first of them no other
-    backbone has. class_table names that with a row for each class and one for none.
+    Three class methods need no instance. stride_of(keywords) returns the stride of a network with these arguments.
+    read(weights) returns, from a state dict, the arguments that tell the named sizes apart, and a dict of mixer, mixer_options,
+    num_classes, in_channels and learn_sigma. tokens_of(weights) returns for how many tokens of an image the weights have
+    positions, None for any number. read_from names the weights that they need, of which no other backbone has the first.
+    class_table names the weight with a row for each class and one for none.
     """
 
     class_table = "y_embedder.embedding_table.weight"

@@ -85,10 +85,10 @@ class LaMamba(Backbone):
     """LaMamba-Diff on images or latents, a token for each pixel.
 
     Stages of widths hidden_size, twice and four times that at sides s, s/2 and s/4, and a fourth like the third, unless depths
-    ends in 0; then middle_depth blocks, and the stages upwards, each a block deeper than downwards, and with what left that one
-    added to what enters it. depths and num_heads have a number for each of the four. attention, one of ATTENTION, is for the
-    paper's ablation. Other arguments are DiT's. ValueError for sides that are not divisible by 4 or that windows do not fit at
-    some stage, and for any mixer but attention.
+    ends in 0; then middle_depth blocks, and the stages upwards, each one block deeper than its counterpart on the way down,
+    whose output is added to its input. depths and num_heads have a number for each of the four. attention, one of ATTENTION, is
+    for the paper's ablation. Other arguments are DiT's. ValueError for sides that are not divisible by 4 or that windows do not
+    fit at some stage, and for any mixer but attention.
     """
 
     read_from = ("layers.0.blocks.0.op.A_logs", "y_embedder.embedding_table.weight", "pos_embed", "final_linear.bias")

@@ -38,8 +38,8 @@ def modulate(x, shift, scale, norm=layer_norm):                            # (B,
 
 
 def timestep_frequencies(n, device, intervals=None):
-    """n frequencies from 1 down, geometric, which reach 1 / 10000 after so many intervals: n, so that they end just before it;
-    diffusers has n - 1."""
+    """Returns n geometric frequencies from 1 down, which reach 1 / 10000 after `intervals` steps. By default these are n, so
+    the last frequency is just above it; diffusers has n - 1."""
     return torch.exp(torch.arange(n, dtype=torch.float32, device=device) * (-math.log(10000) / (intervals or n)))
 
 

@@ -59,7 +59,7 @@ def choose_average(stored, decay, path):
 
 def read_checkpoint(path, decay=None):
     """Returns the dict in a file, an empty one for a file of something else; of a folder that FSDP wrote, as ema one of its
-    averages, args and step. The tensors of a .pt file stay in it, which must stay as it is, until they are used;
+    averages, args and step. Tensors of a .pt file are mapped from it, so the file must not change while they are in use;
     `load_checkpoint` compares their checksums.
 
     Unpickles nothing but tensors, plain containers and argparse.Namespace. ValueError for anything else.

@@ -155,7 +155,7 @@ def restore(learner, run):
     if run["path"].suffix == ".dcp":
         load_sharded(run["path"], stored)
     else:
-        # From here to its end the file is held open, but not in memory: it could not be deleted for good all through the run.
+        # The file is mapped only until this function returns: if it stayed mapped, deleting it would not free its disk space.
         contents = read_checkpoint(run["path"])
         names = [name for name, _ in learner.model.named_parameters()]
         moments = {names[number]: state for number, state in contents["opt"]["state"].items() if number < len(names)}

@@ -1,5 +1,5 @@
-"""Classifier-free guidance (Ho & Salimans, 2022) of a network that can leave the class away, and autoguidance (Karras et al.,
-2024) by a weaker network."""
+"""Classifier-free guidance (Ho & Salimans, 2022) of a network that has a null class, and autoguidance (Karras et al., 2024) by
+a weaker network."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 class Guidance(NamedTuple):
     """Says how a network is guided."""
 
-    scale: float                                # 1 is no guidance, and 0 leaves the class away
+    scale: float                                # 1 is no guidance, and 0 drops the class
     channels: int | None = 3                    # how many channels are guided, None for all
     interval: tuple[float, float] = (0.0, 1.0)  # on which part of the way from noise, 0, to image, 1
     guide: Callable | None = None               # a weaker network, with num_classes, from which to lead away

@@ -108,7 +108,7 @@ STAGES = (
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 DIFFERENCE = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-LAST = 0.01  # of the way
+LAST = 0.01  # of the way from noise to image, which rk45's last step covers if the network predicts the image
 SHORTEST = 1e-4  # rk45 takes this step whatever its error: velocities may jump, for example where guidance begins or ends
 
 

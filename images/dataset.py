@@ -19,7 +19,7 @@ from machine.stops import ignore_stops, read_batches
 
 CHECK = "first read every image once, name those that cannot be read, and end if there are any"
 SIZES = 10_000  # files whose sizes a run compares, evenly spread: looking up a million takes minutes on some disks
-# What may pass: of too many open files, of memory, of disks and networks. Another time the same image could be read.
+# Errors that may pass: too many open files, no memory, failing disks and networks. The same image may be readable later.
 PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 LONG = 16  # a longer image, by this ratio of its sides, is cropped first: scaled as a whole, it could take gigabytes
 

@@ -17,7 +17,7 @@ from images.folders import read_image
 from images.samples import NpzImages, write_npz
 from machine.files import lock
 
-# Of images in a folder whose settings leave it out.
+# Settings of images in folders that were begun before these settings were recorded.
 OLDER = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced_labels=False, guide=None, guide_scale=1)
 
 

@@ -16,8 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from machine.stops import Stopped, catch, end_readers, outlived_terminal, postpone
 
-# Processes wait so long for one another, since some work is for one of them alone: fetching weights, joining a data set's
-# files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
+# Processes wait for one another this long, because some work is done by one of them alone: fetching weights, joining a data
+# set's files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
 PATIENCE = timedelta(hours=12)
 FAREWELL = 30  # seconds that a process which leaves the others takes at most to do so
 # What PyTorch says, as a RuntimeError, of a machine that has no more of something.
@@ -121,7 +121,7 @@ def join(device):
 
 
 def explain(error):
-    """Returns one line on an error; None for one that nobody foresaw, of which the traceback tells most."""
+    """Returns one line on an error; None for an unforeseen one, whose traceback says more."""
     short = isinstance(error, RuntimeError) and re.search(SHORT, str(error))
     if short or isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
         return one_line(error)

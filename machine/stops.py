@@ -1,5 +1,5 @@
-"""How a command ends before its work is done: the signals that say so, and what it works on without: processes that read
-images for it, and a terminal."""
+"""How a command ends before its work is done: signals, the death of processes that read images for it, and how it survives the
+loss of its terminal."""
 
 import errno
 import multiprocessing.connection

@@ -66,7 +66,7 @@ class Mixer:
         return {option.name: named[option.name] for option in self.options if option.name in named}
 
     def stored(self, settings):
-        """Returns the same of a checkpoint's settings, where whatever is named as an option of this mixer would be one."""
+        """Returns the same for a checkpoint's settings: all with this mixer's prefix, even those that are no option here."""
         prefix = f"{self.name}_".replace("-", "_")
         named = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
         for option in self.options:

@@ -31,7 +31,7 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
     if compile:
         check_compiler(device)
         freeze(model)
-        if device.type == "cuda":  # what layers and kernels keep must not come to lie in the memory of a CUDA graph
+        if device.type == "cuda":  # first, so that caches of layers and kernels are not in a CUDA graph's memory
             x, y = torch.zeros(1, model.in_channels, *model.input_size, device=device), torch.zeros(1, dtype=int, device=device)
             with torch.no_grad():
                 forward(x, y.float(), y)

@@ -42,8 +42,8 @@ def library():
 
 
 class Scan(torch.autograd.Function):
-    """The scan where nobody looks at its operators: a fifth of a millisecond less than PyTorch's way of calling these. Where
-    gradients need gradients in turn, or many are wanted at once, they are those of the reference, which computes the same."""
+    """Runs the scan in eager mode without PyTorch's dispatch of custom operators, which saves a fifth of a millisecond. Second
+    derivatives and batched gradients are those of the reference, which computes the same."""
 
     @staticmethod
     def forward(ctx, reference, *inputs):

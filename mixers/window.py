@@ -19,10 +19,10 @@ from pde_ssm_kernels.modes import remembered
 class Window(WindowAttention):
     """Mixes tokens (B, N, D) of an (h, w) grid, a square unless grid_size says otherwise, within windows of size x size.
 
-    softmax(q k / sqrt(d) + bias of their relative position) v, for num_heads heads of d channels. Along an axis that is not
-    longer than a window there is one, not shifted; other sides are padded to whole windows with tokens at which those of the
-    grid do not look. ValueError for heads that do not divide D. Parameters at D = 384 with 6 heads: 592,710; attention's
-    are 591,360.
+    softmax(q k / sqrt(d) + bias of their relative position) v, for num_heads heads of d channels. An axis that is not longer
+    than a window has a single one, not shifted; other axes are padded to whole windows with tokens to which those of the grid
+    do not attend. ValueError for heads that do not divide D. Parameters at D = 384 with 6 heads: 592,710; attention's are
+    591,360.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, layer=0, size=8):
@@ -65,8 +65,8 @@ def layout(n, size, shifted):
 def neighbours(axes, grid_size, device):
     """Returns who may look at whom in every window, (windows, a b, a b) bool, or None if all may.
 
-    axes are the layouts of both. Two tokens may, if on either axis the shift led both round the edge of the grid or neither,
-    and both are padding or neither is.
+    axes are the layouts of both. Two tokens may if, on each axis, the shift moved both of them or neither around the edge of
+    the grid, and both are padding or neither is.
     """
     if all(shift == 0 and length == n for (length, _, shift), n in zip(axes, grid_size)):
         return None

@@ -1,4 +1,4 @@
-"""What evaluation computes of a layer's parameters alone, it computes once, and keeps until they change.
+"""A cache of what evaluation computes from a layer's parameters alone: computed once, and kept until they change.
 
 One layer of 384 channels, 4 images, one thread of an Intel Xeon, takes 0.35 ms with and 0.55 ms without that for 4 x 4 tokens
 and 4.3 and 4.6 ms for 16 x 16 by the C++ kernels, and 0.61 and 1.2, 8.3 and 9.1 ms by the plain road.

@@ -17,7 +17,7 @@ def traced(*tensors):
 
 
 def observed():
-    """The part of `traced` that is no matter of the tensors."""
+    """Whether something looks at each operator, whatever the tensors are: `traced` without its tests of them."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch._C._len_torch_dispatch_stack()
 
 
@@ -36,7 +36,7 @@ def differentiable(plainly, inputs, gradients, needed):
     have gradients themselves, or be many at once. gradients: of its result, a tensor or several."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), full_precision(inputs[0]):                   # backward() may be called under autocast
-        # Two may be one tensor, or one come of another.
+        # Separate tensors, since two inputs may be one tensor, or one be computed from another.
         inputs = [x if x is None else x.view_as(x) if again else x.detach().requires_grad_() for x in inputs]
         wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
         found = iter(torch.autograd.grad(plainly(*inputs), wanted, gradients, create_graph=again))

@@ -48,7 +48,7 @@ def evolve_spectra(spectra, equation, h, w):
 class Folding:
     """What evaluation keeps of a layer and a grid: how many images it has seen there, and, once these are as many as the layer
     has channels, G(k) B(k) R at each wave vector, (f, blocks, dim, 2, lanes). Making those costs about as much as that many
-    images, so that it never takes more than twice the time of who knows beforehand how many will come."""
+    images, so a layer never takes more than twice the time of one that knows in advance how many images will come."""
 
     device = torch.device("cpu")
 

@@ -138,8 +138,8 @@ def draw_batch(
     random drawn from a generator per image.
 
     The n-th image that a run sees gets the n-th generator, whichever process it lands on. flip: whether mirrored images are as
-    good. batch_size: of a whole step, over all processes. dropout: how often the class is left away. chances: how many more
-    numbers of every image the network takes.
+    good. batch_size: of a whole step, over all processes. dropout: the probability of dropping a class. chances: how many more
+    random numbers the network takes for every image.
     """
     first = (step - 1) * batch_size + part * len(images) * processes.size + processes.rank
     numbers = range(first, first + len(images) * processes.size, processes.size)

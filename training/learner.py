@@ -71,7 +71,7 @@ def groups_by_rate(model, lr, factor):
     """Returns AdamW's groups of a model's parameters: the coefficients of its PDEs, which learn at lr times factor, and others.
     ValueError for a model without PDEs.
 
-    A group is a row of neighbours, so that all keep the numbers by which a checkpoint knows them.
+    A group holds consecutive parameters, so that every parameter keeps the index under which checkpoints store its moments.
     """
     coefficients = {p for layer in model.modules() if isinstance(layer, PDE) for p in layer.parameters()}
     if not coefficients:
@@ -101,8 +101,8 @@ def replicate(model, processes):
     """Returns what to call instead of the model, so that processes add up their gradients: a sharded model does so itself."""
     if processes.size == 1 or isinstance(model, FSDPModule):
         return model
-    # After its first step it would order gradients anew, and so change in which order three or more processes are added up: a
-    # run that goes on would differ in its last bits. It does not where parameters may be unused.
+    # After its first step DDP would reorder the gradients, and with them the order in which those of three or more processes
+    # are added up, so a resumed run would differ in its last bits. With find_unused_parameters it does not reorder.
     return DistributedDataParallel(model, find_unused_parameters=processes.size > 2)
 
 
