@@ -21,11 +21,11 @@ from diffusion.drawing import choose_classes
 from download import find_checkpoint
 from figures import curves, drift, kernels, maps, reach, spectrum
 from figures.layers import observe
-from figures.page import FORMATS, save_numbers, save_page
+from figures.page import FORMATS, save_page
 from images.autoencoder import load_trained_space
 from images.dataset import cropped
 from images.folders import read_image
-from machine.files import check_writable
+from machine.files import check_writable, write_json
 from machine.flags import class_label, decay, finite, from_zero, image_size, not_negative, positive, share
 from machine.processes import launch
 from models import DiT
@@ -43,7 +43,7 @@ def main(args, processes):
     figure, found = make(**asked)
     save_page(figure, out)
     if numbers:
-        save_numbers(found, numbers)
+        write_json(numbers, found, "numbers")
     print(f"The picture is in {out}" + (f", its numbers in {numbers}" if numbers else ""))
 
 

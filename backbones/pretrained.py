@@ -8,7 +8,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from machine.files import whole_file
+from machine.files import whole_file, write_json
 
 WEIGHTS = "model.safetensors"
 # Settings of a run that say where and how it ran, and nothing of what became of its weights; some are paths of its machine.
@@ -49,8 +49,7 @@ class Pretrained(PyTorchModelHubMixin):
             raise ValueError(f"this {type(self).__name__} has parts without a name, such as a mixer given by its class")
         with whole_file(Path(folder, WEIGHTS), "weights") as file:
             file.write(to_safetensors(weights, public(self.settings or {}), size=json.dumps(size)))
-        with whole_file(Path(folder, "config.json"), "configuration") as file:
-            file.write(json.dumps(config, indent=1).encode())
+        write_json(Path(folder, "config.json"), config, "configuration")
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **arguments):

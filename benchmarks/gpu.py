@@ -21,7 +21,7 @@ from random import Random
 from time import monotonic
 from typing import NamedTuple
 
-from machine.files import whole_file
+from machine.files import write_json
 
 ROOT = Path(__file__).parent.parent
 LEAST = 20     # seconds with which no stage begins
@@ -112,7 +112,7 @@ def main(argv=None):
             result = run(stage, min(60 * stage.minutes, left), args.out, environment(args.rehearse))
             print(table({stage.name: result}, [stage.name]), flush=True)
         results[stage.name] = result
-        write(args.out / "gpu.json", results)
+        write_json(args.out / "gpu.json", dict(stages=results), "results")
     print(table(results, [stage.name for stage in planned]))
     ends = {results[stage.name]["state"] for stage in planned if stage.name in results}
     if "failed" in ends or (args.rehearse and ends != {"passed"}):
@@ -174,11 +174,6 @@ def commit():
 
 def read(path):
     return json.loads(path.read_text())["stages"] if path.exists() else {}
-
-
-def write(path, results):
-    with whole_file(path, "results") as file:
-        file.write((json.dumps(dict(stages=results), indent=1) + "\n").encode())
 
 
 def table(results, names):

@@ -1,6 +1,5 @@
 """What a benchmark does with its times: a table, JSON and a plot, and the columns and lines that these show."""
 
-import json
 import platform
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 
 from benchmarks.attention import chosen
 from benchmarks.plot import draw
-from machine.files import whole_file
+from machine.files import whole_file, write_json
 from machine.precision import count_cores, processor
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +83,7 @@ class Report:
         if chosen:
             self.contents["attention"] = chosen
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path, "results") as file:
-            file.write((json.dumps(self.contents, indent=1) + "\n").encode())
+        write_json(self.path, self.contents, "results")
 
     def finish(self, panels, unit="milliseconds", axis="tokens"):
         """Plots title -> label -> [(tokens, value), ...] beside the JSON, with their slopes."""

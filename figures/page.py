@@ -1,6 +1,5 @@
 """What the pictures have in common."""
 
-import json
 from pathlib import Path
 from textwrap import wrap
 
@@ -30,12 +29,6 @@ def save_page(figure, path):
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "figures"}), whole_file(path, "picture") as file:
         metadata = {"Date": None} if Path(path).suffix == ".svg" else None  # the same numbers make the same file
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120, metadata=metadata)
-
-
-def save_numbers(numbers, path):
-    """Writes a dict of plain numbers as JSON."""
-    with whole_file(path, "numbers") as file:
-        file.write((json.dumps(numbers, indent=1) + "\n").encode())
 
 
 def tidy(axis, **labels):

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from images.autoencoder import open_space
 from images.folders import digest, hidden
-from machine.files import whole_file
+from machine.files import whole_file, write_json
 
 INDEX = "latents.json"
 TYPES = dict(
@@ -102,8 +102,7 @@ def claim_folder(folder, index):
     elif not all(hidden(entry.name) for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no cached latents; give another --out")
     else:
-        with whole_file(folder / INDEX, "index") as file:
-            file.write(json.dumps(index, indent=1).encode())
+        write_json(folder / INDEX, index, "index")
     for leftover in folder.glob("*.partial"):  # a run that was killed left it
         leftover.unlink()
 

@@ -36,6 +36,12 @@ def whole_file(path, what):
             partial.unlink()
 
 
+def write_json(path, contents, what):
+    """Writes plain values as JSON that is whole or not there."""
+    with whole_file(path, what) as file:
+        file.write((json.dumps(contents, indent=1) + "\n").encode())
+
+
 def read_rows(path):
     """Returns the rows of a file of JSON lines, without one that was cut short; none if there is no such file."""
     rows = []

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import time_in_turns
 from images.dataset import load_dataset
-from machine.files import whole_file
+from machine.files import write_json
 from machine.flags import not_negative, positive
 from pde_ssm import PRESETS, replace_attention
 
@@ -129,8 +129,7 @@ def main(data, mixers, seeds, steps, results):
         row |= dict(accuracy={str(size): accuracy(model, *held_out, size) for size in SIZES})
         row |= dict(step_ms=times[mixer]["median_ms"], threads=torch.get_num_threads(), torch=torch.__version__)
         contents["rows"].append(row)
-        with whole_file(results, "results") as file:
-            file.write((json.dumps(contents, indent=1) + "\n").encode())
+        write_json(results, contents, "results")
     print(table(contents["rows"]))
 
 

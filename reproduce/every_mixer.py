@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from benchmarks.every_mixer import DIT, SIDES, costs
 from benchmarks.report import count_threads, machine
 from checkpoints.build import create_network
-from machine.files import whole_file
+from machine.files import whole_file, write_json
 from mixers import kind_of, mixer_options
 
 SETS = ("cifar10", "flowers")
@@ -66,7 +66,7 @@ def record(folder, data, name, seed, steps, objective, failure=None):
     commands = [line.split(" ", 1) for line in (folder / "commands.txt").read_text().splitlines()]
     row["commands"] = [dict(command=command, seconds=int(seconds)) for seconds, command in commands]
     row |= dict(machine=about.get("gpu") or f"{about['processor']}, {count_threads(about)}", torch=torch.__version__)
-    write_json(folder / "row.json", row | dict(date=str(date.today())))
+    write_json(folder / "row.json", row | dict(date=str(date.today())), "row")
 
 
 def build(settings):
@@ -78,16 +78,11 @@ def build(settings):
         return create_network(given, 2 * (settings["image_size"],))
 
 
-def write_json(path, contents):
-    with whole_file(path, "rows") as file:
-        file.write((json.dumps(contents, indent=1) + "\n").encode())
-
-
 def collect(work, results):
     """Adds the rows of all runs under `work` to a file of rows, and prints a table of each number of steps."""
     rows = {key(row): row for row in (json.loads(results.read_text()) if results.exists() else [])}
     rows |= {key(row): row for row in (json.loads(path.read_text()) for path in sorted(work.glob("*/*/row.json")))}
-    write_json(results, list(rows.values()))
+    write_json(results, list(rows.values()), "rows")
     times = read_times(results.parent)
     for setting in sorted(set(map(setting_of, rows.values()))):
         mine = [row for row in rows.values() if setting_of(row) == setting]

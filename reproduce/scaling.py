@@ -21,7 +21,7 @@ from benchmarks.sides import training_step
 from benchmarks.timing import time_in_turns
 from checkpoints.read import read_checkpoint
 from machine.cost import training_flops
-from machine.files import whole_file
+from machine.files import whole_file, write_json
 from models import MODELS
 
 RESULTS = Path(__file__).parent / "results"
@@ -134,10 +134,9 @@ def main(work, device):
     if not runs:
         raise SystemExit(f"{work} has no finished run of reproduce/scaling.sh")
     entries = measured(runs, device)
-    with whole_file(RESULTS / "scaling.json", "results") as file:
-        command = f"STEPS={runs[0]['max_steps']} bash reproduce/scaling.sh DATA"
-        contents = dict(command=command, device=str(device), torch=torch.__version__, runs=entries)
-        file.write((json.dumps(contents, indent=1) + "\n").encode())
+    command = f"STEPS={runs[0]['max_steps']} bash reproduce/scaling.sh DATA"
+    contents = dict(command=command, device=str(device), torch=torch.__version__, runs=entries)
+    write_json(RESULTS / "scaling.json", contents, "results")
     with whole_file(RESULTS / "scaling.png", "picture") as file:
         draw(file, entries)
     print(table(entries))
