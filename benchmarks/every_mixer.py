@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.flags import parse_args
 from benchmarks.memory import peak_of_process, peak_on_gpu
-from benchmarks.report import Report, lines_of, milliseconds
+from benchmarks.report import Report, lines_of, milliseconds, plain
 from benchmarks.sides import training_step
 from benchmarks.timing import rounded, time_in_turns
 from machine.cost import training_flops
@@ -39,9 +39,7 @@ BATCHES = {64: 64, 256: 16, 1024: 4}  # by tokens
 QUICK_TOKENS = 256
 IMAGES = dict(in_channels=3, num_classes=10)
 COLUMNS = {
-    "tokens": lambda row: row["tokens"],
-    "image": lambda row: row["image"],
-    "batch": lambda row: row["batch"],
+    **plain("tokens", "image", "batch"),
     "attention, ms": milliseconds("attention"),
     "pdessm, ms": milliseconds("pdessm"),
 }

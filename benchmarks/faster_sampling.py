@@ -12,7 +12,7 @@ from time import perf_counter
 import torch._inductor.config
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, lines_of, milliseconds, ratio
+from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.sampling import sampling_run
 from benchmarks.timing import rounded, time_in_turns
 from machine.flags import positive
@@ -26,10 +26,7 @@ WAYS = {
     "both": dict(precision="bf16", compile=True),
 }
 COLUMNS = {
-    "model": lambda row: row["model"],
-    "mixer": lambda row: row["mixer"],
-    "tokens": lambda row: row["tokens"],
-    "batch": lambda row: row["batch"],
+    **plain("model", "mixer", "tokens", "batch"),
     "plain, ms": milliseconds("plain"),
     **{f"plain/{way}": ratio("plain", way) for way in WAYS if way != "plain"},
     **{f"first {way}, s": lambda row, way=way: row["first_s"].get(way) for way in ("compiled", "both")},

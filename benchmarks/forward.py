@@ -2,14 +2,13 @@
 
 from functools import partial
 
-from benchmarks.report import Report, columns_beside_paper
+from benchmarks.report import Report, columns_beside_paper, plain
 from benchmarks.sides import SIDES, count_parameters, forward_pass
 from benchmarks.timing import time_in_turns
 from models import SIZES
 
 COLUMNS = {
-    "model": lambda row: row["model"],
-    "tokens": lambda row: row["tokens"],
+    **plain("model", "tokens"),
     **columns_beside_paper(SIDES),
 }
 

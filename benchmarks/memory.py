@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.flags import limit_memory, parse_args, proc_value
-from benchmarks.report import Report, lines_of
+from benchmarks.report import Report, lines_of, plain
 from benchmarks.sides import SIDES, layer_pass, training_step
 from benchmarks.timing import noted, release_memory, rounded
 from machine.processes import return_freed_memory
@@ -51,8 +51,7 @@ def ratio(row):
 
 
 COLUMNS = {
-    "what": lambda row: row["what"],
-    "tokens": lambda row: row["tokens"],
+    **plain("what", "tokens"),
     **{f"{name}, MB": megabytes(name) for name in SIDES},
     "attention/pdessm": ratio,
 }

@@ -10,7 +10,7 @@ pairwise, whose pieces take seconds a pass there, is left out above 1,024 tokens
 from functools import partial
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, lines_of, milliseconds, ratio
+from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.sides import Floor, NaiveAttention, layer_pass
 from benchmarks.timing import time_in_turns
 from pde_ssm import COUPLINGS
@@ -25,10 +25,9 @@ SIDES = {
     "floor": dict(mixer=Floor),
 }
 COLUMNS = {
-    "channels": lambda row: row["channels"],
+    **plain("channels"),
     "grid": lambda row: "{} x {}".format(*row["grid"]),
-    "tokens": lambda row: row["tokens"],
-    "pass": lambda row: row["pass"],
+    **plain("tokens", "pass"),
     **{f"{name}, ms": milliseconds(name) for name in SIDES},
     "attention/diagonal": ratio("attention", "diagonal"),
     "naive/diagonal": ratio("naive", "diagonal"),

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, lines_of, milliseconds, ratio
+from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.sides import layer_pass
 from benchmarks.timing import time_in_turns
 
@@ -46,9 +46,7 @@ def attention_over_floor(row):
 
 
 COLUMNS = {
-    "batch": lambda row: row["batch"],
-    "tokens": lambda row: row["tokens"],
-    "pass": lambda row: row["pass"],
+    **plain("batch", "tokens", "pass"),
     **{f"{name}, ms": milliseconds(name) for name in SIDES},
     "floor, ms": floor,
     "attention/pairwise": ratio("attention", "pairwise"),

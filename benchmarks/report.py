@@ -5,6 +5,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -113,6 +114,11 @@ def as_text(value):
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def plain(*names):
+    """Makes the columns of what rows hold under these names."""
+    return {name: itemgetter(name) for name in names}
+
+
 def milliseconds(name):
     """Makes the column of a side's median, in milliseconds."""
     return lambda row: side.get("median_ms") if isinstance(side := row["sides"].get(name), dict) else None
@@ -144,8 +150,7 @@ def columns_beside_paper(names):
     }
 
 
-def tokens(row):
-    return row["tokens"]
+tokens = itemgetter("tokens")
 
 
 def line(rows, value, against=tokens):

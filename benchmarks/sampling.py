@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, lines_of, milliseconds, ratio
+from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.sides import SIDES, build_model
 from benchmarks.timing import time_in_turns
 from diffusion import create_diffusion
@@ -30,9 +30,7 @@ def rate(name):
 
 
 COLUMNS = {
-    "model": lambda row: row["model"],
-    "tokens": lambda row: row["tokens"],
-    "batch": lambda row: row["batch"],
+    **plain("model", "tokens", "batch"),
     **{f"{name}, images/s": rate(name) for name in NAMES},
     "pdessm/attention": ratio("attention", "pdessm"),
     "floor/pdessm": ratio("pdessm", "floor"),

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, lines_of, milliseconds, ratio
+from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.timing import time_in_turns
 from mixers.selective_scan import selective_scan, selective_scan_reference
 from pde_ssm import set_backend
@@ -25,10 +25,7 @@ NOT_QUICK = (16, 256, 16)
 NO_MAMBAPY = "is not installed: pip install --no-deps mambapy==1.2.0"
 NAMES = ("ours", "torch", "mambapy", "reference")
 COLUMNS = {
-    "batch": lambda row: row["batch"],
-    "tokens": lambda row: row["tokens"],
-    "states": lambda row: row["states"],
-    "pass": lambda row: row["pass"],
+    **plain("batch", "tokens", "states", "pass"),
     **{f"{name}, ms": milliseconds(name) for name in NAMES},
     **{f"{name}/ours": ratio(name, "ours") for name in NAMES[1:]},
 }

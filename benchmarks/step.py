@@ -7,7 +7,7 @@
 from functools import partial
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, lines_of, milliseconds, ratio
+from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.sides import Floor, training_step
 from benchmarks.timing import time_in_turns
 from machine.flags import positive
@@ -21,9 +21,7 @@ SIDES = {
     "floor": dict(mixer=Floor),
 }
 COLUMNS = {
-    "input": lambda row: row["input"],
-    "tokens": lambda row: row["tokens"],
-    "batch": lambda row: row["batch"],
+    **plain("input", "tokens", "batch"),
     **{f"{name}, ms": milliseconds(name) for name in SIDES},
     "attention/pdessm": ratio("attention", "pdessm"),
     "timm/attention": ratio("timm", "attention"),

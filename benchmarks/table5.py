@@ -11,7 +11,7 @@ patch, in time and in parameters (12.76 to 13.27 million; see docs/paper.md), so
 from functools import partial
 
 from benchmarks.flags import parse_args
-from benchmarks.report import Report, columns_beside_paper, lines_of, lines_of_paper
+from benchmarks.report import Report, columns_beside_paper, lines_of, lines_of_paper, plain
 from benchmarks.sides import SIDES, count_parameters, training_step
 from benchmarks.timing import time_in_turns
 from machine.flags import positive
@@ -26,9 +26,7 @@ PAPER = {
 MODEL = dict(hidden_size=384, depth=3, num_heads=6, in_channels=3, num_classes=10, learn_sigma=False)
 QUICK_TOKENS = 1024
 COLUMNS = {
-    "image": lambda row: row["image"],
-    "patch": lambda row: row["patch"],
-    "tokens": lambda row: row["tokens"],
+    **plain("image", "patch", "tokens"),
     **columns_beside_paper(SIDES),
 }
 
