@@ -120,15 +120,26 @@ def forked(run, *args):
     return multiprocessing.get_context("fork").Process(target=run, args=args)
 
 
+def in_forks(count, run):
+    """Calls run(rank) in so many forks of this process; returns their statuses, -9 for one that was killed."""
+    children = [forked(run, rank) for rank in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def as_torchrun_has_it(processes):
+    """The environment of so many processes that are to find one another, but for RANK."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+
+
 def fork(*flags, processes=1, spoil=None):
-    """Trains in forks of this process, which saves their start-up; each first calls spoil(rank). Returns their statuses, -9
-    for one that was killed."""
-    environment = {}
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        environment = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    """Trains in forks of this process, which saves their start-up; each first calls spoil(rank). Returns their statuses."""
+    environment = as_torchrun_has_it(processes) if processes > 1 else {}
 
     def run(rank):
         os.environ |= environment | ({"RANK": str(rank)} if environment else {})
@@ -143,9 +154,4 @@ def fork(*flags, processes=1, spoil=None):
             sys.stderr.flush()
             os._exit(1 if isinstance(end.code, str) else end.code)
 
-    children = [forked(run, rank) for rank in range(processes)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    return [child.exitcode for child in children]
+    return in_forks(processes, run)

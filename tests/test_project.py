@@ -144,7 +144,7 @@ TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 def test_files_that_compare_processes_have_one_thread(path):
     """Where there is one anyway, `assert_one_thread` sees nothing."""
     text = path.read_text()
-    if re.search(r"\b(torchrun|fork|forked|undisturbed)\(", text):
+    if re.search(r"\b(torchrun|fork|forked|in_forks|undisturbed)\(", text):
         assert re.search(r'usefixtures\(.*"one_thread"|def test_\w+\(.*\bone_thread\b', text)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from commands import Colours, forked
+from commands import Colours, in_forks
 from evaluation import report, sides
 from evaluation.report import compare
 from evaluation.sides import measure, open_source
@@ -27,12 +27,7 @@ def in_processes(size, run, folder):
         if size > 1:
             dist.destroy_process_group()
 
-    children = [forked(join, rank) for rank in range(size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0] * size
+    assert in_forks(size, join) == [0] * size
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -1,7 +1,6 @@
 """How commands begin and end: with one process, with several, and on a Slurm cluster."""
 
 import atexit
-import multiprocessing
 import os
 import runpy
 import socket
@@ -15,28 +14,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commands import ROOT
+from commands import ROOT, as_torchrun_has_it, in_forks
 from machine.processes import Processes, choose_device, join, launch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def together(command, spoil=None):
     """Launches command(args, processes) in two forks of this process; returns their statuses."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    environment = as_torchrun_has_it(2)
 
     def run(rank):
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        os.environ |= environment | dict(RANK=str(rank))
         if spoil:
             spoil()
         launch(command, SimpleNamespace(device="cpu"))
 
-    children = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    return [child.exitcode for child in children]
+    return in_forks(2, run)
 
 
 def test_processes_wait_for_one_that_has_work_of_its_own():

@@ -17,7 +17,7 @@ from checkpoints.export import export
 from checkpoints.export import parse_args as export_args
 from checkpoints.read import load_checkpoint, read_checkpoint
 from checkpoints.resume import first_not_finite
-from commands import ALONE, QUICK, draw, draw_many, fit, forked
+from commands import ALONE, QUICK, draw, draw_many, fit, in_forks
 from images import dataset
 from machine.processes import Processes
 from models import MODELS
@@ -46,12 +46,7 @@ def test_a_step_s_gradients_do_not_depend_on_how_many_came_before(tmp_path, one_
             gradients.append([p.grad for p in model.parameters()])
         assert all(torch.equal(*pair) for later in gradients[1:] for pair in zip(gradients[0], later))
 
-    children = [forked(passes, rank) for rank in range(3)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert in_forks(3, passes) == [0, 0, 0]
 
 
 def test_the_average_follows_short_runs_and_slows_down_in_long_ones():
