@@ -128,6 +128,21 @@ def one_thread():
 
 
 @pytest.fixture
+def threads():
+    """torch.set_num_threads, for this test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def compilations(monkeypatch):
     """torch.compile without its last stage, which takes most of a minute and a C++ compiler; `frame_count` is how often it
     compiled something."""

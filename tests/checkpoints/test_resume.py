@@ -228,7 +228,7 @@ def test_averages_go_on_from_their_own(tmp_path, flags):
         torch.testing.assert_close(w, (before[name] + after["model"][name]) / 2)
 
 
-def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog):
+def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog, threads):
     """Tests compare such records with everything else that was learnt: see `learnt`."""
     (one,) = learnt(begun)["rounding"]
     assert one["threads"] == torch.get_num_threads() == 1
@@ -236,11 +236,8 @@ def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog
     again(flags, "--resume", "auto", "--max-steps", 15)
     assert learnt(begun, 15)["rounding"] == [one]
     assert "bits may differ" not in caplog.text
-    torch.set_num_threads(2)
-    try:
-        again(flags, "--resume", "auto", "--max-steps", 16, "--grad-accum", 2)
-    finally:
-        torch.set_num_threads(1)
+    threads(2)
+    again(flags, "--resume", "auto", "--max-steps", 16, "--grad-accum", 2)
     assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2, grad_accum=2)]
     assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2, grad_accum 1 is now 2"]
 

@@ -151,12 +151,11 @@ def test_its_convolution_and_the_gradients_are_those_of_the_equation(E, L, width
         assert (mine - exact).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-14) * exact.abs().max()
 
 
-def test_its_convolution_has_the_same_bits_for_any_number_of_threads():
+def test_its_convolution_has_the_same_bits_for_any_number_of_threads(threads):
     given = [t.requires_grad_() for t in (torch.randn(5, 50, 9), torch.randn(50, 1, 4), torch.randn(50))]
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
+    results = []
+    for number in (1, 3):
+        threads(number)
         out = convolve(*given, False)
         results.append([out, *torch.autograd.grad(out.square().sum(), given)])
-    torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*results))

@@ -170,13 +170,12 @@ def test_any_layout_has_the_same_values(order, backend):
 
 
 @pytest.mark.skipif(KERNELS is None, reason=str(REASON))
-def test_any_number_of_threads_has_the_same_bits():
+def test_any_number_of_threads_has_the_same_bits(threads):
     given = random_inputs(3, 200, 50, 5, dtype=torch.float32)
-    results, before = [], torch.get_num_threads()
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
+    results = []
+    for number in (1, 2, 3, 7):
+        threads(number)
         results.append(values_and_gradients(selective_scan, given))
-    torch.set_num_threads(before)
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other))
 
 

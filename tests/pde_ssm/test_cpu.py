@@ -145,14 +145,6 @@ def test_images_and_channels_do_not_touch():
     assert torch.equal(after, before)
 
 
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, for this test alone."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_a_result_depends_on_nothing_but_its_input(threads):
     v, gradient, rows = *torch.randn(2, 7, 12, 10, 40), random_rows(1, 40)
     threads(2)

@@ -112,13 +112,9 @@ def test_a_bias_of_r_stays_in_evaluation():
 
 
 @torch.no_grad()
-def test_deterministic_evaluation_does_not_depend_on_what_came_before():
+def test_deterministic_evaluation_does_not_depend_on_what_came_before(deterministic):
     pde, u = PDESSM(8, coupling="pairwise").eval(), torch.randn(4, 8, 8, 8)
-    torch.use_deterministic_algorithms(True)
-    try:
-        outs = [pde(u) for _ in range(5)]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    outs = [pde(u) for _ in range(5)]
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
@@ -188,14 +184,6 @@ def test_what_is_no_number_stays_none(row):
     assert G[1].isnan().all()                                              # the sums of which it is part, and no others
     G[1] = 1
     assert G.isfinite().all()
-
-
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, for this test alone."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("coupling", "groups", "c"), [("pairwise", 2, 35), ("coupled", 7, 6)])

@@ -387,13 +387,6 @@ def test_results_can_be_changed_in_place(side, backend):
     torch.testing.assert_close(pde.R.weight.grad, expected)
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("grid", [(8, 8), (7, 13), (40, 3)], ids=str)      # one matrix, two, an FFT
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 @backends

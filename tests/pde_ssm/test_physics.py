@@ -289,16 +289,22 @@ def test_no_state_outgrows_the_bound(options, log_tau, backend):
     assert all(p.grad.isfinite().all() for p in pde.equation.parameters())
 
 
+def assert_finite_differences(pde, *inputs):
+    """Of a layer's result by its inputs and all parameters."""
+    names, values = zip(*pde.named_parameters())
+
+    def run(*given):
+        inputs, values = given[: -len(names)], given[-len(names) :]
+        return torch.func.functional_call(pde, dict(zip(names, values)), inputs)
+
+    assert torch.autograd.gradcheck(run, (*inputs, *values))
+
+
 @couplings
 def test_gradients_agree_with_finite_differences_at_the_bound(options):
     pde = let_grow(random_operator(2, **options), 1.0)
     u = torch.randn(1, 2, 3, 4, dtype=f64, requires_grad=True)
-    names, values = zip(*pde.named_parameters())
-
-    def run(u, *values):
-        return torch.func.functional_call(pde, dict(zip(names, values)), u)
-
-    assert torch.autograd.gradcheck(run, (u, *values))
+    assert_finite_differences(pde, u)
 
 
 @couplings
@@ -414,21 +420,11 @@ def test_gradients_agree_with_finite_differences(options, terms, backend):
     pde_ssm.set_backend(backend)
     pde = random_operator(2, **options, terms=terms)
     u = torch.randn(1, 2, 3, 4, dtype=f64, requires_grad=True)
-    names, values = zip(*pde.named_parameters())
-
-    def run(u, *values):
-        return torch.func.functional_call(pde, dict(zip(names, values)), u)
-
-    assert torch.autograd.gradcheck(run, (u, *values))
+    assert_finite_differences(pde, u)
 
 
 @pytest.mark.parametrize("grid", [(1, 4), (4, 1), (2, 2), (5, 3)])
 def test_gradients_on_small_grids(grid):
     pde = random_operator(2, gate=True, conditioned=True)
     u, c = torch.randn(2, 2, *grid, dtype=f64, requires_grad=True), torch.randn(2, 2, dtype=f64, requires_grad=True)
-    names, values = zip(*pde.named_parameters())
-
-    def run(u, c, *values):
-        return torch.func.functional_call(pde, dict(zip(names, values)), (u, c))
-
-    assert torch.autograd.gradcheck(run, (u, c, *values))
+    assert_finite_differences(pde, u, c)
