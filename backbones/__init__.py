@@ -30,6 +30,12 @@ class Backbone(nn.Module, Pretrained):
     random_numbers = 0
     class_names = None
 
+    def __init__(self, in_channels, num_classes, learn_sigma):
+        super().__init__()
+        self.in_channels, self.learn_sigma = in_channels, learn_sigma
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.num_classes = self.trained_classes = num_classes
+
     @classmethod
     def tokens_of(cls, weights):
         return weights["pos_embed"].shape[1] if "pos_embed" in weights else None
@@ -67,10 +73,8 @@ class PatchBackbone(Backbone):
     trained_grid. `resize` keeps the weights, and tells the grid to the mixers that have one."""
 
     def __init__(self, input_size, patch_size, in_channels, num_classes, learn_sigma):
-        super().__init__()
-        self.in_channels, self.patch_size, self.stride, self.learn_sigma = in_channels, patch_size, patch_size, learn_sigma
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.num_classes = self.trained_classes = num_classes
+        super().__init__(in_channels, num_classes, learn_sigma)
+        self.patch_size = self.stride = patch_size
         height, width = self.input_size = self.check_size(input_size)
         self.grid_size = self.trained_grid = (height // patch_size, width // patch_size)
 

@@ -84,7 +84,7 @@ class DiS(LongSkips):
 
     @classmethod
     def read(cls, weights):
-        return cls.read_settings(weights, "label_emb.embedding_table.weight", "final_layer.linear.bias")
+        return cls.read_settings(weights, "final_layer.linear.bias")
 
     def forward(self, x, t, y, drop=None, chance=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).

@@ -99,10 +99,8 @@ class LaMamba(Backbone):
         window=8, num_classes=1000, learn_sigma=True, class_dropout_prob=0.1, mixer="attention",
         attention="shifted",
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(in_channels, num_classes, learn_sigma)
         refuse_mixer(mixer, "LaMamba")
-        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
-        self.num_classes = self.trained_classes = num_classes
         self.window = window if attention in ("shifted", "unshifted") else None
         if attention == "unshifted":
             self.register_buffer("unshifted", torch.ones(()))  # what else tells its weights from others

@@ -29,11 +29,11 @@ class LongSkips(PatchBackbone):
         return weights["pos_embed"].shape[1] - (2 if any(name.startswith("label_emb.") for name in weights) else 1)
 
     @classmethod
-    def read_settings(cls, weights, table, outputs):
-        """Returns what `read` does, from the names of the table of classes and of the last layer."""
+    def read_settings(cls, weights, outputs):
+        """Returns what `read` does, from the name of the last layer."""
         hidden, channels, *_, patch = weights["patch_embed.proj.weight"].shape
         size = dict(hidden_size=hidden, depth=2 * count_blocks(weights, "in_blocks"), patch_size=patch)
-        return size, settings_of(channels, len(weights[outputs]) // patch**2, weights.get(table))
+        return size, settings_of(channels, len(weights[outputs]) // patch**2, weights.get(cls.class_table))
 
     @property
     def blocks(self):

@@ -18,10 +18,8 @@ class UNet(Backbone):
     ):  # fmt: skip
         from diffusers import UNet2DModel
 
-        super().__init__()
+        super().__init__(in_channels, num_classes, learn_sigma)
         refuse_mixer(mixer, "a U-Net")
-        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
-        self.num_classes = self.trained_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
         self.stride = self.stride_of(dict(channels=channels))
         self.resize(input_size)

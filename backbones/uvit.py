@@ -60,7 +60,7 @@ class UViT(LongSkips):
 
     @classmethod
     def read(cls, weights):
-        size, settings = cls.read_settings(weights, "label_emb.weight", "decoder_pred.bias")
+        size, settings = cls.read_settings(weights, "decoder_pred.bias")
         return size | dict(conv="final_layer.weight" in weights), settings
 
     def forward(self, x, t, y, drop=None):
