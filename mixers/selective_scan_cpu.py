@@ -6,14 +6,13 @@ and copy none. Any number of threads gives the same bits.
 """
 
 import ctypes
-import warnings
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from pde_ssm_kernels import backend
-from pde_ssm_kernels.building import load
+from pde_ssm_kernels.building import found, kernel, load
 from pde_ssm_kernels.modes import batched, differentiable
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
@@ -29,10 +28,7 @@ def serves(u):
 
 def built():
     """Whether there are kernels; says once why there are none."""
-    _, reason = library()
-    if reason:
-        warnings.warn(f"{reason}; selective scans on CPUs run by PyTorch's operations, which are slower", stacklevel=2)
-    return reason is None
+    return found(library, "selective scans")
 
 
 @cache
@@ -128,10 +124,7 @@ def call(name, rows, columns, whole, softplus, reverse):
 
 def run(name, dtype, members):
     """Runs a kernel, whose only argument has these members of 8 bytes each, and then the number of threads."""
-    kernels, reason = library()
-    if reason:
-        raise RuntimeError(reason)
-    getattr(kernels, f"{name}{8 * dtype.itemsize}")((ctypes.c_int64 * (len(members) + 1))(*members, torch.get_num_threads()))
+    kernel(library, f"{name}{8 * dtype.itemsize}")((ctypes.c_int64 * (len(members) + 1))(*members, torch.get_num_threads()))
 
 
 def located(x, reverse):
@@ -149,7 +142,7 @@ def sum_of(rows):
         return rows[0]
     if not len(rows):                                                      # of no images
         return rows.sum(0)
-    total, (kernels, _) = torch.empty_like(rows[0]), library()
+    total = torch.empty_like(rows[0])
     numbers = rows.data_ptr(), total.data_ptr(), len(rows), total.numel(), torch.get_num_threads()
-    getattr(kernels, f"sum{8 * rows.itemsize}")(*map(ctypes.c_int64, numbers))
+    kernel(library, f"sum{8 * rows.itemsize}")(*map(ctypes.c_int64, numbers))
     return total

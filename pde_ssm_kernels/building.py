@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,23 @@ def load(source, *flags):
     except (OSError, RuntimeError, ValueError) as error:                   # no home; quotes in CXX that do not close
         way_out = "; CXX names another compiler, XDG_CACHE_HOME another folder for them"
         return None, f"the kernels of {source.parent.name}/{source.name} could not be built: {error}{way_out}"
+
+
+def found(library, what="PDEs"):
+    """Whether a library, a function that returns what `load` does, has kernels; warns, once for each reason, where it has
+    none."""
+    _, reason = library()
+    if reason:
+        warnings.warn(f"{reason}; {what} on CPUs run by PyTorch's operations, which are slower", stacklevel=2)
+    return reason is None
+
+
+def kernel(library, name):
+    """Returns a kernel of a library. RuntimeError where there are none, as in a program that was exported elsewhere."""
+    kernels, reason = library()
+    if reason:
+        raise RuntimeError(reason)
+    return getattr(kernels, name)
 
 
 def processor():

@@ -8,13 +8,12 @@ both passes (2 threads of an Intel Xeon: `python -m benchmarks.mixer --quick`, w
 """
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from .building import load
+from .building import found, kernel, load
 from .modes import batched, differentiable, widen
 
 ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
@@ -81,14 +80,6 @@ def built():
     return found(library)
 
 
-def found(library):
-    """Whether a library has kernels; warns, once for each reason, where it has none."""
-    _, reason = library()
-    if reason:
-        warnings.warn(f"{reason}; PDEs on CPUs run by PyTorch's operations, which are slower", stacklevel=2)
-    return reason is None
-
-
 def evolve(v, rows):
     """From R u to the state: v (B, h, w, C), rows (n, 9, C) or one per image (B, n, 9, C), float32 -> (B, h, w, C).
 
@@ -136,10 +127,7 @@ def sizes(v, rows):
 
 
 def run(name, *tensors, sizes):
-    kernels, reason = library()
-    if reason:
-        raise RuntimeError(reason)                                         # as in a program that was exported elsewhere
-    getattr(kernels, name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
+    kernel(library, name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from . import cpu, pytorch
-from .building import load
+from .building import found, kernel, load
 from .kept import kept, room
 from .modes import batched, differentiable, widen
 
@@ -193,7 +193,7 @@ def serves(v, equation):
 @torch.compiler.assume_constant_result  # for compilers, which cannot look into it
 def built():
     """Whether there are kernels; says once why there are none."""
-    return cpu.built() and cpu.found(library)
+    return cpu.built() and found(library)
 
 
 def evolve(spectra, g0, gx, gy, exponents, h, w, is_system=False):
@@ -294,10 +294,7 @@ def exponents_backward(gradient, tau, *parameters):
 
 
 def run(name, *tensors, sizes):
-    kernels, reason = library()
-    if reason:
-        raise RuntimeError(reason)                                         # as in a program that was exported elsewhere
-    getattr(kernels, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
+    kernel(library, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
 
 
 @torch.compiler.assume_constant_result
@@ -315,8 +312,8 @@ def library():
     counts = dict(embed=(5, 6), green=(3, 6), embed_backward=(9, 6), green_backward=(5, 6), multiply_by=(3, 5))
     counts |= dict(systems=(6, 6), systems_backward=(11, 6))
     for name, (tensors, sizes) in (counts | dict(exponents=(7, 3), exponents_backward=(13, 3))).items():
-        kernel = getattr(kernels, name)
-        kernel.argtypes, kernel.restype = [ctypes.c_void_p] * tensors + [ctypes.c_int] * sizes, None
+        getattr(kernels, name).argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int] * sizes
+        getattr(kernels, name).restype = None
     return kernels, None
 
 
