@@ -61,7 +61,7 @@ class DiT(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self, sample_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, learn_sigma=True,
-        mlp_ratio=4.0, pde=None, intervals=128,
+        pde=None, intervals=128,
     ):  # fmt: skip
         super().__init__()
         grid = tuple(side // patch_size for side in sample_size)
@@ -81,7 +81,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.t_embedder = part(mlp=nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), linear))
         self.y_embedder = part(embedding_table=nn.Embedding(num_classes + 1, hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(grid), hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(mixer(), hidden_size, int(mlp_ratio * hidden_size)) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(mixer(), hidden_size, 4 * hidden_size) for _ in range(depth))
         channels = in_channels * (2 if learn_sigma else 1)
         self.final_layer = part(
             linear=nn.Linear(hidden_size, patch_size**2 * channels), adaLN_modulation=Modulation(hidden_size, 2)

@@ -8,10 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from backbones.parts import grid_embedding
 from backbones.pretrained import public, to_safetensors
 from images.autoencoder import open_space
 from mixers import kind_of
-from models import DiT, grid_embedding
+from models import DiT
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
 NETWORK, NULL = "network", 1000  # the module beside a network of ours; DiTPipeline's null class

@@ -62,7 +62,7 @@ class FlowMatching:
 
     def draw_times(self, p):
         """Turns uniform random numbers p (B,) in [0, 1) into times for training."""
-        return self.times(p) if self.time_shift == 1 else shifted(self.times(p), self.time_shift)
+        return shifted(self.times(p), self.time_shift)
 
     def steps(self):
         """Returns where each step of a sampler begins and how long it is, a list of pairs."""

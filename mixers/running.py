@@ -46,5 +46,4 @@ def choose_backend(name, model, device):
     if name in ("cpp", "triton") and layer and layer.coupling == "diagonal":
         reason = pde_ssm_kernels.why_not(name, torch.empty(1, *model.grid_size, layer.equation.dim, device=device))
         if reason:
-            reason = f"the backend is {name}, and {reason}"
             raise ValueError(f"--pde-backend {name}: {reason}; --pde-backend auto takes PyTorch there")

@@ -8,7 +8,7 @@ A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to thei
 
 import torch
 
-from .modes import exporting, observed, traced, transformed
+from .modes import observed, traced, transformed
 
 # By the name of a backend, the kernels that it asks, in order.
 BACKENDS = {"default": ["cpp"], "torch": [], "cpp": ["cpp"], "triton": ["triton"], "auto": ["triton", "cpp"], "plain": []}
@@ -48,7 +48,8 @@ def choose(v, equation, time_scale=None):
     if _backend == "plain":
         return None
     tensors = [v, *equation.parameters(), *([] if time_scale is None else [time_scale])]
-    followed = exporting() or transformed() or (not torch.compiler.is_compiling() and traced(*tensors))
+    exporting = torch.compiler.is_exporting()                              # a program, which may go where no compiler is
+    followed = exporting or transformed() or (not torch.compiler.is_compiling() and traced(*tensors))
     if hasattr(equation, "is_system"):                                    # of matrices
         from . import pairs, pytorch
 

@@ -43,11 +43,6 @@ def differentiable(plainly, inputs, gradients, needed):
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
-def exporting():
-    """Whether torch.export makes a program, which may go where no compiler is."""
-    return torch.compiler.is_exporting()
-
-
 def remembered(compute):
     """Decorates compute(..., device), which makes tensors of plain values: called with a tensor in place of its device, it
     returns what it made for these values before, or, where somebody looks at each operator, makes it again."""

@@ -15,14 +15,14 @@ def matmul(a, b):
     """a @ b of matrices with the same leading axes, real or complex."""
     if not tf32_may_round(a):
         return a @ b
-    return Product.apply(a, b) if by_function() else product_op(a, b)
+    return product_op(a, b) if torch.compiler.is_compiling() else Product.apply(a, b)
 
 
 def matrix_exp(A):
     """torch.linalg.matrix_exp of matrices (..., c, c), real or complex."""
     if not tf32_may_round(A):
         return torch.linalg.matrix_exp(A)
-    return MatrixExponential.apply(A) if by_function() else matrix_exp_op(A)
+    return matrix_exp_op(A) if torch.compiler.is_compiling() else MatrixExponential.apply(A)
 
 
 def tf32_may_round(x):
@@ -31,10 +31,6 @@ def tf32_may_round(x):
     if torch.compiler.is_compiling():
         return single and not transformed()  # compilers cannot differentiate forwards what they do not look into
     return single and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def by_function():
-    return not torch.compiler.is_compiling()
 
 
 @contextmanager
@@ -132,10 +128,6 @@ def _(A):
     return A.new_empty(A.shape)
 
 
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _product_backward(ctx, gradient):
     a, b = ctx.saved_tensors
     return product_op(gradient, b.mH), product_op(a.mH, gradient)
@@ -145,5 +137,5 @@ def _matrix_exp_backward(ctx, gradient):
     return derivative(matrix_exp_op, ctx.saved_tensors[0].mH, gradient)
 
 
-product_op.register_autograd(_product_backward, setup_context=_keep)
-matrix_exp_op.register_autograd(_matrix_exp_backward, setup_context=_keep)
+product_op.register_autograd(_product_backward, setup_context=keep_inputs)
+matrix_exp_op.register_autograd(_matrix_exp_backward, setup_context=keep_inputs)

@@ -6,28 +6,25 @@ sample.py --image-size has them, and with positions that continue them:
 
 import sys
 
-import torch
-
+from backbones.parts import grid_embedding
 from checkpoints.build import load_model
 from diffusion import create_objective
 from images.autoencoder import PixelSpace
 from images.dataset import load_dataset
-from machine.processes import Processes
-from models import grid_embedding
+from machine.processes import ALONE
 from training.watching import held_out_loss
 
 IMAGES = 640
 
 
 def main(path, images, sides):
-    one = Processes(0, 1, torch.device("cpu"))
     for side in sides:
         model, settings = load_model(path, dict(image_size=side), "ema")
         objective = create_objective(settings["objective"], path=settings["path"], predict=settings["predict"])
         dataset = load_dataset(images, side, held_out=True)
-        between = held_out_loss(model, dataset, objective, PixelSpace(), one, most=IMAGES)["mse"]
+        between = held_out_loss(model, dataset, objective, PixelSpace(), ALONE, most=IMAGES)["mse"]
         model.pos_embed.copy_(grid_embedding(*model.grid_size, model.pos_embed.shape[2]))
-        continued = held_out_loss(model, dataset, objective, PixelSpace(), one, most=IMAGES)["mse"]
+        continued = held_out_loss(model, dataset, objective, PixelSpace(), ALONE, most=IMAGES)["mse"]
         print(f"{side} x {side}: between {between:.4f}, continued {continued:.4f}")
 
 
