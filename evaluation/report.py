@@ -7,7 +7,7 @@ import sys
 import torch
 
 from evaluation.metrics import SPLIT, metrics_of
-from evaluation.sides import full_precision, held_in_words, images_in_words, sizes_in_words
+from evaluation.sides import held_in_words, images_in_words, sizes_in_words, without_tf32
 from machine.files import whole_file
 
 
@@ -48,7 +48,7 @@ def say(lines, processes):
 def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=False):
     """Computes every metric that two Sides allow: a dict of floats by name, in ADM's order."""
     missing, results = left_out(ref, sample, network, kid, prefix), {}
-    with full_precision():
+    with without_tf32():
         for metric in metrics_of(network, kid, prefix, exact, progress):
             if metric.name not in missing:
                 results |= dict(zip(metric.numbers, metric.compute(ref, sample)))

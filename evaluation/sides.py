@@ -179,7 +179,7 @@ def measure(source, network, processes=ALONE, batch_size=None):
     pool = torch.zeros(len(numbers), network.dim, device=processes.device)
     sums, sizes = {}, set()
     progress = tqdm(source.images.read(batches), source.name, len(batches), unit="batch", disable=processes.rank > 0)
-    with full_precision():
+    with without_tf32():
         for batch, start in zip(progress, starts):
             sizes |= {image.shape[:2] for image in batch}
             features = features_of(network, batch, processes.device)
@@ -219,7 +219,7 @@ def features_of(network, batch, device):
 
 
 @contextmanager
-def full_precision():
+def without_tf32():
     """Turns TF32 off inside, which would move features by 1e-3."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False

@@ -11,7 +11,7 @@ from diffusion.drawing import AT_ONCE, draw_numbered
 from diffusion.guidance import Guidance
 from evaluation.features import open_network
 from evaluation.metrics import Statistics, frechet_distance
-from evaluation.sides import evenly_spread, features_of, full_precision
+from evaluation.sides import evenly_spread, features_of, without_tf32
 from images.latents import holds_latents
 from images.samples import FolderImages
 
@@ -60,7 +60,7 @@ def open_probe(path, held_out_path, image_size, dataset, features, weights, proc
 @torch.no_grad()
 def add(sums, images, network, processes):
     """Adds the first features of uint8 images (n, H, W, 3) to the sums."""
-    with full_precision():
+    with without_tf32():
         sums.add(features_of(network, images, processes.device)["pool"][:, :FEATURES])
 
 
