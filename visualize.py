@@ -161,14 +161,14 @@ def pictures(model, space, image=None):
     return shown
 
 
-def look_at(ckpts, ema, device, image, progress, label, seed, copies=4):
-    """Yields (title, Layers) of checkpoints that look at the picture, or else the disc, under several noises."""
+def look_at(ckpts, ema, device, image, progress, label, seed):
+    """Yields (title, Layers) of checkpoints that look at the picture, or else the disc, under four noises."""
     names = [Path(ckpt).stem for ckpt in ckpts]
     for ckpt, name in zip(ckpts, names if len(set(names)) == len(names) else ckpts):
         model, settings, title = open_model(ckpt, ema, device, name)
         space, objective = open_space(settings, device), create_objective(settings["objective"], **trained(settings))
         *_, pixels = pictures(model, space, image).values()
-        x = space.encode(pixels[None].to(device), torch.zeros((), device=device)).repeat(copies, 1, 1, 1)
+        x = space.encode(pixels[None].to(device), torch.zeros((), device=device)).repeat(4, 1, 1, 1)
         yield title, observe(model, objective, x, first_class(model, label), progress, seed)[1]
 
 

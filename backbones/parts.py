@@ -11,9 +11,9 @@ from backbones import drop_labels
 NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
-def sincos_position(positions, dim, max_period=10000):
-    """(N,) positions -> (N, dim) sines and cosines, their periods geometric from 2 pi to 2 pi max_period."""
-    frequencies = max_period ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+def sincos_position(positions, dim):
+    """(N,) positions -> (N, dim) sines and cosines, their periods geometric from 2 pi to 2 pi 10000."""
+    frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -52,16 +52,16 @@ def timestep_waves(t, dim, intervals=None):                                # (B,
 class TimestepEmbedder(nn.Module):
     """(B,) timesteps, which may be fractional, -> (B, D)."""
 
-    def __init__(self, hidden_size, frequencies=256, intervals=None):
+    def __init__(self, hidden_size, intervals=None):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         for i in (0, 2):
             nn.init.normal_(self.mlp[i].weight, std=0.02)
             nn.init.zeros_(self.mlp[i].bias)
-        self.frequencies, self.intervals = frequencies, intervals
+        self.intervals = intervals
 
     def forward(self, t):                                                  # (B,)
-        waves = timestep_waves(t, self.frequencies, self.intervals)        # (B, 256)
+        waves = timestep_waves(t, 256, self.intervals)                     # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))                # (B, D)
 
 

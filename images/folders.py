@@ -205,9 +205,9 @@ def _remarks(root, left_out):
     return [f"Left out of {printable(root)}: {', '.join(parts)}"] if parts else []
 
 
-def listed(names, most=8):
+def listed(names):
     """Joins names for a line of text: all of them, or the first few and the last of many."""
-    return ", ".join(names if len(names) <= most else [*names[:3], "...", names[-1]])
+    return ", ".join(names if len(names) <= 8 else [*names[:3], "...", names[-1]])
 
 
 def describe_classes(classes):
