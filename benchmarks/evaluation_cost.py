@@ -7,7 +7,6 @@ Both print wall-clock time, processor time (which other processes do not stretch
 """
 
 import argparse
-import resource
 from time import perf_counter, process_time
 
 import numpy as np
@@ -17,7 +16,9 @@ from evaluation.features import Inception
 from evaluation.metrics import Statistics
 from evaluation.report import compare
 from evaluation.sides import Side, measure, open_source
+from machine.cost import peak_memory
 from machine.flags import positive
+from machine.processes import ALONE
 
 
 def network(count, side):
@@ -65,4 +66,4 @@ if __name__ == "__main__":
         network(args.images, args.side)
     else:
         metrics(args.samples, args.references)
-    print(f"{args.threads} threads, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    print(f"{args.threads} threads, peak memory {peak_memory(ALONE.device) / 2**30:.2f} GB")

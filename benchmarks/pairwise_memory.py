@@ -7,11 +7,12 @@
 256 tokens, 384 channels, batch 8.
 """
 
-import resource
 import sys
 
 import torch
 
+from machine.cost import peak_memory
+from machine.processes import ALONE
 from pde_ssm import PDESSM, set_backend
 
 CHANNELS, SIDE, BATCH = 384, 16, 8
@@ -23,14 +24,9 @@ def main(plain=False):
     PDESSM(16, coupling="pairwise")(torch.randn(1, 16, 4, 4)).mean().backward()  # loads the libraries
     layer = PDESSM(CHANNELS, coupling="pairwise")
     u = torch.randn(BATCH, CHANNELS, SIDE, SIDE, requires_grad=True)
-    before = peak()
+    before = peak_memory(ALONE.device)
     layer(u).square().mean().backward()
-    print(f"{peak() - before:.2f} GB")
-
-
-def peak():
-    """Returns the most memory that this process has had, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{(peak_memory(ALONE.device) - before) / 2**30:.2f} GB")
 
 
 if __name__ == "__main__":
