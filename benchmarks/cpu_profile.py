@@ -14,10 +14,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.sides import layer_pass, training_step
+from benchmarks.sides import layer_pass, of_size, training_step
 from machine.precision import processor
 from machine.processes import keep_freed_memory
-from models import SIZES
 from pde_ssm_kernels import cpu
 
 MATRICES = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2)}  # which operands are matrices
@@ -85,9 +84,7 @@ if __name__ == "__main__":
         for training in (False, True):
             title = f"layer, {side} x {side} tokens, {'forward and backward' if training else 'forward'}"
             report(title, layer_pass(CPU, "pdessm", 4, 384, 6, (side, side), training=training), calls=30)
-    hidden, depth, heads = SIZES["S"]
     for side in (16, 32, 64):
-        options = dict(input_size=2 * side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
         for mixer in ("pdessm", "attention"):
-            run = training_step(CPU, max(1, 1024 // side**2), mixer=mixer, **options)
+            run = training_step(CPU, max(1, 1024 // side**2), mixer=mixer, **of_size("S", 2 * side))
             report(f"training step of DiT-S/2, {mixer}, {side} x {side} tokens", run, calls=6 if side < 64 else 3)

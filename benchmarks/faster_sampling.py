@@ -14,9 +14,9 @@ import torch._inductor.config
 from benchmarks.flags import parse_args
 from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
 from benchmarks.sampling import sampling_run
+from benchmarks.sides import of_size
 from benchmarks.timing import rounded, time_in_turns
 from machine.flags import positive
-from models import SIZES
 
 STEPS = 2
 WAYS = {
@@ -35,13 +35,11 @@ COLUMNS = {
 
 def main(args):
     size, inputs, batch = ("S", (16, 32), args.batch or 1) if args.quick else ("XL", (32, 64), args.batch or 16)
-    hidden, depth, heads = SIZES[size]
     report = Report("faster_sampling", args, COLUMNS, steps=STEPS, sampler="ddpm")
     for mixer in ("attention", "pdessm"):
         for side in inputs:
-            options = dict(mixer=mixer, input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
             first = {}
-            run = partial(sampling_run, args.device, args.backend, batch, STEPS, **options)
+            run = partial(sampling_run, args.device, args.backend, batch, STEPS, mixer=mixer, **of_size(size, side))
             sides = {way: partial(first_timed, way, first, partial(run, **how)) for way, how in WAYS.items()}
             with torch._inductor.config.patch(force_disable_caches=True):
                 times = time_in_turns(sides, args.device, args.seconds)

@@ -3,9 +3,8 @@
 from functools import partial
 
 from benchmarks.report import Report, columns_beside_paper, plain
-from benchmarks.sides import SIDES, count_parameters, forward_pass
+from benchmarks.sides import SIDES, count_parameters, forward_pass, of_size
 from benchmarks.timing import time_in_turns
-from models import SIZES
 
 COLUMNS = {
     **plain("model", "tokens"),
@@ -23,8 +22,7 @@ def measure(table, args, cells):
     if args.quick:
         print("--quick: input size 64 and batch 1 in place of 256 and 4, which the paper's figures are for")
     for (size, patch), (attention, pdessm) in cells.items():
-        hidden, depth, heads = SIZES[size]
-        options = dict(input_size=side, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads)
+        options = of_size(size, side, patch)
         model = partial(forward_pass, args.device, batch, compile=args.compile, **options)
         times = time_in_turns({name: partial(model, mixer=mixer) for name, mixer in SIDES.items()}, args.device, args.seconds)
         report.add(

@@ -15,25 +15,24 @@ MODEL = dict(hidden_size=16, depth=1, num_heads=2, in_channels=3, num_classes=10
 # By the name of a benchmark, or of what it shares with another, its constants.
 TINY = {
     "table5": dict(PAPER={(32, 8): (1.0, 2.0), (64, 8): (3.0, 4.0), (256, 2): (5.0, 6.0)}, MODEL=MODEL),
-    "forward": dict(SIZES=SIZES),
+    "sides": dict(SIZES=SIZES),
     "mixer": dict(HEADS={16: 2}, GRIDS=[(2, 2), (2, 3)], BATCH=1),
     "pairwise": dict(DIM=16, HEADS=2, BATCHES=(4,), SIZES=(2, 64), FOLDS=2, ROWS=8),
     "selective_scan": dict(CHANNELS=4, SIZES=[(1, 3, 2), (2, 4, 2)]),
-    "step": dict(SIZES=SIZES, INPUTS=(4, 8)),
+    "step": dict(INPUTS=(4, 8)),
     "every_mixer": dict(BATCHES={4: 2}, SIDES={name: dict(model="DiT-N/4", mixer=name) for name in ("attention", "pdessm")}),
     "memory": dict(TOKENS=[16], CHANNELS=16, HEADS=2, BATCH=1),
-    "sampling": dict(STEPS=2, SIZES=SIZES),
-    "faster_sampling": dict(SIZES=SIZES),
+    "sampling": dict(STEPS=2),
     "timing": dict(SAMPLE_MS=0.1, MOST_ROUNDS=3),
     "kernel_grids": dict(GRIDS=[(2, 2), (2, 33)], CHANNELS=(3,)),
     "tiles": dict(SIDES=((16, 16),), LENGTHS=(), CHANNELS=(4,), WARPS=(8,), STAGES=(1,), TOKENS=256, WIDTH=5),
-    "slowest": dict(CALLS=1, SIZES=SIZES),
+    "slowest": dict(CALLS=1),
 }
 
 
 def shrink(name, set_value=setattr):
     """Gives a benchmark, and what it shares with others, its tiny constants; set_value may be monkeypatch.setattr."""
-    for module in (name, "forward", "timing"):
+    for module in (name, "sides", "timing"):
         for constant, value in TINY.get(module, {}).items():
             set_value(import_module(f"benchmarks.{module}"), constant, value)
 

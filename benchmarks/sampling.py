@@ -10,14 +10,13 @@ import torch
 
 from benchmarks.flags import parse_args
 from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
-from benchmarks.sides import SIDES, build_model
+from benchmarks.sides import SIDES, build_model, of_size
 from benchmarks.timing import time_in_turns
 from diffusion import create_diffusion
 from diffusion.guidance import Guidance, guided
 from diffusion.samplers import ddpm
 from machine.flags import positive
 from mixers.running import prepare_to_sample
-from models import SIZES
 
 STEPS = 50
 NAMES = ("attention", "pdessm", "floor")
@@ -44,9 +43,7 @@ def main(args):
     how = dict(precision="bf16" if args.device.type == "cuda" else "fp32", compile=bool(args.compile))
     report = Report("sampling", args, COLUMNS, steps=STEPS, sampler="ddpm", guidance=GUIDANCE.scale)
     for side in inputs:
-        hidden, depth, heads = SIZES[size]
-        options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
-        run = partial(sampling_run, args.device, args.backend, batch, STEPS, **how, **options)
+        run = partial(sampling_run, args.device, args.backend, batch, STEPS, **how, **of_size(size, side))
         sides = {name: partial(run, mixer=SIDES[name]) for name in NAMES}
         times = time_in_turns(sides, args.device, args.seconds)
         report.add(model=f"DiT-{size}/2", tokens=(side // 2) ** 2, batch=batch, sides=times)

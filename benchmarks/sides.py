@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.attention import FastestAttention
 from mixers import build_mixer
-from models import DiT
+from models import SIZES, DiT
 
 
 class NaiveAttention(Attention):
@@ -67,6 +67,12 @@ def build_model(device, compile=None, timms_blocks=False, build=DiT, **options):
     if timms_blocks:
         model.blocks = nn.ModuleList(PlainBlock(block) for block in model.blocks)
     return compiled(fill_zeros(model), compile)
+
+
+def of_size(size, side, patch=2):
+    """Returns the options of build_model for a DiT of a size in SIZES, on inputs of that side."""
+    hidden, depth, heads = SIZES[size]
+    return dict(input_size=side, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads)
 
 
 def at_its_best(mixer, device, compile):

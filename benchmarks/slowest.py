@@ -9,8 +9,7 @@ from benchmarks import mixer
 from benchmarks.cpu_profile import report
 from benchmarks.flags import parse_args
 from benchmarks.report import machine, milliseconds
-from benchmarks.sides import layer_pass, training_step
-from models import SIZES
+from benchmarks.sides import layer_pass, of_size, training_step
 
 ROWS = 3  # of layers, and as many of steps
 CALLS = 6
@@ -53,8 +52,7 @@ def layer(row, device):
 def step(row, device):
     """Returns a title and the function that a row of benchmarks.step has timed."""
     model = row["settings"]["model"]
-    hidden, depth, heads = SIZES[model.removeprefix("DiT-").removesuffix("/2")]
-    options = dict(input_size=row["input"], patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
+    options = of_size(model.removeprefix("DiT-").removesuffix("/2"), row["input"])
     return f"training step of {model}, {row['tokens']:,} tokens", training_step(device, row["batch"], mixer="pdessm", **options)
 
 

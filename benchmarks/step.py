@@ -8,7 +8,7 @@ from functools import partial
 
 from benchmarks.flags import parse_args
 from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
-from benchmarks.sides import Floor, training_step
+from benchmarks.sides import Floor, of_size, training_step
 from benchmarks.timing import time_in_turns
 from machine.flags import positive
 from models import SIZES
@@ -30,15 +30,13 @@ COLUMNS = {
 
 
 def main(args):
-    hidden, depth, heads = SIZES[args.size]
     name = "step" if args.size == "S" else f"step-{args.size.lower()}"
     report = Report(name, args, COLUMNS, model=f"DiT-{args.size}/2", tokens_per_step=args.tokens_per_step)
     for side in INPUTS:
         tokens = (side // 2) ** 2
         batch = max(1, args.tokens_per_step // tokens)
-        options = dict(input_size=side, patch_size=2, hidden_size=hidden, depth=depth, num_heads=heads)
         names = [name for name in SIDES if not (args.quick and name == "timm" and tokens > 1024)]
-        step = partial(training_step, args.device, batch, compile=args.compile, **options)
+        step = partial(training_step, args.device, batch, compile=args.compile, **of_size(args.size, side))
         times = time_in_turns({name: partial(step, **SIDES[name]) for name in names}, args.device, args.seconds)
         report.add(input=side, tokens=tokens, batch=batch, sides=times)
     lines = lines_of(report.contents["rows"], SIDES, value=milliseconds_per_image)
