@@ -13,7 +13,7 @@ from math import isqrt
 import torch
 
 from benchmarks.flags import parse_args
-from benchmarks.memory import peak_of_process, peak_on_gpu
+from benchmarks.memory import megabytes, peak
 from benchmarks.report import Report, lines_of, milliseconds, plain
 from benchmarks.sides import training_step
 from benchmarks.timing import rounded, time_in_turns
@@ -60,9 +60,7 @@ def main(args):
         }
         times = time_in_turns({name: partial(build, n) for name, build in steps.items()}, args.device, args.seconds)
         for name, time in times.items():
-            cuda = args.device.type == "cuda"
-            peak = peak_on_gpu if cuda else peak_of_process
-            memory = peak(steps[name], n, *([args.device] if cuda else [args.threads, args.backend]))
+            memory = peak(steps[name], n, args.device, args.threads, args.backend)
             failed = next((words for words in (time, memory) if isinstance(words, str)), None)
             sides[name] = failed or sides[name] | time | memory
         report.add(tokens=tokens, image=PATCH * n, batch=batch, sides=sides)
@@ -73,10 +71,6 @@ def main(args):
     rows = report.contents["rows"]
     panels = {"training step, ms": lines_of(rows, PICTURED), "its peak memory, MB": lines_of(rows, PICTURED, megabytes)}
     report.finish(panels, unit="")
-
-
-def megabytes(name):
-    return lambda row: side["peak_mb"] if isinstance(side := row["sides"].get(name), dict) else None
 
 
 def count(n, model, **options):

@@ -61,6 +61,7 @@ def main(args):
     if args.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise SystemExit("peak memory on CPUs is read from /proc, which only Linux has")
     report = Report("memory", args, COLUMNS, batch=BATCH, channels=CHANNELS, heads=HEADS)
+    where = args.device, args.threads, args.backend
     for what, build in WHAT.items():
         for tokens in TOKENS:
             if args.quick and tokens > QUICK_TOKENS:
@@ -68,11 +69,7 @@ def main(args):
                 continue
             sides = {}
             for name, mixer in SIDES.items():
-                of_side = partial(build, mixer, args.device, args.compile)
-                if args.device.type == "cuda":
-                    sides[name] = peak_on_gpu(of_side, isqrt(tokens), args.device)
-                else:
-                    sides[name] = peak_of_process(of_side, isqrt(tokens), args.threads, args.backend)
+                sides[name] = peak(partial(build, mixer, args.device, args.compile), isqrt(tokens), *where)
             report.add(what=what, tokens=tokens, sides=sides)
     rows = report.contents["rows"]
     panels = {}
@@ -82,8 +79,12 @@ def main(args):
     report.finish(panels, unit="megabytes at the peak")
 
 
-def peak_on_gpu(build, n, device):
+def peak(build, n, device, threads, backend):
     """Returns dict(peak_mb) of two steps on n x n tokens, or the words that say that they do not fit."""
+    return peak_on_gpu(build, n, device) if device.type == "cuda" else peak_of_process(build, n, threads, backend)
+
+
+def peak_on_gpu(build, n, device):
     release_memory(device)
     if words := two_steps(build, n):                                       # what comes once: workspaces, a choice of kernels
         return words
@@ -94,7 +95,7 @@ def peak_on_gpu(build, n, device):
 
 
 def peak_of_process(build, n, threads, backend):
-    """Returns the same on a CPU, from a process of its own, since an allocator keeps what it once had."""
+    """Measures in a process of its own, since an allocator keeps what it once had."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.sides"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

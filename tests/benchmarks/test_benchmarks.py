@@ -156,7 +156,7 @@ def small(name, monkeypatch):
     benchmark = import_module(f"benchmarks.{name}")
     rehearsal.shrink(name, monkeypatch.setattr)
     if name == "every_mixer":
-        monkeypatch.setattr(every_mixer, "peak_of_process", here)
+        monkeypatch.setattr(memory, "peak_of_process", here)
     if name == "faster_sampling":
         monkeypatch.setattr(torch, "compile", lambda network, **options: network)
         monkeypatch.setenv("CXX", sys.executable)
