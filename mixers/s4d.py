@@ -8,7 +8,7 @@ from torch.nn.functional import gelu
 
 from machine.flags import positive
 from mixers.grid import checked_grid, refuse
-from mixers.options import Mixer, Option, check_numbers
+from mixers.options import Mixer, Option
 from mixers.s4nd import Kernel
 from pde_ssm_kernels.modes import full_precision, widen
 
@@ -28,12 +28,9 @@ class S4D(nn.Module):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, state_dim=64):
         super().__init__()
-        check_numbers("s4d", state_dim=state_dim)
-        if state_dim % 2:
-            raise ValueError(f"--s4d-state-dim {state_dim}: states come in conjugate pairs, so their number is even")
         self.grid_size = self.trained_grid = checked_grid(grid_size, "s4d")
         self.D = nn.Parameter(torch.randn(dim))
-        self.kernel = Kernel(dim, state_dim)
+        self.kernel = Kernel(dim, state_dim, "s4d")
         self.gate, self.state, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, tokens, **call):                                     # (B, N, D)

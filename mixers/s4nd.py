@@ -23,8 +23,12 @@ class Kernel(nn.Module):
     A_n = -1/2 - i pi n, B = 1, C complex normal, dt log-uniform from 0.001 to 0.1.
     """
 
-    def __init__(self, dim, state_dim=64):
+    def __init__(self, dim, state_dim, name="s4nd"):
+        """ValueError for a number of states that cannot be; `name` says whose."""
         super().__init__()
+        check_numbers(name, state_dim=state_dim)
+        if state_dim % 2:
+            raise ValueError(f"--{name}-state-dim {state_dim}: states come in conjugate pairs, so their number is even")
         half = state_dim // 2
         self.inv_dt = nn.Parameter(torch.empty(dim, 1).uniform_(math.log(0.001), math.log(0.1)))
         self.A_real = nn.Parameter(torch.full((1, half), math.log(0.5)))
@@ -62,9 +66,6 @@ class S4ND(nn.Module):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, state_dim=64, bandlimit=None):
         super().__init__()
-        check_numbers("s4nd", state_dim=state_dim)
-        if state_dim % 2:
-            raise ValueError(f"--s4nd-state-dim {state_dim}: states come in conjugate pairs, so their number is even")
         self.grid_size = self.trained_grid = checked_grid(grid_size, "s4nd")
         self.bandlimit = bandlimit
         self.D = nn.Parameter(torch.randn(1, dim))
