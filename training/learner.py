@@ -150,9 +150,6 @@ def only_the_scale_falls(learner, loss):
 def decay_at(step, decay, warmup=True):
     """Returns the decay of an average at a step. With `warmup` it starts fast: it rises to `decay`, so that short runs forget
     their initial weights. With a length in place of a decay it rises for ever: see checkpoints/lengths.py.
-
-    The average looks back over about step / 9 steps until then: 1,112 at step 10,000, 5,557 at 50,000, and with a decay of
-    0.9999 from step 90,000 on as far as a constant one, 10,000.
     """
     if isinstance(decay, str):
         return (1 - 1 / step) ** (exponent(float(decay.removeprefix("length_"))) + 1)
