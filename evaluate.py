@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add_feature_flags(add)
     add("--feature-dim", type=positive, metavar="N", help="layer of Inception by its channels: 64, 192, 768 or 2048 (default)")
     # torchrun takes --num for an abbreviation of an option of its own.
-    add("--num", "--num-images", type=positive, metavar="N", help="take so many images of each side, evenly spread")
+    add("--num", "--num-images", type=positive, metavar="N", help="take this many images of each side, evenly spread")
     add("--dataset", choices=DATASETS, help="which of the paper's data sets the FOLDER of --make-ref holds")
     add("--image-size", type=positive, help="crop a folder's images to squares of that side, as training does")
     add("--halves", action="store_true", help="compare REF's images of even and of odd number: the internal FID")

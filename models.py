@@ -109,7 +109,7 @@ class DiT(PatchBackbone):
         return size, settings_of(channels, outputs, table, mixer=mixer, mixer_options=options, mlp=mlp)
 
     def positions(self, hidden_size):
-        """Returns what is added to the tokens of the grid for their places, (1, h w, D)."""
+        """Returns the position embedding of the current grid's tokens, (1, h w, D); zeros if the mixers are rotary."""
         added = grid_embedding(*self.grid_size, hidden_size, self.trained_grid)
         return torch.zeros_like(added) if self.rotary else added
 
@@ -143,7 +143,7 @@ class DiT(PatchBackbone):
     def forward(self, x, t, y, drop=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).
 
-        drop (B,) bool says whose class to replace by the null class; None leaves it to chance in training.
+        drop (B,) bool marks images whose class is replaced by the null class; if None, training picks them at random.
         """
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
         # Contiguous: a convolution may return its result channels first, which every block would read with large strides.
@@ -220,7 +220,7 @@ def families():
 
 
 def model_name(text):
-    """Reads a name in MODELS, as a type of argparse, which would list them all where there is no such name."""
+    """Returns a name in MODELS, as an argparse type; argparse's own `choices` would list all names in the error."""
     if text not in MODELS:
         raise ArgumentTypeError(f"{text} is no model; they are {families()}")
     return text
@@ -240,7 +240,7 @@ def stride(name):
 
 
 def add_network_flags(add):
-    """Adds the flags that choose what a network is made of, besides its mixer: `add` is add_argument of a command's parser."""
+    """Adds the flags for a network's parts other than its mixer: `add` is add_argument of a command's parser."""
     add("--mlp", choices=MLPS, help="of DiT; swiglu is gated, with as many parameters; gelu unless given")
     add("--norm", choices=NORMS, help="of DiT: by the deviation of channels, or their root mean square; layer unless given")
 

@@ -5,10 +5,10 @@
     python overlay.py --diff ../DiT --model DiT-S/2      (what --mixer pdessm changes in its models)
     python overlay.py --check ../DiT                     (whether this repository's own DiT agrees with it)
 
-The overlay takes --mixer and --pde-* out of the arguments and leaves the rest to the script. The script's own code builds a
-model with attention, to the last line; then the overlay exchanges the attention layers, with random numbers of their own. So
-everything else that is random (initial weights, noise, data) is the same as without the overlay, and no initialiser touches a
-mixer. The overlay follows the processes of torchrun and accelerate, but none that a script starts by itself.
+The overlay removes the mixers' flags (--mixer, --pde-* and others) from the arguments and leaves the rest to the script. The
+script's own code builds a model with attention; then the overlay replaces the attention layers, with random numbers of their
+own. So everything else that is random (initial weights, noise, data) is the same as without the overlay, and no initialiser
+touches a mixer. It works in the processes of torchrun and accelerate, but not in those that a script starts by itself.
 """
 
 import argparse
@@ -115,10 +115,10 @@ def choose_mixer(mixer, settings, attention_class, arguments):
 
 
 def stored_mixer(arguments):
-    """Returns (path, weights of its first mixer, what `read_hybrid` tells of all) for the first argument that is a checkpoint
+    """Returns (path, weights of its first mixer, options that `read_hybrid` finds) for the first argument that is a checkpoint
     with PDEs, or (None, {}, {}).
 
-    Attention in a checkpoint tells nothing: its weights may be those of an encoder that the script reads, too.
+    A checkpoint with attention is ignored: it may be that of an encoder that the script also reads.
     """
     for argument in arguments:
         path = argument.partition("=")[2] if argument.startswith("--") else argument

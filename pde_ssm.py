@@ -10,7 +10,7 @@ up to time tau. A Fourier mode with wave vector k = 2 pi (m_x, m_y) is multiplie
 
 costs O(N log N). Equation numbers are those of the PDE-SSM paper. x runs along the width and y along the height:
 tensors are (..., h, w), so x is their last axis, while pairs of coefficients are in the order (x, y).
-Besides torch it needs pde_ssm_kernels/, which computes the same values faster, and pde_ssm_attention.py.
+Besides torch, this file needs pde_ssm_kernels/, which computes the same values faster, and pde_ssm_attention.py.
 """
 
 import math
@@ -27,8 +27,8 @@ from pde_ssm_kernels.products import matmul
 
 TERMS = ("diffusion", "convection", "reaction")
 R_MAX = 1.0          # r <= R_MAX and tau r <= R_MAX: no mode grows by more than exp(R_MAX). Also in pairs.py and pairs.cpp
-LARGEST_LOG_TAU = 15  # so that tau times other numbers is finite in float32, wherever an optimiser sends log_tau
-LEAST_GROWTH = -80   # exp of anything below is negligible in float32, and takes ten times as long where it underflows
+LARGEST_LOG_TAU = 15  # keeps tau times other numbers finite in float32, wherever an optimiser moves log_tau
+LEAST_GROWTH = -80   # exp of anything smaller is negligible in float32, and is ten times slower where it underflows
 
 
 def wave_numbers(n, half=False, dtype=torch.float32, device=None):
@@ -106,7 +106,7 @@ def evolve_plainly(v, rows):
 
 
 def matrix(xx, xy, yy):
-    """Returns symmetric matrices (..., 2, 2) of their entries."""
+    """Builds symmetric matrices (..., 2, 2) from their entries (...)."""
     return torch.stack([xx, xy, xy, yy], dim=-1).unflatten(-1, (2, 2))
 
 
@@ -213,7 +213,7 @@ class Diagonal(PDE):
         self.create_scalars(log_l, torch.zeros_like(log_l))
 
     def evolve(self, v, time_scale=None):                                  # (B, h, w, dim), (B, dim) or None
-        """Takes R u to the state at time tau; time_scale multiplies tau."""
+        """Evolves v = R u to the state at time tau, (B, h, w, dim); time_scale multiplies tau."""
         if fast := pde_ssm_kernels.choose(v, self, time_scale):
             return fast(v, self, time_scale)
         return irfft2(self.symbol(*v.shape[1:3], time_scale) * rfft2(v), v)
@@ -229,9 +229,9 @@ class Diagonal(PDE):
 
     @kept
     def rows(self, time_scale=None):
-        """Returns what kernels make symbols of, ([B], components, 9, dim): see `evolve_plainly`."""
+        """Returns the coefficients from which kernels compute symbols, ([B], components, 9, dim): see `evolve_plainly`."""
         (g0, gx, gy), tau, (r, *others) = self.embedding(), self.tau(), self.entries()
-        growth = (tau * r).clamp_max(R_MAX)[..., None, :]                  # tau times `bound` of r, with a shorter gradient
+        growth = (tau * r).clamp_max(R_MAX)[..., None, :]                  # = tau * bound(r, tau), with a cheaper backward
         exponents = tau[..., None, :] * torch.stack(others, dim=-2)
         rows = torch.cat([growth, exponents, torch.stack([gx, gy, g0], dim=-2)], dim=-2).view(-1, 9, self.dim)
         if time_scale is not None:
@@ -243,14 +243,14 @@ class Diagonal(PDE):
 
 
 class Pairwise(PDE):
-    """Every pair of channels of a group has a PDE, whose Green's function takes the one to the other: Algorithm 1.
+    """Every pair of channels in a group has a PDE, whose Green's function maps one channel to the other: Algorithm 1.
 
     With c = dim / groups channels in a group, g0, gx, gy and the parameters of K, b and r are those of `Diagonal` with
     the shape (groups, c, c), output channels before input channels; log_tau is (groups,). The exponential is taken
-    entry by entry: h_i = sum_j G_ij * (B R u)_j, like a convolution of as many channels, in O(N c dim).
+    entry by entry: h_i = sum_j G_ij * (B R u)_j, like a convolution with as many channels, in O(N c dim).
 
-    A channel and itself start as in `Diagonal`. Between two channels r starts at -log c, so that all the others together are
-    about as loud as the channel itself; without the reaction term g0 starts at 1 / c instead of 1.
+    A channel's PDE with itself starts as in `Diagonal`. Between two channels r starts at -log c, so that all other channels
+    together contribute about as much as the channel itself; without the reaction term, g0 starts at 1 / c instead of 1.
     """
 
     is_system, wave_vectors = False, staticmethod(wave_vectors)
@@ -265,7 +265,7 @@ class Pairwise(PDE):
         self.create_scalars(log_l, math.log(c) * (own - 1))
 
     def evolve(self, v):                                                   # (B, h, w, dim)
-        """Takes R u to the state at time tau."""
+        """Evolves v = R u to the state at time tau, (B, h, w, dim)."""
         if fast := pde_ssm_kernels.choose(v, self):
             return fast(v, self)
         G, B = self.green(*v.shape[1:3]), embedding_symbol(*self.embedding(), *v.shape[1:3])
@@ -290,9 +290,9 @@ class Coupled(PDE):
     """The channels of a group follow one system of PDEs: G(k) is the matrix exponential of tau Lambda(k).
 
     With c = dim / groups, matrices (groups, c, c) unless said otherwise: g0, gx, gy; log_tau (groups,); lx, ly and
-    shear, of which K(k) = P P^T with P = [kx lx + ky shear, ky ly], the matrix form of the Cholesky factor of
-    `Diagonal`; bx and by, of which the symmetric parts count; r = R_MAX - r_root r_root^T, minus the multiple of the identity
-    that brings its eigenvalues, as bounded by Gershgorin's circles, down to R_MAX / tau. K(k) is positive semi-definite,
+    shear, which give K(k) = P P^T with P = [kx lx + ky shear, ky ly], the matrix form of the Cholesky factor of
+    `Diagonal`; bx and by, whose symmetric parts count; r_root, which gives r = R_MAX - r_root r_root^T, minus the multiple
+    of the identity that lowers its largest eigenvalue, by Gershgorin's bound, to R_MAX / tau. K(k) is positive semi-definite,
     i k . b is anti-Hermitian and tau r <= R_MAX, so the 2-norm of G(k) is at most exp(R_MAX), but for rounding, which grows
     with the size of tau k . b. Starts as `Diagonal` does, without coupling.
     """
@@ -351,12 +351,12 @@ class PDESSM(Keeping):
 
     grid_size:   (h, w) of the tokens it will see; only the initial values depend on it.
     coupling:    "diagonal", "pairwise" or "coupled": which channels share a PDE; see `Diagonal`, `Pairwise`, `Coupled`.
-    groups:      into how many groups the channels of the last two fall, as attention's into heads. By default 1 for
-                 pairwise, as in the paper, and groups of 8 channels, or 4 or 2, for coupled, whose exponential costs O(c^3).
-    state_dim:   channels of the PDE, if not `dim`; a linear layer then leads back. expand: the same, in multiples of
-                 dim, if there is no state_dim.
+    groups:      number of groups into which pairwise and coupled divide the channels, as attention does into heads. Default: 1
+                 for pairwise, as in the paper; for coupled, groups of 8, 4 or 2 channels, since its exponential costs O(c^3).
+    state_dim:   channels of the PDE, if not `dim`; a linear layer then maps them back to dim. expand: the same as a multiple
+                 of dim, used if state_dim is not given.
     terms:       which of "diffusion", "convection", "reaction" the PDE has; an absent term has no parameters.
-    components:  not the paper's: how many PDEs a channel has, whose states are summed. For the diagonal coupling alone.
+    components:  not the paper's: number of PDEs per channel, whose states are summed. Only for the diagonal coupling.
     activation:  not the paper's: silu(R u + bias) in place of R u.
     gate:        not the paper's: the state times silu of a second projection of u, then a linear layer.
     local:       not the paper's: a learnt 3 x 3 stencil of R u (a depthwise convolution, zero outside) is added to the state.
@@ -364,7 +364,7 @@ class PDESSM(Keeping):
                  a linear map of it, zero at the start and bounded to +-2. For the diagonal coupling alone.
 
     R is a linear layer (a 1 x 1 convolution). Transform and symbol are computed in float32 (float64 for
-    float64 inputs) under any autocast; the result has the type of R u. ValueError for options that do not fit.
+    float64 inputs) under any autocast; the result has the type of R u. ValueError for options that do not fit together.
     """
 
     def __init__(
@@ -382,7 +382,7 @@ class PDESSM(Keeping):
         if conditioned and coupling != "diagonal":
             raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")
         if components < 1 or (components > 1 and coupling != "diagonal"):
-            raise ValueError(f"components is {components}, with coupling {coupling!r}; it is 1, or more if diagonal")
+            raise ValueError(f"components is {components}, with coupling {coupling!r}; it must be 1, or more if 'diagonal'")
         if coupling == "diagonal" and groups not in (None, 1):
             raise ValueError(f"groups is {groups}, with coupling 'diagonal', which has a PDE for each channel and no groups")
         C = round(expand * dim) if state_dim is None else state_dim
@@ -434,10 +434,10 @@ class PDESSM(Keeping):
             return self.equation.coefficients()
 
     def kernel(self, h, w):
-        """Returns the Green's function in space, real: what a unit impulse at token (0, 0) is at time tau, without R and B.
+        """Returns the real Green's function in space: what a unit impulse at token (0, 0) becomes by time tau, without R and B.
 
-        (C, h, w) for the diagonal coupling, (components, C, h, w) if there are several. For the others
-        (C, C / groups, h, w), output channels before input channels, as the weight of a grouped, circular convolution.
+        (C, h, w) for the diagonal coupling, (components, C, h, w) with several components. For the other couplings
+        (C, C / groups, h, w), output channels before input channels, as in the weight of a grouped, circular convolution.
         """
         with full_precision(self.equation.g0):
             return self.equation.kernel(h, w)
@@ -476,7 +476,7 @@ class PDESSMBlock(nn.Module):
                  local=False, conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
         super().__init__()
         if prefix_tokens < 0 or dim_out not in (None, dim):
-            raise ValueError(f"{prefix_tokens} prefix_tokens and dim_out={dim_out}: these are from 0, and None or dim, {dim}")
+            raise ValueError(f"{prefix_tokens} prefix_tokens and dim_out={dim_out}: they must be at least 0, and None or {dim}")
         if unknown := set(ignored) - ARGUMENTS:
             raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
         self.pde = PDESSM(
@@ -510,8 +510,8 @@ class PDESSMBlock(nn.Module):
         return torch.cat([uniform + mixed.mean(1, keepdim=True), mixed + uniform.mean(1, keepdim=True)], dim=1)
 
 
-# What makes a mixer of PDESSMBlock, by name. The first has the paper's PDE, one per channel. The others are ours, with at most
-# as many parameters as attention's 4 D^2 + 4 D: from 88 channels on, 3.5 D^2 + 48 D, and from 72 on, 3.5 D^2 + 36 D.
+# Named presets: options of PDESSMBlock. The first has the paper's PDE, one per channel. The others are ours, with at most
+# as many parameters as attention's 4 D^2 + 4 D: 3.5 D^2 + 48 D from 88 channels on, and 3.5 D^2 + 36 D from 72 on.
 PRESETS = {
     "pdessm": {},
     "pdessm-g": {"gate": True, "activation": True, "components": 4, "expand": 7 / 6},

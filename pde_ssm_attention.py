@@ -8,9 +8,9 @@ from itertools import count
 import torch
 from torch import nn
 
-# What timm's Attention takes besides its channels, heads and qkv_bias.
+# Arguments of timm's Attention besides its channels, heads and qkv_bias.
 ARGUMENTS = {"attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated"}
-# What diffusers' layers of self-attention over tokens alone are run by.
+# Names of the processors that run diffusers' self-attention over nothing but tokens.
 PROCESSORS = {
     "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor",
     "SanaLinearAttnProcessor2_0",
@@ -19,23 +19,23 @@ PROCESSORS = {
 
 def exchange(model, mixer, options):
     """Replaces every self-attention layer of `model` by mixer(its channels, **options), in place, prints how many, and returns
-    the model. A mixer that takes `num_heads`, `layer` or `prefix_tokens` is told how many heads the old layer had, its number
-    from 0, and how many of the model's tokens, the first, are not on the grid.
+    the model. A mixer that takes `num_heads`, `layer` or `prefix_tokens` is given the old layer's number of heads, the layer's
+    index from 0, and the number of the model's leading tokens that are not on the grid.
 
-    That is global self-attention as timm has it (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or as diffusers has it
-    (`to_q`, `to_k`, `to_v`, `to_out`: its DiT, Sana, Transformer2DModel, UNet2DConditionModel). Cross-attention, attention to
-    text as well, in windows, over channels or of maps stays.
+    It replaces global self-attention, as in timm (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or in diffusers
+    (`to_q`, `to_k`, `to_v`, `to_out`: its DiT, Sana, Transformer2DModel, UNet2DConditionModel). Cross-attention, attention that
+    also sees text, and attention in windows, over channels or on feature maps are kept.
 
-    The new layers have new weights, on the device and of the type of the old. ValueError if there is no such layer, if the
-    model has prefix tokens and the mixer takes none, or if its tokens are not on one grid in all layers, as where it merges
-    tokens on the way; it then stays as it was.
+    The new layers have new weights, on the device and in the type of the old ones. ValueError if there is no such layer, if the
+    model has prefix tokens and the mixer takes none, or if the tokens are not on one grid in all layers, for example because
+    the model merges tokens; the model is then left unchanged.
     """
     takes, numbers = signature(mixer).parameters, count()
     if prefix := options.get("prefix_tokens", getattr(model, "num_prefix_tokens", 0)):
         if "prefix_tokens" not in takes and all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes.values()):
             raise ValueError(
-                f"{type(model).__name__} has {prefix} prefix_tokens, such as one for a class, and this mixer takes tokens of a "
-                "grid alone; build the model without (timm: class_token=False, global_pool='avg'), or choose another mixer"
+                f"{type(model).__name__} has {prefix} prefix_tokens, such as a class token, and this mixer takes tokens of a "
+                "grid only; build the model without them (timm: class_token=False, global_pool='avg') or choose another mixer"
             )
         options = options | dict(prefix_tokens=prefix)
 
@@ -61,8 +61,8 @@ def exchange(model, mixer, options):
 
 def replace_layers(model, build, is_meant):
     """Replaces every layer of a model for which is_meant(layer, its owner) is true by build(layer), in place, on the device and
-    of the type of its first nn.Linear. Returns {place: (old layer, new layer)}; a layer in several places is replaced in all by
-    one."""
+    in the type of its first nn.Linear. Returns {place: (old layer, new layer)}; a layer in several places gets one replacement
+    in all of them."""
     found = {
         place: layer
         for place, layer in model.named_modules(remove_duplicate=False)
@@ -70,7 +70,7 @@ def replace_layers(model, build, is_meant):
     }
     new = {}
     for layer in dict.fromkeys(found.values()):
-        mixer = build(layer)  # first, for it says so if a layer has no weights
+        mixer = build(layer)  # must come first: it raises a clear error if a layer has no nn.Linear
         weight = next(part.weight for part in layer.modules() if isinstance(part, nn.Linear))
         new[layer] = mixer.to(weight.device, weight.dtype).train(layer.training)
     for place, layer in found.items():
@@ -88,7 +88,7 @@ def attention_width(layer):
 
 
 def is_called_with_tokens(layer):
-    """Says whether attention in diffusers' manner takes (B, N, D) -> (B, N, D) and nothing else: no text, maps or rotations."""
+    """Returns whether a diffusers attention layer maps (B, N, D) to (B, N, D) from tokens alone: no text, maps or rotations."""
     plain = getattr(layer, "is_cross_attention", None) is False and getattr(layer, "added_kv_proj_dim", None) is None
     around = any(getattr(layer, name, None) for name in ("group_norm", "spatial_norm", "residual_connection"))
     return plain and not around and type(getattr(layer, "processor", None)).__name__ in PROCESSORS
@@ -96,9 +96,9 @@ def is_called_with_tokens(layer):
 
 @torch.no_grad()
 def sees_all_tokens(layer):
-    """Says whether attention in timm's manner takes every token to every other, (1, N, D) -> (1, N, D), when all queries are
-    zero. Attention over channels then takes a token nowhere, and others want more than tokens."""
-    bias = getattr(layer, "relative_position_index", None)                 # (N, N), with a class token if not of a window
+    """Returns whether every token of timm-style attention, (1, N, D) -> (1, N, D), depends on the last one when all queries are
+    zero. Attention over channels then does not move tokens at all, and other layers need more arguments than tokens."""
+    bias = getattr(layer, "relative_position_index", None)                 # (N, N); includes a class token unless for a window
     if hasattr(layer, "window_size") and (bias is None or len(bias) != math.prod(layer.window_size) + 1):
         return False
     if layer.qkv.weight.is_meta:                                           # nothing can be computed
@@ -117,8 +117,8 @@ def sees_all_tokens(layer):
 
 
 def misfit(model):
-    """Returns what a PDESSMBlock says of the tokens of an image of the size that timm built the model for, or None.
-    Shapes alone are computed."""
+    """Returns the error message of a PDESSMBlock for an image of the size that timm built the model for, or None.
+    Only shapes are computed, on the meta device."""
     patches = getattr(model, "patch_embed", None)
     size = getattr(patches, "img_size", None) or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", [None])[1:]
     if not size or not hasattr(model, "pretrained_cfg"):

@@ -73,7 +73,7 @@ def add_model_flags(add, vae):
     """Adds the flags that sample.py and sample_ddp.py share. What a checkpoint decides has no default here."""
     add("--ckpt", help="checkpoint of train.py; without it, the public DiT-XL/2 is fetched")
     add("--ema", type=decay, metavar="DECAY", help="which of several averages of weights, by its decay; the first unless given")
-    length = "an average that looks back over such a share of the run, made of a run's --ema-lengths"
+    length = "use an average that looks back over this share of the run, made from those of train.py's --ema-lengths"
     add("--ema-length", type=ema_length, metavar="L", help=length)
     add("--model", type=model_name, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint")
@@ -81,8 +81,8 @@ def add_model_flags(add, vae):
     add("--num-classes", type=positive, help="from the checkpoint")
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
     add("--objective", choices=OBJECTIVES, help="from the checkpoint; for weights that do not tell")
-    add("--path", choices=PATHS, help="of a flow, from the checkpoint; for weights that do not tell, and linear unless given")
-    add("--predict", choices=PREDICTIONS, help="of a flow, from the checkpoint; for others, and velocity unless given")
+    add("--path", choices=PATHS, help="of a flow, for weights that do not state it; from the checkpoint, or linear")
+    add("--predict", choices=PREDICTIONS, help="of a flow, for weights that do not state it; from the checkpoint, or velocity")
     add("--time-shift", type=above_zero, metavar="S", help="of a flow: its steps nearer the noise; from the checkpoint, or 1")
     add("--num-sampling-steps", type=positive, default=250)
     add("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], help="by default ddpm, or euler for flow matching")
@@ -90,7 +90,7 @@ def add_model_flags(add, vae):
     interval = dict(type=share, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0))
     add("--cfg-interval", **interval, help="where guidance acts on the way from noise, 0, to image, 1")
     add("--guide-ckpt", metavar="FILE", help="checkpoint of a weaker model to steer away from (autoguidance)")
-    add("--guide-scale", type=from_zero, metavar="W", help="how far; 1 is not at all, and 2 the default")
+    add("--guide-scale", type=from_zero, metavar="W", help="strength of autoguidance; 1 is none, and 2 the default")
     add_speed_flags(add)
     add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
 

@@ -97,8 +97,8 @@ def folder_name(settings, checkpoint, cfg_scale, seed):
 
 
 def settings_of_images(model, settings, space, drawn, precision):
-    """Collects all that decides the images of a folder. Its name does not tell apart two runs' checkpoints of one step, two
-    samplers, or autoencoders that have one name or one folder.
+    """Collects everything that determines the images of a folder, since the folder's name does not distinguish checkpoints of
+    two runs at the same step, two samplers, or autoencoders of the same name or folder.
 
     settings: the checkpoint's, as `load_model` returns them. drawn: those of sampler and guidance.
     """

@@ -121,7 +121,7 @@ def main(args, processes):
     if run:
         show(first, seen)  # a kill may have come between the checkpoint and what was due with it
     runs.describe_steps(total, loader, args.global_batch_size, args.grad_accum, processes)
-    with resume.rescue(learner, save), postponed(processes.size > 1):  # alone, nobody waits for the end of a step
+    with resume.rescue(learner, save), postponed(processes.size > 1):  # a single process stops at once, not after its step
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=not leads)
         train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show)
@@ -162,11 +162,11 @@ def train(args, processes, learner, replica, loss_of, loader, progress, first, t
             save()
         show(step)
         start += perf_counter() - paused
-    received.clear()  # a signal to one of several processes in the last step comes too late for all
+    received.clear()  # ignore signals that came to one of several processes during the last step
 
 
 def set_up(processes, tf32, deterministic):
-    """Makes the log speak on the first process, and PyTorch compute as the flags say."""
+    """Turns logging on for the first process, and sets PyTorch's precision and determinism as the flags say."""
     if processes.rank == 0:
         logger.setLevel(logging.INFO)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -244,7 +244,7 @@ def flags():
     add, vary = group(parser, "learning")
     add_objective_flags(add)
     vary("--epochs", type=positive, default=1400)
-    vary("--max-steps", type=positive, help="stop after so many steps, if that comes before the last epoch's end")
+    vary("--max-steps", type=positive, help="stop after this many steps, if that comes before the last epoch's end")
     add("--global-batch-size", type=positive, default=256, help="over all processes")
     add("--global-seed", type=not_negative, default=0)
     add_learning_flags(add, vary)
@@ -265,7 +265,7 @@ def flags():
     vary("--allow-changes", action="store_true", help="let --resume go on with other settings")
     vary("--ckpt-every", type=positive, default=50_000, help="steps; the last step is always saved")
     vary("--keep-last", type=positive, metavar="K", help="keep the newest K checkpoints only; all unless given")
-    vary("--keep-every", type=positive, metavar="STEPS", help="and those of every such step, for good")
+    vary("--keep-every", type=positive, metavar="STEPS", help="with --keep-last: also keep, for good, a checkpoint every STEPS")
     add, vary = group(parser, "what a run shows")
     vary("--log-every", type=positive, default=100, help="steps")
     vary("--sample-every", type=positive, metavar="STEPS", help="draw a grid of samples; none unless given")

@@ -1,4 +1,4 @@
-"""Draws what mixers do and how runs went, one picture a subcommand:
+"""Draws pictures of mixers and of runs, one per subcommand:
 
     python visualize.py kernels                                                the paper's Figure 1
     python visualize.py kernels --ckpt results/000-DiT-S-4/checkpoints/0050000.pt
@@ -216,7 +216,7 @@ def parse_args(argv=None):
         add_image(add)
         add("--progress", type=share, default=0.6, help="how far on the way from noise, 0, to image, 1")
         if make is draw_reach:
-            add("--channels", type=positive, default=32, help="so many of each layer, evenly spread")
+            add("--channels", type=positive, default=32, help="channels measured in each layer, evenly spread")
     add = picture("curves", draw_curves, "losses and probes of runs")
     add("runs", nargs="+", metavar="RUN", help="folders of train.py's runs")
     add = picture("drift", draw_drift, "how the PDEs' coefficients moved in training")

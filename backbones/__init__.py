@@ -9,19 +9,19 @@ from backbones.pretrained import Pretrained
 
 
 class Backbone(nn.Module, Pretrained):
-    """What they share. Class num_classes is the null class; the first trained_classes, all unless set otherwise, are those of
-    which there were images, and which samplers draw; class_names is a list of their names, or None.
+    """The base of all networks. Class num_classes is the null class; the first trained_classes (by default all) are those with
+    training images, from which samplers draw; class_names is a list of their names, or None.
 
     A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
-    divisible, and resize(input_size); its forward(x, t, y, drop=None) replaces the classes that drop (B,) bool marks by the
-    null class, or without it random ones in training. If random_numbers is positive, forward takes that many more uniform
-    numbers in [0, 1) for every image in training, as chance (B, random_numbers), or draws them itself if none are given.
+    divisible, and resize(input_size). Its forward(x, t, y, drop=None) replaces the classes marked in drop (B,) bool by the null
+    class; if drop is None, it replaces random ones in training. If random_numbers is positive, forward takes that many more
+    uniform numbers in [0, 1) per image in training, as chance (B, random_numbers), or draws them itself if chance is None.
 
     Three class methods need no instance. stride_of(keywords) returns the stride of a network with these arguments.
-    read(weights) returns, from a state dict, the arguments that tell the named sizes apart, and a dict of mixer, mixer_options,
-    num_classes, in_channels and learn_sigma. tokens_of(weights) returns for how many tokens of an image the weights have
-    positions, None for any number. read_from names the weights that they need, of which no other backbone has the first.
-    class_table names the weight with a row for each class and one for none.
+    read(weights) returns, from a state dict, the arguments that distinguish the named sizes, and a dict of mixer,
+    mixer_options, num_classes, in_channels and learn_sigma. tokens_of(weights) returns the number of image tokens for which the
+    weights have positions, or None if they fit any number. read_from names the weights that these methods need; no other
+    backbone has the first of them. class_table names the weight with one row per class and one for the null class.
     """
 
     class_table = "y_embedder.embedding_table.weight"
@@ -49,12 +49,12 @@ class Backbone(nn.Module, Pretrained):
         return checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
-        """Classifier-free guidance: y holds n classes and then n null classes, and only the first half of x counts.
+        """Applies classifier-free guidance: y holds n classes and then n null classes, and only the first half of x is used.
 
-        Guides the first three channels, as the public DiT samples were made, or so many; the rest passes through. cfg_scale
-        is a number, or one for each image (n, 1, 1, 1).
+        Guides the first `channels` channels, by default three, as for the public DiT samples; the others pass through.
+        cfg_scale is a number, or one per image (n, 1, 1, 1). Returns (2 n, out_channels, H, W), the guided half twice.
         """
-        n, channels = len(x) // 2, min(channels, self.in_channels)         # what follows them are variances
+        n, channels = len(x) // 2, min(channels, self.in_channels)         # the channels after in_channels are variances
         out = self(x[:n].repeat(2, 1, 1, 1), t, y)                         # (2n, out_channels, H, W)
         cfg_scale = cfg_scale.to(out.dtype) if isinstance(cfg_scale, torch.Tensor) else cfg_scale
         guided = torch.lerp(out[n:, :channels], out[:n, :channels], cfg_scale)     # (n, channels, H, W)
@@ -69,8 +69,8 @@ class Backbone(nn.Module, Pretrained):
 
 
 class PatchBackbone(Backbone):
-    """A backbone whose tokens are patches of patch_size x patch_size pixels, on a grid of grid_size (h, w); it was built for
-    trained_grid. `resize` keeps the weights, and tells the grid to the mixers that have one."""
+    """A backbone whose tokens are patches of patch_size x patch_size pixels on a grid of grid_size (h, w), built for
+    trained_grid. `resize` keeps the weights and passes the new grid to the mixers that have one."""
 
     def __init__(self, input_size, patch_size, in_channels, num_classes, learn_sigma):
         super().__init__(in_channels, num_classes, learn_sigma)
@@ -96,8 +96,8 @@ class PatchBackbone(Backbone):
 
 
 def settings_of(channels, outputs, table=None, **more):
-    """Returns what `read` tells besides a size: of a network with that many channels in and out, whose table of classes, if it
-    has one, ends in a row for none."""
+    """Returns the settings that `read` gives besides a size, for a network with that many input and output channels, whose
+    table of classes, if it has one, ends in a row for the null class."""
     classes = 0 if table is None else len(table) - 1
     settings = dict(mixer="attention", mixer_options={}, num_classes=classes, in_channels=channels)
     return settings | dict(learn_sigma=outputs != channels) | more
@@ -116,6 +116,6 @@ def drop_labels(y, drop, null, probability):
 
 
 def refuse_mixer(mixer, name):
-    """Raises a ValueError for any --mixer but the default, of a network by that name which brings its own."""
+    """Raises a ValueError for any --mixer but the default; `name` is the network's, which has a mixer of its own."""
     if mixer != "attention":
         raise ValueError(f"{name} has no mixer to swap, so mixer={mixer!r} means nothing to it")

@@ -1,4 +1,4 @@
-"""DiS (Fei et al., arXiv 2402.05608): U-ViT with Vim, of which it adds up both directions, in place of attention and MLP."""
+"""DiS (Fei et al., arXiv 2402.05608): U-ViT with Vim, whose two directions are added up, in place of attention and MLP."""
 
 from functools import partial
 
@@ -44,11 +44,11 @@ class FinalLayer(nn.Module):
 class DiS(LongSkips):
     """DiS on images or latents: depth/2 blocks, one, and depth/2 with skips. Names and shapes are those of its public code.
 
-    Arguments are DiT's but for the mixer, which is its own: ValueError for another. num_classes=0 leaves out class, token of a
-    class and modulation at the end.
+    Arguments are DiT's, except that the mixer is its own: ValueError for another. num_classes=0 leaves out classes, the class
+    token and the modulation in the final layer.
 
-    In training a block's input is left out of the stream with a probability that rises from 0 to 0.1, and what it is in the
-    others divided by the probability that it stays (stochastic depth), each image by numbers of its own: see random_numbers.
+    In training, a block's input is dropped from the stream with a probability rising from 0 to 0.1, and is otherwise divided by
+    the probability of being kept (stochastic depth), by random numbers per image: see random_numbers.
     """
 
     class_table = "label_emb.embedding_table.weight"
@@ -75,7 +75,7 @@ class DiS(LongSkips):
 
     @torch.no_grad()
     def initialize(self, depth):
-        """Zero biases but those of Vim's first direction; smaller outputs of deeper networks."""
+        """Zeroes biases of linear layers, except the first direction's time steps, and divides out_proj by sqrt(depth)."""
         steps = {block.mixer.dt_proj for block in self.blocks}
         for layer in (m for m in self.modules() if isinstance(m, nn.Linear) and m not in steps and m.bias is not None):
             nn.init.zeros_(layer.bias)
@@ -106,7 +106,7 @@ class DiS(LongSkips):
         return unpatch(x[:, self.extras :], self.grid_size, self.patch_size)
 
     def kept(self, images, chance):
-        """By which number to multiply each block's input, 0 or more than 1: (blocks + 1, B, 1, 1)."""
+        """Returns the factor of each block's input, 0 or at least 1: (blocks + 1, B, 1, 1)."""
         if chance is None:
             chance = torch.rand(images, self.random_numbers, device=self.drop_rates.device)
         return ((chance >= self.drop_rates) / (1 - self.drop_rates)).T[:, :, None, None]

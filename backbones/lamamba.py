@@ -103,7 +103,7 @@ class LaMamba(Backbone):
         refuse_mixer(mixer, "LaMamba")
         self.window = window if attention in ("shifted", "unshifted") else None
         if attention == "unshifted":
-            self.register_buffer("unshifted", torch.ones(()))  # what else tells its weights from others
+            self.register_buffer("unshifted", torch.ones(()))  # marks the weights, which otherwise look like shifted ones
         stages = range(4 if depths[3] else 3)
         widths, whole = [hidden_size, 2 * hidden_size, 4 * hidden_size, 4 * hidden_size], 4 * hidden_size
 
@@ -153,8 +153,9 @@ class LaMamba(Backbone):
         return [block for stage in (*self.layers, self.mid_layer, *self.layers_up) for block in stage.blocks]
 
     def _initialize(self):
-        """Xavier for linear layers; zero for what modulates and gates, so that every block starts as the identity. The last
-        layer is not zero, nor is it in the public code. Embedders and what is no linear layer keep their own values."""
+        """Initialises linear layers by Xavier's rule, modulations and gates with zero, so that every block starts as the
+        identity. As in the public code, the last layer is not zero. Embedders and other layers keep their own initial
+        values."""
         parts = (self.layers, self.mid_layer, self.layers_up, self.final_up, self.final_condition_projection, self.final_linear)
         for layer in (m for part in parts for m in part.modules() if isinstance(m, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight)

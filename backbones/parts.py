@@ -1,4 +1,4 @@
-"""What DiT and other networks on patches are made of: embeddings of places, times and classes, and adaLN."""
+"""Parts of DiT and other networks on patches: embeddings of positions, timesteps and classes, and adaLN."""
 
 import math
 

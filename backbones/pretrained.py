@@ -1,4 +1,4 @@
-"""Networks as folders in the manner of Hugging Face's hub: config.json, model.safetensors, and README.md as their card."""
+"""Saves and loads networks as folders in Hugging Face's format: config.json, model.safetensors, and README.md, the card."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ class Pretrained(PyTorchModelHubMixin):
 
     def _save_pretrained(self, folder):
         config, size, weights = self._hub_mixin_config, self.input_size, self.state_dict()
-        if size != (trained := self.check_size(config["input_size"])):     # a grid decides what others mean
+        if size != (trained := self.check_size(config["input_size"])):     # positions elsewhere depend on the trained grid
             weights = self.resize(trained).state_dict()
             self.resize(size)
         shapes = {name: w.shape for name, w in weights.items()}

@@ -1,5 +1,5 @@
-"""What U-ViT (Bao et al., arXiv 2209.12152) and DiS share: timestep and class are tokens before those of the image, and blocks
-of the second half get what those of the first half passed on, the last one first."""
+"""The common base of U-ViT (Bao et al., arXiv 2209.12152) and DiS: timestep and class are tokens before those of the image, and
+blocks of the second half receive the outputs of the first half, the last one first."""
 
 import torch
 from timm.models.vision_transformer import PatchEmbed
@@ -10,8 +10,8 @@ from backbones.parts import learnt_positions
 
 
 class LongSkips(PatchBackbone):
-    """depth/2 in_blocks, a mid_block and depth/2 out_blocks; build(skip) makes one, for which skip says whether it is of the
-    last. Without classes (num_classes=0) there is no token of a class. Other arguments are DiT's."""
+    """depth/2 in_blocks, a mid_block and depth/2 out_blocks; build(skip) makes one block, with skip=True for the out_blocks.
+    Without classes (num_classes=0) there is no class token. Other arguments are DiT's."""
 
     def __init__(self, build, input_size, patch_size, in_channels, hidden_size, depth, num_classes, learn_sigma, mixer):
         super().__init__(input_size, patch_size, in_channels, num_classes, learn_sigma)

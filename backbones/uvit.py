@@ -1,4 +1,4 @@
-"""U-ViT (Bao et al., arXiv 2209.12152): a vision transformer that is told timestep and class by tokens, with long skips."""
+"""U-ViT (Bao et al., arXiv 2209.12152): a vision transformer that gets timestep and class as tokens, with long skips."""
 
 from functools import partial
 
@@ -31,9 +31,9 @@ class Block(nn.Module):
 class UViT(LongSkips):
     """U-ViT on images or latents: depth/2 blocks, one, and depth/2 with skips. Names and shapes are those of its public code.
 
-    Arguments are DiT's but for the mixer, which is attention: ValueError for another. num_classes=0 leaves out the token of a
-    class. conv: end with a convolution of 3 x 3 pixels. Linear layers, positions and classes start as normal numbers of
-    deviation 0.02, as those of vision transformers do.
+    Arguments are DiT's, except that the mixer is attention: ValueError for another. num_classes=0 leaves out the class token.
+    conv: end with a convolution of 3 x 3 pixels. Weights of linear layers, positions and class embeddings start as truncated
+    normal numbers of standard deviation 0.02, as in vision transformers.
     """
 
     class_table = "label_emb.weight"

@@ -11,8 +11,8 @@ from mixers.mamba import Mamba
 
 
 class Block(nn.Module):
-    """Adds to the stream what the block before returned, and returns that normalised, plus what Mamba makes of it. So every
-    block adds the whole stream, normalised, to the stream, as in the public code."""
+    """Adds the previous block's output to the stream, and returns the normalised stream plus the gated Mamba of it, and the
+    stream. So every block adds the whole normalised stream to the stream, as in the public code."""
 
     def __init__(self, hidden_size, grid_size, layer):
         super().__init__()
@@ -30,10 +30,10 @@ class Block(nn.Module):
 
 
 class ZigMa(PatchBackbone):
-    """ZigMa on images or latents. Names and shapes are those of its public code, but for a null class, which that has not.
+    """ZigMa on images or latents. Names and shapes are those of its public code, which however has no null class.
 
-    Arguments are DiT's but for the mixer, which is its own: ValueError for another. Timesteps go to 1000; public code takes
-    them from 0 to 1, and multiplies.
+    Arguments are DiT's, except that the mixer is its own: ValueError for another. Timesteps run up to 1000; public code takes
+    them from 0 to 1 and multiplies by 1000.
     """
 
     read_from = (

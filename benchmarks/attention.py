@@ -1,5 +1,5 @@
-"""Attention at its best on a GPU, with which PDE-SSM is compared: the fastest for each shape of PyTorch's kernels (flash
-attention's, cuDNN's, the one that spares memory) and FlashAttention-3's, where that is installed.
+"""The fastest attention on a GPU, as PDE-SSM's opponent: for each shape, the fastest of PyTorch's kernels (flash, cuDNN,
+memory-efficient) and FlashAttention-3's, where that is installed.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The flags that all benchmarks share, and what they set up."""
+"""The flags that all benchmarks share, and the set-up that follows from them."""
 
 import argparse
 from pathlib import Path

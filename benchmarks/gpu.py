@@ -1,4 +1,4 @@
-"""Runs all that a GPU is needed for, what users would miss most first, within some minutes:
+"""Runs everything that needs a GPU, the most important first, within a few minutes:
 
     python -m benchmarks.gpu --minutes 25
     python -m benchmarks.gpu --rehearse       the same on a CPU within 6 minutes, with tiny sizes and Triton's interpreter
@@ -24,9 +24,9 @@ from typing import NamedTuple
 from machine.files import write_json
 
 ROOT = Path(__file__).parent.parent
-LEAST = 20     # seconds with which no stage begins
-FAREWELL = 30  # that a stage has to save what it can, once its time is over
-AGAIN = 75     # status of what a signal stopped and what may go on
+LEAST = 20     # no stage begins with fewer seconds left
+FAREWELL = 30  # seconds for a stage to save its work once its time is over
+AGAIN = 75     # exit status of a stage that a signal stopped and that may be started again
 ABOUT = "import json, torch; from benchmarks.report import machine; print(json.dumps(machine(torch.device({device!r}))))"
 
 
@@ -56,7 +56,7 @@ def stages(out, checkout, cifar10, flowers, rehearse):
         return ["bash", f"reproduce/{script}.sh", str(data)], small | rows
 
     def tests():
-        """Those that are not in files of the mark `gpu` may need packages that are not there."""
+        """Returns pytest's arguments: only files with the mark `gpu`, since others may need packages that are missing there."""
         files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
         if rehearse:  # the suite has tried the others
             files = [path for path in files if path.stem.endswith("_on_gpu")]

@@ -1,4 +1,4 @@
-"""Holds the Triton kernels against PyTorch's operations in float64, values and gradients, on grids and types of every kind:
+"""Compares the Triton kernels with PyTorch's operations in float64, values and gradients, on grids and types of every kind:
 
     python -m benchmarks.kernel_grids --seconds 120
 

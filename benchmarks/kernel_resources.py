@@ -1,4 +1,4 @@
-"""Shows what the Triton kernels take of a Hopper GPU, which need not be there: registers, bytes of spilled ones, shared memory.
+"""Shows the resources that the Triton kernels use on a Hopper GPU, without one: registers, spilled bytes, shared memory.
 
     python -m benchmarks.kernel_resources
 """

@@ -3,9 +3,9 @@
     python -m benchmarks.memory --quick      up to 4,096 tokens, on 2 CPU cores within 5 minutes
     python -m benchmarks.memory
 
-384 channels, 6 heads, batch 4; weights, gradients and AdamW's moments are in it. On GPUs it is what PyTorch's allocator
-handed out at most; on CPUs (Linux, glibc) what a fresh process grew by at most, after the same work on 4 tokens, while
-the C library hands back at once what is freed: what it would keep varies by a quarter from run to run.
+384 channels, 6 heads, batch 4; weights, gradients and AdamW's moments are included. On GPUs it is the peak of PyTorch's
+allocator; on CPUs (Linux, glibc) the peak growth of a fresh process, after the same work on 4 tokens, with the C library set
+to return freed memory at once: the memory that it would otherwise keep varies by a quarter from run to run.
 """
 
 from concurrent.futures import ProcessPoolExecutor

@@ -1,4 +1,4 @@
-"""What a benchmark does with its times: a table, JSON and a plot, and the columns and lines that these show."""
+"""Reports a benchmark's times as a table, JSON and a plot, and defines the columns and lines that these show."""
 
 import platform
 import subprocess

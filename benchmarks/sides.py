@@ -76,7 +76,7 @@ def of_size(size, side, patch=2):
 
 
 def at_its_best(mixer, device, compile):
-    """Returns the mixer; for attention on a GPU that by the fastest kernel, unless it is compiled: compilers choose it."""
+    """Returns the mixer; for attention on a GPU the fastest kernel's, unless it is compiled: compilers choose."""
     return FastestAttention if mixer == "attention" and device.type == "cuda" and not compile else mixer
 
 

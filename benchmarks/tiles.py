@@ -27,7 +27,7 @@ PASSES = ("along_x", "along_y", "back_along_x", "correlate_along_y")
 CHANNELS, WARPS, STAGES, BLOCKS = (1, 2, 4, 8, 16, 32), (4, 8), (1, 2), (16, 32)
 TOKENS, WIDTH = 2**16, 384
 ROUNDS = 5
-GAIN = 0.98  # of the time of what is taken without a table; less is no reason for an entry
+GAIN = 0.98  # a tile gets an entry only if its time is below this fraction of the untuned tile's
 
 
 def main(device, table):
@@ -43,7 +43,7 @@ def main(device, table):
         print(f"{tiles.key(kernel, *sides):28} {before:.4f} ms, {times[best]:.4f} ms by {best}", flush=True)
         if times[best] < GAIN * before:
             found[tiles.key(kernel, *sides)] = list(best)
-        write(table, name, found)  # at once: what is stopped has tuned some
+        write(table, name, found)  # written at once, so that an interrupted run keeps what it has tuned
     print(f"Saved {table}: {json.dumps({name: found})}")
 
 

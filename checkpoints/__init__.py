@@ -1,1 +1,1 @@
-"""Models in files: reading, building, sharding, going on."""
+"""Models in files: reading, building, exporting and sharding them, and resuming runs."""

@@ -20,7 +20,7 @@ from models import MLPS, MODELS, DiT, backbone_of, stride
 
 # The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
-# Settings that a file may state, and what makes a value one: its type, or that it is a name here.
+# Settings that a file may state, with a test of their values: the type, or the known names.
 STATED = dict(
     num_classes=int, image_size=int, in_channels=int, learn_sigma=bool, vae=str, vae_digest=str,
     model=MODELS, mixer=MIXERS, objective=OBJECTIVES, path=PATHS, predict=PREDICTIONS, time_shift=float, mlp=MLPS,
@@ -104,14 +104,14 @@ def reconcile(stored, settings, path):
 def load_model(path, given, default_vae, decay=None, usual=()):
     """Returns the model of a checkpoint, in eval mode, and its settings.
 
-    The settings are what the weights tell and the checkpoint states. What neither says, `given`, a dict, may: the objective, a
-    flow's path and prediction, the vae. Values in it that are not None must agree with what is known, but for three that are
-    free: which decoder to use in latent space, a flow's time_shift, and image_size, a side or (height, width), to which the
-    model is resized. decay: of which average the weights are, if there are several; ema_length in `given`: of which that is
-    made of them. usual: the objective, path and prediction, a dict, where nothing says them. ValueError names both values, or
-    what does not fit, or what to give.
+    The settings are those that the weights reveal and the checkpoint states. The dict `given` may supply those that neither
+    has: the objective, a flow's path and prediction, the vae. Its values that are not None must agree with the known ones,
+    except three that are free: the decoder in latent space, a flow's time_shift, and image_size, a side or (height, width), to
+    which the model is resized. decay: the average to load, if there are several; `given` may instead have ema_length, that of
+    an average to reconstruct from them. usual: the objective, path and prediction to assume if nothing states them, a dict.
+    ValueError names both values, the misfit, or the flag to give.
 
-    Beside train.py's, settings has learn_sigma, and time_scale, times which a flow's network sees t.
+    Besides train.py's settings there are learn_sigma, and time_scale, by which a flow's network sees t multiplied.
     """
     if (length := given.get("ema_length")) and decay is not None:
         raise ValueError(f"--ema {decay:g} and --ema-length {length:g} name two averages; leave one out")
@@ -279,11 +279,11 @@ def load_weights(model, weights, path):
 
 
 def initialize(model, path, settings=None):
-    """Gives the model what fits it of a checkpoint's weights, by name and shape; returns lines that say what does not.
+    """Loads those weights of a checkpoint that fit the model by name and shape; returns lines that name the others.
 
-    Mixers of another kind keep their initial values, and so does the table of another number of classes, but for the null
-    class. settings: a dict of what the model is for; the lines then say what else the weights were trained for. ValueError for
-    another kind of network, and if no matrix fits.
+    Mixers of another kind keep their initial values, and so does a table with another number of classes, except for the null
+    class. settings: the model's, a dict; the lines then also name settings with which the weights were trained differently.
+    ValueError for another kind of network, or if no matrix fits.
     """
     weights, stored = load_checkpoint(path)
     given = {name: w for name, w in weights.items() if isinstance(w, torch.Tensor)}

@@ -160,9 +160,9 @@ def parse_args(argv=None):
     add("--class-names", dest="names", metavar="FILE", help="JSON of names for the classes: a list, or new names by old")
     add("--half", action="store_true", help="float16, half the size: pt and safetensors; networks compute in float32 again")
     add("--metrics", metavar="FILE", help="JSON of evaluate.py, for the card")
-    add("--objective", choices=OBJECTIVES, help="to be stated, for weights that do not tell")
-    add("--path", choices=PATHS, help="of a flow, likewise")
-    add("--predict", choices=PREDICTIONS, help="of a flow, likewise")
+    add("--objective", choices=OBJECTIVES, help="objective to record, for weights that do not state theirs")
+    add("--path", choices=PATHS, help="of a flow: path to record, for weights that do not state it")
+    add("--predict", choices=PREDICTIONS, help="of a flow: prediction to record, for weights that do not state it")
     return parser.parse_args(argv)
 
 

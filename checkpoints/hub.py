@@ -1,4 +1,4 @@
-"""Models on Hugging Face's hub, and in folders of its form: where their files are, and how one gets there."""
+"""Models on Hugging Face's hub and in folders of its format: locates their files, and uploads folders."""
 
 import re
 from pathlib import Path

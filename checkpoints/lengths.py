@@ -12,8 +12,8 @@ import numpy as np
 
 from checkpoints.read import average_of_length, lengths_of, load_checkpoint
 
-# Of a random walk, averages made with a smaller residual had at most 1.2 times the error of the nearer kept one, mostly less
-# than half.
+# For a random walk, averages reconstructed with a smaller residual had at most 1.2 times the error of using the nearer kept
+# average, and mostly less than half of it.
 LARGEST_RESIDUAL = 0.1
 
 

@@ -1,4 +1,4 @@
-"""Folders of diffusers: its own DiTPipeline, there and back, and one with code of its own for what that does not know."""
+"""Folders of diffusers: converts to and from its DiTPipeline, and writes a pipeline with its own code for other networks."""
 
 import json
 import shutil

@@ -21,7 +21,7 @@ CONTAINERS = (
     "ema", "ema_model", "model_ema", "params_ema", "ema_state_dict",
     "model", "model_state_dict", "state_dict", "params", "module",
 )  # fmt: skip
-# What DistributedDataParallel, AveragedModel, torch.compile and FSDP put before or into the names of weights.
+# Prefixes that DistributedDataParallel, AveragedModel, torch.compile and FSDP add to, or insert into, the names of weights.
 WRAPPERS = re.compile(r"(?<![^.])(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 

@@ -1,6 +1,6 @@
-"""Going on with a run that was stopped: from which checkpoint, whether with the same settings, and which ones are kept.
+"""Resumes runs that were stopped: chooses the checkpoint, compares the settings, and decides which checkpoints are kept.
 
-A checkpoint is all that it takes to go on to the bit: what is random belongs to images and steps, and so does their order.
+A checkpoint is enough to resume bit by bit, since randomness and the order of images depend only on images and steps.
 """
 
 import logging
@@ -115,14 +115,14 @@ def record_rounding(run, settings, processes):
 
 
 def check_changes(run, now, parser, allowed):
-    """Returns a phrase for every setting, of those that decide about the weights, that is not what it was. ValueError that has
-    them, unless changes are allowed. now: the settings, a dict. parser: of the flags; it marks those that decide only how long,
-    how fast and how watched a run is, and has the values of those that the checkpoint is too old to know."""
+    """Returns a phrase for every setting that affects the weights and has changed. ValueError with these phrases unless changes
+    are allowed. now: the settings, a dict. parser: that of the flags; it marks those that affect only the length, speed and
+    monitoring of a run, and has defaults for settings that an older checkpoint lacks."""
     before = {flag.dest: flag.default for flag in parser._actions} | run["args"]
     may_change = marked_may_change(parser)
     if now["lr_schedule"] == "cosine":
         may_change -= {"epochs", "max_steps"}  # which decide how fast the learning rate falls
-    ignored = may_change | ABOUT_IMAGES | (set() if now["init_from"] else {"init_from"})  # to leave it out is natural
+    ignored = may_change | ABOUT_IMAGES | (set() if now["init_from"] else {"init_from"})  # a resumed run may omit --init-from
     if (then := (before.get("data") or {}).get("names")) and then == now["data"].get("names"):
         ignored |= {"data_path"}                                           # the same images, moved or called otherwise
     names = [name for name in now if name in before and name not in ignored and before[name] != now[name]]
@@ -244,13 +244,13 @@ def save_somewhere(path, **contents):
 
 @contextmanager
 def rescue(learner, save):
-    """Saves what was learnt before whatever ends the training inside: a signal, a fault, or a mistake in the code.
+    """Saves the learner when anything ends the training in its body: a signal, a fault, or an error in the code.
 
-    save(alone=True) saves what `learner` knows. An update that was interrupted is not saved: some of its weights would be those
-    of one step, some those of the next.
+    save(alone=True) saves `learner`. Nothing is saved in the middle of an update, when some weights belong to one step and
+    some to the next.
     """
     with ExitStack() as spare:
-        for _ in range(4):  # to write a checkpoint with where no more files can be opened
+        for _ in range(4):  # reserves file descriptors, so that a checkpoint can be written when no more can be opened
             spare.enter_context(open(os.devnull))
         try:
             yield
@@ -267,9 +267,9 @@ def rescue(learner, save):
                     save(alone=True)
                 except Exception as problem:
                     if isinstance(error, Stopped):
-                        raise  # whoever starts it again should know
+                        raise  # so that the exit status shows that nothing was saved
                     logger.warning(one_line(problem))
-            if isinstance(error, Stopped):  # all is said
+            if isinstance(error, Stopped):  # the log already says so
                 raise SystemExit(STATUS) from None
             raise
 

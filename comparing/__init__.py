@@ -1,1 +1,1 @@
-"""Checkouts of DiT and of its children: their imports, the exchange of their attention, comparisons with them."""
+"""Checkouts of DiT and of projects derived from it: imports their modules, exchanges their attention, compares with them."""

@@ -1,4 +1,4 @@
-"""Exchanges the attention layers of a model that other people's code has built for another mixer."""
+"""Replaces the attention layers of models that other people's code has built by another mixer."""
 
 import os
 import re
@@ -38,7 +38,7 @@ class Exchange:
         grids = [getattr(module, "grid_size", None) for module in model.modules()]
         grid_size = next((tuple(grid) for grid in grids if isinstance(grid, (tuple, list)) and len(grid) == 2), None)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            # The new weights have a stream of random numbers of their own, so that the script draws others later.
+            # New weights use a random stream of their own, so that the script does not draw the same numbers again later.
             torch.default_generator.manual_seed(torch.randint(2**62, ()).item())
             numbers = count()
             replaced = replace_layers(model, lambda old: self.build(old, grid_size, next(numbers)), self.is_meant)
@@ -83,10 +83,10 @@ def kind(module):
 
 @contextmanager
 def exchanging(exchange):
-    """Gives `exchange`, while it is open, every module that code of its checkout has built, as soon as it is built, and of
-    nested modules the outermost only. With None it does nothing.
+    """Within its body, passes every module that the checkout's code builds to `exchange` as soon as it is built; of nested
+    modules only the outermost. With None it does nothing.
 
-    If none of them had attention, the first step of an optimizer raises ValueError: nobody trains the wrong model for a week.
+    If no module had attention, the optimizer's first step raises ValueError, so that nobody trains the wrong model for a week.
     """
     if exchange is None:
         yield

@@ -22,7 +22,7 @@ def create_diffusion(
     # fmt: on
     """Makes a Gaussian diffusion over `diffusion_steps` steps, visiting those that `timestep_respacing` keeps.
 
-    timestep_respacing:     "" for all of them, "250" for 250 spread evenly, "10,15,20" for so many in each third,
+    timestep_respacing:     "" for all of them, "250" for 250 spread evenly, "10,15,20" for 10, 15 and 20 in the three thirds,
                             "ddim50" for 50 at an integer stride; see `spaced_timesteps`.
     noise_schedule:         "linear" (Ho et al., 2020) or "squaredcos_cap_v2" (Nichol & Dhariwal, 2021).
     predict_xstart:         the network predicts the clean image instead of the noise.
@@ -31,9 +31,9 @@ def create_diffusion(
     use_kl:                 the loss is the variational bound in bits per dimension, summed over timesteps; else it is
                             the mean squared error, plus with learn_sigma the bound for the variance alone.
     rescale_learned_sigmas: weight that bound by num_timesteps / 1000.
-    min_snr:                weight the squared error as that of the clean image, by the signal-to-noise ratio, at most so much.
+    min_snr:                weight the squared error of the clean image by the signal-to-noise ratio, clipped at min_snr.
 
-    ValueError for a schedule or a respacing that is unknown or cannot be had, or min_snr beside use_kl.
+    ValueError for an unknown schedule, an impossible respacing, or min_snr together with use_kl.
     """
     if use_kl and min_snr is not None:
         raise ValueError(f"min_snr={min_snr} weights squared errors, of which a loss with use_kl has none")
@@ -53,7 +53,7 @@ def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=100
     times:         how training draws t: "uniform" or "logit-normal".
     time_scale:    the network sees time_scale times t.
     predict:       what the network's output is: "velocity", or "x", the clean image.
-    time_shift:    how much more of its times and of the samplers' steps are near the noise: 1 is not; see `flow.shifted`.
+    time_shift:    moves training times and the samplers' steps towards the noise; 1 does not move them; see `flow.shifted`.
 
     ValueError for a path, times or a prediction that are unknown, fewer than one step, or a time_shift that is not above 0.
     """
@@ -111,8 +111,8 @@ def add_objective_flags(add):
 
 
 def objective_settings(settings):
-    """Returns what a command's settings, a dict of what its flags say, set for `create_objective`. ValueError for those of the
-    other objective."""
+    """Returns the settings for `create_objective` that `settings`, a dict of a command's flags, contains. ValueError for those
+    of the other objective."""
     given = {name: settings[name] for name in (*FLOWS, *DIFFUSIONS) if settings.get(name)}
     other, objective = (DIFFUSIONS, "flow") if settings["objective"] == "flow" else (FLOWS, "diffusion")
     if foreign := [f"--{name}".replace("_", "-") for name in given if name in other]:

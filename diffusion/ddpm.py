@@ -1,4 +1,4 @@
-"""Gaussian diffusion with learned variances (Ho et al., 2020; Nichol & Dhariwal, 2021) as tables and what reads them.
+"""Gaussian diffusion with learned variances (Ho et al., 2020; Nichol & Dhariwal, 2021): its tables and their use.
 
 Notation: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, abar_t = product of (1 - beta_s) for s <= t.
 """
@@ -11,8 +11,8 @@ from . import samplers
 
 
 def beta_schedule(name, steps):
-    """Returns the variances beta_t of each step's noise: (steps,) float64. ValueError for an unknown name, or where they would
-    not be below 1."""
+    """Returns the variances beta_t of each step's noise: (steps,) float64. ValueError for an unknown name, or if a variance
+    would not be below 1."""
     if name == "linear" and steps <= 20:
         raise ValueError(f"a linear noise schedule takes more than 20 steps, not {steps}: its last variance is 20 / {steps}")
     if name == "linear":
@@ -73,7 +73,7 @@ class GaussianDiffusion:
         self.betas = 1 - abar / before if self.num_timesteps < len(betas) else betas
         self.alphas_cumprod, self.alphas_cumprod_prev = abar, before
         self.posterior_variance = self.betas * (1 - before) / (1 - abar)
-        # The last step's posterior has no width, so no logarithm: it takes that of the step before.
+        # At timestep 0 the posterior's variance is 0, which has no logarithm: it takes timestep 1's.
         self.posterior_log_variance_clipped = _first_from_second(self.posterior_variance).log()
         self._tables = {"cpu": dict(
             t=torch.tensor(self.timestep_map), signal=abar.sqrt(), noise=(1 - abar).sqrt(),

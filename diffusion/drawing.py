@@ -1,7 +1,7 @@
 """From labels to finished images, by any model, space, objective and sampler that are given.
 
-A model has in_channels, input_size (height, width), num_classes, which is also the number of its null class,
-trained_classes, of how many classes it has seen images, and class_names, their names or None. A space has a factor, and
+A model has in_channels, input_size (height, width), num_classes, which is also the index of its null class,
+trained_classes, the number of classes with training images, and class_names, their names or None. A space has a factor and
 decode(x) (images/autoencoder.py).
 """
 
@@ -23,10 +23,10 @@ REMEDIES = {
 
 
 def choose_classes(model, wanted=None):
-    """Returns the classes that are wanted, by their numbers or names, or else the first ones that were trained, or eight of
-    ImageNet's 1000.
+    """Returns the numbers of the wanted classes, given by number or name; by default up to 16 trained ones, or, of ImageNet's
+    1000, eight favourites.
 
-    A model without classes has only the null class, 0. ValueError for classes that there are not, or that were not trained.
+    A model without classes has only the null class, 0. ValueError for classes that do not exist or were not trained.
     """
     num_classes, trained = model.num_classes, model.trained_classes
     classes = wanted or (IMAGENET_FAVOURITES if trained == 1000 else list(range(max(min(trained, 16), 1))))
@@ -41,8 +41,8 @@ def choose_classes(model, wanted=None):
 
 
 def find_class(name, names):
-    """Returns the number of the class of that name, in capitals or not. ValueError offers the nearest names, or says that
-    there are none."""
+    """Returns the number of the class with that name, ignoring case if need be. ValueError for an unknown name, with the
+    nearest ones, for an ambiguous one, or if classes have no names."""
     if not names:
         raise ValueError(f"class {name!r}: the checkpoint does not name its classes; give their numbers")
     if names.count(name) > 1:
@@ -116,7 +116,7 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     finally:
         hook.remove()
     images = check("decoder", space.decode(check("sampler", x)))
-    finite = torch.stack([finite for _, finite in checked])                # (m, n) bool, looked at once: a GPU need not wait
+    finite = torch.stack([finite for _, finite in checked])                # (m, n) bool, tested once at the end: one GPU sync
     if not finite.all():
         raise ValueError(what_is_not_finite([where for where, _ in checked], finite.cpu(), numbers))
     return to_pixels(images)
@@ -129,9 +129,9 @@ def to_pixels(images):
 
 
 def what_is_not_finite(places, finite, numbers):
-    """Says in one sentence which images of a batch are not finite, from where on, and what may help.
+    """Returns a sentence that says which images of a batch are not finite, where that was first so, and what may help.
 
-    places: where each check was made, a key of REMEDIES. finite: which images were finite there, (checks, n) bool.
+    places: where each check was made, keys of REMEDIES. finite: which images were finite there, (checks, n) bool.
     """
     bad = [numbers[i] if numbers else i for i in (~finite.all(0)).nonzero()[:, 0].tolist()]
     first = int((~finite.all(1)).nonzero()[0])

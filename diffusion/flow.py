@@ -3,8 +3,8 @@
 A path leads from noise z at t = 0 to an image u at t = 1: u_t = alpha(t) u + sigma(t) z. The network learns its
 velocity, alpha'(t) u + sigma'(t) z, and sampling follows that velocity from noise. The network sees 1000 t; SiT's see t.
 
-With predict="x" the network's output is the clean image, and the velocity follows from it: what a network must then bring
-through its layers is an image and not its noise (Li & He, 2025, "Back to basics: let denoising generative models denoise").
+With predict="x" the network's output is the clean image, and the velocity follows from it: the network's layers must then carry
+an image and not its noise (Li & He, 2025, "Back to basics: let denoising generative models denoise").
 """
 
 import math
@@ -46,7 +46,7 @@ def shifted(t, shift):
 
 
 PREDICTIONS = ("velocity", "x")  # what a network's output is: "x" is the clean image
-LEAST_SIGMA = 0.05  # by which the loss divides the error of a predicted image
+LEAST_SIGMA = 0.05  # lower bound of the sigma by which the loss divides the error of a predicted image
 
 
 class FlowMatching:
@@ -77,8 +77,8 @@ class FlowMatching:
         return [c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for c in self.path(t.double())]
 
     def velocity(self, model, x, t, model_kwargs=None):
-        """Asks the network for the velocity of x (B, C, H, W) at times t (B,), (B, C, H, W). If it predicts the image, that is
-        the one that leads there, (u - x) / (1 - t) on the linear path, and t is below 1."""
+        """Returns the network's velocity at x (B, C, H, W) and times t (B,), (B, C, H, W). If the network predicts the image u,
+        it is the velocity that leads to u, (u - x) / (1 - t) on the linear path; t must be below 1."""
         output = self.output(model, x, t, model_kwargs)
         if self.predict == "velocity":
             return output
@@ -86,12 +86,12 @@ class FlowMatching:
         return ((sigma * d_alpha - d_sigma * alpha) * output + d_sigma * x) / sigma
 
     def output(self, model, x, t, model_kwargs=None):
-        """Returns the first C channels of the network's output, what it predicts."""
+        """Returns the network's prediction, the first C channels of its output, (B, C, H, W)."""
         return model(x, self.time_scale * t, **(model_kwargs or {}))[:, : x.shape[1]]
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Computes the squared error of the velocity, Eq. (11), per image: a dict of "loss" and "mse", each (B,). A predicted
-        image makes that of the image, divided by 1 - t on the linear path, but by LEAST_SIGMA near the end."""
+        image's error is divided by 1 - t on the linear path, or by LEAST_SIGMA where that is larger, before squaring."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t, x_start)
         output = self.output(model, alpha * x_start + sigma * noise, t, model_kwargs)

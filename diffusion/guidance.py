@@ -13,8 +13,8 @@ class Guidance(NamedTuple):
     scale: float                                # 1 is no guidance, and 0 drops the class
     channels: int | None = 3                    # how many channels are guided, None for all
     interval: tuple[float, float] = (0.0, 1.0)  # on which part of the way from noise, 0, to image, 1
-    guide: Callable | None = None               # a weaker network, with num_classes, from which to lead away
-    guide_scale: float = 1                      # how far; 1 is no guidance
+    guide: Callable | None = None               # autoguidance's weaker network, with num_classes
+    guide_scale: float = 1                      # strength of autoguidance; 1 is none
 
 
 def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):
@@ -38,8 +38,8 @@ def guided(model, objective, guidance):
 
 
 def led_away(network, objective, guidance):
-    """Returns the network, led away from its guide: guide + w (network - guide) on all C channels of x. The rest of its output
-    passes through."""
+    """Returns the network with autoguidance: guide + w (network - guide) on all C channels of x. Its other output channels pass
+    through."""
     guide, w = guidance.guide, guidance.guide_scale
 
     def led(x, t, y):

@@ -86,8 +86,8 @@ def euler(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=Fal
 
 @torch.no_grad()
 def heun(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
-    """Follows the mean of the velocities at both ends of each step, two calls of the network each: second order. If the
-    network predicts the image, the last step goes there, for at t = 1 no velocity follows from it."""
+    """Follows the mean of the velocities at both ends of each step, by two calls of the network per step: second order. If the
+    network predicts the image, the last step goes to that image, since at t = 1 it determines no velocity."""
     for left, t, dt in _count_up(flow, x, progress):
         here = flow.velocity(model, x, t, model_kwargs)
         if not left and flow.predict == "x":
@@ -120,9 +120,9 @@ def rk45(
     """Follows the velocity by Dormand and Prince's method with adaptive steps, six calls of the network each; num_timesteps
     and time_shift mean nothing to it.
 
-    Every image has steps of its own, so that it does not depend on its neighbours, and waits at t = 1 for the last one. Steps
-    are not shorter than SHORTEST, but for the last one, which goes what is left of the way. If the network predicts the image,
-    they end LAST before t = 1, and from there it goes to the image.
+    Every image has its own steps, so that it does not depend on its neighbours, and waits at t = 1 for the slowest one. Steps
+    are not shorter than SHORTEST, except the last, which covers the remaining way. If the network predicts the image, the steps
+    end LAST before t = 1, and a final step goes to that image.
     """
 
     end_of_way = 1 if flow.predict == "velocity" else 1 - LAST
@@ -156,8 +156,8 @@ def rk45(
 def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False, randn_like=torch.randn_like):
     """Follows the stochastic process of the flow's marginals by Euler and Maruyama, dx = (v + sigma s / 2) dt + sqrt(sigma) dW.
 
-    s = -noise / sigma is the score, so noise / 2 is what the drift loses to make up for the noise that dW adds. The last
-    step goes to the clean image, for no later one would take its noise away.
+    s = -noise / sigma is the score, so the drift loses noise / 2 to compensate for the noise that dW adds. The last step goes
+    to the clean image, since no later step would remove its noise.
     """
     for _, t, dt in _count_up(flow, x, progress):
         velocity = flow.velocity(model, x, t, model_kwargs)

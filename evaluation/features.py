@@ -158,8 +158,8 @@ IN_CACHE = 4
 
 
 def fold_norms(network):
-    """Folds each norm of an EfficientNet into the convolution before it, and lets convolutions pad by themselves what they had
-    copied for as much padding on all sides."""
+    """Folds each norm of an EfficientNet into the convolution before it, and replaces padding copies that are the same on all
+    sides by the convolution's own padding."""
     for module in list(network.modules()):
         for (name, conv), (norm_name, norm) in pairwise(module.named_children()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

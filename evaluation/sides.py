@@ -1,4 +1,4 @@
-"""The two sides of a comparison: where their images, statistics or features come from, and what a network makes of them."""
+"""The two sides of a comparison: reads their images, statistics or features, and computes features by a network."""
 
 import os
 from contextlib import contextmanager

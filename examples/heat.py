@@ -1,4 +1,4 @@
-"""Learns the coefficients of heat and advection from what they did: pairs of a field and the same field later.
+"""Learns the coefficients of diffusion and advection from data: pairs of a field and the same field at a later time.
 
 A Gaussian that spreads by K and drifts by v stays a Gaussian: its covariance grows by 2 K t and its centre moves by v t, so the
 later field is known exactly. One layer of the operator, which begins with other coefficients, sees the pairs on 32 x 32 points

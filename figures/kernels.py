@@ -1,4 +1,4 @@
-"""Green's functions in space: what the PDE makes of one bright token (the paper's Figure 1)."""
+"""Green's functions in space: the PDE's response to a single bright token (the paper's Figure 1)."""
 
 import math
 

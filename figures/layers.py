@@ -1,4 +1,4 @@
-"""A network's mixers of tokens, and what they are given on the way from noise to an image."""
+"""Finds a network's token mixers, and records their inputs on the way from noise to an image."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,9 +16,9 @@ class Layer(NamedTuple):
 
     number: int              # from 1, in the order in which the network runs them
     module: nn.Module
-    mix: Callable            # tokens (B, N, D) -> (B, N, D), everything else that the layer is given being as it was
-    tokens: torch.Tensor     # what it is given, (B, N, D): `prefix` tokens, and then those of the grid, row by row
-    mixed: torch.Tensor      # what it makes of them
+    mix: Callable            # tokens (B, N, D) -> (B, N, D), with the layer's other inputs unchanged
+    tokens: torch.Tensor     # its input, (B, N, D): `prefix` tokens, and then those of the grid, row by row
+    mixed: torch.Tensor      # its result, (B, N, D)
     grid: tuple              # (h, w)
     prefix: int
 

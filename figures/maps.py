@@ -1,4 +1,4 @@
-"""What each layer's mixer makes of an image (the paper's Figure 6)."""
+"""Maps of each layer's mixer for an image (the paper's Figure 6)."""
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d

@@ -1,4 +1,4 @@
-"""What the pictures have in common."""
+"""Functions that all pictures share: the figure, its axes, and writing it."""
 
 from pathlib import Path
 from textwrap import wrap

@@ -1,4 +1,4 @@
-"""A layer's gain by spatial frequency, measured by what a small random disturbance becomes, and so for any mixer."""
+"""A layer's gain by spatial frequency, measured by its response to a small random disturbance, and so for any mixer."""
 
 import torch
 

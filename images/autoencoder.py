@@ -124,8 +124,8 @@ def find_config(name):
 
 
 def latent_shape(name, kind, config):
-    """Returns channels and factor of an autoencoder's latents, by what it makes of the shape of an image. ValueError if it
-    makes no image of the latents again."""
+    """Returns channels and factor of an autoencoder's latents, from the shapes it gives for an image. ValueError if it does not
+    decode the latents to an image."""
     import diffusers.models
 
     if not hasattr(diffusers.models, kind):

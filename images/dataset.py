@@ -124,7 +124,7 @@ def collate(items):
 
 
 class _Faults(Dataset):
-    """Yields what is wrong with each of these images, "" if nothing is."""
+    """Yields the fault of each of these images, "" if it has none."""
 
     def __init__(self, images):
         self.images = images

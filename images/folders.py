@@ -196,7 +196,7 @@ def _holds(folder, path):
 
 
 def _remarks(root, left_out):
-    """Returns a list of one line on what was left out, how many, why and which, or of none."""
+    """Returns a list with one line that says what was left out, how many and why, or an empty list."""
     parts = []
     for why, names in left_out.items():
         some = nsmallest(3, names.items(), key=lambda item: (-item[1], item[0]))

@@ -1,6 +1,6 @@
-"""Cached latents: what an autoencoder makes of a data set, in a folder, so that training needs no autoencoder.
+"""Cached latents: an autoencoder's latents of a data set, in a folder, so that training needs no autoencoder.
 
-    latents.json        by which autoencoder, of which images, how many to a shard
+    latents.json        the index: the autoencoder, the images, the number of images per shard
     00000.safetensors   mean, std (n, flips, C, h, w) of n images, and of their mirror images, in the model's scale;
     ...                 label (n,), their classes; crc32 (n,), of each image's mean and std
 

@@ -1,4 +1,4 @@
-"""What a network costs: its floating-point operations, by count, and what they take of a device's speed and memory."""
+"""Counts a network's floating-point operations, and gives a device's peak speed and the memory used."""
 
 import math
 import resource

@@ -68,10 +68,10 @@ def check_writable(path, flag):
 
 
 def lock(log, experiment):
-    """Keeps other processes out of a folder, as a rule an experiment, as long as this one has a file of it open, its log.
-    ValueError if another one has.
+    """Locks a folder, usually an experiment's, for this process as long as it keeps a file in it, the log, open. ValueError if
+    another process holds the lock.
 
-    A lock in the manner of POSIX: kill -9 ends it, and processes that were forked to read images do not hold it.
+    It is a POSIX lock: kill -9 releases it, and processes forked to read images do not hold it.
     """
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

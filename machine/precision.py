@@ -1,4 +1,4 @@
-"""How a network runs on a machine: its precision, compiled or not, and on what its last bits depend."""
+"""Sets how a network runs on a machine: its precision, compilation, and what makes its last bits reproducible."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun started, what a command is given, and how it ends."""
+"""One process or several: joins those that torchrun started, runs a command on them, and ends it cleanly."""
 
 import atexit
 import ctypes

@@ -75,11 +75,11 @@ def _raise_noted():
 
 
 def ignore_stops(worker):
-    """Makes a process that reads images ignore signals that announce an end: they are for the one that it reads for."""
+    """Makes a process that reads images ignore stop signals, which are meant for the process that it reads for."""
     os.setpgid(0, 0)
-    sys.excepthook = lambda *error: None  # of the thread that hands images over, when that one hangs up on it
+    sys.excepthook = lambda *error: None  # silences the thread that hands over images, when the main process closes its end
     for number in STOPS:
-        if number != signal.SIGTERM:  # by which that one ends them
+        if number != signal.SIGTERM:  # the main process ends its readers by SIGTERM
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -97,7 +97,7 @@ def read_batches(loader):
         except StopIteration:
             return
         except Exception as error:
-            if isinstance(error, (ConnectionError, EOFError)):  # one has hung up, and will be gone in a moment
+            if isinstance(error, (ConnectionError, EOFError)):  # a reader has closed its connection and is about to exit
                 gone = multiprocessing.connection.wait([reader.sentinel for reader in readers], timeout=10)
                 [reader.join() for reader in readers if reader.sentinel in gone]
             for ended in (reader.exitcode for reader in readers if reader.exitcode is not None):

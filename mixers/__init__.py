@@ -54,8 +54,8 @@ def add_mixer_flags(add, conditioned=False):
 
 
 def mixer_options(mixer, settings):
-    """Returns the options that a command's settings, a dict of what its flags say, set for the mixer of that name. ValueError
-    for those that are another mixer's, or mean nothing beside others."""
+    """Returns the options of the named mixer that `settings`, a dict of a command's flags, sets. ValueError for options of
+    another mixer, or that conflict with each other."""
     kind = kind_of(mixer)
     if foreign := [other.flag_of(name) for other in KINDS if other is not kind for name in other.given(settings)]:
         raise ValueError(f"{', '.join(foreign)} means nothing to --mixer {mixer}")
@@ -65,8 +65,8 @@ def mixer_options(mixer, settings):
 
 
 def read_mixer(weights):
-    """Returns the name of the mixer that has these weights, a layer's state dict, and the options that they tell. ValueError if
-    they are none's."""
+    """Returns the name of the mixer that has these weights, a layer's state dict, and the options that they reveal. ValueError
+    if they fit no mixer."""
     for kind in KINDS:
         if (options := kind.read(weights)) is not None:
             return next(iter(kind.named)), options

@@ -47,8 +47,8 @@ def rotations(grid_size, trained_grid, dim, device):
 
 
 def build(dim, num_heads=8, qkv_bias=False, grid_size=None, qk_norm=False, positions="sincos", prefix_tokens=0):
-    """Returns an attention layer, timm's own unless positions is "rope", of which prefix_tokens tokens, the first, have none;
-    qk_norm: a HeadNorm of queries and one of keys."""
+    """Builds an attention layer: timm's own, or RotaryAttention if positions is "rope", where the first prefix_tokens tokens
+    have no position. qk_norm: normalise queries and keys, by a HeadNorm each."""
     options = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, norm_layer=HeadNorm if qk_norm else None)
     if positions != "rope":
         return Attention(dim, num_heads, **options)
@@ -68,7 +68,7 @@ OPTIONS = (
         dict(action="store_true"), True, "--qk-norm",
     ),
     Option(
-        "positions", "of attention: what tells places apart, sincos, added to tokens, or rope, angles of queries and keys; "
+        "positions", "of attention: position embedding, sincos (added to tokens) or rope (rotates queries and keys); "
         "sincos unless given", dict(choices=("sincos", "rope")), True, "--positions",
     ),
 )  # fmt: skip

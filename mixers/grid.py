@@ -4,8 +4,8 @@ import math
 
 
 def on_grid(tokens, grid_size, name):
-    """Returns tokens (B, h w, D) as (B, h, w, D), on a square if grid_size is None. ValueError if there are more or fewer than
-    on the grid; `name` says whose."""
+    """Returns tokens (B, h w, D) as (B, h, w, D), on a square if grid_size is None. ValueError if their number does not match
+    the grid; `name` is the mixer's, for the message."""
     h, w = grid_size or (math.isqrt(tokens.shape[1]),) * 2
     if tokens.ndim != 3 or tokens.shape[1] != h * w:
         raise ValueError(f"{name} is on a grid of {h} x {w} = {h * w} tokens (B, N, D); it got the shape {tuple(tokens.shape)}")

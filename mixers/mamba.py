@@ -28,12 +28,12 @@ from pde_ssm_kernels.modes import traced, widen
 
 
 class Mamba(nn.Module):
-    """The Mamba block, tokens (B, L, D) -> (B, L, D): stands where timm's Attention stood and takes its arguments, of which
-    heads and the like mean nothing to it. The names of its weights are the public ones.
+    """The Mamba block, tokens (B, L, D) -> (B, L, D): a drop-in replacement for timm's Attention, with its arguments, of which
+    num_heads and qkv_bias are ignored. The names of its weights are the public ones.
 
     expand: channels of the scan, as a multiple of D; d_state: N; d_conv: tokens under the convolution. bidirectional is Vim,
     and with summed its two directions are added up as in DiS. zigzag is ZigMa: tokens lie on a grid of grid_size (h, w),
-    and `layer` is the block's number. ValueError for numbers below 1, one direction's sum, tokens off the grid.
+    and `layer` is the block's number. ValueError for numbers below 1, summed without bidirectional, or tokens off the grid.
 
     Parameters at D = 384: 963,840; 1,042,944 with two directions, and then 521,472 with expand=1.
     """
@@ -62,8 +62,8 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Sets what a network's own initialisation would spoil: time steps between 0.001 and 0.1, in both directions, and
-        states that decay at the rates 1 to N. (Vim's public code leaves the steps of its second direction at 0.69.)"""
+        """Sets the values that a network's own initialisation would overwrite: time steps between 0.001 and 0.1, in both
+        directions, and states that decay at rates 1 to N. (Vim's public code leaves its second direction's steps at 0.69.)"""
         for b in self.ways:
             A_log, dt_proj = getattr(self, f"A{b}_log"), getattr(self, f"dt_proj{b}")
             A_log.copy_(torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32).log().expand_as(A_log))
@@ -108,7 +108,7 @@ def convolve(x, weight, bias, reverse):                                    # (B,
 
 def convolve_plainly(x, weight, bias, reverse):
     """The same in PyTorch's operations."""
-    # As a picture one pixel high whose channels come last, which it is in memory: conv1d would turn it over, and back.
+    # conv2d sees a picture one pixel high with channels last, the layout in memory; conv1d would transpose it twice.
     before = weight.shape[2] - 1
     x = pad(x.transpose(1, 2), (0, 0, 0, before) if reverse else (0, 0, before, 0)).transpose(1, 2).unsqueeze(2)
     weight = weight.flip(2) if reverse else weight
@@ -127,7 +127,7 @@ PRESETS = {"mamba": {}, "vim": {"bidirectional": True}, "zigzag": {"zigzag": Tru
 
 
 def read(weights):
-    """Returns the options that the weights of a Mamba tell, which are not summed and zigzag; None for another layer's."""
+    """Returns the options that a Mamba's weights reveal, all but summed and zigzag; None for another layer's weights."""
     if not {"A_log", "conv1d.weight"} <= weights.keys():
         return None
     (E, d_state), dim = weights["A_log"].shape, len(weights["out_proj.weight"])

@@ -7,10 +7,10 @@ from mixers.options import Mixer
 
 
 class Mean(nn.Module):
-    """Gives every token the mean of all: proj(mean of v(x)), (B, N, D) -> (B, N, D), wherever tokens are and however many.
+    """Gives every token the mean of all: proj(mean of v(x)), (B, N, D) -> (B, N, D), for any positions and number of tokens.
 
-    That is attention with equal scores. Its queries and keys would get no gradient, so it has none, and half of attention's
-    parameters: 295,680 at D = 384. More layers around a mean would be no more than these, for all of them are linear.
+    That is attention with equal scores. Queries and keys would get no gradient, so there are none, and half of attention's
+    parameters: 295,680 at D = 384. Further linear layers around the mean would add nothing, since they compose to these.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, prefix_tokens=0):

@@ -1,4 +1,4 @@
-"""What a token mixer declares of itself, once: everything that has to know its options reads them here."""
+"""Declares a token mixer and its options, once: all code that needs to know the options reads them from these classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ def check_numbers(name, **numbers):
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword of a mixer's constructor, which is a flag of the commands, too.
+    """A keyword of a mixer's constructor, which is also a flag of the commands.
 
-    flag:        what add_argument takes besides name and help: type, choices, nargs, action.
-    conditioned: it is for our own blocks: it makes the mixer take their conditioning vector, or changes attention, which other
-                 people's models have as it is.
+    flag:        arguments of add_argument besides name and help: type, choices, nargs, action.
+    conditioned: whether it is only for this project's blocks: it makes the mixer take their conditioning vector, or changes
+                 attention, which other people's models already have.
     called:      its flag, if that is not --<mixer>-<name>.
     """
 
@@ -34,13 +34,13 @@ class Mixer:
 
     name:    its flags are --<name>-<option>.
     build:   a class with the constructor of timm's Attention that maps (B, N, D) to (B, N, D), or a function that makes one.
-             One that takes `grid_size` is told the (h, w) of its tokens, one that takes `layer` the number of its block, and
-             one with a true `conditioned` gets the blocks' conditioning vector (B, D) as second argument. DiT's initialisation
-             walks over all nn.Linear, and then calls `initialize()` of a mixer that has it.
-    read:    returns the options that a layer's state dict tells, None if the weights are not those of this mixer.
-    presets: the names of --mixer, with the options that each of them sets; the mixer's own name alone unless given.
-    check:   raises a ValueError for options (a dict) that mean nothing beside others.
-    told_as: by an option's name, that of the one which weights tell in its place.
+             If it takes `grid_size`, it is given the (h, w) of its tokens; if `layer`, the number of its block. If its
+             `conditioned` is true, it gets the blocks' conditioning vector (B, D) as second argument. DiT's initialisation
+             walks over all nn.Linear, and then calls the mixer's `initialize()` if it has one.
+    read:    returns the options that a layer's state dict reveals, or None if the weights are not those of this mixer.
+    presets: names for --mixer, with the options that each sets; by default only the mixer's own name.
+    check:   raises a ValueError for options (a dict) that conflict.
+    told_as: maps an option's name to that of the option which weights reveal in its place.
     """
 
     name: str

@@ -22,14 +22,14 @@ OPTIONS = (
     Option("activation", "silu before the PDE (not in the paper)", SWITCH),
     Option("gate", "multiply by a gate, project back (not in the paper)", SWITCH),
     Option("local", "add a 3 x 3 convolution of each channel to the state (not in the paper)", SWITCH),
-    Option("attention_every", "let every so many-th block mix by attention instead (not in the paper)", dict(type=positive)),
+    Option("attention_every", "let every N-th block mix by attention instead (not in the paper)", dict(type=positive)),
     Option("conditioned", "let timestep and class scale the PDE's time (not in the paper)", SWITCH, conditioned=True),
 )
 
 
 def build(dim, num_heads=8, qkv_bias=False, *, grid_size=None, layer=0, attention_every=None, **options):
-    """Returns a PDESSMBlock with these options, or, as block number layer of a hybrid whose every attention_every-th block is
-    that, attention: a PDE sends all tokens' states along the same ways, and attention finds them by what the tokens hold."""
+    """Builds a PDESSMBlock with these options; in a hybrid, every attention_every-th block (counted by layer) is attention
+    instead: a PDE transports all tokens' states alike, whereas attention routes them by what the tokens contain."""
     if attention_every is not None:
         check_numbers("a hybrid", attention_every=attention_every)
         if (layer + 1) % attention_every == 0:
@@ -57,8 +57,8 @@ def read(weights):
 
 
 def read_hybrid(weights, first):
-    """Returns what the blocks of a network with PDEs tell together: attention_every, if one of them has attention. weights: its
-    state dict, in which the names of the first block's mixer begin with `first`, such as "blocks.0.attn."."""
+    """Returns the option that only all blocks of a network with PDEs reveal: attention_every, if one of them has attention.
+    weights: its state dict, where the names of the first block's mixer begin with `first`, such as "blocks.0.attn."."""
     before, _, after = first.rpartition("0")
     for block in count(1):
         if f"{before}{block}{after}qkv.weight" in weights:

@@ -30,8 +30,8 @@ class PlainMamba(nn.Module):
     """Mixes tokens (B, N, D) of an (h, w) grid, a square unless grid_size says otherwise, along four snakes.
 
     states is N of the selective scan, expand the channels E of the scan as a multiple of D, conv_size the odd side of the
-    convolution in tokens. num_heads and qkv_bias mean nothing to it. ValueError for numbers that cannot be. Parameters at
-    D = 384: 1,000,400 (attention 591,360).
+    convolution in tokens. num_heads and qkv_bias are ignored. ValueError for numbers below 1 or an even conv_size. Parameters
+    at D = 384: 1,000,400 (attention 591,360).
     """
 
     paths = ORDERS["plain"]
@@ -77,7 +77,7 @@ class PlainMamba(nn.Module):
             return put_back(self.along(x, delta, B, C), self.paths, grid_size)
 
     def along(self, x, delta, B, C):                                       # (B, N, 4, E) twice, (B, N, 4, states) twice
-        """Returns what the scans make of the four sequences, (B, N, 4, E)."""
+        """Returns the results of the scans of the four sequences, (B, N, 4, E)."""
         x, delta = (part.flatten(2).transpose(1, 2) for part in (x, delta))
         B, C = (part.permute(0, 2, 3, 1) for part in (B, C))
         A = -widen(self.A_log).exp().repeat(4, 1)

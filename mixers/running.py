@@ -12,7 +12,7 @@ from pde_ssm_kernels.kept import freeze
 def add_speed_flags(add):
     """Adds the flags that train.py, sample.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
-    minute = "by torch.compile, for which the first step takes about a minute longer"
+    minute = "compile the network with torch.compile; the first step then takes about a minute longer"
     may_change(add("--compile", action="store_true", help=minute))
     kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
     same_bits = "ask MKL, PyTorch and cuDNN for the same bits every time; may be slower"

@@ -18,12 +18,12 @@ class S4D(nn.Module):
 
         y = u convolved with K, + D u;     out = W3 (gelu(W2 y) * gelu(W1 u))
 
-    K has lags of both signs (`Kernel` of s4nd.py), and zeros lie around the line. The gate is that of DiffuSSM's blocks (Yan et
-    al., arXiv 2311.18257), whose hourglass it leaves out, and whose code is not public: this is no reproduction of it. The
-    convolution is in float32 under any autocast. Parameters: 3 D^2 + D (2 N + 5) + 2 N, at D = 384 with N = state_dim = 64
-    states 493,568.
+    K has lags of both signs (`Kernel` of s4nd.py), and the sequence is zero-padded. The gate is that of DiffuSSM's blocks (Yan
+    et al., arXiv 2311.18257), without their hourglass; DiffuSSM's code is not public, so this does not reproduce it. The
+    convolution is in float32 or wider under any autocast. Parameters: 3 D^2 + D (2 N + 5) + 2 N, at D = 384 with
+    N = state_dim = 64 states 493,568.
 
-    On another grid than the one it was built for, `grid_size`, the whole line takes as long as before.
+    On a grid other than the one it was built for, `grid_size`, dt is rescaled so that the whole sequence spans the same time.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, state_dim=64):

@@ -37,8 +37,8 @@ class Kernel(nn.Module):
         self.C = nn.Parameter(math.sqrt(0.5) * torch.randn(2, dim, half, 2))
 
     def forward(self, length, rate=1.0, bandlimit=None):
-        """Returns (2, D, length), the steps dt multiplied by rate. With bandlimit, what would oscillate at that fraction of
-        the highest frequency of the tokens or faster is left out."""
+        """Returns the kernels (2, D, length), with the steps dt multiplied by rate. With bandlimit, states that oscillate at
+        that fraction of the tokens' highest frequency, or faster, are left out."""
         B, C = (torch.view_as_complex(widen(x).contiguous()) for x in (self.B[0], self.C))
         A = torch.complex(-widen(self.A_real).exp(), -widen(self.A_imag))                  # (1, N / 2)
         dt = rate * widen(self.inv_dt).exp()                                               # (D, 1)
@@ -103,6 +103,6 @@ def read(weights):
 
 OPTIONS = (
     Option("state_dim", "states of each kernel, 64 unless given", dict(type=positive)),
-    Option("bandlimit", "leave out what oscillates at this fraction of the tokens' highest frequency", dict(type=above_zero)),
+    Option("bandlimit", "drop states that oscillate at this fraction of the highest frequency or above", dict(type=above_zero)),
 )
 MIXER = Mixer("s4nd", S4ND, read, OPTIONS)

@@ -2,9 +2,9 @@
 // selective_scan_cpu.py, which defines CHUNK and SHARE, and held against the reference of selective_scan.py and PyTorch.
 //
 // Sixteen channels of float32 are one vector, or eight without AVX-512, and half as many of float64. A core goes through a
-// SHARE of the channels a CHUNK of tokens at a time, and holds what it needs of these in its own cache: memory sees inputs and
-// outputs once, and of the states those before each chunk. How work is cut depends on sizes alone, and so does the order of
-// every sum: any number of threads gives the same bits.
+// SHARE of the channels a CHUNK of tokens at a time, with its working set in its own cache: main memory is accessed once for
+// the inputs and outputs, and stores only the states before each chunk. The division of work, and so the order of every sum,
+// depends on sizes alone: any number of threads gives the same bits.
 
 #include <cstring>
 #include <memory>
@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-// x, but at least low and at most high, and NaN where it is. Compilers make more of the comparison than the two instructions.
+// Clamps x to [low, high] and keeps NaN. From the comparison, compilers make more instructions than these two.
 #if defined __AVX512F__
 constexpr int BYTES = 64;
 #define CLAMP(type, low, x, high) (V) _mm512_min_##type(high, _mm512_max_##type(low, x))
@@ -30,8 +30,9 @@ constexpr int BYTES = 32;
 template <class T> struct Rows { T *data; long batch, channel, token; };            // (B, E, L) and its strides
 template <class T> struct Columns { T *data; long batch, group, state, token; };    // (B, G, N, L)
 
-// What both kernels take, in the order of FIELDS in selective_scan_cpu.py. In the backward pass out and last are gradients. The
-// gradients of A (B, E, N), D and bias (B, E) are those of each image, those of B and C (shares, B, G, L, N) of each share.
+// The argument of both kernels, in the order in which `call` of selective_scan_cpu.py packs it. In the backward pass out and
+// last are gradients. Gradients of A (B, E, N), D and bias (B, E) are per image, those of B and C (shares, B, G, L, N) per
+// share.
 template <class T> struct Scan {
   Rows<T> u, delta, z, out, u_grad, delta_grad, z_grad;
   Columns<T> B, C;
@@ -490,7 +491,7 @@ template <class T> struct Kernels {
     }
   }
 
-  // From the last token to the first: what reaches x from a token's gradient comes from the `width` tokens that follow.
+  // Goes from the last token to the first: the gradient of x at a token comes from that token and the width - 1 that follow it.
   template <int WIDTH>
   static void convolve_backward(const Convolution<T> &conv) {
     const long blocks = (conv.channels + LANES - 1) / LANES, width = WIDTH ? WIDTH : conv.width;

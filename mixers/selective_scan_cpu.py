@@ -1,8 +1,8 @@
 """The C++ kernels of selective_scan.cpp, on CPUs: the whole scan, with softplus and gate, the convolution that mixers have
 before it, and their gradients.
 
-Never needed for a result, only for speed; built, and done without, as those of pde_ssm_kernels. They take tensors in any layout
-and copy none. Any number of threads gives the same bits.
+They are optional and serve speed alone; like the kernels of pde_ssm_kernels, they are built at first use and replaced by
+PyTorch where that fails. They take tensors in any layout without copying. Any number of threads gives the same bits.
 """
 
 import ctypes
@@ -128,7 +128,7 @@ def run(name, dtype, members):
 
 
 def located(x, reverse):
-    """Where a tensor's first token is, and how far its neighbours are in each dimension; zeros for none."""
+    """Returns the address of a tensor's first token, or with `reverse` its last, and the strides from there; zeros for None."""
     if x is None:
         return 0, 0, 0, 0
     *others, token = x.stride()

@@ -1,7 +1,6 @@
-"""mamba_ssm's own kernel of the selective scan, for CUDA: it serves where that package is installed and agrees with
-the equations.
+"""mamba_ssm's own kernel of the selective scan, for CUDA, used where that package is installed and agrees with the equations.
 
-Never needed for a result. It has not run on a GPU from here yet, which is why it is compared before it may serve.
+It is optional. Nobody has run it on a GPU from this project yet, so its results are compared before it is used.
 """
 
 import warnings
@@ -14,7 +13,7 @@ from pde_ssm_kernels import backend
 
 DEVICE = "cuda"
 MOST_STATES = 256   # of a channel
-TOLERANCE = 1e-3    # of the largest entry, in float32: its exponentials are fast ones, too
+TOLERANCE = 1e-3    # relative to the largest entry, in float32: its exponentials are approximate
 
 
 def serves(inputs, reference):

@@ -60,7 +60,7 @@ class SS2D(nn.Module):
         grid_size = on_grid(tokens, self.grid_size, "ss2d").shape[1:3]
         x = self.in_proj(tokens)                                           # (B, N, E), and as many of the gate
         x, z = x.chunk(2, dim=2) if self.gate else (x, None)
-        x = x.contiguous()  # the convolution keeps tokens together only if nothing lies between them; else all is read across
+        x = x.contiguous()  # the convolution returns channels last only for a dense input; otherwise later reads are strided
         x = silu(self.conv2d(x.unflatten(1, grid_size).permute(0, 3, 1, 2)))       # (B, E, h, w)
         y = self.scan(x.permute(0, 2, 3, 1).flatten(1, 2), grid_size)      # (B, N, E)
         y = self.out_norm(y.to(self.out_norm.weight))

@@ -47,8 +47,8 @@ class Window(WindowAttention):
         return x[:, :h, :w].flatten(1, 2)                                  # (B, N, D)
 
     def bias(self, a, b, axes, h, w):
-        """Returns what is added to the scores: (heads, a b, a b), or (windows, heads, a b, a b), -inf between
-        tokens of a window that may not look at one another."""
+        """Returns the bias added to the scores, (heads, a b, a b), or (windows, heads, a b, a b) with -inf between
+        tokens of a window that may not attend to each other."""
         places = self.relative_position_index.view(2 * (self.size, self.size))[:a, :b, :a, :b]
         bias = self.relative_position_bias_table[places.reshape(a * b, a * b)].permute(2, 0, 1)
         see = neighbours(tuple(axes), (h, w), bias)

@@ -61,8 +61,8 @@ def appear(opened, how):
     """Yields samples on their way as (uint8 (n, H, W, 3), calls of the network so far), and last of all the finished ones, as
     sample.py draws them.
 
-    The sampler runs in a thread of its own, at which the generator looks every LOOK seconds, or less often where a look takes
-    long, as a decoder does on CPUs; it ends if the generator is closed.
+    The sampler runs in a thread of its own, which the generator polls every LOOK seconds, or less often if decoding its images
+    takes long, as on CPUs; the thread ends when the generator is closed.
     """
     labels = how.labels(opened.model)
     objective, sampler = create_sampler(opened.settings["objective"], how.sampler, how.steps, **trained(opened.settings))

@@ -1,9 +1,10 @@
-"""Fast roads to the numbers of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py and cpu.cpp, for pairs and
-systems of channels pairs.py and pairs.cpp), Triton for GPUs (gpu.py), and for couplings of many channels matrices in pieces
-(pytorch.py). This is the only place that chooses. building.py builds C++ kernels, also those of mixers/.
+"""Fast implementations of the operator of pde_ssm.py, which this folder never imports: C++ for CPUs (cpu.py and cpu.cpp; for
+pairs and systems of channels pairs.py and pairs.cpp), Triton for GPUs (gpu.py), and, for couplings of many channels, matrix
+products a few wave vectors at a time (pytorch.py). Only this file chooses between them. building.py compiles all C++ kernels,
+including those of mixers/.
 
-A road is a function (v, equation, time_scale): from tokens (B, h, w, C) to their state, which it gets out of the equation's
-`rows()` or `symbol(h, w)`. All of them are held against the plain road of pde_ssm.py, values and gradients.
+An implementation is a function (v, equation, time_scale) that maps tokens v (B, h, w, C) to their state, using the equation's
+`rows()` or `symbol(h, w)`. The tests compare values and gradients of each with the plain implementation in pde_ssm.py.
 """
 
 import torch
@@ -17,17 +18,18 @@ _backend = "default"
 
 
 def set_backend(name):
-    """Sets what runs PDEs from now on. Results agree up to rounding.
+    """Selects the implementation that runs PDEs from now on. Results agree up to rounding.
 
-    default: on CPUs the C++ kernels where they can, PyTorch elsewhere
+    default: on CPUs the C++ kernels where they apply, PyTorch elsewhere
     torch:   PyTorch
-    cpp:     the C++ kernels, or an error where they cannot
-    triton:  the Triton kernels, for GPUs, or an error where they cannot; layers that they are not for run by PyTorch
-    auto:    whatever kernels can, up to 128 x 128 tokens on GPUs
+    cpp:     the C++ kernels, or an error where they do not apply
+    triton:  the Triton kernels, for GPUs, or an error where they do not apply; layers they do not cover run by PyTorch
+    auto:    any kernels that apply, on GPUs up to 128 x 128 tokens
     plain:   the equations as pde_ssm.py writes them: for checks, since pairs of channels take much memory
 
-    C++ runs all couplings, systems in groups of up to 8 or 16 channels, Triton the diagonal one without conditioning. Where
-    torch.func, torch.compile or torch.export look on, what they can follow runs under every name. ValueError for another name.
+    C++ covers all couplings, systems in groups of up to 8 or 16 channels; Triton covers the diagonal one without conditioning.
+    Under torch.func, torch.compile and torch.export every name selects an implementation that they can trace. ValueError for
+    an unknown name.
     """
     global _backend
     if name not in BACKENDS:
@@ -41,9 +43,9 @@ def backend():
 
 
 def choose(v, equation, time_scale=None):
-    """Returns the road for tokens v (B, h, w, C), or None where there is none but the plain one.
+    """Returns the implementation for tokens v (B, h, w, C), or None where only the plain one applies.
 
-    ValueError where the backend names kernels that cannot take these tokens.
+    ValueError where the backend names kernels that do not support these tokens.
     """
     if _backend == "plain":
         return None
@@ -72,8 +74,8 @@ def choose(v, equation, time_scale=None):
 
 
 def fold(u, layer):
-    """Returns the state of tokens u (B, h, w, dim) by what evaluation keeps of a PDESSM, the product of R, embedding and symbol
-    at each wave vector; None where nothing is kept, so that the layer goes step by step."""
+    """Returns the state of tokens u (B, h, w, dim), computed from the product of R, embedding and symbol at each wave vector
+    that evaluation caches for a PDESSM; None where nothing is cached, so that the layer applies them one by one."""
     if torch.is_grad_enabled() or observed() or layer.training or layer.local is not None:
         return None
     if layer.coupling != "pairwise" or not _pairs(u, layer.equation):

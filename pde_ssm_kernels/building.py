@@ -1,5 +1,5 @@
-"""How C++ kernels come to be: a compiler (CXX, else g++ or c++) builds them at their first use, in a second or two, into the
-user's cache (XDG_CACHE_HOME, else ~/.cache)."""
+"""Builds C++ kernels at their first use: a compiler (CXX, else g++ or c++) compiles them, in a second or two, into the user's
+cache (XDG_CACHE_HOME, else ~/.cache)."""
 
 import ctypes
 import hashlib
@@ -65,9 +65,9 @@ def processor():
 
 
 def build(command, path):
-    """Compiles the kernels into a file. OSError with the compiler's first complaint."""
+    """Compiles the kernels into a file. OSError with the compiler's first error message."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:           # others may build the same: whole files alone
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:           # others may build it too and must see whole files
         result = subprocess.run([*command, "-o", f"{folder}/kernels.so"], capture_output=True, text=True)
         if result.returncode:
             lines = result.stderr.splitlines()

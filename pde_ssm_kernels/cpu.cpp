@@ -1,8 +1,8 @@
-// Kernels of the diagonal coupling: irfft2(symbol rfft2(v)) and its gradients, the symbol made on the way. Built by cpu.py, which
-// defines ROWS, MAX_SIDE and LARGEST_PRIME, and held against `evolve_plainly` of pde_ssm.py.
+// Kernels of the diagonal coupling: irfft2(symbol rfft2(v)) and its gradients, with the symbol computed on the fly. Built by
+// cpu.py, which defines ROWS, MAX_SIDE and LARGEST_PRIME, and tested against `evolve_plainly` of pde_ssm.py.
 //
-// Sixteen channels, or eight without AVX-512, are one vector. What a core computes for one vector of one image fits into its own
-// cache: memory sees the tokens, once in and once out, and never a spectrum or a symbol.
+// Sixteen channels, or eight without AVX-512, are one vector. The working set of one vector of one image fits into a core's own
+// cache: main memory is read and written once for the tokens, and never holds a spectrum or a symbol.
 
 #include <cmath>
 #include <memory>
@@ -89,7 +89,7 @@ void stage_odd(const Axis &axis, int r, int m, int s, const Z *in, Z *out) {
     }
 }
 
-// sum_j a_j exp(sign 2 pi i j k / n), over a or over b, which are n long: says where.
+// Computes sum_j a_j exp(sign 2 pi i j k / n) in a or in b, both n long, and returns the one that holds the result.
 template <int sign>
 static Z *transform(const Axis &axis, Z *a, Z *b) {
   int left = axis.n, s = 1;
@@ -104,8 +104,8 @@ static Z *transform(const Axis &axis, Z *a, Z *b) {
   return a;
 }
 
-// A grid, what waves on it are, and the memory that one core works in. Spectra are column after column, [x][y] with x up to
-// w / 2; a row of padding keeps the rows of a power of two from falling on the same place in the cache.
+// A grid and its wave numbers; below, the memory in which one core works. Spectra are stored column after column, [x][y] with x
+// up to w / 2; one row of padding keeps columns whose length is a power of two from mapping to the same cache lines.
 
 struct Grid {
   Axis X, Y;
@@ -135,8 +135,8 @@ static Z *workspace(long size) {
   return (Z *)(((size_t)memory.get() + 63) / 64 * 64);
 }
 
-// Tokens of the next two rows, for reading or writing: they lie too far apart for the processor to guess. Where there are
-// none it does not matter.
+// Prefetches tokens of the next two rows, for reading or writing: they lie too far apart for the hardware prefetcher. This is
+// harmless beyond the last row.
 template <int writing>
 static INLINE void will_need(const float *upper, const float *lower) {
   __builtin_prefetch(upper, writing);
@@ -171,7 +171,7 @@ static void multiply(const Grid &grid, Z *spectrum, const Z *symbol, Z *line) {
     const Z *factor = symbol + x * grid.column;
     Z *waves = transform<-1>(grid.Y, column, line);
     for (int y = 0; y < grid.h; y++) waves[y] = waves[y] * factor[y];
-    transform<1>(grid.Y, waves, waves == column ? line : column);          // as many stages again: it ends in the column
+    transform<1>(grid.Y, waves, waves == column ? line : column);          // the same number of stages, so it ends in `column`
   }
 }
 

@@ -1,10 +1,10 @@
 """The C++ kernels of cpu.cpp: irfft2(symbol rfft2(v)) of the diagonal coupling and its gradients, on CPUs.
 
-Never needed for a result, only for speed. building.py builds them at their first use; without a compiler, or without OpenMP,
-`serves` says no.
+They are optional and serve speed alone. building.py builds them at their first use; without a compiler, or without OpenMP,
+`serves` returns False.
 
-One layer of 384 channels, batch 4, 16 to 4,096 tokens, takes 0.41 to 0.56 of the plain road's time forward and 0.43 to 0.50 in
-both passes (2 threads of an Intel Xeon: `python -m benchmarks.mixer --quick`, without and with CXX=/no/compiler).
+One layer of 384 channels, batch 4, 16 to 4,096 tokens, takes 0.41 to 0.56 of the plain implementation's time forward and 0.43
+to 0.50 in both passes (2 threads of an Intel Xeon: `python -m benchmarks.mixer --quick`, without and with CXX=/no/compiler).
 """
 
 import ctypes
@@ -41,7 +41,7 @@ SIDES = frozenset(n for n in range(1, MAX_SIDE + 1) if largest_prime_factor(n) <
 
 
 def evolve_tokens(v, equation, time_scale=None):
-    """The road of `pde_ssm_kernels.choose`: tokens v (B, h, w, C) to their state, in the type of v."""
+    """Maps tokens v (B, h, w, C) to their state, in the type of v: an implementation for `pde_ssm_kernels.choose`."""
     rows, wide = equation.rows(time_scale), widen(v)
     if torch.compiler.is_compiling():
         return evolve_op(wide, rows).to(v.dtype)
@@ -102,7 +102,7 @@ def evolve_backward(gradient, v, rows):
 
 
 def shares(v, rows):
-    """Into how many shares of images the work on each block of channels is cut: so many that all threads have some.
+    """Returns the number of shares of images into which each block's work is divided: enough to keep all threads busy.
 
     The gradient of the rows is the sum of the shares', so PyTorch's deterministic mode fixes their number.
     """

@@ -4,9 +4,9 @@ Never needed for a result, only for speed on GPUs, where nobody has timed them y
 are matrix products with Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are padded
 with zeros to powers of two of at least 16, which tensor cores want.
 
-Up to 32 x 32 tokens one pass does all: each program holds a few channels of one image on chip, loads them, transforms,
-multiplies, transforms back and stores them. Larger grids take three, of which each program holds a few channels of one row
-or column: along x; along y, times the symbol and back along y, in place; and back along x.
+Up to 32 x 32 tokens one pass does everything: each program holds a few channels of one image on chip, loads them, transforms,
+multiplies, transforms back and stores them. Larger grids take three passes, in which each program holds a few channels of one
+row or column: along x; along y, times the symbol and back along y, in place; and back along x.
 """
 
 import os
@@ -20,13 +20,13 @@ import triton.language as tl
 from .tiles import room, shared_memory, tile
 
 MAX_SIDE = 128
-LONGEST_AT_ONCE = 32  # sides up to which one pass does all
-LEAST = 16  # of a matrix product on tensor cores
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on CPUs, for tests; Triton reads it now, too
+LONGEST_AT_ONCE = 32  # longest side for which one pass does everything
+LEAST = 16  # least side of a matrix product on tensor cores
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on CPUs, for tests; Triton also reads it only at import
 
 
 def evolve_tokens(v, equation, time_scale=None):
-    """The road of `pde_ssm_kernels.choose`: tokens v (B, h, w, C) to their state."""
+    """Maps tokens v (B, h, w, C) to their state: an implementation for `pde_ssm_kernels.choose`."""
     return evolve(v, equation.symbol(*v.shape[1:3]))
 
 
@@ -127,8 +127,8 @@ def backward_kernel(
     gradient, v, symbol, matrices, v_gradient, symbol_gradient, images, h, w, f, C,
     H: tl.constexpr, W: tl.constexpr, F: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The tokens' gradient: the same operator with the conjugate symbol. The symbol's: gradient_hat conj(v_hat), summed here
-    over the images that fall to this program, to be weighed and summed over the programs afterwards."""
+    """Computes the tokens' gradient by the same operator with the conjugate symbol, and the symbol's, gradient_hat conj(v_hat),
+    summed over this program's images; the caller sums it over programs and weights it."""
     first, c0 = tl.program_id(0).to(tl.int64), tl.program_id(1) * CB
     tokens, inside = token_places(h, w, C, c0, H, W, CB)
     xr, xi, yr, yi, br, bi = load_matrices(matrices, H, W, F)

@@ -1,7 +1,7 @@
 """A cache of what evaluation computes from a layer's parameters alone: computed once, and kept until they change.
 
-One layer of 384 channels, 4 images, one thread of an Intel Xeon, takes 0.35 ms with and 0.55 ms without that for 4 x 4 tokens
-and 4.3 and 4.6 ms for 16 x 16 by the C++ kernels, and 0.61 and 1.2, 8.3 and 9.1 ms by the plain road.
+One layer of 384 channels, 4 images, one thread of an Intel Xeon, takes 0.35 ms with and 0.55 ms without it for 4 x 4 tokens
+and 4.3 and 4.6 ms for 16 x 16 by the C++ kernels, and 0.61 and 1.2, 8.3 and 9.1 ms by the plain implementation.
 """
 
 from functools import wraps
@@ -21,12 +21,12 @@ _kept = WeakKeyDictionary()  # {layer: {(method, *grid): (value, state, (compare
 
 
 def kept(method):
-    """Makes a method (layer, *grid) -> tensor, which depends on parameters alone, one whose value evaluation keeps. Nothing is
-    kept where an argument is a tensor.
+    """Decorates a method (layer, *grid) -> tensor that depends on parameters alone, so that evaluation caches its value. It
+    caches nothing when an argument is a tensor.
 
-    It is computed again once a parameter has changed, an optimiser has stepped or a forward pass has had gradients. A write
-    through `parameter.data` escapes PyTorch's version counter: on CPUs the first entries of each parameter are compared,
-    too; on other devices, where that would wait for them, train() or eval() makes such a write known.
+    The value is computed again once a parameter has changed, an optimiser has stepped or a forward pass has recorded gradients.
+    A write through `parameter.data` escapes PyTorch's version counter, so on CPUs the first entries of each parameter are
+    compared as well; on other devices, where that would synchronise, call train() or eval() after such a write.
     """
 
     @wraps(method)
@@ -106,7 +106,7 @@ def room():
 
 
 def _state(layer):
-    """Returns what changes with every change of a parameter that PyTorch counts; None where that cannot be told."""
+    """Returns a value that differs after every parameter change that PyTorch counts, or None where it counts none."""
     try:
         return [(id(p), p.data_ptr(), p._version) for p in layer.parameters()]
     except RuntimeError:  # inference tensors count no versions, and some tensors have no address
@@ -114,8 +114,8 @@ def _state(layer):
 
 
 def _keep(layer, name, value, state):
-    """Keeps a value if there is room, at the expense of this layer's other values alone: layers that take turns would throw
-    out each other's for ever."""
+    """Caches a value if there is space, evicting only this layer's other values: otherwise layers that take turns would evict
+    each other's values for ever."""
     own, parameters = _kept.setdefault(layer, {}), list(layer.parameters())
     own.pop(name, None)
     if state is None or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules()) or traced(*parameters):

@@ -1,4 +1,4 @@
-"""Who looks at tensors besides the code that runs, and in which types the operator computes."""
+"""Detects tracers and transforms that observe tensors, and decides in which types the operator computes."""
 
 from contextlib import nullcontext
 from functools import lru_cache, wraps
@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 
 
 def traced(*tensors):
-    """Whether somebody looks at each operator: torch.compile, vmap and its like, forward-mode differentiation, a mode that
-    sees them (as counters of operations do), or tensors of another class (fake, distributed)."""
+    """Returns whether anything observes each operator: torch.compile, vmap and other torch.func transforms, forward-mode
+    differentiation, a dispatch mode (as flop counters use), or tensors of another class (fake, distributed)."""
     if observed() or any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
         return True
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
@@ -44,8 +44,8 @@ def differentiable(plainly, inputs, gradients, needed):
 
 
 def remembered(compute):
-    """Decorates compute(..., device), which makes tensors of plain values: called with a tensor in place of its device, it
-    returns what it made for these values before, or, where somebody looks at each operator, makes it again."""
+    """Decorates compute(..., device), which makes tensors from plain values, so that it takes a tensor in place of its device
+    and returns the cached result for these values; where anything observes each operator, it computes them again."""
 
     @lru_cache(maxsize=64)
     def remember(*values):

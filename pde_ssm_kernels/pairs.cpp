@@ -1,6 +1,6 @@
-// Products of the pairwise coupling: at each wave vector of a grid a complex c x c matrix times the spectra of B images, and the
-// gradients; further below, those of systems of channels. The matrices are made on the way, a few at a time in a core's own cache,
-// and never lie in memory. Built by pairs.py, and held against the equations of pde_ssm.py.
+// Products of the pairwise coupling, a complex c x c matrix times the spectra of B images at each wave vector of a grid, and
+// their gradients; further below, those of systems of channels. The matrices are computed on the fly, a few at a time in a
+// core's own cache, and never stored in main memory. Built by pairs.py, and tested against the equations of pde_ssm.py.
 //
 // Sixteen output channels, or eight without AVX-512, are one vector. Spectra are real parts, then imaginary parts: "lanes" are
 // (f, 2, B, c), in which output channels lie side by side, and "packed" (f, c, 2, B), of which a product takes one number at a
@@ -46,7 +46,7 @@ static INLINE V gather(const float *from, long stride, int lanes) {
   return v;
 }
 
-// cos and sin of an angle in 2^-32 turns, whose multiples and sums are exact: whole turns fall off by themselves.
+// cos and sin of an angle in units of 2^-32 turns. Multiples and sums of such angles are exact: whole turns overflow to zero.
 static INLINE Z wave(const U &angle) {
   U quadrant = (angle + (1u << 29)) >> 30;
   V a = __builtin_convertvector((I)(angle - (quadrant << 30)), V) * (float)(TURN / 4294967296.0), aa = a * a;
@@ -58,8 +58,8 @@ static INLINE Z wave(const U &angle) {
 }
 
 // Wave vectors with one x and neighbouring y, at most RUN of them, as integers m of k = 2 pi m. At the Nyquist frequency of y,
-// which is a run of its own, and of x, odd powers are zero: see `wave_numbers` of pde_ssm.py. Where x's is, -y has the complex
-// conjugate of y, so that only one of them has a run: see `conjugates` of pairs.py.
+// which is a run of its own, and of x, odd powers are zero: see `wave_numbers` of pde_ssm.py. Where x_odd is zero, values at -y
+// are the complex conjugates of those at y, so only one of the two has a run: see `conjugates` of pairs.py.
 struct Run {
   int x, x_odd, y, step, n;
   bool nyquist;
@@ -87,10 +87,10 @@ struct Grid {
   long at(const Run &run, int t) const { return (long)((run.y_at(t) + h) % h) * f + run.x; }
 };
 
-// What one lane's pair of channels has of the symbol G = exp(tau Lambda): Eq. (10).
+// The symbol G = exp(tau Lambda), Eq. (10), of one pair of channels per lane.
 //
-// Along a run, G(y + 1) = G(y) Q(y) and Q(y + 1) = Q(y) exp(-2 tau Kyy): two products and no exponential. Each begins with exact
-// values, and where a recurrence could overflow, or begin at nothing and grow, every value is computed by itself. With u = 2^-24
+// Along a run, G(y + 1) = G(y) Q(y) and Q(y + 1) = Q(y) exp(-2 tau Kyy): two products and no exponential. Each run begins with
+// exact values; where a recurrence could overflow, or grow from an underflow, every value is computed directly. With u = 2^-24
 // and S the largest sum of the magnitudes of the exponent's terms in the run, the relative error is at most u (128 + 16 S):
 // roundings of the first exponent, 4 S; of the first step, which counts up to RUN - 1 times, 12 S; of exp, cos and sin at both,
 // 4 RUN; of the products, 3 RUN, and of those in Q, which add up, 3 RUN^2 / 2. Below exp(LEAST_GROWTH) values may be zero.
@@ -102,7 +102,7 @@ struct Green {
 
   void set(const V *row) {
     const float square = TURN * TURN;
-    r = row[0] + 0.0f * (row[4] + row[5]);                                    // integers could not hold what is no number
+    r = row[0] + 0.0f * (row[4] + row[5]);                                    // NaN in bx or by, lost in integers, passes to r
     xx = row[1] * square, xy = row[2] * (2 * square), yy = row[3] * square;
     bend = exponential(-2 * yy);
     bx = (U)__builtin_convertvector(row[4] * 4294967296.0f, I), by = (U)__builtin_convertvector(row[5] * 4294967296.0f, I);
@@ -266,7 +266,7 @@ static INLINE void outer_all(Z *G, int n, const float *g, const float *w, int B,
   for (; i < n; i++) outer<Pair, 1>(G + i, g + 2 * i * B, w, B, c, lanes);
 }
 
-// For the time of a kernel, numbers too small to be normal are nothing: else they take a hundred times as long.
+// Flushes subnormal numbers to zero while a kernel runs: they would take a hundred times as long.
 struct WithoutSubnormals {
 #ifdef __x86_64__
   unsigned before = _mm_getcsr();
@@ -398,10 +398,11 @@ extern "C" void embed_backward(const float *gradient, const float *v, const floa
 }
 
 // Systems of channels, the coupling of `Coupled`: at each wave vector the symbol is exp(A) B, with the exponential of a matrix
-// A = tau Lambda(k), c x c, and the embedding B. Here one vector is LANES wave vectors, and matrices are n x n, c and then zeros
-// up to a multiple of 4. The exponential is squared s times from a Taylor polynomial of A / 2^s. Its gradient is the derivative at
-// the adjoint of A in the direction of the result's gradient (Mathias, 1996), which the same steps take along as a second part of
-// each matrix: (X, E) (Y, F) = (X Y, X F + E Y). So nothing is kept, and a gradient takes three products where a value takes one.
+// A = tau Lambda(k), c x c, and the embedding B. Here one vector is LANES wave vectors, and matrices are n x n, c padded by
+// zeros to a multiple of 4. The exponential is a Taylor polynomial of A / 2^s, squared s times. Its gradient is the derivative
+// at the adjoint of A in the direction of the result's gradient (Mathias, 1996), which the same steps carry along as a second
+// part of each matrix: (X, E) (Y, F) = (X Y, X F + E Y). Nothing is stored, and a gradient takes three products where a value
+// takes one.
 //
 // Forward and backward, 48 groups of 8 channels take 0.6 and 1.8 ms for 4 images of 8 x 8 tokens, 1.8 and 5.5 ms for 4 of 16 x 16
 // (one thread of an AMD EPYC). PyTorch's exponential and its gradient alone take ten times as long as these kernels, in one run.
@@ -632,8 +633,8 @@ extern "C" void systems_backward(const float *gradient, const float *v, const fl
   }
 }
 
-// The exponents of `Green` of the parameters of Pairwise, n pairs in each of the groups: `PDE.entries`, `PDE.bound` and the shift
-// of `green_symbol` in one pass over memory, which takes PyTorch's operations as long as the products for a few small images.
+// Computes the exponents of `Green` from the parameters of Pairwise, n pairs per group: `PDE.entries`, `PDE.bound`, the shift
+// of `green_symbol` in one pass over memory. PyTorch's operations take as long for this as the products of a few small images.
 
 constexpr int CHUNK = 1024;  // pairs whose gradients of tau are summed at once, whatever the number of threads
 
@@ -649,7 +650,7 @@ static INLINE void store_shifts(float *to, int lanes, const V &bx, const V &by) 
 
 // Modulo one turn, from -1/2 to 1/2.
 static INLINE V fraction(V turns) {
-  turns = (turns < 16777216.0f) & (turns > -16777216.0f) ? turns : 0.0f * turns;         // others are whole, or no numbers
+  turns = (turns < 16777216.0f) & (turns > -16777216.0f) ? turns : 0.0f * turns;         // larger ones are whole turns, or NaN
   turns -= __builtin_convertvector(__builtin_convertvector(turns, I), V);
   return turns - ((turns + 12582912.0f) - 12582912.0f);
 }

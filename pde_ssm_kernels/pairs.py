@@ -25,7 +25,7 @@ CHUNK = 1024             # pairs whose gradients of tau the kernels add up
 
 
 def evolve_tokens(v, equation, time_scale=None):
-    """The road of `pde_ssm_kernels.choose` for Pairwise and Coupled: tokens v (B, h, w, C) to their state, in the type of v."""
+    """Maps tokens v (B, h, w, C) to their state, in their type: for Pairwise and Coupled, used by `pde_ssm_kernels.choose`."""
     h, w = v.shape[1:3]
     spectra = pytorch.lanes(pytorch.real_spectrum(widen(v)), equation.groups).contiguous()         # (groups, f, 2, B, c)
     return pytorch.from_real_spectrum(pytorch.from_lanes(evolve_spectra(spectra, equation, h, w), h), h, w).to(v.dtype)
@@ -77,7 +77,7 @@ def fold(u, layer):
     folding, c = _folding(layer, h, w), layer.equation.dim
     folding.images += len(u)
     size = 8 * h * (w // 2 + 1) * layer.dim * -(-c // lanes()) * lanes()   # bytes
-    # How many images came before decides by which sums the next go, and so their last bits.
+    # Folding changes the order of sums, and so the last bits, by how many images came before: not in deterministic mode.
     pays = folding.images > c and not torch.are_deterministic_algorithms_enabled()
     if folding.matrices is None and pays and size <= room():
         folding.matrices = folded(layer, h, w)
@@ -184,7 +184,7 @@ class Exponents(torch.autograd.Function):
 
 
 def serves(v, equation):
-    """Whether the kernels can take these tokens (B, h, w, C): of at most 32 bits, on a CPU."""
+    """Returns whether the kernels support v (B, h, w, C): floats of at most 32 bits, on a CPU; systems must fit one vector."""
     if v.device.type != "cpu" or v.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not built():
         return False
     return not equation.is_system or equation.g0.shape[-1] <= lanes()
@@ -246,8 +246,8 @@ def check(*arguments):
 
 @cache
 def conjugates(h, w):
-    """Returns the wave vectors that have no product of their own, and those of which they are the complex conjugates: in the
-    columns of kx = 0 and of the Nyquist frequency, the spectrum of real tokens is the same up and down."""
+    """Returns the wave vectors that the kernels skip, and those of which they are the complex conjugates: in the
+    columns of kx = 0 and of the Nyquist frequency, the spectrum of real tokens at -ky is the conjugate of that at ky."""
     f = w // 2 + 1
     columns = [0] if w % 2 or w == 0 else [0, w // 2]
     y, x = torch.arange(1, (h + 1) // 2, device="cpu")[:, None], torch.tensor(columns, device="cpu")
@@ -262,7 +262,7 @@ def fill_conjugates(spectra, h, w):
 
 
 def add_conjugates(gradient, h, w):
-    """Returns the gradient from before `fill_conjugates`."""
+    """Returns the gradient of the input of `fill_conjugates` from that of its result."""
     theirs, mine = conjugates(h, w)
     gradient = gradient.clone(memory_format=torch.contiguous_format)
     gradient[:, mine, 0] += gradient[:, theirs, 0]
@@ -285,7 +285,7 @@ def make_exponents(tau, *parameters):
 
 
 def exponents_backward(gradient, tau, *parameters):
-    """From the gradient of `make_exponents`' result to those of what it was made of."""
+    """Returns the gradients of tau and the parameters from that of `make_exponents`' result."""
     _, groups, c, _ = gradient.shape
     parameters = [None if x is None else x.contiguous() for x in parameters]
     of_tau, found = tau.new_zeros(groups, -(-c * c // CHUNK)), [None if x is None else torch.empty_like(x) for x in parameters]

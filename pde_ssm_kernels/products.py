@@ -1,7 +1,7 @@
-"""Products of matrices that are float32's whatever TF32 is allowed: PyTorch's switch for it is for networks, whose weights were
-trained with it, and rounds factors to 11 bits, of which scaling and squaring alone makes an error of 1e-2.
+"""Matrix products in full float32 even where TF32 is allowed. PyTorch's TF32 switch is meant for networks, whose weights were
+trained with it; it rounds factors to 11 bits, which scaling and squaring alone amplifies to an error of 1e-2.
 
-Where TF32 is not allowed, and on CPUs, they are PyTorch's own.
+Where TF32 is not allowed, and on CPUs, these are PyTorch's own products.
 """
 
 from contextlib import contextmanager
@@ -26,10 +26,10 @@ def matrix_exp(A):
 
 
 def tf32_may_round(x):
-    """Whether a product of x on a GPU may be TF32's. Of a compiled program that is not known before it runs."""
+    """Returns whether a product of x on a GPU may use TF32; while compiling, the setting at run time is not known yet."""
     single = x.is_cuda and x.dtype in (torch.float32, torch.complex64)
     if torch.compiler.is_compiling():
-        return single and not transformed()  # compilers cannot differentiate forwards what they do not look into
+        return single and not transformed()  # compilers have no forward-mode derivative of an opaque operator
     return single and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -77,7 +77,7 @@ class Product(torch.autograd.Function):
 
 
 class MatrixExponential(torch.autograd.Function):
-    """`matrix_exp` likewise."""
+    """`matrix_exp` and its derivatives of any order, forwards and backwards."""
 
     generate_vmap_rule = True
 

@@ -1,9 +1,9 @@
 """Couplings of all pairs of channels, a few wave vectors at a time, in real arithmetic.
 
-The plain road needs the symbol of all wave vectors at once, N c D complex numbers for groups of c channels, and complex
-exponentials and products. One layer of 384 channels in one group, both passes, on one thread of an Intel Xeon (seconds, plain
-complex arithmetic in the same pieces / this): 4 images of 8 x 8 tokens 0.45 / 0.15, of 16 x 16 1.58 / 0.47; 16 images of
-16 x 16 1.73 / 1.03. Real parts lie before imaginary ones along an axis: real products run on tensor cores.
+The plain implementation needs the symbol of all wave vectors at once, N c D complex numbers for groups of c channels, and
+complex exponentials and products. One layer of 384 channels in one group, both passes, one thread of an Intel Xeon, takes, in
+seconds, plain complex arithmetic in the same pieces / this file: 4 images of 8 x 8 tokens 0.45 / 0.15, of 16 x 16 1.58 / 0.47;
+16 images of 16 x 16 1.73 / 1.03. Real parts precede imaginary parts along one axis, since real products run on tensor cores.
 """
 
 from functools import lru_cache
@@ -21,7 +21,7 @@ LEAST_GROWTH = -80       # the exponential of less is nothing in float32, but ta
 
 
 def evolve_in_pieces(v, equation, time_scale=None):
-    """The road of `pde_ssm_kernels.choose` for Pairwise and Coupled: tokens v (B, h, w, C) to their state."""
+    """Maps tokens v (B, h, w, C) to their state: for Pairwise and Coupled, an implementation for `pde_ssm_kernels.choose`."""
     h, w = v.shape[1:3]
     spectra, embedding = lanes(real_spectrum(widen(v)), equation.groups), torch.cat(equation.embedding(), dim=1)
     even, odd = monomials(equation, h, w)
@@ -48,7 +48,7 @@ def symbol(equation, h, w):
 
 
 def monomials(equation, h, w):
-    """Returns what the exponent, Eq. (8), is linear in at the f = h (w // 2 + 1) wave vectors of a grid: (f, 4) and (f, 2)."""
+    """Returns the monomials of the exponent, Eq. (8), at the f = h (w // 2 + 1) wave vectors of a grid: (f, 4) and (f, 2)."""
     like = widen(equation.g0)
     return _monomials(equation.wave_vectors, h, w, like.dtype, like)
 
@@ -79,8 +79,8 @@ def evolve_and_forget(*arguments):
     return checkpoint(evolve_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-# On CPUs the transforms of short sides are products with Fourier matrices, which leave the numbers where the next product wants
-# them. With FFTs in their place both transforms of 384 channels and their gradients take 3.9 times as long for 40 x 40 tokens,
+# On CPUs, short sides are transformed by products with Fourier matrices, whose results lie in memory as the next product needs
+# them. With FFTs instead, both transforms of 384 channels and their gradients take 3.9 times as long for 40 x 40 tokens,
 # 2.5 times for 64 x 64 (batch 4), 2.0 for 96 x 96 and 1.7 for 128 x 128 (batch 1; one thread of an Intel Xeon).
 
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
-ON_CHIP = dict(forward=2**14, backward=2**13)  # bytes of tokens in a program that holds all of a grid, padding included
-# Bytes of shared memory that programs take on grids up to so many tokens a side, by `python -m benchmarks.kernel_resources`.
+ON_CHIP = dict(forward=2**14, backward=2**13)  # bytes of tokens in a program that holds a whole grid, padding included
+# Bytes of shared memory per program, by the longest side of the grid in tokens (from `python -m benchmarks.kernel_resources`).
 SHARED = {16: 61_440, 32: 98_304, 128: 49_152}
 
 
 class Tile(NamedTuple):
-    """Channels of a program; points or wave numbers that it takes at once, in passes over large grids; warps, and stages of
-    loads ahead."""
+    """Holds a program's channels; the points or wave numbers that it takes at once in passes over large grids; its warps; and
+    the pipeline stages of its loads."""
 
     channels: int
     block: int

@@ -1,5 +1,5 @@
-// What the kernels of all couplings have in common: vectors of float32, sixteen or, without AVX-512, eight, complex numbers of
-// two of them, and their exponential.
+// Shared by the kernels of all couplings: vectors of sixteen float32 numbers, or eight without AVX-512, complex numbers made of
+// two such vectors, and the exponential.
 
 #pragma once
 #include <cstdint>

@@ -23,7 +23,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 def take(page, name, out):
     """Saves what the page shows as a PNG of 256 colours, which are enough and take a third of the bytes."""
-    time.sleep(2)  # for what is still moving
+    time.sleep(2)  # waits for animations to end
     with Image.open(io.BytesIO(page.screenshot(full_page=True))) as shot:
         shown = shot.convert("RGB").quantize(256)
     with whole_file(out / f"app-{name}.png", "picture") as file:

@@ -81,7 +81,7 @@ system() {
         samples=$folder/samples-$STEPS-$SAMPLING_STEPS-$IMAGES
         if [ -f "$folder/recorded-$run" ]; then continue; fi
         mkdir -p "$folder"
-        if [ ! -f "$REFERENCE" ]; then # first, so that what evaluation lacks shows before the work
+        if [ ! -f "$REFERENCE" ]; then # made first, so that missing files for evaluation show before the work
             run evaluate.py --make-ref "$real" "$REFERENCE" "${reference[@]}" --features "$FEATURES"
         fi
         if [ -z "$(checkpoint)" ]; then

@@ -24,7 +24,7 @@ from machine.files import whole_file
 
 HERE = Path(__file__).parent
 OURS = {"PDE-SSM-DiT-g": {}, "PDE-SSM-DiT-gla": {}}  # systems of ours beside all of the paper's
-# What the paper reports, by table and system: parameters in millions and metrics by their names there. Systems without figures
+# The paper's figures, by table and system: parameters in millions, and metrics by their names there. Systems without figures
 # are ours.
 PAPER = {
     "table1_cifar10": {
@@ -82,7 +82,7 @@ PAPER = {
         "PDE-SSM-DiT": {"FID": 49.37, "sFID": 11.21, "Inception Score": 34.09, "Precision": 0.47, "Recall": 0.48},
     },
 }
-# What has to be known of those figures.
+# Remarks on those figures, printed with the tables.
 REMARKS = {
     "table2_dis_cifar10": "DiS's paper gives S 384 channels, which are 30.9 million parameters; its code has 368, which are "
     "the paper's 28. The Gflops of its Table 1 leave out all that its Mamba layers compute, and so stand nowhere here. "

@@ -1,6 +1,6 @@
-"""Batches of images and all that is random in them: which images, in which order, mirrored or not, with which noise.
+"""Batches of images and all their randomness: which images, in which order, mirrored or not, with which noise.
 
-Order and noise belong to images and steps, so that any number of processes, begun anew at any step, sees the same.
+Order and noise belong to images and steps, so any number of processes, restarted at any step, sees the same batches.
 """
 
 import logging
@@ -31,9 +31,9 @@ class BadImages(NamedTuple):
         return Replacing(dataset, self.most) if self.most else dataset
 
     def note(self, faults, processes):
-        """Logs the faults that are new, of all processes, and remembers them.
+        """Logs the new faults of all processes, and records them.
 
-        Returns an OSError, instead of raising it on one process alone, if that makes more than `most`.
+        If there are then more than `most`, returns an OSError, so that the caller can raise it on all processes together.
         """
         for fault in dict.fromkeys(fault for part in processes.gather(faults) for fault in part):
             if fault not in self.known:
@@ -46,9 +46,9 @@ class BadImages(NamedTuple):
 
 
 def open_images(path, held_out_path, image_size, uncond, name, processes):
-    """Returns the images to train on and those held out, or None without a path. The others: arguments of load_dataset."""
+    """Returns training images and held-out ones (None without a path). The other arguments are those of load_dataset."""
     if name and processes.rank > 0:
-        processes.barrier()  # rank 0 looks first: what it makes of a set's files, the others find
+        processes.barrier()  # rank 0 opens the data set first and prepares its files, which the others then find
     dataset = load_dataset(path, image_size, uncond, name=name)
     held_out = load_dataset(held_out_path, image_size, uncond, held_out=True, name=name) if held_out_path else None
     if name and processes.rank == 0:
@@ -137,9 +137,9 @@ def draw_batch(
     """Returns the arguments of training_losses for a part of a step's images (n, ...) and their labels (n,), with everything
     random drawn from a generator per image.
 
-    The n-th image that a run sees gets the n-th generator, whichever process it lands on. flip: whether mirrored images are as
-    good. batch_size: of a whole step, over all processes. dropout: the probability of dropping a class. chances: how many more
-    random numbers the network takes for every image.
+    The n-th image that a run sees gets the n-th generator, on whichever process. flip: whether images may be mirrored.
+    batch_size: images per step over all processes. dropout: the probability of dropping a class. chances: how many further
+    random numbers per image the network takes.
     """
     first = (step - 1) * batch_size + part * len(images) * processes.size + processes.rank
     numbers = range(first, first + len(images) * processes.size, processes.size)
@@ -154,8 +154,8 @@ def draw_batch(
 
 
 def encode(images, mirrored, noise, space):
-    """Returns what the model sees of images (B, 3, H, W), those of mirrored (B,) bool turned around, or of their cached moments
-    (B, flips, 2, C, h, w). noise: a PerImageNoise of B generators."""
+    """Returns the model's input for images (B, 3, H, W), flipped where mirrored (B,) bool is true, or for their cached moments
+    (B, flips, 2, C, h, w): (B, C, h, w). noise: a PerImageNoise of B generators."""
     if images.dim() == 6:
         moments = torch.where(mirrored[:, None, None, None, None], images[:, -1], images[:, 0])
         return draw_latents(moments, noise.randn(*moments.shape[2:]))

@@ -1,7 +1,7 @@
-"""A model that learns: its weights, averages and optimiser, and one update of them all.
+"""A model in training: its weights, averages and optimiser, and one update of them all.
 
-accelerate's Accelerator has no part in it: under FSDP2 its prepare() refuses a second model, which averages are; its
-checkpoints are not DiT's, and load_state unpickles whatever is in them; and it clips before it tells the norm.
+accelerate's Accelerator is not used: under FSDP2 its prepare() refuses a second model, such as an average; its checkpoints
+are not in DiT's format, and load_state unpickles whatever is in them; and it clips gradients before it returns their norm.
 """
 
 import warnings
@@ -29,8 +29,8 @@ from pde_ssm import PDE
 
 @dataclass(eq=False)
 class Learner:
-    """A model; by decay, averages of its weights; the optimiser; what keeps float16's gradients in range; and how many steps
-    they have learnt, None in the middle of an update."""
+    """A model; averages of its weights, by decay; the optimiser; the scaler that keeps float16's gradients in range; and the
+    number of steps taken, None in the middle of an update."""
 
     model: nn.Module
     averages: dict
@@ -44,11 +44,11 @@ def create_learner(
     model, processes, lr, decays, average_device=None, sharded=False, float16=False, betas=(0.9, 0.999), weight_decay=0.0,
     lr_coefficients=1.0,
 ):  # fmt: skip
-    """Returns a Learner that has learnt nothing yet, on this process's device.
+    """Returns a new Learner on this process's device.
 
-    decays: of the averages, which lie on average_device, or else beside the model. sharded: it is this process's part of one
+    decays: of the averages, kept on average_device, by default the model's. sharded: it is this process's part of the whole
     (FSDP2). float16: gradients are scaled to stay in float16's range. lr, betas, weight_decay: of AdamW.
-    lr_coefficients: times which the learning rate is that of the coefficients of PDEs.
+    lr_coefficients: factor of the learning rate for the coefficients of PDEs.
     """
     device = processes.device
     home = average_device or device
@@ -90,7 +90,7 @@ def start_from(checkpoint, model, settings, processes):
 
 def shard(model, processes):
     """Leaves each process its part of every parameter, which they put together block by block as they compute (FSDP2)."""
-    # What a network returns is a view; nobody writes into it.
+    # The network returns a view, and no code writes into it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(processes.device.type, (processes.size,))
     for layer in (*getattr(model, "blocks", ()), model):
@@ -114,10 +114,10 @@ def sync_gradients(replica, now):
 
 
 def update(learner, loss, step, max_norm=None, warmup=True):
-    """Takes one step of the optimiser and of the averages with the gradients that are there, scaled down to max_norm.
+    """Takes one step of the optimiser and of the averages with the present gradients, clipped to max_norm.
 
-    Returns False, with nothing changed, if the gradients or the loss, which is the same on every process, are not finite. The
-    norm is the root of their squares, so that no gradient passes whose square, which AdamW averages, overflows.
+    Returns False, without changing weights, if the gradients or the loss, which is the same on every process, are not finite.
+    The norm overflows with the sum of squares, so no gradient passes whose square, which AdamW averages, would overflow.
     """
     model, opt, scaler = learner.model, learner.opt, learner.scaler
     scaler.unscale_(opt)

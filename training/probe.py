@@ -1,5 +1,5 @@
-"""A Frechet distance while a run trains: a few samples from its averaged weights against a few of its images, by the first
-64 features of a network, as in the PDE-SSM paper's ablation. It shows where a run goes; FID takes 50,000 and 2,048."""
+"""A Frechet distance during training: a few samples from the averaged weights against a few of the run's images, by the first
+64 features of a network, as in the PDE-SSM paper's ablation. It shows a trend; FID takes 50,000 samples, 2,048 features."""
 
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ FEATURES = 64
 
 
 class Probe(NamedTuple):
-    """How to measure a Frechet distance. name: fd<features>_<network>_<samples>. samples, images: how many. reference: mean
-    (D,) and covariance (D, D) of the images."""
+    """A measurement of the Frechet distance. name: fd<features>_<network>_<samples>. samples, images: their numbers. reference:
+    mean (D,) and covariance (D, D) of the images' features."""
 
     name: str
     network: nn.Module
@@ -37,8 +37,8 @@ class Probe(NamedTuple):
 
 
 def open_probe(path, held_out_path, image_size, dataset, features, weights, processes):
-    """Returns a Probe against images held out, or else those to train on, evenly spread over all that are there. dataset: the
-    name of their set, if it has one. features, weights: of open_network. OSError or ValueError says what is missing."""
+    """Returns a Probe against held-out images, or else training images, evenly spread over the data set. dataset: its name, if
+    it has one. features, weights: arguments of open_network. OSError or ValueError if something is missing."""
     path, held_out = held_out_path or path, bool(held_out_path)
     if path and holds_latents(path):
         raise ValueError(f"--probe-every compares with images, and {path} holds latents; name images with --val-path")
@@ -76,9 +76,9 @@ def in_all(sums, processes):
 def distance(probe, model, space, objective, sampler, processes):
     """Returns the Frechet distance between a probe's images and samples of random classes without guidance, from the same noise
     in every call. Every process draws its share. ValueError, on all of them, where one has no samples."""
-    model.eval()  # drops symbols that were kept: sharded parameters change without telling
+    model.eval()  # drops cached symbols: sharded parameters change without a version count
     mine = range(processes.rank, probe.samples, processes.size)
-    parts = -(-probe.samples // (AT_ONCE * processes.size))  # for every process the same number, as a sharded model needs
+    parts = -(-probe.samples // (AT_ONCE * processes.size))  # the same number on every process, as a sharded model needs
 
     sums, problem = Statistics(), None
     for part in range(parts):

@@ -39,8 +39,8 @@ def create_experiment(results_dir, model):
 
 
 def open_folder(folder, results_dir, model):
-    """Returns the folder of a run that goes on, or else a new one, to whose log.txt training now logs as long as that can be
-    written. ValueError if another process is at work in it."""
+    """Returns the folder of a resumed run, or else a new one, and makes training log to its log.txt as long as that can be
+    written. ValueError if another process is using the folder."""
     opened, folder = ("reopened", folder) if folder else ("created", create_experiment(results_dir, model))
     log = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
     lock(log.stream, folder)
@@ -67,7 +67,7 @@ def best_effort(what):
 
 def warn_once(message):
     if message not in warned:
-        warned.add(message)  # first, for the warning may be what cannot be written
+        warned.add(message)  # added first: logging the warning may itself fail and call this again
         logger.warning(message)
 
 
@@ -136,9 +136,9 @@ def describe_steps(total, loader, batch_size, parts, processes):
 
 
 def log_interval(step, losses, seconds, cost, processes, write_row, rate=None):
-    """Logs the mean of the losses since the last time; the speed, in steps and operations per process; the most memory that
-    this process took; and the learning rate if it changes. cost: flops of a step, and those per second that the device is made
-    for, or None. rate: the learning rate of a step, or None."""
+    """Logs the mean of the losses since the last call; the speed, in steps and in operations per process; this process's peak
+    memory; and the learning rate if it varies. cost: flops of a step, and the device's peak flops per second or None. rate: the
+    function from a step to its learning rate, or None."""
     if processes.rank == 0 and losses:
         row = dict(step=step, loss=torch.stack(losses).mean().item(), steps_per_sec=len(losses) / seconds)
         flops, peak = row["steps_per_sec"] * cost[0] / processes.size, cost[1]
@@ -153,7 +153,7 @@ def log_interval(step, losses, seconds, cost, processes, write_row, rate=None):
 
 
 def log_scale(step, scale, write_row):
-    """Logs that a step was skipped for float16's scale, to which it is now."""
+    """Logs that a step was skipped because of float16's scale, and the new scale."""
     logger.info(f"(step={step:07d}) Skipped: float16 cannot hold the scaled gradients, whose scale is now {scale:g}")
     write_row(dict(step=step, scale=scale))
 

@@ -1,4 +1,4 @@
-"""How far weights move: the flags of the optimiser and its averages, and the learning rate of each step."""
+"""The flags of the optimiser and of the averages of weights, and the learning rate of each step."""
 
 import argparse
 import math
@@ -9,17 +9,17 @@ from machine.flags import above_zero, decay, ema_length, from_zero, not_negative
 def add_learning_flags(add, vary):
     """Adds the flags of train.py that say how weights change, by `group` of machine/flags.py."""
     add("--lr", type=above_zero, default=1e-4, help="learning rate of AdamW, constant unless the next two say otherwise")
-    more = "times which it is that of the coefficients of PDEs, most of which are logarithms"
+    more = "factor of --lr for the coefficients of PDEs, most of which are logarithms"
     add("--lr-coefficients", type=above_zero, default=1.0, metavar="TIMES", help=more)
-    add("--warmup-steps", type=not_negative, default=0, metavar="STEPS", help="in which it rises from 0")
-    add("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after that; cosine: falls to 0 at the end")
+    add("--warmup-steps", type=not_negative, default=0, metavar="STEPS", help="steps in which the learning rate rises from 0")
+    add("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after warm-up; cosine falls to 0 at the end")
     add("--weight-decay", type=from_zero, default=0.0, help="of AdamW, for every parameter")
     betas = dict(type=decay, nargs=2, metavar=("BETA1", "BETA2"), default=[0.9, 0.999])
     add("--adam-betas", **betas, help="decays of AdamW's averages of gradients and of their squares")
     add("--max-grad-norm", type=above_zero, help="scale larger gradients down to this norm")
-    vary("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after so many in a row that are not finite")
-    add("--ema-decay", type=decay, nargs="+", default=[0.9999], help="of averages of weights; samples: the first, or --ema")
-    lengths = "also keep two averages that look back over such shares of the run, for --ema-length of sample.py"
+    vary("--max-skipped", type=positive, default=20, metavar="STEPS", help="stop after this many non-finite steps in a row")
+    add("--ema-decay", type=decay, nargs="+", default=[0.9999], help="decays of averages of weights; sampling uses the first")
+    lengths = "also keep two averages that look back over these shares of the run, for --ema-length of sample.py"
     add("--ema-lengths", type=ema_length, nargs=2, metavar="L", help=lengths)
     warmup = "let averages start fast, so that short runs can be sampled; without it their decay is constant, as upstream's"
     add("--ema-warmup", action=argparse.BooleanOptionalAction, default=True, help=warmup)

@@ -16,8 +16,8 @@ from PIL import Image
 from machine.files import read_rows, whole_file
 
 PROJECT = "pde-ssm-dit"
-# What tells accelerate that there are several processes. One of them tracks, so that it need not know of the others: it would
-# choose a number of threads, on which the last bits of results depend.
+# Variables by which accelerate detects several processes. They are hidden from it, since only one process tracks, and it would
+# otherwise choose a number of threads, on which the last bits of results depend.
 SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -61,11 +61,11 @@ def tensorboard(folder, settings, first=0):
 
 
 def weights_and_biases(folder, settings, first=0):
-    """Shows a run of the project, which goes on when training does. Without an account, or as WANDB_MODE has it, it stays in
-    the folder for `wandb sync`.
+    """Shows a run in Weights & Biases, and resumes it there when training resumes. Without an account, or if WANDB_MODE says
+    so, it stays in the folder for `wandb sync`.
 
-    A kill takes along what wandb had not written yet. So a run that goes on first shows again what its folder knows: offline
-    all of it, in place of what was written before, and online what the account has not got.
+    A kill loses what wandb had not written yet. So a resumed run first shows again what its folder holds: offline all of it,
+    replacing what was written before, and online what the account does not have.
     """
     try:
         import wandb
@@ -124,7 +124,7 @@ def numbers_of(row):
     return {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
 
 
-# What the classes of accelerate take first, and what else they hand on to their libraries.
+# By tracker: the title that accelerate's class takes first, and further arguments for its library.
 OTHERS = {
     "aim": lambda folder: (folder.name, dict(logging_dir=folder)),
     "clearml": lambda folder: (PROJECT, dict(task_name=folder.name)),

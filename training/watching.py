@@ -1,4 +1,4 @@
-"""What a run shows of its averaged weights while it trains: held-out loss, samples, and their distance to images."""
+"""Monitors a run's averaged weights during training: held-out loss, samples, and the samples' distance to images."""
 
 import logging
 from math import isfinite
@@ -40,7 +40,7 @@ class Watch(NamedTuple):
     probe_every: int | None = None
 
     def due(self, step, saved):
-        """Returns the names of what there is to show after a step; saved: whether there is a checkpoint of it."""
+        """Returns the names of the outputs that are due after a step; saved: whether the step has a checkpoint."""
         names = {"held_out_loss"} if self.held_out and saved else set()
         names |= {"samples"} if self.sample_every and step % self.sample_every == 0 else set()
         return names | ({self.probe.name} if self.probe and step % self.probe_every == 0 else set())
