@@ -1,4 +1,4 @@
-"""Looks at the operator and draws samples in a browser, on this machine alone:
+"""Shows the operator and draws samples in a browser, on this machine alone:
 
     python app.py                                      serves at http://127.0.0.1:7860
     python app.py --folders results runs/elsewhere     checkpoints from there, and from nowhere else
@@ -51,7 +51,7 @@ def nothing_in(folders):
 
 
 def free_port(host, port):
-    """Returns the port, or one that is free for 0. OSError if it cannot be had."""
+    """Returns the port, or a free one for 0. OSError if the port is in use or not allowed."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -18,8 +18,8 @@ def public_checkpoint(model=None, mixer=None, image_size=None, num_classes=None)
 
 
 def find_checkpoint(name):
-    """Returns the path of a checkpoint: for one of pretrained_models its file under pretrained_models/, for a folder or id of
-    the hub what `locate` says, and else `name` itself. What is not there is fetched. OSError if it cannot be."""
+    """Returns the path of a checkpoint, fetching it if it is missing: for one of pretrained_models, its file under
+    pretrained_models/; for a folder or id of the hub, the result of `locate`; else `name`. OSError if fetching fails."""
     if name not in pretrained_models:
         return locate(name)
     path = os.path.join("pretrained_models", name)

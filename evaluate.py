@@ -46,7 +46,7 @@ def main(args, processes):
 
 
 def check(args):
-    """Checks that the flags go together. ValueError or OSError if not."""
+    """Checks that the flags can be combined. ValueError or OSError if not."""
     if args.make_ref and (args.ref or args.halves or args.features.endswith(".npz")):
         raise ValueError("--make-ref FOLDER OUT.npz stands alone")
     if args.make_ref and (args.json or args.kid or args.exact_distances):

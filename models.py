@@ -114,8 +114,8 @@ class DiT(PatchBackbone):
         return torch.zeros_like(added) if self.rotary else added
 
     def _initialize(self):
-        """Initialises layers by Xavier's rule, and those that modulate, gate or come last with zero, so that every block starts
-        as the identity. A mixer whose own layers must start otherwise has a method `initialize`, which sets them again."""
+        """Initialises layers by Xavier's rule, and the modulation, gate and final layers with zero, so that every block starts
+        as the identity. A mixer whose layers must start differently has a method `initialize`, which sets them again."""
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.flatten(1))
         nn.init.zeros_(patches.bias)
@@ -146,7 +146,7 @@ class DiT(PatchBackbone):
         drop (B,) bool marks images whose class is replaced by the null class; if None, training picks them at random.
         """
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, D)
-        # Contiguous: a convolution may return its result channels first, which every block would read with large strides.
+        # Made contiguous because the convolution may return channels first, which every block would read with large strides.
         x = (self.x_embedder(x) + self.pos_embed).contiguous()             # (B, N, D), N = h w
         for block in self.blocks:
             x = self.run(block, x, c)
@@ -159,11 +159,11 @@ SIZES = {
     "XL": (1152, 28, 16),
     "L": (1024, 24, 16),
     "B": (768, 12, 12),
-    "M": (512, 12, 8),  # the PDE-SSM paper's for churches and flowers; not one of DiT's
+    "M": (512, 12, 8),  # the PDE-SSM paper's size for churches and flowers; DiT has no such size
     "S": (384, 12, 6),
     "Ti": (192, 12, 3),
     "N": (96, 6, 3),
-    "N64": (64, 6, 2),  # N at other widths, to see how loss falls with size
+    "N64": (64, 6, 2),  # N at other widths, to measure how the loss scales with size
     "N128": (128, 6, 4),
     "N192": (192, 6, 6),
 }
@@ -209,7 +209,7 @@ MODELS = {name: build for family in FAMILIES for name, build in family.items()}
 
 
 def families():
-    """Returns the names of MODELS, those of a family together, as in DiT-{XL,L}/{1,2}."""
+    """Returns the names in MODELS, abbreviated by family, as in DiT-{XL,L}/{1,2}."""
     together = []
     for names in FAMILIES:
         sizes, patches = (dict.fromkeys(name.partition("/")[i] for name in names) for i in (0, 2))

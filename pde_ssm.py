@@ -20,7 +20,7 @@ from torch import nn
 
 import pde_ssm_kernels
 from pde_ssm_attention import ARGUMENTS, exchange
-from pde_ssm_kernels import BACKENDS, pytorch, set_backend  # noqa: F401  (two of them offered here)
+from pde_ssm_kernels import BACKENDS, pytorch, set_backend  # noqa: F401  (BACKENDS and set_backend are re-exported)
 from pde_ssm_kernels.kept import Keeping, forget, kept
 from pde_ssm_kernels.modes import full_precision, widen
 from pde_ssm_kernels.products import matmul
@@ -32,7 +32,7 @@ LEAST_GROWTH = -80   # exp of anything smaller is negligible in float32, and is 
 
 
 def wave_numbers(n, half=False, dtype=torch.float32, device=None):
-    """Wave numbers 2 pi m of n points on the unit circle, in FFT order; with `half`, those of rfft alone.
+    """Returns the wave numbers 2 pi m of n points on the unit circle, in FFT order; with `half`, only those of rfft.
 
     Returns (k, k_odd). They differ at the Nyquist frequency of an even n: it has no partner of the other sign, so
     a real signal admits no odd power of k there, and k_odd is 0 (the derivative of cos(pi n x) vanishes on the grid).
@@ -84,8 +84,8 @@ def embedding_symbol(g0, gx, gy, h, w):
 
 
 def rfft2(v):
-    """Tokens (B, h, w, C) of any type -> (B, C, h, w // 2 + 1), complex, computed in float32 or wider."""
-    # Contiguous, here and below: for other layouts complex transforms of MKL may write beyond their memory.
+    """Transforms tokens (B, h, w, C) of any type to (B, C, h, w // 2 + 1), complex, in float32 or wider."""
+    # The input is made contiguous here and below because MKL's complex transforms of other layouts may write out of bounds.
     return torch.fft.rfft2(widen(v).movedim(-1, 1).contiguous())
 
 
@@ -111,7 +111,7 @@ def matrix(xx, xy, yy):
 
 
 def initial_widths(token, n):
-    """Returns n diffusion lengths l with K = l^2, so that the Gaussian's standard deviation at tau = 1 is sqrt(2) l."""
+    """Returns n diffusion lengths l, where K = l^2, so that the Gaussian at tau = 1 has the standard deviation sqrt(2) l."""
     return torch.logspace(math.log(token / 2), math.log(max(1 / 4, token / 2)), n, base=math.e) / math.sqrt(2)
 
 
@@ -124,8 +124,8 @@ def initial_shifts(token, shape):
 class PDE(Keeping):
     """Holds what the couplings share: g0, gx, gy and log_tau, and the scalar coefficients of each PDE (matrices in `Coupled`).
 
-    All are plain parameters, not layers: initialisers that walk over a model's layers leave them alone. Those of absent
-    terms do not exist, and their coefficients are zero.
+    All are plain parameters, not layers, so initialisers that walk over a model's layers leave them alone. An absent
+    term has no parameters, and its coefficients are zero.
     """
 
     groups = components = 1
@@ -135,7 +135,7 @@ class PDE(Keeping):
         self.dim, self.terms, self.token = dim, terms, 1 / max(grid_size)
 
     def create_scalars(self, log_l, r):
-        """Adds parameters in the shape of log_l: isotropic diffusion of widths exp(log_l), shifts, and the rates r."""
+        """Adds parameters in the shape of log_l: isotropic diffusion with widths exp(log_l), shifts, and the rates r."""
         self.gx, self.gy = (nn.Parameter(torch.zeros_like(log_l)) for _ in range(2))
         if "diffusion" in self.terms:
             self.log_lx = nn.Parameter(log_l)
@@ -147,7 +147,7 @@ class PDE(Keeping):
             self.r_slack = nn.Parameter((R_MAX - r).expm1().log())
 
     def entries(self):
-        """Returns r, which `bound` makes smaller where tau is large, Kxx, Kxy, Kyy, bx and by."""
+        """Returns r (before `bound`, which lowers it where tau is large), Kxx, Kxy, Kyy, bx and by."""
         r = Kxx = Kxy = Kyy = bx = by = self.absent()
         if "diffusion" in self.terms:
             lx, ly, shear = widen(self.log_lx).exp(), widen(self.log_ly).exp(), widen(self.shear)
@@ -160,7 +160,7 @@ class PDE(Keeping):
         return r, Kxx, Kxy, Kyy, bx, by
 
     def bound(self, r, tau):
-        """Returns r with tau r <= R_MAX."""
+        """Returns r, lowered where needed so that tau r <= R_MAX."""
         return torch.minimum(r, R_MAX / (tau if r.ndim < 3 else tau[:, None, None]))
 
     def embedding(self):
@@ -220,7 +220,7 @@ class Diagonal(PDE):
 
     @kept
     def symbol(self, h, w, time_scale=None):
-        """Returns G(k) B(k), (dim, h, w // 2 + 1), or with time_scale one for each image, (B, dim, h, w // 2 + 1)."""
+        """Returns G(k) B(k), (dim, h, w // 2 + 1), or, with time_scale, one per image, (B, dim, h, w // 2 + 1)."""
         K, b, r, tau = self.coefficients()
         if time_scale is not None:
             tau = tau * (time_scale if self.components == 1 else time_scale[:, None])
@@ -360,8 +360,8 @@ class PDESSM(Keeping):
     activation:  not the paper's: silu(R u + bias) in place of R u.
     gate:        not the paper's: the state times silu of a second projection of u, then a linear layer.
     local:       not the paper's: a learnt 3 x 3 stencil of R u (a depthwise convolution, zero outside) is added to the state.
-    conditioned: not the paper's: forward takes a vector c (B, dim) too, and each channel's tau is multiplied by exp of
-                 a linear map of it, zero at the start and bounded to +-2. For the diagonal coupling alone.
+    conditioned: not the paper's: forward also takes a vector c (B, dim), and each channel's tau is multiplied by the
+                 exponential of a linear map of c, which starts at zero and is bounded to +-2. Only for the diagonal coupling.
 
     R is a linear layer (a 1 x 1 convolution). Transform and symbol are computed in float32 (float64 for
     float64 inputs) under any autocast; the result has the type of R u. ValueError for options that do not fit together.
@@ -450,8 +450,8 @@ class PDESSM(Keeping):
 def receptive_field(kernel):
     """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
-    kernel (..., h, w), as of `PDESSM.kernel` -> (...). For convection alone by an even number of tokens it is the length of the
-    shift; for isotropic diffusion of standard deviation s, from 1 to a sixth of the side, sqrt(2) s. Sharper kernels ring.
+    kernel (..., h, w), as from `PDESSM.kernel` -> (...). For pure convection by an even number of tokens it is the length of
+    the shift; for isotropic diffusion of standard deviation s, from 1 to a sixth of the side, sqrt(2) s. Sharper kernels ring.
     """
     h, w = kernel.shape[-2:]
     y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))
@@ -460,15 +460,15 @@ def receptive_field(kernel):
 
 
 class PDESSMBlock(nn.Module):
-    """PDE-SSM on tokens, (B, N, D) -> (B, N, D): stands where timm's Attention stood and takes its arguments.
+    """Applies PDE-SSM to tokens, (B, N, D) -> (B, N, D): a drop-in replacement for timm's Attention, with its arguments.
 
-    num_heads, qkv_bias and most other arguments of attention mean nothing to a PDE and are ignored; device and dtype are
+    num_heads, qkv_bias and most other arguments of attention have no meaning for a PDE and are ignored; device and dtype are
     those of the parameters, and dim_out, if given, must be dim. The other options are those of `PDESSM`.
-    grid_size is the (h, w) of the h w tokens of the grid, row by row; without it, their number must be a square.
+    grid_size is the (h, w) of the grid, whose h w tokens come row by row; without it, their number must be a square.
 
-    prefix_tokens is the number of tokens before the grid's that have no place on it, such as a class token. The mean of
-    these tokens, after a linear layer, is added to every token of the grid, and the mean of the grid's result to each of
-    them: a uniform field, which diffusion and convection leave as it is.
+    prefix_tokens is the number of leading tokens that have no place on the grid, such as a class token. Their mean, after a
+    linear layer, is added to every token of the grid, and the mean of the grid's result is added to each of them: a uniform
+    field, which diffusion and convection leave unchanged.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
@@ -489,8 +489,8 @@ class PDESSMBlock(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def forward(self, tokens, c=None, **call):                             # (B, P + N, D), (B, D) or None
-        """`call` is what callers pass to attention: rope is ignored, since a PDE knows where tokens are; a mask, a context
-        or anything else but None and False is a ValueError."""
+        """Mixes tokens (B, P + N, D). `call` holds further arguments that callers pass to attention: rope is ignored, since a
+        PDE knows where tokens are; a mask, a context or any other value except None and False raises a ValueError."""
         if given := [name for name, value in call.items() if value is not None and value is not False and name != "rope"]:
             raise ValueError(f"PDESSMBlock mixes a grid of tokens and cannot follow {', '.join(given)}")
         if tokens.ndim != 3:
@@ -520,7 +520,7 @@ PRESETS = {
 
 
 def options_from_weights(weights):
-    """Returns the options of the PDESSMBlock that has these weights, a state dict: build it, then load them. No prefix tokens.
+    """Returns the options with which to build the PDESSMBlock that has these weights, a state dict without prefix tokens.
     KeyError if the weights are not those of a PDESSMBlock."""
     g0 = weights["pde.equation.g0"]
     names = {name.removeprefix("pde.equation.") for name in weights}

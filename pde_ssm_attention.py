@@ -101,7 +101,7 @@ def sees_all_tokens(layer):
     bias = getattr(layer, "relative_position_index", None)                 # (N, N); includes a class token unless for a window
     if hasattr(layer, "window_size") and (bias is None or len(bias) != math.prod(layer.window_size) + 1):
         return False
-    if layer.qkv.weight.is_meta:                                           # nothing can be computed
+    if layer.qkv.weight.is_meta:                                           # meta tensors have no values to test
         return True
     layer, width = deepcopy(layer).to("cpu", torch.float32).eval(), layer.qkv.in_features
     for parameter in filter(lambda p: p is not None, (layer.qkv.weight, layer.qkv.bias, getattr(layer, "q_bias", None))):
@@ -128,5 +128,5 @@ def misfit(model):
             deepcopy(model).to("meta").eval()(torch.empty(1, getattr(model, "in_chans", 3), *size, device="meta"))
     except ValueError as error:
         return str(error) if str(error).startswith("PDESSMBlock") else None
-    except Exception:  # of the model, or of what computes shapes
+    except Exception:  # the model itself failed, or an operator has no shape rule
         return None

@@ -60,7 +60,7 @@ def with_guide(guidance, path, scale, model, settings, running):
 
 
 def in_words(model, settings, sampler, steps, precision, guidance):
-    """Says what is drawn and how, for a line of output. settings: a checkpoint's, as `load_model` returns them."""
+    """Returns, in words, what is drawn and how, for a line of output. settings: a checkpoint's, as from `load_model`."""
     coupling = settings["mixer_options"].get("coupling")
     mixer = f"{settings['mixer']} ({coupling} coupling)" if coupling else settings["mixer"]
     mixer = f" with mixer {mixer}" if isinstance(model, DiT) else ""  # others bring their own

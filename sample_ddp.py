@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/000-DiT-XL-2/checkpoints/0400000.pt --num-fid-samples 50000
 
-Every image has a seed of its own and batches are the same for any number of processes, so the images are too. Run again
-after a stop, it goes on where it was. With --evaluate REF it then prints what evaluate.py would.
+Every image has its own seed, and batches are the same for any number of processes, so the images are too. Run again after a
+stop, the command continues where it was. With --evaluate REF it then prints what evaluate.py would.
 """
 
 import argparse

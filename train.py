@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /imagenet/train
     python train.py --model DiT-N/2 --mixer pdessm --vae none --image-size 8 --num-classes 10      (digits, no data needed)
 
-All randomness belongs to images and steps, not to processes: the number of processes changes only rounding.
+All randomness is tied to images and steps, not to processes: the number of processes changes only rounding.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main(args, processes):
 
     def save(alone=False):
         if learner.step not in saved:  # a signal may come right after a checkpoint
-            saved.add(learner.step)  # before it is written: a checkpoint that failed is not tried again
+            saved.add(learner.step)  # marked before writing, so that a failed checkpoint is not tried again
             with postponed():
                 path = resume.save_run(folder, learner, settings, processes, conditions, alone)
                 if leads:
@@ -107,7 +107,7 @@ def main(args, processes):
         average = next(iter(learner.averages.values()))
         watch.show(watch.due(step, step in saved) - seen, step, average, processes, journal)
 
-    replica = replicate(learner.model, processes)  # before `postponed`, so that a signal still ends the run at once
+    replica = replicate(learner.model, processes)  # outside `postponed`, so that a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, **how)
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, chances=model.random_numbers)
@@ -198,7 +198,7 @@ def build_model(settings, space):
 
 
 def begin(args, model, run, changes, rate, processes):
-    """Returns the learner of a new run, or of one that goes on, whose folder then forgets what came after the checkpoint."""
+    """Returns the learner of a new run, or of a resumed one, whose folder then drops everything after the checkpoint."""
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     sharded, float16 = args.parallel == "fsdp", args.precision == "fp16"

@@ -221,7 +221,7 @@ def parse_args(argv=None):
     add("runs", nargs="+", metavar="RUN", help="folders of train.py's runs")
     add = picture("drift", draw_drift, "how the PDEs' coefficients moved in training")
     add_checkpoint(add, required=True)
-    add("--initial", metavar="CKPT", help="weights before training; unless given, they are made again from the run's seed")
+    add("--initial", metavar="CKPT", help="weights before training; by default they are recreated from the run's seed")
     return parser.parse_args(argv)
 
 

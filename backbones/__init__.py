@@ -41,11 +41,11 @@ class Backbone(nn.Module, Pretrained):
         return weights["pos_embed"].shape[1] if "pos_embed" in weights else None
 
     def checkpoint_gradients(self):
-        """From now on training keeps what enters a block only, and computes the rest again when it needs gradients."""
+        """Makes training store only the inputs of each block, and recompute the rest when it needs gradients."""
         self.recompute = True
 
     def run(self, block, *inputs):
-        """Returns what a block makes of its inputs, which training after `checkpoint_gradients` computes twice."""
+        """Returns the result of a block, which training computes twice after `checkpoint_gradients`."""
         return checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
@@ -61,7 +61,7 @@ class Backbone(nn.Module, Pretrained):
         return torch.cat([guided.repeat(2, 1, 1, 1), out[:, channels:]], dim=1)
 
     def check_size(self, input_size):
-        """(height, width) of a side or a pair, if both are divisible by the stride; else ValueError."""
+        """Returns (height, width) from a side or a pair. ValueError unless both are divisible by the stride."""
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % self.stride or width % self.stride:
             raise ValueError(f"input size {height} x {width} is not divisible by {self.stride}, as this model needs")
@@ -83,7 +83,7 @@ class PatchBackbone(Backbone):
         return keywords["patch_size"]
 
     def resize(self, input_size):
-        """The same weights for inputs of another size, a side or (height, width): returns the model."""
+        """Adapts the model to inputs of another size, a side or (height, width), with the same weights, and returns it."""
         height, width = self.input_size = self.check_size(input_size)
         self.grid_size = (height // self.patch_size, width // self.patch_size)
         for layer in self.modules():
@@ -109,7 +109,7 @@ def count_blocks(weights, name):
 
 
 def drop_labels(y, drop, null, probability):
-    """Classes y (B,) with those of drop (B,) bool, or if that is None some at random, replaced by the null class."""
+    """Returns classes y (B,), those marked in drop (B,) bool, or random ones if it is None, replaced by the null class."""
     if drop is None and probability > 0:
         drop = torch.rand(len(y), device=y.device) < probability
     return y if drop is None else y.masked_fill(drop, null)

@@ -12,7 +12,7 @@ from mixers.mamba import Mamba
 
 
 class Block(nn.Module):
-    """Adds to the stream what the block before returned, joined by a skip if there is one, and returns what Vim makes of it."""
+    """Adds the previous block's output, merged with any skip, to the stream; returns (Vim of the normalised stream, stream)."""
 
     def __init__(self, hidden_size, skip):
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to the pixels of their patches, modulated by timestep and class if there are classes."""
+    """Maps tokens (B, L, D) to the pixels of their patches, modulated by timestep and class if there are classes."""
 
     def __init__(self, hidden_size, outputs, conditioned):
         super().__init__()
@@ -89,8 +89,8 @@ class DiS(LongSkips):
     def forward(self, x, t, y, drop=None, chance=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).
 
-        drop (B,) bool: whose class to leave out. chance (B, random_numbers), in [0, 1): below the rate of a block its input is
-        left out. Without these two training draws its own.
+        drop (B,) bool marks images whose class is dropped. chance (B, random_numbers), in [0, 1): where it is below a block's
+        rate, the block's input is dropped. Training draws both itself where they are None.
         """
         time = self.time_embed(timestep_waves(t, self.norm_f.weight.numel()).to(self.norm_f.weight.dtype))     # (B, D)
         label = self.label_emb(y, drop) if self.num_classes else None

@@ -10,12 +10,12 @@ from backbones.parts import LabelEmbedder, TimestepEmbedder, grid_embedding, lea
 from mixers.ss2d import SS2D
 from mixers.window import Window
 
-ATTENTION = ("shifted", "unshifted", "global", "none")  # windows, shifted in odd blocks or not; all to all; no such branch
+ATTENTION = ("shifted", "unshifted", "global", "none")  # windows, shifted in odd blocks or not; full attention; none
 
 
 class Block(nn.Module):
     """x += gate ss2d(mod(x)), x += gate window(mod(x)), x += gate mlp(mod(x)), mod(x) = layer_norm(x) (1 + scale) + shift, for
-    tokens (B, N, D) and conditioning (B, C), from which a linear layer first makes D numbers if `project`."""
+    tokens (B, N, D) and conditioning (B, C), which a linear layer first maps to (B, D) if `project`."""
 
     def __init__(self, dim, num_heads, window, number, condition, project, attention):
         super().__init__()
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Merge(nn.Module):
-    """Makes one token of 2 x 2, twice as wide: (B, N, D) on a grid -> (B, N / 4, 2 D)."""
+    """Merges 2 x 2 tokens into one, twice as wide: (B, N, D) on a grid -> (B, N / 4, 2 D)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -54,7 +54,7 @@ class Merge(nn.Module):
 
 
 class Expand(nn.Module):
-    """Makes 2 x 2 tokens of one, half as wide: (B, N / 4, 2 D) -> (B, N, D) on a grid. With factor 1, as many and as wide."""
+    """Expands a token into 2 x 2, half as wide: (B, N / 4, 2 D) -> (B, N, D) on a grid. With factor 1, shapes do not change."""
 
     def __init__(self, dim, factor=2):
         super().__init__()
@@ -67,7 +67,7 @@ class Expand(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks on one grid (h, w), with what leads there from a coarser one, or from there to it, if there is one."""
+    """Blocks on one grid (h, w), with the upsampling from, or the downsampling to, a coarser grid, if there is one."""
 
     def __init__(self, blocks, upsample=None, downsample=None):
         super().__init__()
@@ -177,8 +177,8 @@ class LaMamba(Backbone):
         return height, width
 
     def resize(self, input_size):
-        """The same weights for inputs of another size, a side or (height, width): returns the model. The positions of pixels on
-        another grid than the trained one are interpolated, by cubic splines between their centres, as they are used."""
+        """Adapts the model to inputs of another size, a side or (height, width), with the same weights, and returns it. On a
+        grid other than the trained one, positions are interpolated at each call, bicubically between the pixels' centres."""
         height, width = self.input_size = self.check_size(input_size)
         self.mid_layer.resize((height // 4, width // 4))
         for down, up, shrink in zip(self.layers, reversed(self.layers_up), (1, 2, 4, 4)):
@@ -193,7 +193,7 @@ class LaMamba(Backbone):
     def forward(self, x, t, y, drop=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W).
 
-        drop (B,) bool says whose class to replace by the null class; None leaves it to chance in training.
+        drop (B,) bool marks images whose class is replaced by the null class; if None, training picks them at random.
         """
         c = self.t_embedder(t) + self.y_embedder(y, drop)                  # (B, 4 D)
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)         # (B, N, D), N = H W
@@ -218,6 +218,6 @@ class LaMamba(Backbone):
 
 
 def drop_public_buffers(model, weights, *_):
-    """Removes from a state dict what public files hold besides weights: masks and places in windows."""
+    """Removes from a state dict the buffers of public files that are not weights: masks and indices of windows."""
     for name in [name for name in weights if name.endswith((".attn_mask", ".relative_position_index"))]:
         del weights[name]

@@ -19,9 +19,9 @@ def sincos_position(positions, dim):
 
 
 def grid_embedding(h, w, dim, trained_grid=None):
-    """Position of each token of an h x w grid: (1, h w, dim), one half for its column, the other for its row.
+    """Returns the position embedding of an h x w grid, (1, h w, dim): one half for a token's column, the other for its row.
 
-    On another grid than the trained one, the tokens' centres keep their place in the picture, between the trained ones.
+    On a grid other than the trained one, tokens keep the place of their centres in the picture, between the trained ones.
     """
     if dim % 4:
         raise ValueError(f"hidden_size must be divisible by 4 for the positional embedding; it is {dim}")
@@ -32,7 +32,7 @@ def grid_embedding(h, w, dim, trained_grid=None):
 
 
 def modulate(x, shift, scale, norm=layer_norm):                            # (B, N, D), (B, D), (B, D)
-    """adaLN: layer norm without weights of its own, then a shift and scale that the conditioning chose."""
+    """Applies adaLN: `norm` without weights of its own, then a shift and scale computed from the conditioning."""
     x = norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
@@ -44,7 +44,7 @@ def timestep_frequencies(n, device, intervals=None):
 
 
 def timestep_waves(t, dim, intervals=None):                                # (B,)
-    """Cosines, then sines of timesteps, at the frequencies of `timestep_frequencies`: (B, dim), in float32. dim is even."""
+    """Returns cosines, then sines of timesteps at the frequencies of `timestep_frequencies`: (B, dim) float32. dim is even."""
     angles = t.float()[:, None] * timestep_frequencies(dim // 2, t.device, intervals)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -66,7 +66,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) classes -> (B, D). Class num_classes is the null class, which training puts for some labels at random."""
+    """(B,) classes -> (B, D). Class num_classes is the null class, which replaces some labels at random in training."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -80,8 +80,8 @@ class LabelEmbedder(nn.Module):
 
 
 def learnt_positions(table, trained_grid, grid_size, extras=0):            # (1, extras + N, D)
-    """Returns a learnt table of positions, which begins with those of `extras` tokens off the grid, for another grid than the
-    trained one: interpolated by cubic splines between the tokens' centres."""
+    """Returns a learnt table of positions, whose first `extras` tokens are off the grid, adapted from the trained grid to
+    another, bicubically between the tokens' centres: (1, extras + h w, D)."""
     if grid_size == trained_grid:
         return table
     extra, image = table.split([extras, table.shape[1] - extras], dim=1)

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from machine.files import whole_file, write_json
 
 WEIGHTS = "model.safetensors"
-# Settings of a run that say where and how it ran, and nothing of what became of its weights; some are paths of its machine.
+# Settings of a run that tell where and how it ran, not what was trained; some are paths on its machine.
 WHEREABOUTS = {
     "data_path", "val_path", "results_dir", "resume", "init_from", "weights", "device", "num_workers", "check_data",
     "max_bad_images", "bad_images", "allow_changes", "tracker", "ckpt_every", "keep_last", "keep_every", "log_every",
@@ -23,7 +23,7 @@ NEGATED = {"ema_warmup", "tf32"}  # flags that are on unless --no-... is given
 
 
 def to_safetensors(weights, settings, **more):
-    """Returns a state dict as the bytes of a safetensors file; in its metadata are settings, a dict, as JSON, and more text."""
+    """Returns a state dict as bytes of a safetensors file, with settings, a dict, as JSON and further text as metadata."""
     whole = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
     return save(whole, dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True), **more))
 
@@ -31,8 +31,8 @@ def to_safetensors(weights, settings, **more):
 class Pretrained(PyTorchModelHubMixin):
     """Adds from_pretrained(folder or id), save_pretrained(folder) and push_to_hub(id) of huggingface_hub to a network.
 
-    settings: what training recorded of a network, as a checkpoint's args; the file of weights has it too, so that every command
-    reads the folder.
+    settings: the settings that training recorded, as in a checkpoint's args; they are also stored in the file of weights, so
+    that every command can read the folder.
     """
 
     settings = None
@@ -80,14 +80,14 @@ class Pretrained(PyTorchModelHubMixin):
 
 
 def public(settings):
-    """Returns settings without those that only the machine of the run understands."""
+    """Returns settings without those in WHEREABOUTS, which only concern the machine of the run."""
     return {name: value for name, value in settings.items() if name not in WHEREABOUTS}
 
 
 def card(model, settings, name="this model", steps=None, metrics=None):
-    """Returns a model card: what the network is, its data, how long it was trained, measures of it, and the commands.
+    """Returns a model card: the network, its data, how long it was trained, its metrics, and the commands to use it.
 
-    name: what --ckpt takes. steps: of training. metrics: {what: number}.
+    name: its value for --ckpt. steps: training steps. metrics: {name: value}.
     """
     from huggingface_hub import ModelCardData
 

@@ -40,7 +40,7 @@ class LongSkips(PatchBackbone):
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def positions(self):
-        """Learnt positions of the extra tokens and of those of the present grid, (1, extras + N, D)."""
+        """Returns the learnt positions of the extra tokens and of the current grid's tokens, (1, extras + N, D)."""
         return learnt_positions(self.pos_embed, self.trained_grid, self.grid_size, self.extras)
 
     def tokens(self, x, *extras):                                          # (B, C, H, W), (B, D) each

@@ -47,7 +47,7 @@ class UNet(Backbone):
         return size, settings_of(channels, len(weights["net.conv_out.weight"]), weights["net.class_embedding.weight"])
 
     def resize(self, input_size):
-        """A convolutional network runs at any size: returns the model."""
+        """Sets the input size, a side or (height, width), and returns the model: a convolutional network runs at any size."""
         self.input_size = self.check_size(input_size)
         return self
 

@@ -5,7 +5,7 @@ milliseconds of one pass.
 
 float32; the layer has 384 channels and a batch of 4, the step 1,024 tokens or one image.
 
-Products of matrices have their rate in GFLOP/s beside them: that of the largest is what the processor can do.
+Matrix products are listed with their rate in GFLOP/s; that of the largest shows what the processor can reach.
 """
 
 from math import prod
@@ -66,7 +66,7 @@ def report(title, run, calls, device=CPU):
 
 
 def show_kernels():
-    """Gives kernels a name that the profiler sees, since to it they are not operations."""
+    """Names the C++ kernels for the profiler, to which they are not operations."""
     run = cpu.run
 
     def recorded(name, *tensors, **sizes):

@@ -33,7 +33,7 @@ SIDES = {
     "coupled": dict(model=DIT, mixer="pdessm", coupling="coupled"),
     "global-filter-projection": dict(model=DIT, mixer="global-filter", projection=True),
 }
-PICTURED = "attention", "pdessm", "pdessm-g", "pdessm-gla", "mamba", "ss2d", "window", "U-ViT-N"  # as many as can be told apart
+PICTURED = "attention", "pdessm", "pdessm-g", "pdessm-gla", "mamba", "ss2d", "window", "U-ViT-N"  # more would be illegible
 PATCH = 4
 BATCHES = {64: 64, 256: 16, 1024: 4}  # by tokens
 QUICK_TOKENS = 256

@@ -43,7 +43,7 @@ def parse_args(description, argv=None, **flags):
 
 
 def limit_memory():
-    """Makes it an error in this process to ask for more memory than the machine has; Linux would kill it or a neighbour."""
+    """Makes allocating more memory than the machine has an error in this process; Linux would kill it, or another process."""
     try:
         import resource
 

@@ -177,7 +177,7 @@ def read(path):
 
 
 def table(results, names):
-    """Returns a line for each stage: how it ended, after how many seconds, and the last that it said."""
+    """Returns a line per stage: how it ended, after how many seconds, and its last line of output."""
     lines = []
     for name in names:
         result = results.get(name, dict(state="not run"))

@@ -3,8 +3,8 @@
 import math
 from statistics import linear_regression
 
-# A side has its colour in every plot, told apart by the colour-blind too; labels of other names get those that are left, again
-# from the first if there are more, with another marker.
+# A side has the same colour in every plot, from a palette safe for colour blindness; other labels get the remaining colours,
+# and, if there are more labels, the colours repeat with another marker.
 COLOURS = {
     "attention": "#0072b2", "naive": "#d55e00", "pdessm": "#009e73", "diagonal": "#009e73", "floor": "#555555",
     "pairwise": "#cc79a7", "coupled": "#e69f00", "timm": "#56b4e9",

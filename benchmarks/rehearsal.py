@@ -1,4 +1,4 @@
-"""Runs a benchmark with models and sizes that take no time, to see that it works and not how fast anything is:
+"""Runs a benchmark with tiny models and sizes, to test that it works, not how fast anything is:
 
     python -m benchmarks.rehearsal table5 --quick --device cpu
 """

@@ -26,7 +26,7 @@ def time_in_turns(sides, device, seconds):
     """Times functions against each other.
 
     sides:   name -> a function that returns the function to time, called once; it and its first calls are not timed.
-    seconds: no round begins later than that, except the first ROUNDS.
+    seconds: no round begins after this many seconds, except the first ROUNDS.
     Returns name -> dict(median_ms, quartiles_ms, samples, calls), calls being those of one sample. For a side that does
     not fit into memory, or fails, it returns a sentence that says so; the others are timed.
     """

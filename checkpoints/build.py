@@ -1,6 +1,6 @@
 """Checkpoints: a dict of model, ema, opt and args, as DiT's train.py writes them, except that args is a plain dict,
 so that torch.load reads it without trusting the file. Files with an argparse.Namespace, or bare weights, load too, and
-so do safetensors, with the weights and, as JSON in their metadata, the args; checkpoints/export.py makes one of the other.
+so do safetensors files with the weights and, as JSON in their metadata, the args; checkpoints/export.py converts between them.
 """
 
 import math
@@ -34,8 +34,8 @@ def save_checkpoint(path, **contents):
 
 
 def settings_from_weights(weights):
-    """Returns what weights tell of a network: model, mixer, mixer_options, num_classes, in_channels and learn_sigma (whether it
-    has learned variances among its outputs). ValueError if it is none of MODELS."""
+    """Returns the settings of a network that its weights reveal: model, mixer, mixer_options, num_classes, in_channels and
+    learn_sigma (whether its outputs include learned variances). ValueError if it is none of MODELS."""
     backbone = backbone_of(weights)
     size, settings = backbone.read(weights)
     for name, build in MODELS.items():
@@ -46,7 +46,7 @@ def settings_from_weights(weights):
 
 
 def stated_settings(stored, path):
-    """Returns what a checkpoint's args state, in train.py's words or SiT's. ValueError for a SiT that is no flow known here."""
+    """Returns the settings in a checkpoint's args, under train.py's names or SiT's. ValueError for a SiT with unknown flow."""
     if "path_type" in stored or str(stored.get("model")).startswith("SiT-"):
         kind = str(stored.get("path_type")), str(stored.get("prediction"))
         if kind not in SIT_PATHS:
@@ -65,8 +65,8 @@ def stated_settings(stored, path):
 
 
 def _stated_options(stored, model, path):
-    """Returns the mixer's options that its name and the flags in a checkpoint's args decide: those that weights tell as well,
-    as they would tell them, and the others."""
+    """Returns the mixer's options that its name and the flags in a checkpoint's args determine: (those that weights also
+    reveal, in the form in which they reveal them, and the others)."""
     mixer, kind = stored["mixer"], kind_of(stored["mixer"])
     try:
         given = kind.named[mixer] | kind.stored(stored) | mixer_options(mixer, stored)
@@ -81,8 +81,8 @@ def _stated_options(stored, model, path):
 
 
 def reconcile(stored, settings, path):
-    """Returns the settings that weights tell, with those that a checkpoint's args state. ValueError, with both values, where
-    they differ."""
+    """Returns the settings that weights reveal, combined with those that a checkpoint's args state. ValueError, with both
+    values, where they differ."""
     stated, told, options = stated_settings(stored, path), dict(settings), {}
     if MODELS[settings["model"]].func is not DiT and (foreign := stated.keys() & {"mlp", "norm", "time_intervals"}):
         raise ValueError(f"{path} contradicts itself: it states {', '.join(sorted(foreign))}, and its weights are no DiT's")
@@ -137,13 +137,13 @@ def load_model(path, given, default_vae, decay=None, usual=()):
 
 
 def trained(settings):
-    """Picks out what `create_sampler` must know of how a checkpoint was trained."""
+    """Returns the settings of a checkpoint that `create_sampler` needs."""
     return {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift", "learn_sigma")}
 
 
 def load_guide(path, model, settings):
-    """Returns the model of a checkpoint that is to guide another, of these settings, at that one's size. ValueError if they do
-    not see the same: space, objective and classes, but that it may have none."""
+    """Returns a checkpoint's model as the guide of `model`, which has these settings, at its size. ValueError unless both have
+    the same space, objective and classes; the guide may also have no classes."""
     usual = {name: settings[name] for name in ("objective", "path", "predict")}
     guide, own = load_model(path, dict(image_size=settings["image_size"], vae=settings["vae"]), settings["vae"], usual=usual)
     for name in ("vae_digest", "in_channels", "objective", "path", "predict", "time_scale"):
@@ -168,7 +168,7 @@ def create_network(settings, input_size):
 
 
 def learnt_variances(weights, settings):
-    """Returns whether a network has variances among its outputs, and has learnt them: SiT's leave theirs at zero."""
+    """Returns whether a network has learned variances among its outputs; SiT's has them, but leaves them at zero."""
     last = weights.get("final_layer.linear.weight")
     if not settings["learn_sigma"] or last is None:
         return settings["learn_sigma"]
@@ -241,8 +241,8 @@ def trained_size(settings, tokens, given, space, path):
 
 
 def class_names(stored, num_classes, path):
-    """Returns the names of the classes of which there were images, if a checkpoint's args have them, or None. ValueError for
-    more names than the weights have classes."""
+    """Returns the names of the classes with training images, if a checkpoint's args have them, or None. ValueError for more
+    names than the weights have classes."""
     names = stored.get("class_names")
     if not isinstance(names, list) or not names:
         return None
@@ -317,8 +317,8 @@ def initialize(model, path, settings=None):
 
 
 def _mixers_of_blocks(weights):
-    """Returns which mixer each block of a DiT has, by what its tensors' names begin with; of a kind, always the same name, and
-    for all that are unknown here None."""
+    """Returns {prefix of a block's tensors: name of its mixer} for a DiT's weights: one name for all mixers of a kind, and None
+    for unknown ones."""
     starts = dict.fromkeys(found[0] for name in weights if (found := re.match(r"blocks\.\d+\.attn\.", name)))
     own = {start: {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)} for start in starts}
     found = {}
@@ -329,8 +329,8 @@ def _mixers_of_blocks(weights):
 
 
 def _other_purposes(stated, now):
-    """Returns a line for each setting that is not what weights were trained with, and that their names and shapes do not tell:
-    of stated ones and those of now, both by stated_settings."""
+    """Returns a line for each setting that differs between training then and now, and that the weights' names and shapes do not
+    show. stated, now: settings from stated_settings."""
     names = ["norm", "mixer", "objective", "vae"]
     if stated.get("objective") == now.get("objective") == "flow":
         names += ["path", "predict", "time_scale"]

@@ -26,8 +26,8 @@ FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
 def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None, half=False, **given):
-    """Writes a checkpoint's weights, its EMA's if it has one, and its settings, in the format asked for. given: the objective,
-    path and prediction of weights that do not tell, which their settings then state."""
+    """Writes a checkpoint's weights (its EMA's, if it has one) and its settings in the requested format. given: objective, path
+    and prediction for weights that do not state them; they are added to the settings."""
     if format in FILES and (push or metrics):
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
     if half and format in FOLDERS:
@@ -92,7 +92,7 @@ def renaming(file):
 
 
 def of_average(settings, decay):
-    """Returns settings that know of one average alone, that of this decay or else the first."""
+    """Returns settings with only one average, that of this decay, or else the first."""
     if not (averages := averages_of(settings)):
         return settings
     return settings | dict(ema_decay=[next(iter(averages)) if decay is None else decay], ema_lengths=None)
@@ -125,8 +125,8 @@ def rounded_to_half(name, weights):
 
 
 def measures(path, metrics):
-    """Returns what a card tells of a checkpoint beside its settings: steps, as the checkpoint has them, and metrics, the last
-    ones that its run had logged by then, and those in evaluate.py's JSON file."""
+    """Returns the facts for a checkpoint's card besides its settings: steps, as in the checkpoint, and metrics, the last that
+    its run had logged by then and those in evaluate.py's JSON file."""
     contents = read_checkpoint(path)
     step, log, found = contents.get("step"), Path(path).parent.parent / "log.jsonl", {}
     for row in read_rows(log) if step else []:

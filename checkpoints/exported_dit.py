@@ -2,8 +2,8 @@
 
     DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
 
-DiT's 128 frequencies fall from 1 to almost 1 / 10000, those of diffusers all the way. Without this file the network is shown
-slightly other times, and draws slightly other images.
+DiT's 128 frequencies fall from 1 to almost 1 / 10000; those of diffusers fall all the way. Without this file the network sees
+slightly different timesteps and draws slightly different images.
 """
 
 from diffusers import DiTPipeline

@@ -14,8 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 class PDEPipeline(DiffusionPipeline):
     """transformer: the network. scheduler: of diffusion or, a FlowMatchEulerDiscreteScheduler, of a flow. vae: None for pixels.
-    id2label: {number: name of a class}. time_scale: times which a flow's network sees t, 0 for noise to 1 for images. predict:
-    what that network returns, velocity, or x for the image."""
+    id2label: {number: name of a class}. time_scale: a flow's network sees time_scale times t, which runs from 0, noise, to 1,
+    image. predict: what that network predicts, the velocity, or x, the image."""
 
     _optional_components = ["vae"]  # noqa: RUF012
 

@@ -11,9 +11,9 @@ PIPELINE = ("model_index.json", "transformer/*", "vae/*", "scheduler/*")  # of d
 
 
 def locate(name):
-    """Returns the path of what --ckpt names: of a folder that save_pretrained wrote it is the file of weights; of an id on the
-    hub, owner/name, the same in the hub's cache, fetched if it is not there, or there a folder of diffusers'. Other names stay
-    as they are. OSError for an id that cannot be had."""
+    """Returns the path of a checkpoint named by --ckpt. For a folder that save_pretrained wrote, it is the file of weights; for
+    an id on the hub, owner/name, the same file in the hub's cache, fetched if missing, or a folder of diffusers there. Other
+    names are returned unchanged. OSError for an id that cannot be fetched."""
     if Path(name, WEIGHTS).is_file():
         return str(Path(name, WEIGHTS))
     if Path(name).exists() or not ID.fullmatch(str(name)) or Path(name).suffix in FILES:

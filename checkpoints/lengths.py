@@ -1,4 +1,4 @@
-"""Averages of weights that look back over a share of the run so far, and any other of their kind, made of two after the run
+"""Averages of weights that look back over a share of the run so far; after the run, others of their kind can be made from two
 (Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion models", section 3).
 
 At step t such an average weighs the weights of step s by (gamma + 1) s^gamma / t^(gamma + 1). Its length is the standard
@@ -50,8 +50,8 @@ def residual(steps, lengths, step, length, found):
 
 
 def reconstruct(path, length):
-    """Returns (weights, args), as `load_checkpoint` does, of the average of that length at a run's checkpoint, made of those in
-    it and in the checkpoints before it. ValueError if it has none, or those are too few to make it of."""
+    """Returns (weights, args), as `load_checkpoint` does, of the average of that length at a run's checkpoint, reconstructed
+    from the averages in it and in earlier checkpoints. ValueError if there are none, or too few."""
     path = Path(path)
     stored = load_checkpoint(path)[1]
     kept = lengths_of(stored)

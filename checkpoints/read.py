@@ -1,4 +1,4 @@
-"""Weights in files, whoever wrote them: read without trusting the file, checked, and under DiT's names."""
+"""Reads weights from files of many tools, without trusting the file, checks them, and returns them under DiT's names."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def average_names(decays):
 
 
 def average_of_length(length):
-    """Returns what stands in place of a decay for an average of that length: see checkpoints/lengths.py."""
+    """Returns the key that replaces a decay for an average of that length: see checkpoints/lengths.py."""
     return f"length_{length}"
 
 
@@ -118,7 +118,7 @@ def _refused_types(path, error):
 
 
 def _kind_of_folder(path):
-    """Says what a folder is that is none of FSDP's checkpoints, and what to give instead."""
+    """Returns what kind of folder this is, as it is no checkpoint of FSDP, and what to give instead, in words."""
     there = set(os.listdir(path))
     if "checkpoints" in there:
         return "the folder of a run; give one of the files in its checkpoints/"
@@ -200,7 +200,7 @@ def _check_weights(weights, path):
             if not sums & {(len(written), zlib.crc32(written)), (len(written), 0)}:  # 0 if its writer computed none
                 raise ValueError(f"{path} is damaged ({name})")
             whole.add(storage.data_ptr())
-        # The extremes tell, for they are NaN where one number is, and are faster than a look at each.
+        # Testing the extremes is enough, since they are NaN if any number is, and faster than testing every number.
         if w.numel() and not torch.stack(w.aminmax()).float().isfinite().all():
             wrong = w.numel() - w.float().isfinite().sum().item()
             raise ValueError(f"{path}: {name} is not finite; {wrong:,} of its {w.numel():,} numbers are NaN or infinite")

@@ -38,10 +38,10 @@ def checkpoints(experiment):
 
 
 def checkpoint_to_resume(resume, results_dir, model):
-    """Returns the path of the checkpoint that --resume means: a file, or the newest whole one of an experiment's folder; with
-    "auto" of the last experiment of that model in results_dir that has any, or None if there is none.
+    """Returns the path of the checkpoint that --resume names: a file, or the newest undamaged one of an experiment's folder;
+    for "auto", that of the last experiment of that model in results_dir that has any, or None if there is none.
 
-    ValueError or OSError if no run can go on from what was named, or all checkpoints are damaged.
+    ValueError or OSError if no run can resume from it, or all checkpoints are damaged.
     """
     if resume == "auto":
         name = re.compile(rf"\d{{3,5}}-{re.escape(model.replace('/', '-'))}", re.ASCII)  # a date has more digits
@@ -87,8 +87,8 @@ def check_whole(path):
 
 
 def find_run(resume, results_dir, model, processes):
-    """Returns the run that --resume means: what its checkpoint holds but for tensors (step, args, scaler and what else there
-    is), its path and the experiment's folder. None where a new run is to begin. ValueError if no run can go on from it."""
+    """Returns the run that --resume names: everything in its checkpoint but tensors (step, args, scaler and so on), its path
+    and the experiment's folder. None if a new run should begin. ValueError if no run can resume from it."""
     looks = resume and processes.rank == 0
     path = processes.share(checkpoint_to_resume(resume, results_dir, model) if looks else None)
     if path is None:
@@ -103,8 +103,8 @@ def find_run(resume, results_dir, model, processes):
 
 
 def record_rounding(run, settings, processes):
-    """Returns what the bits of a run's weights depend on, one dict for each time that it went on under other conditions, and a
-    line that says what has changed since its last checkpoint, or None. run: of find_run. settings: the flags, a dict."""
+    """Returns the conditions on which the last bits of a run's weights depend, one dict per change of conditions, and a line
+    that says what has changed since its last checkpoint, or None. run: from find_run. settings: the flags, a dict."""
     now = rounding(processes) | {name: settings[name] for name in ("grad_accum", "parallel", "compile", "backend")}
     before = run.get("rounding", []) if run else []
     names = [name for name in now if before and before[-1].get(name, now[name]) != now[name]]  # older ones do not know all
@@ -150,7 +150,7 @@ def changed_images(before, now):
 
 
 def restore(learner, run):
-    """Makes the learner what it was at the checkpoint of find_run. ValueError if its tensors are not the learner's."""
+    """Restores the learner from the checkpoint of find_run. ValueError if its tensors do not match the learner's."""
     stored = tensors(learner, stored_averages(learner.averages, run))
     if run["path"].suffix == ".dcp":
         load_sharded(run["path"], stored)
@@ -168,8 +168,8 @@ def restore(learner, run):
 
 
 def stored_averages(decays, run):
-    """Returns under which name each of the averages, by decay, goes on from a run's checkpoint: its own, or, if the first has a
-    decay that no average had, the first one's. ValueError if there is none for one of them."""
+    """Returns the name in a run's checkpoint from which each of the averages, by decay, resumes: its own, or, if the first has
+    a decay that the checkpoint lacks, that of the checkpoint's first. ValueError if an average has none."""
     known = averages_of(run["args"])
     names = {decay: known.get(decay, name) for decay, name in average_names(decays).items()}
     if known and ({*names.values()} - {*known.values()} or len({*names.values()}) < len(names)):
@@ -196,9 +196,9 @@ def copy_into(values, stored, path):
 def save_run(experiment, learner, settings, processes, rounding, alone=False):
     """Writes a checkpoint with a dict of settings, and returns its path.
 
-    Every process calls it, or, alone, one that cannot wait for the others: it writes what no other writes, and returns None if
-    there is nothing to do. ValueError for weights, averages or moments that are not finite, which would take the place of good
-    ones; OSError if it cannot be written, or only elsewhere, or not by one process alone.
+    Every process calls it; with `alone`, one process that cannot wait for the others, which then returns None if it has nothing
+    to write. ValueError for weights, averages or moments that are not finite, which would replace good ones; OSError if the
+    checkpoint cannot be written, or only elsewhere, or not by one process alone.
     """
     contents = dict(args=settings, step=learner.step, scaler=learner.scaler.state_dict(), rounding=rounding)
     sharded, first = isinstance(learner.model, FSDPModule), processes.rank == 0
@@ -310,7 +310,7 @@ def first_not_finite(learner):
     moments = {f"{name}, {moment}": x for name, state in values.pop("opt").items() for moment, x in state.items()}
     for part, named in (values | dict(opt=moments)).items():
         mine = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in named.items()}
-        # By their extremes, which NaN is among: to ask every number takes 15 times as long on CPUs.
+        # Tests the extremes, which are NaN if any number is: testing every number takes 15 times as long on CPUs.
         extremes = {name: torch.stack(x.aminmax()).float() for name, x in mine.items() if x.numel()}
         finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
         if not all(finite):

@@ -7,15 +7,15 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-# A checkout has modules of these names too, and while its scripts run, those are meant.
+# A checkout has modules with these names too, and imports by its scripts must find the checkout's.
 OURS = {path.stem for path in HERE.glob("*.py")} | {path.parent.name for path in HERE.glob("*/__init__.py")}
 OURS = {name for name in OURS if not name.startswith(("overlay", "pde_ssm"))}
 
 
 @contextmanager
 def imports_of(folder):
-    """Makes imports mean what they mean to a script of `folder`: of this repository only the operator can be imported, and
-    nothing is written to __pycache__. Afterwards the modules of `folder` are gone from sys.modules and ours are back."""
+    """Makes imports resolve as for a script in `folder`: from this repository only the operator can be imported, and nothing is
+    written to __pycache__. Afterwards, the modules of `folder` are removed from sys.modules and ours are restored."""
     folder = Path(folder).resolve()
     path, dont_write, there = sys.path[:], sys.dont_write_bytecode, set(sys.modules)
     ours = [name for name in there if name.partition(".")[0] in OURS and lies_in(sys.modules[name], HERE)]

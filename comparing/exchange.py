@@ -23,8 +23,8 @@ said = set()
 class Exchange:
     """Replaces the attention layers of the models on which it is called by `mixer`, in place, and remembers what it saw.
 
-    Attention is timm's, in modules of the checkout at `root`; within timm's own models it stays, since they come with
-    weights. attention_class, "module:Class", names another class, wherever it stands.
+    By default it replaces timm's Attention in modules of the checkout at `root`, but not within timm's own models, since they
+    come with weights. attention_class, "module:Class", names another class, which is replaced wherever it occurs.
     """
 
     def __init__(self, mixer, options, root, attention_class=None):

@@ -4,7 +4,7 @@
     samplers.py         from noise to images, step by step
     guidance.py         classifier-free guidance of a network
     noise.py            random numbers that belong to images
-    drawing.py          all of it together: from labels to pictures
+    drawing.py          all of these together: from labels to pictures
 """
 
 from machine.flags import above_zero
@@ -48,7 +48,7 @@ def create_diffusion(
 def create_flow(num_timesteps=50, path="linear", times="uniform", time_scale=1000, predict="velocity", time_shift=1.0):
     """Makes flow matching with the interface of `create_diffusion`.
 
-    num_timesteps: steps of the samplers; training knows none.
+    num_timesteps: steps of the samplers; training uses none.
     path:          "linear", the paper's, or "cosine", which keeps the variance.
     times:         how training draws t: "uniform" or "logit-normal".
     time_scale:    the network sees time_scale times t.
@@ -81,7 +81,7 @@ def create_objective(name, num_timesteps=None, learn_sigma=True, min_snr=None, *
 
 
 def create_sampler(objective, sampler=None, steps=250, **settings):
-    """Makes what samples from a trained network: (the objective in that many steps, the sampler's function).
+    """Returns (objective, sampler function) to sample from a trained network in that many steps.
 
     objective: its name, one of OBJECTIVES, for which the network was trained.
     sampler:   a name among SAMPLERS or FLOW_SAMPLERS; without it, ddpm for diffusion and euler for flows.
@@ -99,12 +99,12 @@ def create_sampler(objective, sampler=None, steps=250, **settings):
 
 
 def add_objective_flags(add):
-    """Adds the flags that choose what train.py teaches: `add` is add_argument of its parser."""
+    """Adds the flags of train.py that choose the training objective: `add` is add_argument of its parser."""
     add("--objective", choices=OBJECTIVES, default="diffusion", help="diffusion as in DiT, or flow matching")
     add("--path", choices=PATHS, help="of flow matching, from noise to image; linear unless given")
     add("--times", choices=TIMES, help="how flow matching draws its times; uniform unless given")
     add("--predict", choices=PREDICTIONS, help="of flow matching: the velocity, or x, the clean image; velocity unless given")
-    more = "of flow matching: times of training, and steps of sampling, nearer the noise, as in SD3; 1 unless given"
+    more = "of flow matching: move training times and sampling steps towards the noise, as in SD3; 1 unless given"
     add("--time-shift", type=above_zero, metavar="S", help=more)
     snr = "of diffusion: weight squared errors of the image by the signal-to-noise ratio, at most GAMMA (5 is usual)"
     add("--min-snr", type=above_zero, metavar="GAMMA", help=snr)

@@ -84,7 +84,7 @@ class GaussianDiffusion:
         )}  # fmt: skip
 
     def _tables_on(self, device):
-        """Returns every table that is looked up by t, on a device, where they stay once they were asked for there."""
+        """Returns all tables that are looked up by t, on a device; they are cached per device."""
         if str(device) not in self._tables:
             self._tables[str(device)] = {name: table.to(device) for name, table in self._tables["cpu"].items()}
         return self._tables[str(device)]
@@ -95,11 +95,11 @@ class GaussianDiffusion:
         return entries.view(-1, *[1] * (x.ndim - 1))
 
     def model_timesteps(self, t):
-        """Returns what the network is shown for timesteps t (B,)."""
+        """Returns the timesteps that the network sees for t (B,)."""
         return self._tables_on(t.device)["t"][t]
 
     def progress(self, t):
-        """Returns how far from noise, 0, to image, 1, the network is at the timestep t that it is shown."""
+        """Returns the progress from noise, 0, to image, 1, at the timestep t that the network sees."""
         return 1 - t / len(self.training_betas)
 
     def draw_times(self, p):
@@ -124,9 +124,9 @@ class GaussianDiffusion:
         return self.table("recip_signal", t, x_t) * x_t - self.table("noise_to_signal", t, x_t) * noise
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """Asks the network for x_{t-1} given x_t: a dict of mean, variance, log_variance and pred_xstart, each like x.
+        """Predicts x_{t-1} given x_t by the network: a dict of mean, variance, log_variance and pred_xstart, each like x.
 
-        denoised_fn, then with clip_denoised a clamp to [-1, 1], are applied to the predicted clean image.
+        denoised_fn and then, with clip_denoised, a clamp to [-1, 1] are applied to the predicted clean image.
         """
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         return self._read(output, x, t, clip_denoised, denoised_fn)

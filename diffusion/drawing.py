@@ -58,7 +58,7 @@ def find_class(name, names):
 
 
 def name_classes(model, labels):
-    """Returns the names of classes, one for each label of a list; None where they are only numbers."""
+    """Returns the class names of a list of labels, or None if the names are only the labels' numbers."""
     names = model.class_names or []
     named = [names[label] if label < len(names) else "" for label in labels]
     return named if any(name not in ("", str(label)) for name, label in zip(named, labels)) else None
@@ -76,10 +76,10 @@ def draw(model, space, objective, sampler, labels, seed, guidance, progress=True
 
 
 def draw_numbered(model, space, objective, sampler, numbers, seed, guidance, balanced=False):
-    """Draws the images of a run that have these numbers: uint8 (n, H, W, 3) on the CPU.
+    """Draws the images with these numbers in a run: uint8 (n, H, W, 3) on the CPU.
 
-    The seed of an image decides its label, from the classes that were trained, and its noise. balanced: its number decides the
-    label, so that every class comes equally often, and its noise is the same.
+    An image's seed determines its label, from the trained classes, and its noise. balanced: the image's number determines the
+    label instead, so that classes are equally frequent; the noise is the same either way.
     """
     noise = PerImageNoise(image_seeds(seed, numbers, "sampling"), next(model.parameters()).device)
     labels = (noise.rand() * model.trained_classes).long()
@@ -91,9 +91,9 @@ def draw_numbered(model, space, objective, sampler, numbers, seed, guidance, bal
 def generate(model, space, objective, sampler, labels, noise, guidance, progress=True, numbers=None):
     """Draws one sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
-    A model without classes is not guided by them. Pixels are kept in range at every step; latents have no range. ValueError,
-    which names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images would look
-    like others.
+    A model without classes is not guided by them. Pixels are clipped to their range at every step; latents have none.
+    ValueError, which names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images
+    would look valid.
     """
     checked = []  # (where, which of the images were finite there (n,) bool), in the order of the calls
 

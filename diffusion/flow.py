@@ -50,14 +50,14 @@ LEAST_SIGMA = 0.05  # lower bound of the sigma by which the loss divides the err
 
 
 class FlowMatching:
-    """Leads from noise to images along a path. It has the interface of GaussianDiffusion, but times t (B,) are in [0, 1]."""
+    """Flow matching along a path from noise to images, with the interface of GaussianDiffusion but times t (B,) in [0, 1]."""
 
     def __init__(self, path, times, num_timesteps, time_scale, predict="velocity", time_shift=1.0):
         self.path, self.times, self.num_timesteps, self.time_scale = PATHS[path], TIMES[times], num_timesteps, time_scale
         self.predict, self.time_shift = predict, time_shift
 
     def progress(self, t):
-        """Returns how far from noise, 0, to image, 1, the network is at what it is shown, time_scale times t."""
+        """Returns the progress from noise, 0, to image, 1, at the time that the network sees, time_scale times t."""
         return t / self.time_scale
 
     def draw_times(self, p):

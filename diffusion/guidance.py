@@ -20,8 +20,8 @@ class Guidance(NamedTuple):
 def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):
     """Returns the Guidance of a network with that many channels.
 
-    channels: "3" or "all" as --cfg-channels has it; without it three of four channels are guided, as in DiT, and all of any
-    other number. ValueError for an interval that is empty or leaves 0 to 1.
+    channels: "3" or "all", as in --cfg-channels; by default three of four channels are guided, as in DiT, and all of any
+    other number. ValueError for an interval that is empty or not within 0 to 1.
     """
     low, high = interval
     if not 0 <= low < high <= 1:
@@ -31,7 +31,7 @@ def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):
 
 
 def guided(model, objective, guidance):
-    """Returns the network (x (B, C, H, W), t (B,), y (B,)) with both kinds of guidance, as far as there are any."""
+    """Returns the network (x (B, C, H, W), t (B,), y (B,)) with those of the two kinds of guidance that are on."""
     unguided = guidance.scale == 1 or model.num_classes == 0
     network = model if unguided else with_classes(model, objective, guidance)
     return network if guidance.guide is None else led_away(network, objective, guidance)
@@ -63,7 +63,7 @@ def with_classes(model, objective, guidance):
     doubled batch and returns one. At a strength of 0 it is the network without classes.
 
     model: has num_classes, the number of the null class; in_channels; and forward_with_cfg(x, t, y, scale, channels).
-    objective: knows by progress(t) how far from noise to image a network is that is shown t.
+    objective: progress(t) gives the progress from noise, 0, to image, 1, at the t that a network sees.
     """
     scale, channels, everywhere = guidance.scale, guidance.channels, guidance.interval == (0, 1)
 
@@ -82,7 +82,7 @@ def with_classes(model, objective, guidance):
 
 
 def guidance_in_words(guidance, model):
-    """Says how a model is guided, for a line of output."""
+    """Returns how a model is guided, in words, for a line of output."""
     low, high = guidance.interval
     there, part = model.in_channels, "" if (low, high) == (0, 1) else f" from {low:g} to {high:g} of the way"
     away = f"led away from a weaker model with strength {guidance.guide_scale:g}{part}" if guidance.guide else ""

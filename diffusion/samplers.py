@@ -108,7 +108,7 @@ STAGES = (
     (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 DIFFERENCE = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-LAST = 0.01  # of the way from noise to image, which rk45's last step covers if the network predicts the image
+LAST = 0.01  # part of the way from noise to image that rk45's last step covers if the network predicts the image
 SHORTEST = 1e-4  # rk45 takes this step whatever its error: velocities may jump, for example where guidance begins or ends
 
 
@@ -141,7 +141,7 @@ def rk45(
             velocities.append(velocity(end, left - place * step))
         error = dt * sum(w * v for w, v in zip(DIFFERENCE, velocities))
         error = (error / (atol + rtol * torch.maximum(x.abs(), end.abs()))).flatten(1).square().mean(1).sqrt().double()
-        error = error.nan_to_num(0, 0)  # shorter steps do not help images that are not finite
+        error = error.nan_to_num(0, 0)  # accept steps of images that are not finite: shorter ones would not help
         taken = (error <= 1) | (step <= SHORTEST)                          # (B,)
         left = torch.where(taken, left - step, left)
         here = taken.view(dt.shape)
@@ -168,7 +168,7 @@ def sde(flow, model, x, *, clip_denoised=True, model_kwargs=None, progress=False
 
 
 def _count_up(flow, x, progress):
-    """Yields of every step how many are left after it, when it begins, (B,), and how long it is."""
+    """Yields, for every step, the number of steps left after it, its start time (B,), and its length."""
     for number, (start, length) in enumerate(tqdm(flow.steps(), disable=not progress), start=1):
         yield flow.num_timesteps - number, torch.full((len(x),), start, device=x.device, dtype=x.dtype), length
 

@@ -1,4 +1,4 @@
-"""Comparing two sides, and saying what the numbers rest on: as lines of text, warnings and JSON."""
+"""Compares two sides and reports the numbers and what they are based on, as lines of text, warnings and JSON."""
 
 import json
 import math
@@ -30,8 +30,8 @@ def left_out(ref, sample, network, kid=False, prefix=""):
 
 
 def look_ahead(ref, sample, network, processes, kid=False, prefix=""):
-    """Prints, before a network runs, which images of two Sources and which metrics are left out. ValueError if that is every
-    metric, or if some process would get no image."""
+    """Prints, before a network runs, which images of two Sources and which metrics are left out. ValueError if no metric is
+    left, or if a process would get no image."""
     for source in (ref, sample):
         if 0 < source.shown < processes.size:
             raise ValueError(f"the {source.shown} images of {source.name} are fewer than the {processes.size} processes")
@@ -81,7 +81,7 @@ def warnings_of(results, ref, sample):
 
 
 def report(results, ref, sample, network, to=None, prefix=""):
-    """Prints results and what each rests on, and writes them as JSON to the file `to`, or prints the JSON alone if `to` is "-".
+    """Prints results and what each is based on, and writes them as JSON to the file `to`; if `to` is "-", prints only the JSON.
     prefix: as in `compare`. ValueError, at the end, for results that are not finite, which are left out."""
     wrong = [f"{name} is {value}" for name, value in results.items() if not math.isfinite(value)]
     results = {name: value for name, value in results.items() if math.isfinite(value)}

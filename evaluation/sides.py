@@ -54,7 +54,7 @@ class Side(NamedTuple):
 
 
 def images_in_words(side):
-    """Says how many images of a Source or a Side count."""
+    """Returns, in words, how many images of a Source or a Side are counted."""
     return f"{side.shown:,} image{'s' * (side.shown != 1)}"
 
 
@@ -65,7 +65,7 @@ def held_in_words(side):
 
 
 def sizes_in_words(side):
-    """Says from which to which size a Side's images are, None if it has none."""
+    """Returns the range of sizes of a Side's images, in words, or None if it has none."""
     ordered = sorted(side.sizes)
     return " to ".join(f"{h} x {w}" for h, w in dict.fromkeys(ordered[:1] + ordered[-1:])) or None
 
@@ -220,7 +220,7 @@ def features_of(network, batch, device):
 
 @contextmanager
 def without_tf32():
-    """Turns TF32 off inside, which would move features by 1e-3."""
+    """Turns TF32 off in its body, since TF32 would change features by 1e-3."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

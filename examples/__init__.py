@@ -1,1 +1,1 @@
-"""The operator in other people's work, a page each: `python -m examples.<name>`."""
+"""Short examples of the operator in other projects, one page each: `python -m examples.<name>`."""

@@ -1,8 +1,8 @@
 """Learns the coefficients of diffusion and advection from data: pairs of a field and the same field at a later time.
 
 A Gaussian that spreads by K and drifts by v stays a Gaussian: its covariance grows by 2 K t and its centre moves by v t, so the
-later field is known exactly. One layer of the operator, which begins with other coefficients, sees the pairs on 32 x 32 points
-and finds tau K and tau b; then it is asked for fields on 48 x 48.
+later field is known exactly. One layer of the operator, initialised with other coefficients, is trained on pairs on 32 x 32
+points and finds tau K and tau b; then it is evaluated on 48 x 48 points.
 """
 
 import torch

@@ -17,7 +17,7 @@ def digits():
 
 
 def accuracy(model, images, classes, steps, batch=64):
-    """Trains on all but the last 397 images, and returns the share of those that it then gets right."""
+    """Trains on all but the last 397 images, and returns the model's accuracy on those."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):

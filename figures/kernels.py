@@ -19,7 +19,7 @@ EXAMPLES = {
 
 
 def coefficients(widths=(0.0, 0.0), angle=0.0, shift=(0.0, 0.0), reaction=0.0):
-    """Returns K (2, 2), b (2,) and r, float64, of the PDE that is as follows at tau = 1.
+    """Returns K (2, 2), b (2,) and r, float64, of the PDE that does the following by tau = 1.
 
     Diffusion makes a Gaussian with the standard deviations `widths` along its axes, of which the first points `angle` degrees
     from right to down; convection moves it by `shift`, right and down; reaction multiplies it by exp(reaction). Lengths are in

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusion.noise import PerImageNoise, image_seeds
 
-PLACES = {"attn", "mixer", "op"}  # what blocks call them
+PLACES = {"attn", "mixer", "op"}  # attribute names of mixers in blocks
 
 
 class Layer(NamedTuple):
@@ -24,8 +24,8 @@ class Layer(NamedTuple):
 
 
 def observe(model, objective, images, labels, progress, seed=0):
-    """Returns what a network is shown when images (B, C, H, W) of its space are `progress`, 0 to 1, of the way from noise, like
-    them, and its mixers, as Layers. ValueError for a network that has none.
+    """Returns the noisy images (B, C, H, W) that a network sees when images of its space are `progress`, 0 to 1, of the way
+    from noise, and its mixers, as Layers. ValueError for a network that has none.
 
     The images get their noise and the network its times as in training.
     """
@@ -58,7 +58,7 @@ def mixers_of(model):
 
 
 def time_at(objective, progress, images):
-    """Returns times (B,) at which images are so far from noise: diffusion's count from the image, a flow's from noise."""
+    """Returns the times (B,) of this progress from noise: diffusion's count from the image, a flow's from noise."""
     shares = torch.tensor([progress, 1 - progress], device=images.device, dtype=torch.float64).clamp(0, 0.999)
     times = objective.draw_times(shares)
     rising = objective.progress(times)[0] > objective.progress(times)[1]

@@ -15,8 +15,8 @@ def disc(side):
 
 
 def map_of(layer):
-    """Returns the mixer's result of the first image as one number a token, (h, w): how far its vector is from their mean, which
-    is what the layer tells tokens apart by."""
+    """Returns the mixer's result for the first image as one number per token, (h, w): the distance of the token's vector from
+    the mean, by which the layer distinguishes tokens."""
     grid = layer.mixed[0, layer.prefix :].float()
     return (grid - grid.mean(0)).norm(dim=1).view(layer.grid)
 

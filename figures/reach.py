@@ -12,8 +12,8 @@ from pde_ssm import receptive_field
 def reach_of(layer, channels=32):
     """Returns how far that many channels of the middle token, evenly spread, see in a layer, in tokens: (n,).
 
-    It is the root mean square of the distance, weighted by how strongly the channel answers to a token, the length of its
-    gradient. In the middle the torus and the plane have the same distances.
+    It is the root mean square of the distance, weighted by the channel's response to a token, the norm of its gradient. From
+    the middle token, distances on the torus and in the plane are the same.
     """
     D = layer.tokens.shape[2]
     chosen = torch.linspace(0, D - 1, min(channels, D)).round().long().tolist()

@@ -4,7 +4,7 @@ import torch
 
 from figures.page import logarithmic, new_page, tidy
 
-DISTURBANCE = 0.01  # of the tokens' root mean square: small enough for the answer to be linear, and far above rounding
+DISTURBANCE = 0.01  # of the tokens' root mean square: small enough for a linear response, and far above rounding
 
 
 def gain_map(layer, seed=0):

@@ -1,6 +1,6 @@
-"""The space that a model works in: pixels, or the latents of an autoencoder, such as Stable Diffusion's.
+"""The space in which a model works: pixels, or the latents of an autoencoder, such as Stable Diffusion's.
 
-A space has channels, and a factor by which it is smaller than the image. encode(images, noise) -> x and
+A space has channels, and a factor by which its sides are smaller than the image's. encode(images, noise) -> x and
 decode(x) -> images, both (B, C, H, W), images in [-1, 1]; noise is standard normal, like x."""
 
 import hashlib
@@ -15,7 +15,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 # Diffusers' autoencoders that make one map of latents per image. Some give no distribution; their latents have no spread.
 KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-AT_ONCE = 2**20  # pixels, or one image, that an autoencoder takes at once: the values between its layers need much memory
+AT_ONCE = 2**20  # most pixels per batch of an autoencoder, or one image if larger: its activations need much memory
 ENCODER, DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.", "quantize.")
 
 
@@ -52,7 +52,7 @@ class LatentSpace:
                 self.channels, self.factor = latent_shape(name, self.kind, config)
 
     def load(self, device):
-        """Reads the weights. OSError says what to do if they cannot be had, ValueError what is wrong with the statistics."""
+        """Reads the weights. OSError, with the way out, if they cannot be loaded, ValueError if the statistics are wrong."""
         import diffusers.models
 
         settings = dict(low_cpu_mem_usage=False, ignore_mismatched_sizes=True, output_loading_info=True)
@@ -94,8 +94,8 @@ class LatentSpace:
         return max(AT_ONCE // (height * width), 1)
 
     def digest(self, names=ENCODER):
-        """Returns a digest of all that the moments depend on, so that a decoder does not change it; with DECODER, of all that
-        decoded images depend on."""
+        """Returns a digest of everything on which the moments depend, which a change of decoder leaves the same; with DECODER,
+        of everything on which decoded images depend."""
         weights = {name: w for name, w in self.vae.state_dict().items() if name.startswith(names)}
         weights["scaling_factor"] = torch.tensor(self.scale)
         # Settings that change nothing are left out, so that digests in older files and checkpoints stay right.
@@ -163,8 +163,8 @@ def check_weights(vae, found):
 
 
 def read_scaling(vae, channels, name):
-    """Returns shift, scale and spread, numbers or (C, 1, 1), by which the model's latents are (z - shift) * scale / spread of
-    the autoencoder's own latents z. ValueError for statistics with which that makes no sense."""
+    """Returns shift, scale and spread, numbers or (C, 1, 1): the model's latents are (z - shift) * scale / spread, where z are
+    the autoencoder's own. ValueError for invalid statistics."""
     keys = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
     shift, scale, mean, std = (vae.config.get(key) for key in keys)
     shift, scale = 0.0 if shift is None else shift, 1.0 if scale is None else scale
@@ -207,13 +207,13 @@ def _decode(vae, z):
 
 
 def _patch(vae):
-    """Returns the side of the squares of latents that the model takes as one, which AutoencoderKLFlux2 has."""
+    """Returns the side of the squares of latents that are packed into channels: 1, or that of AutoencoderKLFlux2."""
     return vae.config.get("patch_size", [1])[0]
 
 
 @contextmanager
 def quiet_diffusers():
-    """Keeps back what diffusers says of files before this module says it in one line."""
+    """Silences diffusers' own messages about files, which this module reports in one line."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -243,7 +243,7 @@ def digest(weights):
 def load_trained_space(vae, device, trained_digest=None):
     """Loads the space in which a model was trained. trained_digest: of its encoder then, None if it does not matter.
 
-    ValueError if the autoencoder's folder has another encoder now. Those of "ema" and "mse" are the same for good.
+    ValueError if the autoencoder's folder now has another encoder. Those of "ema" and "mse" never change.
     """
     space = open_space(vae).load(device)
     if vae not in ("ema", "mse") and trained_digest not in (None, now := space.digest()):

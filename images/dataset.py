@@ -17,7 +17,7 @@ from images.folders import Folder
 from images.named import CIFAR10_FOLDER, DATASETS, read_cifar10, read_digits, read_named
 from machine.stops import ignore_stops, read_batches
 
-CHECK = "first read every image once, name those that cannot be read, and end if there are any"
+CHECK = "first read every image once, list those that cannot be read, and stop if there are any"
 SIZES = 10_000  # files whose sizes a run compares, evenly spread: looking up a million takes minutes on some disks
 # Errors that may pass: too many open files, no memory, failing disks and networks. The same image may be readable later.
 PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
@@ -48,8 +48,8 @@ def center_crop_arr(image, image_size):
 class TrainingImages(Dataset):
     """Crops the images of a source and scales their pixels to [-1, 1].
 
-    source: a sequence of (PIL image, class). num_classes: 0 if classes are to be ignored. flip: whether a mirrored image is
-    as good as the image.
+    source: a sequence of (PIL image, class). num_classes: 0 if classes are to be ignored. flip: whether training may mirror
+    images.
     """
 
     def __init__(self, source, image_size, num_classes, flip):
@@ -69,7 +69,7 @@ class TrainingImages(Dataset):
         return self.source.sizes(numbers) if hasattr(self.source, "sizes") else None
 
     def fingerprint(self):
-        """Returns what tells these images from others: their count, all their names, and the sizes of SIZES of their files."""
+        """Returns a fingerprint of the images: their count, a digest of all names, and one of the sizes of SIZES files."""
         count = min(len(self), SIZES)
         return dict(images=len(self), names=self.names(), sizes=self.sizes(i * len(self) // count for i in range(count)))
 
@@ -85,9 +85,9 @@ def cropped(image, image_size):
 
 
 class Replacing(Dataset):
-    """Yields TrainingImages as (image, class, faults): in place of an image that cannot be read, the next of its class that can
-    be, and a list of what is wrong with those that cannot. It is the same one whichever process reads. OSError if more than
-    `most` images, or a whole class, cannot be read."""
+    """Yields TrainingImages as (image, class, faults): an image that cannot be read is replaced by the next readable one of its
+    class, the same on every process, and faults lists what is wrong with the unreadable ones. OSError if more than `most`
+    images, or a whole class, cannot be read."""
 
     def __init__(self, images, most):
         self.images, self.most = images, most
@@ -112,7 +112,7 @@ class Replacing(Dataset):
 
 
 def of_machine(error):
-    """Whether what kept an image from being read is a lack or fault of the machine, so that it may be read another time."""
+    """Returns whether an error in reading an image is the machine's, such as a lack of memory, so that a retry may succeed."""
     cause = error.__cause__
     return isinstance(cause, MemoryError) or getattr(cause, "errno", None) in PASSING
 

@@ -1,4 +1,4 @@
-"""Encodes images, once, to train on their latents; run again after a stop, it goes on where it was:
+"""Encodes images once, so that training can use their latents; run again after a stop, it continues where it was:
 
     torchrun --nproc_per_node=8 -m images.encode --data-path imagenet/train --vae ema --out latents
     torchrun --nproc_per_node=8 train.py --data-path latents
@@ -31,7 +31,7 @@ def encode(args, processes):
     if args.image_size % space.factor:
         raise ValueError(f"--image-size {args.image_size} is not divisible by {space.factor}, the factor of the VAE")
     if processes.rank > 0:
-        processes.barrier()  # rank 0 looks first and may join a data set's files, which the others then find
+        processes.barrier()  # rank 0 opens the data set first and may join its files, which the others then find
     workers = worker_count(args.num_workers, args.data_path)
     images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
     if processes.rank == 0:
@@ -126,7 +126,7 @@ def parse_args(argv=None):
     about = "Keep the latents of a data set, for train.py's --data-path."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data-path", help="what train.py would be given: a folder of images; without it, the digits of scikit-learn")
+    add("--data-path", help="folder of images, as for train.py; without it, the digits of scikit-learn")
     add("--dataset", choices=DATASETS, help="which of the papers' data sets --data-path holds; checks that it is whole")
     add("--held-out", action="store_true", help="the set's own test images, for train.py's --val-path")
     add("--uncond", action="store_true", help="images without classes")

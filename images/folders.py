@@ -28,9 +28,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def read_image(file, name=None):
-    """Reads an image, given by its path or as an open file and its name, as RGB: the first frame, as it is stored, on white.
+    """Reads an image, given by its path or as an open file and its name, as RGB: its first frame, not rotated, on white.
 
-    OSError names one that cannot be read, or has more than LARGEST pixels or than 8 bits a channel.
+    OSError, which names the image, if it cannot be read or has more than LARGEST pixels or 8 bits a channel.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -74,12 +74,12 @@ def digest(contents):
 
 
 def hidden(name):
-    """Tells whether a file or folder is hidden or of the system, and so nobody's data."""
+    """Returns whether a file or folder is hidden or the system's, and so not data."""
     return name[0] == "." or name.lower() in SYSTEM
 
 
 def printable(path):
-    """Returns a file's name as it was meant, whatever the locale is, with bytes that are no text spelt out."""
+    """Returns a file's name decoded as UTF-8 whatever the locale, with undecodable bytes escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -127,7 +127,7 @@ class Folder(Dataset):
 def _walk(root, labelled):
     """Returns ([(class, folder, its real path, names of its images)], what was left out: {why: Counter of names}).
 
-    Links wait until all the rest has been seen: of a file and a link to it, the link is left out.
+    Links are followed last, so that of a file and a link to it, the link is left out.
     """
     top = os.path.realpath(root)
     folders, found, seen, left_out = [(None, root, top)], [], set(), defaultdict(Counter)

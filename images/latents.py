@@ -4,7 +4,7 @@
     00000.safetensors   mean, std (n, flips, C, h, w) of n images, and of their mirror images, in the model's scale;
     ...                 label (n,), their classes; crc32 (n,), of each image's mean and std
 
-The index is written first, and a shard is whole or not there, so that what is missing can be told, and made.
+The index is written first, and a shard is either whole or absent, so that missing shards can be found and made.
 """
 
 import json
@@ -61,7 +61,7 @@ class CachedLatents(Dataset):
         return torch.stack([mean, std], dim=1).float(), 0 if self.uncond else int(label)
 
     def fingerprint(self):
-        """Returns what tells these latents from others: their count, and digests of the index and of what shards are of."""
+        """Returns a fingerprint of the latents: their count, and digests of the index and of the shards' source files."""
         index = json.dumps({name: value for name, value in self.index.items() if name not in ("vae", "source", "shard_size")})
         made_of = json.dumps([shard.metadata() for shard in self.shards])
         return dict(images=len(self), names=digest(index.encode()), sizes=digest(made_of.encode()))

@@ -1,5 +1,5 @@
-"""The papers' data sets by name. Each stands here in one place: how many images it has, where its files come from, and the
-function that reads them as a sequence of (PIL image, class). `DATASETS` holds them all; a new one is one more function."""
+"""The papers' data sets by name. Each is described in one place: its number of images, the source of its files, and the
+function that reads them as a sequence of (PIL image, class). `DATASETS` holds them all; to add one, write one more function."""
 
 import io
 import os
@@ -32,7 +32,7 @@ class Named(NamedTuple):
 
 
 def dataset(name, images, held_out, num_classes, where):
-    """Enters the function below it into DATASETS, as what reads the data set of that name."""
+    """Decorates a function: enters it into DATASETS as the reader of the data set of that name."""
 
     def enter(read):
         DATASETS[name] = Named(images, held_out, num_classes, where, read)

@@ -26,9 +26,9 @@ def image_path(folder, number):
 def claim_folder(folder, settings, count):
     """Makes the folder, or checks that the images in it were made with these settings, a dict for JSON.
 
-    Returns an open file, settings.json in the folder: the folder is this run's as long as it stays open. Settings that an
-    older folder does not know are not compared. ValueError names what differs, or refuses a folder of unknown origin, one in
-    which another run is drawing, or to replace an .npz of more than `count` images.
+    Returns an open file, settings.json in the folder: the folder is this run's as long as it stays open. Settings that an older
+    folder did not record are not compared. ValueError if settings differ, if the folder's origin is unknown or another run is
+    drawing into it, or if an .npz of more than `count` images would be replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, drawn = folder / "settings.json", any(folder.glob("*.png"))

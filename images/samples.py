@@ -33,8 +33,8 @@ def save_grid(images, path, columns, captions=None):
 
 
 def make_sheet(images, columns, captions=None):
-    """Returns a tensor uint8 (n, H, W, 3) as one picture, uint8 (H, W, 3) of NumPy, `columns` images to a row. captions: a text
-    for each image; one that several neighbours have in common stands over the first of them."""
+    """Returns a tensor of images uint8 (n, H, W, 3) as one picture, a NumPy array uint8 (H, W, 3), `columns` images per row.
+    captions: a text per image; a caption that neighbours share is written over the first of them only."""
     scale = max(1, SHOWN_SIDE // images.shape[1])
     shown = interpolate(images.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="bicubic")
     shown = shown.round().clamp(0, 255).byte()
@@ -185,7 +185,7 @@ def read_header(file):
 
 
 def _span(first, dtype):
-    """Says between what the first values of a float array lie, for a message."""
+    """Returns the range of the first values of a float array, in words, for a message."""
     values = np.frombuffer(first[: len(first) // dtype.itemsize * dtype.itemsize], dtype) if first else np.zeros(0)
     return f" from {values.min():.3g} to {values.max():.3g}" if len(values) else ""
 

@@ -56,7 +56,7 @@ def training_flops(model, images):
 
 
 def peak_flops(device, precision, tf32):
-    """Returns how many operations per second the device's maker promises in that precision of PRECISIONS, None if not known."""
+    """Returns the device's peak operations per second, by its data sheet, in that precision of PRECISIONS; None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = [peaks for start, peaks in PEAKS.items() if name.startswith(start) and not any(other in name for other in OTHERS)]
     return known[0][0 if precision != "fp32" else 1 if tf32 else 2] * 1e12 if known else None

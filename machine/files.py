@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders for one process at a time."""
+"""Files that are either whole or absent, and folders that one process at a time may use."""
 
 import fcntl
 import json
@@ -12,8 +12,8 @@ logger = logging.getLogger("train")
 
 @contextmanager
 def whole_file(path, what):
-    """Opens a file to write to under a temporary name, which becomes `path` in the end: it is whole or not there. A device or a
-    pipe is written to as it is, and a link stays one."""
+    """Opens a file for writing under a temporary name and renames it to `path` at the end, so that `path` is whole or absent. A
+    device or a pipe is written directly, and a link stays a link."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         with open(path, "wb") as file:
@@ -28,7 +28,7 @@ def whole_file(path, what):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # Where the disk is full, PyTorch's writer speaks of positions, after the OSError that says so.
+        # On a full disk PyTorch's writer raises an error about positions, whose context is the OSError with the reason.
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"could not write the {what} {path}: {reason}") from error
     finally:

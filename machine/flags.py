@@ -1,6 +1,6 @@
-"""Which numbers flags take: one rule for each kind of number, the same in every command, checked before a command begins.
+"""The kinds of numbers that flags accept: one rule per kind, the same in every command, checked before a command begins.
 
-Each is a `type` of argparse, which then says in one line which flag was wrong and what it takes.
+Each is an argparse `type`, so that argparse says in one line which flag was wrong and what it accepts.
 """
 
 import argparse
@@ -35,7 +35,7 @@ decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")      
 
 
 def group(parser, title):
-    """Returns add_argument of a new group of flags, and the same for flags that may change when a run goes on."""
+    """Returns two functions like add_argument for a new group of flags: one, and one for flags that may change on --resume."""
     add = parser.add_argument_group(title).add_argument
     return add, lambda *names, **how: may_change(add(*names, **how))
 
@@ -51,7 +51,7 @@ def marked_may_change(parser):
 
 
 def class_label(text):
-    """Reads the number of a class, or else its name: "007" is a name, since no number is written so."""
+    """Returns the number of a class, or else its name: "007" is a name, since numbers have no leading zeros."""
     return int(text) if text.isdecimal() and text == str(int(text)) else text
 
 

@@ -11,10 +11,10 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def be_deterministic():
-    """Asks MKL, PyTorch, cuDNN and cuBLAS for the same bits every time; MKL for those of any number of threads, too.
+    """Makes MKL, PyTorch, cuDNN and cuBLAS give the same bits every time, and MKL also for any number of threads.
 
-    MKL reads its mode at its first product of matrices, cuBLAS at its first handle, so this comes before either. On AMD
-    processors MKL has one mode only, and its sums are the same for any number of threads anyway.
+    MKL reads its mode at its first matrix product and cuBLAS at its first handle, so call this before either. On AMD
+    processors MKL has only one mode, and its sums are the same for any number of threads anyway.
     """
     strict = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}.get(torch.backends.cpu.get_cpu_capability(), "COMPATIBLE")
     os.environ.setdefault("MKL_CBWR", strict)
@@ -64,9 +64,9 @@ def in_precision(network, precision, device):
 
 
 def compile_whole(network, device):
-    """Returns the network, compiled for each shape of its inputs as one piece; on GPUs it runs as a CUDA graph.
+    """Returns the network, compiled in one piece for each shape of its inputs; on GPUs it runs as a CUDA graph.
 
-    A graph writes its output where it wrote the one before, which samplers may still need: they get a copy.
+    A graph overwrites its previous output, which samplers may still need, so they get a copy.
     """
     if device.type != "cuda":
         return torch.compile(network, fullgraph=True, dynamic=False)

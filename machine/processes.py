@@ -19,8 +19,8 @@ from machine.stops import Stopped, catch, end_readers, outlived_terminal, postpo
 # Processes wait for one another this long, because some work is done by one of them alone: fetching weights, joining a data
 # set's files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
 PATIENCE = timedelta(hours=12)
-FAREWELL = 30  # seconds that a process which leaves the others takes at most to do so
-# What PyTorch says, as a RuntimeError, of a machine that has no more of something.
+FAREWELL = 30  # most seconds that a process may take to exit while others still run
+# Texts in PyTorch's RuntimeErrors when the machine runs out of a resource.
 SHORT = "t allocate memory|not enough memory|hared memory|unable to mmap|oo many open files|o space left|ancdata"
 
 
@@ -72,7 +72,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def launch(command, args):
-    """Runs command(args, processes) under `python` or `torchrun`; gloo takes what lies on CPUs, and NCCL what on GPUs.
+    """Runs command(args, processes) under `python` or `torchrun`, with gloo for tensors on CPUs and NCCL for those on GPUs.
 
     A command without a --device runs on CPUs.
 
@@ -86,8 +86,8 @@ def launch(command, args):
             catch()
             processes = join(choose_device(getattr(args, "device", "cpu")))
             command(args, processes)
-            sys.stdout.flush()  # what could not be written shows here
-            processes.barrier()  # the end of one process is for some launchers a reason to end the others
+            sys.stdout.flush()  # errors of delayed writing show here
+            processes.barrier()  # some launchers terminate the others when one process exits
         except BaseException as error:
             postpone()
             end_readers()
@@ -128,15 +128,15 @@ def explain(error):
     network, joined = isinstance(error, (dist.DistNetworkError, dist.DistStoreError)), dist.is_initialized()
     if network and not joined:
         return f"the processes do not find one another: {one_line(error)}; torchrun --standalone takes a port that is free"
-    # Where another process has ended with its own message, all that is left to say is that it did.
+    # If another process has ended with its own message, this one only reports that.
     if joined and (network or re.search("onnection (closed|reset) by peer", str(error))):
         return "stopped, because another process did"
     return None
 
 
 def leave(end):
-    """Ends this one of several processes, with what the exception says. On the usual way out it would wait for the others, who
-    may be waiting for it. What is registered to run at the end, such as wandb's last writing, has half a minute."""
+    """Exits this one of several processes with the exception's message. A normal exit would wait for the others, which may be
+    waiting for this one. Functions registered with atexit, such as wandb's last upload, get half a minute."""
     if not isinstance(end, SystemExit):
         sys.excepthook(type(end), end, end.__traceback__)
         end = SystemExit(1)
@@ -176,10 +176,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt knows them by the
 
 
 def keep_freed_memory():
-    """Lets this process keep the memory of tensors that are gone, as PyTorch's allocator does on GPUs.
+    """Makes this process keep the memory of freed tensors, as PyTorch's allocator does on GPUs.
 
-    On CPUs PyTorch leaves it to the C library. glibc hands large pieces back to the system, which has to clear every page
-    that it gives out again: that can take as long as the computation.
+    On CPUs PyTorch leaves this to the C library. glibc returns large blocks to the system, which has to clear every page before
+    it hands it out again: that can take as long as the computation.
     """
     with suppress(AttributeError, OSError):                                # another C library, which knows no mallopt
         libc = ctypes.CDLL(None)
@@ -195,8 +195,8 @@ def return_freed_memory():
 
 
 def one_line(error):
-    """Returns an error's message; of one that crossed from a data worker, which carries a traceback as text, its last line; of
-    one of PyTorch's own, which carries the places in its code, its first; and the kind of error where that would not do."""
+    """Returns an error's message in one line: the last line if it came from a data worker, whose traceback it carries as text;
+    the first if it is PyTorch's own, which goes on with places in its code; and the error's type where that says too little."""
     message = str(error).strip()
     if "Original Traceback" in message:
         return message.splitlines()[-1].partition(": ")[2]

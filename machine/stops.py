@@ -1,5 +1,4 @@
-"""How a command ends before its work is done: signals, the death of processes that read images for it, and how it survives the
-loss of its terminal."""
+"""Handles early ends of a command: signals, the death of processes that read images for it, and the loss of its terminal."""
 
 import errno
 import multiprocessing.connection
@@ -8,11 +7,11 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 
-# By these users, terminals and clusters announce an end.
+# Signals by which users, terminals and clusters ask a command to stop.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOPS = [number for number in signal.Signals if number.name in NAMES]
-STATUS = 75  # of a command that one of them ended: os.EX_TEMPFAIL, which says that it may be started again
-received = []  # the names of those that this process has received
+STATUS = 75  # exit status after one of these signals: os.EX_TEMPFAIL, which says that the command may be started again
+received = []  # names of the signals that this process has received
 _postponed = False
 
 
@@ -28,7 +27,7 @@ class Stopped(SystemExit):
 
 
 def catch():
-    """Makes these signals raise Stopped from now on, wherever this process is, unless they are ignored (nohup)."""
+    """Makes these signals raise Stopped from now on, at any point of the program, unless they are ignored (nohup)."""
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
@@ -51,14 +50,14 @@ def tell(message):
 
 
 def postpone():
-    """Makes signals be noted in `received` from now on, and raise nothing, but for a second Ctrl-C."""
+    """Makes signals only be recorded in `received` from now on, without raising; a second Ctrl-C still raises."""
     global _postponed
     _postponed = True
 
 
 @contextmanager
 def postponed(wait=True):
-    """Lets signals raise Stopped only at the end of what is inside; or, with wait=False, at once again."""
+    """Delays Stopped, which signals raise, to the end of the body; with wait=False, signals raise it at once again."""
     global _postponed
     before, _postponed = _postponed, wait
     try:
@@ -84,12 +83,11 @@ def ignore_stops(worker):
 
 
 def read_batches(loader):
-    """Yields the batches of a DataLoader. OSError if a process of its own has died, Stopped if a signal has ended it that
-    announces an end."""
+    """Yields the batches of a DataLoader. OSError if one of its processes has died, Stopped if a stop signal has ended it."""
     batches = iter(loader)
     readers = multiprocessing.active_children()
     if readers:
-        # PyTorch's handler would raise in whatever this process does just then, even while it saves; next() finds out as well.
+        # PyTorch's handler would raise at any point of this process, even while it saves; next() detects the death as well.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
@@ -127,15 +125,15 @@ def time_limit(seconds, message):
 
 
 def end_readers():
-    """Ends all processes that read images for this one, also those that hang or have been halted."""
+    """Ends all processes that read images for this one, including those that hang or are suspended."""
     for reader in multiprocessing.active_children():
         reader.kill()
         reader.join(timeout=10)
 
 
 class Outlived:
-    """A stream that may be closed at its other end, as when a terminal is, or `head` has seen enough: what is written then
-    goes nowhere, and work goes on. A stream that is not needed survives any other error, too."""
+    """A stream that survives the closing of its other end, as by a closed terminal or by `head`: later output is discarded, and
+    work goes on. A stream that is not needed survives any other error, too."""
 
     def __init__(self, stream, needed):
         self._stream, self._needed = stream or open(os.devnull, "w"), needed  # noqa: SIM115  (None if closed from the start)
@@ -160,7 +158,7 @@ class Outlived:
 
 @contextmanager
 def outlived_terminal():
-    """Lets what is inside go on when the terminal, or whatever reads standard output and standard error, has gone."""
+    """Lets the body continue when the terminal, or the reader of standard output and standard error, has gone."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Outlived(sys.stdout, needed=True), Outlived(sys.stderr, needed=False)
     try:

@@ -22,18 +22,18 @@ MIXERS = {name: partial(kind.build, **preset) for kind in KINDS for name, preset
 
 
 def kind_of(mixer):
-    """Returns the kind, a Mixer, of the mixer of that name."""
+    """Returns the Mixer that declares the mixer of that name."""
     return next(kind for kind in KINDS if mixer in kind.named)
 
 
 def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
-    """Returns one mixer, that of block number `layer`: `mixer` is a name in MIXERS or a class. ValueError for an unknown name
-    or option."""
+    """Builds the mixer of block number `layer`; `mixer` is a name in MIXERS or a class. ValueError for an unknown name or
+    option."""
     if isinstance(mixer, str) and mixer not in MIXERS:
         raise ValueError(f"unknown mixer {mixer!r}; known: {', '.join(MIXERS)}")
     build = MIXERS[mixer] if isinstance(mixer, str) else mixer
     parameters = inspect.signature(build).parameters
-    # The model decides the first five, and its tokens are all on the grid.
+    # The model sets the first five, and all of its tokens are on the grid, so there are no prefix tokens.
     decided = {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored", "options"}
     accepted = {option.name for option in kind_of(mixer).options} if isinstance(mixer, str) else parameters.keys() - decided
     anything = not isinstance(mixer, str) and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

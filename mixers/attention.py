@@ -1,4 +1,4 @@
-"""Self-attention, timm's, as in DiT; with norms of its queries and keys, or with places in their angles."""
+"""timm's self-attention, as in DiT, optionally with normalised queries and keys or with rotary position embedding."""
 
 import torch
 from timm.layers import AttentionRope, RmsNorm, build_rotary_pos_embed
@@ -8,7 +8,7 @@ from mixers.grid import checked_grid, refuse
 from mixers.options import Mixer, Option
 from pde_ssm_kernels.modes import remembered, widen
 
-BASE = 100  # of the periods of rotations, from 2 pi to 2 pi BASE tokens; language has 10,000
+BASE = 100  # base of RoPE, whose periods run from 2 pi to 2 pi BASE tokens; language models use 10,000
 
 
 class HeadNorm(RmsNorm):
@@ -19,11 +19,11 @@ class HeadNorm(RmsNorm):
 
 
 class RotaryAttention(AttentionRope):
-    """Self-attention whose queries and keys are turned by angles in proportion to their place (RoPE, Su et al., 2021), so that
-    scores depend on differences of places alone: half the channels of a head by the row, half by the column (Heo et al., 2024).
+    """Self-attention whose queries and keys are rotated by angles proportional to their position (RoPE, Su et al., 2021), so
+    that scores depend on relative positions alone: half of a head's channels by row, half by column (Heo et al., 2024).
 
-    On another grid than its first, tokens keep their place in the picture. ValueError for heads of a number of channels that 4
-    does not divide.
+    On a grid other than the one it was built for, tokens keep their place in the picture. ValueError if the number of channels
+    per head is not divisible by 4.
     """
 
     rotary = True
@@ -41,7 +41,7 @@ class RotaryAttention(AttentionRope):
 
 @remembered
 def rotations(grid_size, trained_grid, dim, device):
-    """Returns sines and cosines of the angles by which a token's channels are turned, (N, 2 dim)."""
+    """Returns the sines and cosines of the angles by which each token's channels are rotated, (N, 2 dim)."""
     how = dict(in_pixels=False, temperature=BASE, ref_feat_shape=list(trained_grid), device=device)
     return torch.cat(build_rotary_pos_embed(list(grid_size), dim=dim, **how), dim=-1)
 

@@ -17,10 +17,10 @@ class GlobalFilter(nn.Module):
 
     Parameters: 2 h (w // 2 + 1) D, at D = 384 and 16 x 16 tokens 110,592; 258,048 with projection, which has no bias.
 
-    On another grid than the one it was built for, `grid_size`, W is taken between its frequencies: the filter's kernel in space
-    has the lags -h/2 to h/2, in tokens, and its Fourier series gives W at any frequency. So a larger grid has the same kernel
-    with zeros around it, on a smaller one the kernel wraps around. GFNet interpolates W itself, bicubically, without regard to
-    its symmetry.
+    On a grid other than the one it was built for, `grid_size`, W is interpolated between its frequencies: the filter's kernel
+    in space has the lags -h/2 to h/2, in tokens, and its Fourier series gives W at any frequency. So a larger grid has the same
+    kernel, zero-padded, and on a smaller one the kernel wraps around. GFNet interpolates W itself, bicubically, ignoring its
+    symmetry.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, projection=False):
@@ -33,7 +33,7 @@ class GlobalFilter(nn.Module):
         refuse(call, "global-filter")
         x = on_grid(tokens if self.R is None else self.R(tokens), self.grid_size, "global-filter")
         with full_precision(x):
-            # Channels first: MKL's transforms along axes in the middle write beyond their memory on grids of few rows.
+            # Channels come first because MKL's transforms along inner axes may write out of bounds on grids of few rows.
             modes = torch.fft.rfft2(widen(x).movedim(-1, 1).contiguous())  # (B, D, h, w // 2 + 1)
             modes = modes * self.filter().movedim(-1, 0)
             y = torch.fft.irfft2(modes.contiguous(), self.grid_size).movedim(1, -1)            # (B, h, w, D)
@@ -52,7 +52,7 @@ class GlobalFilter(nn.Module):
 
 def fourier_series(lags, n, like):
     """Returns (n, lags): exp(-2 pi i j l / n) for the frequencies j of n tokens and the lags l of a kernel, as fft orders them.
-    Of an even number of lags the middle one is as much -lags/2 as lags/2."""
+    With an even number of lags, the middle one counts half as -lags/2 and half as lags/2."""
     lag = torch.fft.fftfreq(lags, 1 / lags, dtype=like.dtype, device=like.device)
     angles = -2 * torch.pi / n * torch.outer(torch.arange(n, dtype=like.dtype, device=like.device), lag)
     return torch.complex(angles.cos(), angles.sin() * (2 * lag.abs() < lags))

@@ -1,4 +1,4 @@
-"""Tokens on their grid, for mixers that need to know where each of them is."""
+"""Tokens on their grid, for mixers that need each token's position."""
 
 import math
 
@@ -13,14 +13,14 @@ def on_grid(tokens, grid_size, name):
 
 
 def checked_grid(grid_size, name):
-    """Returns the (h, w) that a mixer was told. ValueError if it was told none, as where other people's models tell none."""
+    """Returns the (h, w) that a mixer was given. ValueError if it was given none, as by models that do not state their grid."""
     if not grid_size:
         raise ValueError(f"{name} has to know the grid of its tokens: grid_size=(h, w)")
     return tuple(grid_size)
 
 
 def refuse(call, name):
-    """Raises a ValueError for what callers passed besides tokens, by name: a mask, a context or anything but None, False and
-    rope, which tells tokens where they are."""
+    """Raises a ValueError for arguments, by name, that callers passed besides tokens: a mask, a context or any value but None
+    and False. rope, the positions of tokens, is allowed."""
     if given := [what for what, value in call.items() if value is not None and value is not False and what != "rope"]:
         raise ValueError(f"{name} mixes a grid of tokens and cannot follow {', '.join(given)}")

@@ -1,7 +1,7 @@
 """The two mixers of a LaMamba-Diff block (arXiv 2408.02615) as one: ss2d for the whole picture, then attention in windows.
 
-In that block each is a branch of its own, x += gate ss2d(norm(x)), then x += gate' window(norm(x)). A mixer gets the normalised
-tokens u only, and returns what its block adds to x once. So u stands for the stream between the two:
+In that block each is a branch of its own, x += gate ss2d(norm(x)), then x += gate' window(norm(x)). A mixer receives only the
+normalised tokens u, and its block adds its result to x once. So here u takes the place of the stream between the two:
 
     a = ss2d(u),     out = a + window(layer_norm(u + a))
 """

@@ -1,14 +1,14 @@
-"""Mamba (Gu and Dao, arXiv 2312.00752) as a mixer of tokens, and Vim (Zhu et al., arXiv 2401.09417), which reads both ways:
+"""Mamba (Gu and Dao, arXiv 2312.00752) as a token mixer, and Vim (Zhu et al., arXiv 2401.09417), which scans both ways:
 
     x, z = W_in tokens                                           E = expand D channels each
-    x = silu(conv1d(x))                                          of each channel, over a token and the d_conv - 1 before it
+    x = silu(conv1d(x))                                          per channel, over a token and the d_conv - 1 before it
     delta, B, C = W_x x                                          R = ceil(D / 16), N and N numbers for each token
     y = silu(z) (scan(x, softplus(W_dt delta + bias), -exp(A_log), B, C) + D x)              (mixers/selective_scan.py)
     out = W_out y
 
-Vim has all but W_in and W_out twice, for the tokens in reverse, too, and takes the mean of both y; DiS (Fei et al., arXiv
-2402.05608) takes their sum. With Mamba a token sees those before it alone. ZigMa (Hu et al., arXiv 2403.13802) is Mamba along
-eight paths through the picture, each block along the next.
+Vim has everything but W_in and W_out twice, the second time for the tokens in reverse, and takes the mean of both y; DiS (Fei
+et al., arXiv 2402.05608) takes their sum. In Mamba a token sees only those before it. ZigMa (Hu et al., arXiv 2403.13802) is
+Mamba along eight paths through the picture, each block along the next one.
 """
 
 import math

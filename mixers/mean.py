@@ -1,4 +1,4 @@
-"""No mixing but the mean: what is left of attention when every token looks at every other alike."""
+"""Mixing by the mean alone: attention in which every token attends to all tokens equally."""
 
 from torch import nn
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 
 def check_numbers(name, **numbers):
-    """Raises a ValueError unless all numbers, options of the mixer of that name, are whole and from 1."""
+    """Raises a ValueError unless all numbers, options of the named mixer, are whole and at least 1."""
     for option, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{option} of {name} is a whole number from 1; it is {number!r}")
@@ -53,7 +53,7 @@ class Mixer:
 
     @property
     def named(self):
-        """The names of --mixer, with the options that each of them sets."""
+        """Returns the names for --mixer, with the options that each of them sets."""
         return self.presets or {self.name: {}}
 
     def flag_of(self, name):
@@ -61,7 +61,7 @@ class Mixer:
         return called.get(name) or f"--{self.name}-{name}".replace("_", "-")
 
     def given(self, settings):
-        """Returns the options that a command's settings, a dict of what its flags say, set: neither None nor False."""
+        """Returns the options that `settings`, a dict of a command's flags, sets to anything but None or False."""
         named = self.stored(settings)
         return {option.name: named[option.name] for option in self.options if option.name in named}
 

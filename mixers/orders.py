@@ -1,7 +1,7 @@
 """Paths through a grid of tokens, along which state-space mixers read a picture: every token once, line after line.
 
-A path is the raster of the grid after it was mirrored, transposed, and had every second line turned round. That holds on every
-grid, h x w, odd or even.
+A path is the raster order of the grid after the grid has been mirrored, transposed, and every second line reversed, each only
+where the path says so. That works on every grid, h x w, odd or even.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from pde_ssm_kernels.modes import remembered
 
 @dataclass(frozen=True)
 class Path:
-    """Rows one after another, or columns; from the top left, or from the bottom (up) or from the right (left); every line in
-    the same direction, or as a snake, which comes back along every second one, so that the next token is always a neighbour;
-    or all of that from its end."""
+    """A path row by row, or column by column (columns); from the top left, the bottom (up) or the right (left); with every line
+    in the same direction, or reversing every second one (snake), so that the next token is always a neighbour; or the whole of
+    it from its end (from_end)."""
 
     columns: bool = False
     up: bool = False
@@ -35,7 +35,7 @@ class Path:
 
 
 ORDERS = {
-    # VMamba's, arXiv 2401.10166: rows, columns, and both from the end
+    # VMamba's, arXiv 2401.10166: by rows, by columns, and both from the end
     "cross": tuple(Path(columns, end, end) for end, columns in product((False, True), repeat=2)),
     # LaMamba-Diff's, arXiv 2408.02615: down, up, to the right, to the left. On odd grids the second is not the first reversed
     "continuous": (

@@ -1,4 +1,4 @@
-"""The PDE-SSM block: one declaration of its options, whatever preset they are added to; and hybrids with attention."""
+"""The PDE-SSM block: one declaration of its options for all presets, and hybrids with attention."""
 
 from itertools import count
 
@@ -38,7 +38,7 @@ def build(dim, num_heads=8, qkv_bias=False, *, grid_size=None, layer=0, attentio
 
 
 def check(options):
-    """Raises a ValueError for options that mean nothing to the coupling, or say the same twice."""
+    """Raises a ValueError for options that do not apply to the coupling, or that set the same thing twice."""
     coupling = options.get("coupling", "diagonal")
     if coupling == "diagonal" and "groups" in options:
         raise ValueError("--pde-groups means nothing to the diagonal coupling; choose another with --pde-coupling")

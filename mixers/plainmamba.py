@@ -5,10 +5,10 @@
     y_k = selective_scan(x_k, delta_k, -exp(A_log), B_k + direction_Bs[d_k], C_k, D),     y = sum_k y_k, each token at its place
     out = out_proj(y silu(z))
 
-x_k and the like are tokens as snake k meets them, d_k the step that led to each: none, to the right, left, up or down.
+x_k and the like are the tokens in the order of snake k, d_k the step that led to each: none, right, left, up or down.
 
-This is what the paper says. In its public code only x follows the snakes: delta, B and C stay in raster order, where they
-belong to other tokens, and the bias of dt_proj counts twice; the tests compute that as well.
+This follows the paper. In its public code only x follows the snakes: delta, B and C stay in raster order, where they belong to
+other tokens, and the bias of dt_proj is added twice; the tests compute that variant as well.
 """
 
 import math
@@ -55,7 +55,7 @@ class PlainMamba(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Sets time steps between 0.001 and 0.1, which a network's own initialisation would spoil."""
+        """Sets time steps between 0.001 and 0.1, which a network's own initialisation would overwrite."""
         initialize_time_steps(self.dt_proj)
 
     def forward(self, tokens, **call):                                     # (B, N, D)
@@ -67,7 +67,7 @@ class PlainMamba(nn.Module):
         return self.out_proj(y.to(z) * silu(z))                            # (B, N, D)
 
     def scan(self, x, grid_size):                                          # (B, N, E)
-        """Returns the sum of the scans along the snakes, in float32 whatever the type of x: halves overflow in the states."""
+        """Returns the sum of the scans along the snakes, in float32 or wider, since the states overflow in half precision."""
         with full_precision(x):
             x = widen(x)
             dt, B, C = linear(x, widen(self.x_proj.weight)).split(self.sizes, dim=2)

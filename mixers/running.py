@@ -15,15 +15,15 @@ def add_speed_flags(add):
     minute = "compile the network with torch.compile; the first step then takes about a minute longer"
     may_change(add("--compile", action="store_true", help=minute))
     kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
-    same_bits = "ask MKL, PyTorch and cuDNN for the same bits every time; may be slower"
+    same_bits = "make MKL, PyTorch and cuDNN give bitwise identical results every time; may be slower"
     may_change(add("--deterministic", action="store_true", help=same_bits))
-    choices = "of the PDE: C++ kernels on CPUs; PyTorch; C++; Triton, for GPUs; what kernels can; or its equations as written"
+    choices = "of the PDE: C++ on CPUs, else PyTorch; PyTorch; C++; Triton, for GPUs; any kernel; or the plain equations"
     may_change(add("--pde-backend", **kernels, help=choices))
 
 
 def prepare_to_sample(model, device, precision="fp32", compile=False, backend="default", deterministic=False):
-    """Makes every call of a trained model run on that device in this precision, compiled or not, by that backend of the PDE,
-    and with the same bits every time or not. ValueError if the machine cannot. The weights must not change afterwards."""
+    """Prepares a trained model to run on that device in this precision, compiled or not, with that backend of the PDE, and, if
+    deterministic, bitwise reproducibly. ValueError if the machine cannot do that. The weights must not change afterwards."""
     if deterministic:
         be_deterministic()
     choose_backend(backend, model, device)
@@ -31,7 +31,7 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
     if compile:
         check_compiler(device)
         freeze(model)
-        if device.type == "cuda":  # first, so that caches of layers and kernels are not in a CUDA graph's memory
+        if device.type == "cuda":  # warm up first, so that caches of layers and kernels do not live in a CUDA graph's memory
             x, y = torch.zeros(1, model.in_channels, *model.input_size, device=device), torch.zeros(1, dtype=int, device=device)
             with torch.no_grad():
                 forward(x, y.float(), y)
@@ -40,7 +40,7 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
 
 
 def choose_backend(name, model, device):
-    """Sets what runs the model's PDEs on that device, by the names of `set_backend`. ValueError if it cannot."""
+    """Sets the backend of the model's PDEs, by its name in `set_backend`. ValueError if it cannot run them on that device."""
     set_backend(name)
     layer = next((layer for layer in model.modules() if isinstance(layer, PDESSM)), None)
     if name in ("cpp", "triton") and layer and layer.coupling == "diagonal":

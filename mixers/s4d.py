@@ -14,7 +14,7 @@ from pde_ssm_kernels.modes import full_precision, widen
 
 
 class S4D(nn.Module):
-    """Mixes tokens by a state-space model along their line, and gates what comes out, (B, N, D) -> (B, N, D):
+    """Mixes tokens by a state-space model along the raster order, and gates the result, (B, N, D) -> (B, N, D):
 
         y = u convolved with K, + D u;     out = W3 (gelu(W2 y) * gelu(W1 u))
 

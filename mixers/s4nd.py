@@ -51,17 +51,17 @@ class Kernel(nn.Module):
 
 
 class S4ND(nn.Module):
-    """S4ND with S4D-Lin kernels, bidirectional, (B, h w, D) -> (B, h w, D), on a grid with zeros around it:
+    """S4ND with S4D-Lin kernels, bidirectional, (B, h w, D) -> (B, h w, D), on a zero-padded grid:
 
         y = u convolved with K^0 (x) K^1, + D u;     out = GLU(Linear(gelu(y)))
 
-    The kernel is a product, and so the convolution is one along the columns and one along the rows, each a product with a
-    matrix of its lags, in float32 under any autocast: h + w multiply-adds for each number, and no Fourier transform, which
-    would need the zeros. Parameters: 2 D^2 + D (4 N + 5) + 4 N, at D = 384 with N = state_dim = 64 states 395,392. Public code
-    trains dt, A and B at a learning rate of 0.001 of their own; here all have the same.
+    The kernel is separable, so the convolution is one along the columns and one along the rows, each a product with a matrix
+    of its lags, in float32 or wider under any autocast: h + w multiply-adds per number, and no Fourier transform, which would
+    need the zero padding. Parameters: 2 D^2 + D (4 N + 5) + 4 N, at D = 384 with N = state_dim = 64 states 395,392. Public code
+    trains dt, A and B at a learning rate of 0.001 of their own; here all parameters have the same.
 
-    On another grid than the one it was built for, `grid_size`, the steps dt are those of tokens that lie closer or wider in the
-    same picture. bandlimit: see `Kernel`.
+    On a grid other than the one it was built for, `grid_size`, the steps dt are rescaled to tokens that lie closer or wider in
+    the same picture. bandlimit: see `Kernel`.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, grid_size=None, state_dim=64, bandlimit=None):
@@ -81,7 +81,7 @@ class S4ND(nn.Module):
         return self.output_linear(gelu(y).flatten(1, 2).to(tokens.dtype))
 
     def convolve(self, u):
-        """y[i, j] = sum of K^0[i - k] K^1[j - l] u[k, l], in each channel."""
+        """Computes y[i, j] = sum_kl K^0[i - k] K^1[j - l] u[k, l] in each channel, (B, h, w, D) -> (B, h, w, D)."""
         u = u.permute(3, 1, 0, 2)                                          # (D, h, B, w)
         y = matmul(self.lags(0), u.flatten(2))                             # (D, h, B w)
         y = matmul(y.view(u.shape).flatten(1, 2), self.lags(1).mT)         # (D, h B, w)

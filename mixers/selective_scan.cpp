@@ -1,5 +1,5 @@
 // Kernels of the selective scan, of the convolution that mixers have before it, and of their gradients. Built by
-// selective_scan_cpu.py, which defines CHUNK and SHARE, and held against the reference of selective_scan.py and PyTorch.
+// selective_scan_cpu.py, which defines CHUNK and SHARE, and tested against the reference of selective_scan.py and PyTorch.
 //
 // Sixteen channels of float32 are one vector, or eight without AVX-512, and half as many of float64. A core goes through a
 // SHARE of the channels a CHUNK of tokens at a time, with its working set in its own cache: main memory is accessed once for
@@ -134,7 +134,7 @@ template <class T> struct Kernels {
   INLINE V softplus(V x, V exp) { return x > 20 ? x : log_1_plus(exp); }
   INLINE V softplus_slope(V x, V exp) { return x > 20 ? V{} + 1 : exp / (1 + exp); }
 
-  // Of two vectors, what is in the lanes whose number lacks the bit `span`, and in those that have it, side by side.
+  // Gathers the lanes of two vectors whose number lacks the bit `span` into low, and those that have it into high.
   template <int span>
   INLINE void exchange(const V &a, const V &b, V &low, V &high) {
     V c = {}, d = {};
@@ -156,7 +156,7 @@ template <class T> struct Kernels {
     if constexpr (span > 1) transpose<span / 2>(rows);
   }
 
-  // The sums over lanes of LANES vectors, side by side; the vectors are lost.
+  // Returns the sums over lanes of LANES vectors, side by side; the vectors are overwritten.
   template <int span = LANES / 2>
   INLINE V sums_over_lanes(V *rows) {
     for (int i = 0; i < span; i++) {
@@ -202,7 +202,7 @@ template <class T> struct Kernels {
       for (int n = 0; n < N; n++) to[t * N + n] = from[t * columns.token + n * columns.state];
   }
 
-  // How the work is cut: channels of a group into blocks of a vector, these into shares.
+  // How work is divided: a group's channels into blocks of one vector, and blocks into shares.
   struct Cut {
     long per_group, blocks, shares, chunks;
     explicit Cut(const Scan<T> &scan)
@@ -233,7 +233,7 @@ template <class T> struct Kernels {
     }
   };
 
-  // S states from n on, through a chunk: h from before it to its end, y += C h.
+  // Advances states n to n + S - 1 through a chunk: h goes from before the chunk to its end, and y += C h.
   template <int S>
   INLINE void steps(int n, int N, int tokens, const V *exponents, const T *B, const T *C, const V *delta, const V *x, V *h,
                     V *y) {
@@ -309,8 +309,8 @@ template <class T> struct Kernels {
     }
   }
 
-  // S states from n on, through a chunk and back. `carry` is exp(delta A) times the gradient of the state after the chunk, and
-  // then that of the state before it.
+  // Takes states n to n + S - 1 through a chunk and back. On entry, `carry` is exp(delta A) times the gradient of the state
+  // after the chunk; on return, the gradient of the state before it.
   template <int S>
   INLINE void steps_back(int n, int N, int tokens, const V *A, const T *B, const T *C, const V *delta, const V *x, const V *dy,
                          const T *before, long stride, int lanes, V *carry, V *A_grad, V *B_grad, V *C_grad, V *x_grad,
@@ -469,7 +469,7 @@ template <class T> struct Kernels {
     return sum;
   }
 
-  // Four weights, as Mamba has, are known to the compiler; WIDTH is 0 for other numbers.
+  // WIDTH is 4, Mamba's number of weights, as a compile-time constant, or 0 for any other number.
   template <int WIDTH>
   static void convolve(const Convolution<T> &conv) {
     const long blocks = (conv.channels + LANES - 1) / LANES, width = WIDTH ? WIDTH : conv.width;
@@ -514,7 +514,7 @@ template <class T> struct Kernels {
             V grad = load_token(conv.out, b, channel, t, lanes) * open * (1 + sum * (1 - open));
             bias_grad += grad;
             for (long k = 0; k + 1 < width; k++) recent[k] = recent[k + 1];
-            recent[width - 1] = grad;                                      // and before it those of the tokens that follow
+            recent[width - 1] = grad;                                      // before it lie those of the tokens that follow
             V x_grad = {};
             for (long k = 0; k < width; k++) {
               const long from = t + k + 1 - width;

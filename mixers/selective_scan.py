@@ -4,12 +4,12 @@
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t               N states of each channel
     y_t = sum_n C_t h_t + D u_t,     out = y silu(z)
 
-`selective_scan_reference` is that, a token at a time. `selective_scan` gives the same numbers by one operator: in C++ on CPUs
-(selective_scan_cpu.py), elsewhere time first, in chunks of CHUNK tokens: all exponentials of a chunk at once, then one
-multiply-add a token, then one product of matrices. Its gradient, by hand, goes through the chunks in reverse and computes their
-states again, so that memory holds the states of every CHUNK-th token instead of all. Neither divides by products of
-exponentials, which are nothing where delta A is large. On CUDA mamba_ssm's kernel may serve (selective_scan_mamba.py). Under
-vmap and in forward-mode differentiation, for which operators have no rules, the equations run as they are.
+`selective_scan_reference` computes that, a token at a time. `selective_scan` gives the same numbers by one operator: in C++ on
+CPUs (selective_scan_cpu.py), elsewhere in chunks of CHUNK tokens, time first: all exponentials of a chunk at once, then one
+multiply-add per token, then one matrix product. Its hand-written gradient goes through the chunks in reverse and recomputes
+their states, so that memory holds the states of every CHUNK-th token instead of all. Neither divides by products of
+exponentials, which underflow where delta A is large. On CUDA, mamba_ssm's kernel may be used (selective_scan_mamba.py). Under
+vmap and in forward-mode differentiation, for which operators have no rules, the reference runs instead.
 """
 
 from functools import reduce
@@ -30,8 +30,8 @@ def selective_scan(
     """Returns out (B, E, L) in the type of u, and with return_last_state h_L (B, E, N) too; computed in float32 or wider.
 
     u, delta, z (B, E, L); A (E, N); B, C (B, N, L), or (B, G, N, L) for G equal groups of the E channels; D, delta_bias (E,).
-    They may have any layout; out lies in memory as delta does. reverse: from the last token to the first, which stay in their
-    places. ValueError for shapes that do not fit.
+    They may have any layout; out has delta's layout in memory. reverse: scan from the last token to the first; the tokens stay
+    in their places. ValueError for shapes that do not match.
     """
     if transformed() or (not torch.compiler.is_compiling() and has_tangents(u, delta, A, B, C, D, z, delta_bias)):
         how = delta_softplus, return_last_state, reverse
@@ -72,7 +72,7 @@ def selective_scan_reference(
 
 
 def has_tangents(*tensors):
-    """Whether forward-mode differentiation goes through one of the tensors, which may be None."""
+    """Returns whether one of the tensors, which may be None, carries a forward-mode tangent."""
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
@@ -98,7 +98,7 @@ def turned(inputs, reverse):
     return u, delta, A, B, C, D, z, bias
 
 
-# The scan as an operator of PyTorch, so that compilers do not look into it and do not unroll its L steps.
+# The scan as a custom operator of PyTorch, which compilers treat as opaque, so that they do not unroll its L steps.
 
 
 @torch.library.custom_op("pde_ssm_dit::selective_scan", mutates_args=())
@@ -118,7 +118,7 @@ def scan_backward(
     C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool,
     reverse: bool, before: torch.Tensor,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """From the gradients of out and h_L to those of u, delta, A, B and C, and of those of D, z and bias that are there."""
+    """Returns the gradients of u, delta, A, B and C, and of D, z and bias where given, from those of out and h_L."""
     road = selective_scan_cpu.backward if selective_scan_cpu.serves(u) else backward
     gradients = road(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before)
     return [x for x, given in zip(gradients, (u, delta, A, B, C, D, z, bias)) if given is not None]
@@ -216,7 +216,7 @@ def in_groups(states, B):
 
 
 def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
-    """With g_t the gradient of h_t and dy that of y,
+    """Returns the gradients of all inputs, None for those not given. With g_t the gradient of h_t and dy that of y,
 
     g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1),    dx = g B,    dB = g x,    dC = h dy,    d(delta A) = g h_(t-1) exp(delta A)
 
@@ -266,5 +266,5 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
 
 
 def as_lies(x, other):
-    """A copy of x that lies in memory as another tensor."""
+    """Returns a copy of x with the memory layout of another tensor."""
     return torch.empty_like(other).copy_(x)

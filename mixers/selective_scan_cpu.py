@@ -21,13 +21,13 @@ SHARE = 64  # channels
 
 
 def serves(u):
-    """Whether the kernels can take it: float32 or float64 on a CPU, unless `set_backend` says torch or plain."""
+    """Returns whether the kernels support u: float32 or float64 on a CPU, unless the backend is torch or plain."""
     wanted = u.device.type == "cpu" and u.dtype in (torch.float32, torch.float64) and backend() not in ("torch", "plain")
     return wanted and built()
 
 
 def built():
-    """Whether there are kernels; says once why there are none."""
+    """Returns whether there are kernels; warns if there are none."""
     return found(library, "selective scans")
 
 

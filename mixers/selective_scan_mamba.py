@@ -46,8 +46,8 @@ def agrees(device, reference):
 
 
 def difference(theirs, reference, device):
-    """Returns how far values and gradients are from one another, at most, as a part of the largest one of each. The sequence is
-    no multiple of any chunk."""
+    """Returns the largest difference of values and gradients, relative to the largest entry of each. The length of the sequence
+    is not a multiple of any chunk's."""
     generator, (batch, E, L, N) = torch.Generator().manual_seed(0), (2, 64, 77, 16)
     shapes = [(batch, E, L), (batch, E, L), (E, N), (batch, 2, N, L), (batch, 2, N, L), (E,), (batch, E, L), (E,)]
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]

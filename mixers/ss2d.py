@@ -67,7 +67,7 @@ class SS2D(nn.Module):
         return self.out_proj(y if z is None else y * silu(z))              # (B, N, D)
 
     def scan(self, x, grid_size):                                          # (B, N, E)
-        """Returns the sum of the scans along the paths, in float32 whatever the type of x: halves overflow in the states."""
+        """Returns the sum of the scans along the paths, in float32 or wider, since the states overflow in half precision."""
         with full_precision(x):
             x = follow(widen(x), self.paths, grid_size)                    # (B, N, 4, E)
             dt, B, C = torch.einsum("bnke,kpe->bnkp", x, widen(self.x_proj_weight)).split(self.sizes, dim=3)

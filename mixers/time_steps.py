@@ -7,14 +7,14 @@ from torch import nn
 
 
 def time_step_biases(*shape):
-    """Returns biases whose softplus are such time steps."""
+    """Returns biases of this shape whose softplus is a log-uniform time step from 0.001 to 0.1."""
     steps = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp()
     return steps + (-torch.expm1(-steps)).log()                            # the inverse of softplus
 
 
 @torch.no_grad()
 def initialize_time_steps(layer):
-    """Sets an nn.Linear, from R numbers of a token to the steps of its channels, to start so."""
+    """Initialises an nn.Linear from a token's R numbers to its channels' time steps: weights uniform, biases as above."""
     bound = layer.in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
     layer.bias.copy_(time_step_biases(layer.out_features))

@@ -56,14 +56,14 @@ class Window(WindowAttention):
 
 
 def layout(n, size, shifted):
-    """Returns of an axis of n tokens: its length in whole windows, the length of one, and by how much they are shifted."""
+    """Returns, for an axis of n tokens, its length padded to whole windows, the length of a window, and the windows' shift."""
     window = min(n, size)
     return -(-n // window) * window, window, size // 2 if shifted and n > size else 0
 
 
 @remembered
 def neighbours(axes, grid_size, device):
-    """Returns who may look at whom in every window, (windows, a b, a b) bool, or None if all may.
+    """Returns which tokens may attend to which in every window, (windows, a b, a b) bool, or None if all may.
 
     axes are the layouts of both. Two tokens may if, on each axis, the shift moved both of them or neither around the edge of
     the grid, and both are padding or neither is.

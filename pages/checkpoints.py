@@ -27,8 +27,8 @@ class Opened(NamedTuple):
     space: Any
 
     def classes(self):
-        """Returns (name, text) of each class: what it is called, and what stands for it in commands, which is its number where
-        the name reads as one or several have it."""
+        """Returns (name, text) of each class, where text names it in commands: its number if its name reads as a number or is
+        not unique, else its name."""
         names = self.model.class_names or [str(number) for number in range(self.model.trained_classes)]
         plain = [class_label(name.strip()) == name and names.count(name) == 1 for name in names]
         return [(name, name if unique else str(number)) for number, (name, unique) in enumerate(zip(names, plain))]
@@ -66,8 +66,8 @@ def is_within(path, folders):
 
 
 def open_checkpoint(path, folders, device):
-    """Returns the Opened checkpoint at a path within the folders; the last few are kept. ValueError for a path that is not
-    within them, or what cannot be drawn from."""
+    """Returns the Opened checkpoint at a path within the folders; the last few are cached. ValueError for a path outside them,
+    or a checkpoint that cannot be sampled."""
     if not path:
         raise ValueError("choose a checkpoint first")
     if not is_within(path, folders):

@@ -11,7 +11,7 @@ import torch
 
 from .modes import observed, traced, transformed
 
-# By the name of a backend, the kernels that it asks, in order.
+# For each backend, the kernels that it tries, in order.
 BACKENDS = {"default": ["cpp"], "torch": [], "cpp": ["cpp"], "triton": ["triton"], "auto": ["triton", "cpp"], "plain": []}
 OTHER = "set_backend('auto') takes torch there"
 _backend = "default"
@@ -38,7 +38,7 @@ def set_backend(name):
 
 
 def backend():
-    """The name that `set_backend` was given."""
+    """Returns the name that `set_backend` was given."""
     return _backend
 
 
@@ -52,7 +52,7 @@ def choose(v, equation, time_scale=None):
     tensors = [v, *equation.parameters(), *([] if time_scale is None else [time_scale])]
     exporting = torch.compiler.is_exporting()                              # a program, which may go where no compiler is
     followed = exporting or transformed() or (not torch.compiler.is_compiling() and traced(*tensors))
-    if hasattr(equation, "is_system"):                                    # of matrices
+    if hasattr(equation, "is_system"):                                    # Pairwise or Coupled, not Diagonal
         from . import pairs, pytorch
 
         if not followed and _pairs(v, equation):
@@ -86,16 +86,16 @@ def fold(u, layer):
 
 
 def _pairs(v, equation):
-    """Whether the C++ kernels of pairs and systems are to run these tokens."""
+    """Returns whether the C++ kernels of pairs and systems should run on these tokens."""
     if "cpp" not in BACKENDS[_backend] or (equation.is_system and equation.frozen and torch.compiler.is_compiling()):
-        return False                                                       # its symbol is a constant of the program
+        return False                                                       # a frozen system's symbol is a compile-time constant
     from . import pairs
 
     return pairs.serves(v, equation)
 
 
 def why_not(name, v):
-    """Says why the kernels of that name cannot take tokens v (B, h, w, C); None if they can."""
+    """Returns why the kernels of that name do not support tokens v (B, h, w, C), or None if they do."""
     kernels = _kernels(name)
     if kernels and kernels.serves(v):
         return None

@@ -17,8 +17,8 @@ FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-sh
 
 
 def load(source, *flags):
-    """Returns the compiled kernels of a C++ file and None, or None and why there are none. Builds them unless they are in the
-    cache; flags are the compiler's, beside FLAGS."""
+    """Returns the compiled kernels of a C++ file and None, or None and the reason why there are none. Builds them unless they
+    are cached; flags are passed to the compiler after FLAGS."""
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
         if not compiler:
@@ -28,7 +28,7 @@ def load(source, *flags):
         key = hashlib.sha256("\n".join([*texts, *command, processor()]).encode()).hexdigest()[:16]
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pde_ssm", f"{key}.so")
         if path.exists():
-            with suppress(OSError):                                        # of a damaged file, which is built again
+            with suppress(OSError):                                        # a damaged file raises it, and is built again
                 return ctypes.CDLL(str(path)), None
         build([*command, str(source)], path)
         return ctypes.CDLL(str(path)), None
@@ -55,7 +55,7 @@ def kernel(library, name):
 
 
 def processor():
-    """What the machine's code depends on: a home can be shared by machines that differ."""
+    """Returns the processor's name and features, on which compiled code depends: different machines can share one home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -73,5 +73,5 @@ def build(command, path):
             lines = result.stderr.splitlines()
             raise OSError(next((line for line in lines if "error" in line), f"{command[0]} failed"))
         with open(f"{folder}/kernels.so", "rb") as file:
-            os.fsync(file.fileno())                                        # a short file would end whoever loads it
+            os.fsync(file.fileno())                                        # loading a truncated file would crash the process
         os.replace(f"{folder}/kernels.so", path)

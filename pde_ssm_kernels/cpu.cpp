@@ -14,7 +14,7 @@ typedef double D __attribute__((vector_size(8 * LANES)));
 static INLINE Z conj(const Z &a) { return {a.re, -a.im}; }
 static INLINE Z turned(const Z &a, float cosine, float sine) { return {a.re * cosine - a.im * sine, a.re * sine + a.im * cosine}; }
 
-// Fourier transforms of n points: Stockham's, whose results are in order without a pass that sorts.
+// Fourier transforms of n points by Stockham's algorithm, whose results are in order without a reordering pass.
 
 struct Axis {
   int n, stages = 0, radix[16];
@@ -143,7 +143,7 @@ static INLINE void will_need(const float *upper, const float *lower) {
   __builtin_prefetch(lower, writing);
 }
 
-// Twice rfft2 of tokens along x. Two rows at a time are real and imaginary part of one complex row.
+// Computes twice the rfft of tokens along x. Two rows at a time are the real and imaginary parts of one complex row.
 static void spectrum_of(const Grid &grid, const float *tokens, long C, int lanes, Z *result, Z *line) {
   int h = grid.h, w = grid.w;
   Z *other = line + (w > h ? w : h);
@@ -218,7 +218,7 @@ static void powers(V turns, int n, Z *result) {
   }
 }
 
-// The wave vectors of a grid one after the other with G(k) and B(k) there, for one PDE of each channel.
+// Calls visit(x, y, G(k), B(k)) at every wave vector of a grid, for one PDE of each channel.
 template <class Visit>
 static INLINE void for_each_wave(const Grid &grid, const V *row, Z *waves_x, Z *waves_y, Visit visit) {
   V r = row[0], Kxx = row[1], Kxy = row[2], Kyy = row[3];
@@ -259,8 +259,8 @@ static void symbol_of(const Grid &grid, const float *rows, int components, const
   }
 }
 
-// v and out (B, h, w, C). Each of `groups` shares of the images has rows (components, ROWS, C), the next one's `stride`
-// numbers later.
+// v and out are (B, h, w, C). Each of `groups` shares of the images has rows (components, ROWS, C), `stride` numbers from one
+// share to the next.
 extern "C" void evolve(const float *v, const float *rows, float *out, long B, int h, int w, long C, int components,
                        int groups, long stride, int threads) {
   const Grid grid(h, w);
@@ -282,7 +282,7 @@ extern "C" void evolve(const float *v, const float *rows, float *out, long B, in
   }
 }
 
-// From the gradient of out to those of v and of each group's rows, (groups, components, ROWS, C).
+// Computes the gradients of v and of each group's rows, (groups, components, ROWS, C), from that of out.
 extern "C" void evolve_backward(const float *gradient, const float *v, const float *rows, float *v_gradient,
                                 float *rows_gradient, long B, int h, int w, long C, int components, int groups,
                                 long stride, int threads) {
@@ -306,7 +306,7 @@ extern "C" void evolve_backward(const float *gradient, const float *v, const flo
           for (int x = 0; x < grid.f; x++) {
             Z *column = gradient_waves + x * grid.column, *sums = symbol_gradient + x * grid.column;
             const Z *factor = symbol + x * grid.column;
-            const Z *a = transform<-1>(grid.Y, waves + x * grid.column, line);             // which may stay in this line
+            const Z *a = transform<-1>(grid.Y, waves + x * grid.column, line);             // its result may lie in `line`
             Z *g = transform<-1>(grid.Y, column, line + h);
             for (int y = 0; y < h; y++) {
               Z product = conj(a[y]) * g[y];
@@ -333,7 +333,7 @@ extern "C" void evolve_backward(const float *gradient, const float *v, const flo
             sum[6] += P.im * kx;
             sum[7] += P.im * ky;
             sum[8] += P.re;
-            if (y == h - 1)  // the column's end: sums of sums lose less to rounding
+            if (y == h - 1)  // each column is summed by itself: sums of partial sums lose less to rounding
               for (int i = 0; i < ROWS; i++) {
                 // every wave but those with kx = 0 or at its Nyquist frequency stands for its mirror image, too
                 total[i] += sum[i] * ((x == 0 || 2 * x == w ? 0.25f : 0.5f) / ((float)h * w));

@@ -18,10 +18,10 @@ from .modes import batched, differentiable, widen
 
 ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
 MAX_SIDE = 512
-LARGEST_PRIME = 127     # in a side, whose transform costs its square: longer ones have not been held against FFTs
-CHANNELS = 16           # about as many at once
-FIXED_THREADS = 8       # for which work is cut where results must not depend on their number
-BLOCKS_PER_THREAD = 4   # of channels and images: with fewer, threads wait for one another at the end
+LARGEST_PRIME = 127     # largest prime factor p of a side, at a cost of p^2; larger ones were not timed against FFTs
+CHANNELS = 16           # channels in a block, about as many as one vector holds
+FIXED_THREADS = 8       # threads among which work is divided where results must not depend on the actual number
+BLOCKS_PER_THREAD = 4   # blocks of channels and images per thread: with fewer, threads wait for one another at the end
 FLAGS = f"-DROWS={ROWS} -DMAX_SIDE={MAX_SIDE} -DLARGEST_PRIME={LARGEST_PRIME}".split()
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -51,8 +51,8 @@ def evolve_tokens(v, equation, time_scale=None):
 
 
 class Evolution(torch.autograd.Function):
-    """`evolve` with its gradients; where those need gradients in turn, or many are wanted at once, of `plainly`(v, rows),
-    which computes the same."""
+    """Runs `evolve` with its gradients; second derivatives and batched gradients are those of `plainly`(v, rows), which
+    computes the same."""
 
     @staticmethod
     def forward(ctx, plainly, v, rows):
@@ -68,7 +68,7 @@ class Evolution(torch.autograd.Function):
 
 
 def serves(v):
-    """Whether the kernels can take these tokens (B, h, w, C): of at most 32 bits, on a CPU, on a grid of SIDES."""
+    """Returns whether the kernels support tokens v (B, h, w, C): floats of at most 32 bits, on a CPU, with sides in SIDES."""
     if v.device.type != "cpu" or v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return v.shape[1] in SIDES and v.shape[2] in SIDES and built()
@@ -76,12 +76,12 @@ def serves(v):
 
 @torch.compiler.assume_constant_result  # for compilers, which cannot look into it
 def built():
-    """Whether there are kernels; says once why there are none."""
+    """Returns whether there are kernels; warns once if there are none."""
     return found(library)
 
 
 def evolve(v, rows):
-    """From R u to the state: v (B, h, w, C), rows (n, 9, C) or one per image (B, n, 9, C), float32 -> (B, h, w, C).
+    """Returns the state (B, h, w, C) of v = R u (B, h, w, C); rows (n, 9, C), or one set per image (B, n, 9, C); float32.
 
     The nine rows are tau times r, Kxx, Kxy, Kyy, bx and by, then gx, gy and g0. The symbol is the sum of G(k) B(k) over the n.
     h and w must be among SIDES. ValueError for other shapes or types.
@@ -93,7 +93,7 @@ def evolve(v, rows):
 
 
 def evolve_backward(gradient, v, rows):
-    """From the gradient of `evolve`'s result to those of v and of rows."""
+    """Returns the gradients of v and of rows from that of `evolve`'s result."""
     gradient, v, rows = gradient.to(v.dtype).expand_as(v).contiguous(), v.contiguous(), rows.contiguous()
     v_gradient = torch.empty_like(v)
     sums = rows.new_empty(shares(v, rows), *rows.shape[-3:])
@@ -114,7 +114,7 @@ def shares(v, rows):
 
 
 def sizes(v, rows):
-    """What both kernels take after the tensors; the last but one is how far a share's rows are from the next one's."""
+    """Returns the sizes that both kernels take after the tensors; the last but one is the stride between two shares' rows."""
     expected = *([len(v)] if rows.ndim == 4 else []), *rows.shape[-3:-2], ROWS, v.shape[-1]
     if v.ndim != 4 or rows.ndim not in (3, 4) or rows.shape != expected or not v.dtype == rows.dtype == torch.float32:
         got = f"{v.dtype} of shape {tuple(v.shape)} and {rows.dtype} of shape {tuple(rows.shape)}"
@@ -132,7 +132,7 @@ def run(name, *tensors, sizes):
 
 @cache
 def library():
-    """The compiled kernels and None, or None and why there are none."""
+    """Returns the compiled kernels and None, or None and the reason why there are none."""
     kernels, reason = load(SOURCE, *FLAGS)
     if reason:
         return None, reason
@@ -146,7 +146,7 @@ def library():
 
 @torch.library.custom_op("pde_ssm::evolve_on_cpu", mutates_args=())
 def evolve_op(v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`evolve` as an operator that compilers do not look into."""
+    """Wraps `evolve` as an operator that compilers treat as opaque."""
     return evolve(v, rows)
 
 

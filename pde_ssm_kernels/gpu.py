@@ -1,6 +1,6 @@
 """Triton kernels of the diagonal coupling: irfft2(symbol rfft2(v)) and its gradients.
 
-Never needed for a result, only for speed on GPUs, where nobody has timed them yet: so they run on request alone. The transforms
+They are optional and serve speed on GPUs, where nobody has timed them yet, so they run only on request. The transforms
 are matrix products with Fourier matrices, first along x, real to half a spectrum, then along y; sides and halves are padded
 with zeros to powers of two of at least 16, which tensor cores want.
 
@@ -44,7 +44,7 @@ def evolve(v, symbol):
 
 
 def serves(v):
-    """Whether the kernels can take these tokens (B, h, w, C): on a GPU with enough shared memory for their grid."""
+    """Returns whether the kernels support tokens v (B, h, w, C): on a GPU with enough shared memory for their grid."""
     types = (torch.float32, torch.bfloat16, torch.float16)
     if not (v.is_cuda or INTERPRETED) or v.dtype not in types or max(v.shape[1:3]) > MAX_SIDE or v.numel() == 0:
         return False
@@ -63,7 +63,7 @@ def swapped(x, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def token_places(h, w, C, c0, H: tl.constexpr, W: tl.constexpr, CB: tl.constexpr):
-    """Where the entries (W, H CB) of some channels lie in an image (h, w, C), and which of them it has."""
+    """Returns the offsets of the entries (W, H CB) of some channels in an image (h, w, C), and a mask of those inside it."""
     x, y, c = tl.arange(0, W)[:, None], (tl.arange(0, H * CB) // CB)[None], (c0 + tl.arange(0, H * CB) % CB)[None]
     return (y * w + x) * C + c, (x < w) & (y < h) & (c < C)
 
@@ -101,7 +101,7 @@ def irfft2(zr, zi, yr, yi, br, bi, H: tl.constexpr, F: tl.constexpr, CB: tl.cons
 
 @triton.jit
 def spectrum_places(h, f, C, c0, H: tl.constexpr, F: tl.constexpr, CB: tl.constexpr):
-    """Where the entries (H, F CB) lie in an array (h, f, C), and which of them it has."""
+    """Returns the offsets of the entries (H, F CB) in an array (h, f, C), and a mask of those inside it."""
     y, x, c = tl.arange(0, H)[:, None], (tl.arange(0, F * CB) // CB)[None], (c0 + tl.arange(0, F * CB) % CB)[None]
     return (y * f + x) * C + c, (y < h) & (x < f) & (c < C)
 
@@ -155,7 +155,7 @@ def along_x_kernel(
     v, matrices, v_hat, image_stride, y_stride, x_stride, c_stride, h, w, f, C,
     W: tl.constexpr, F: tl.constexpr, XB: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The transform of one row: v (B, h, w, C) of any strides to v_hat (B, 2, h, f, C)."""
+    """Transforms one row of v (B, h, w, C), which may have any strides, to v_hat (B, 2, h, f, C)."""
     image, y = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
     c = tl.program_id(1) * CB + tl.arange(0, CB)[None]
     v += image * image_stride + y * y_stride + c * c_stride
@@ -205,7 +205,7 @@ def along_y_kernel(
         sr = tl.load(symbol + entries, mask=there, other=0.0)
         si = SIGN * tl.load(symbol + h * f * C + entries, mask=there, other=0.0)
         zr, zi = sr * vr - si * vi, sr * vi + si * vr
-        # The matrix is symmetric, so that its rows are its columns.
+        # The matrix is symmetric, so its rows can be read as its columns.
         yr, yi = tl.load(matrices + y[:, None] * H + ky[None]), tl.load(matrices + H * H + y[:, None] * H + ky[None])
         out_r = tl.dot(yr, zr, tl.dot(yi, zi, out_r, input_precision=P), input_precision=P)
         out_i = tl.dot(yr, zi, tl.dot(-yi, zr, out_i, input_precision=P), input_precision=P)
@@ -303,8 +303,8 @@ def irfft2_weights(h, w, device):
 
 
 def constants(kernel, v):
-    """Those of a kernel that holds all of the grids of tokens v (B, h, w, C): padded sizes, channels of a program, precision of
-    products; and its launch's options."""
+    """Returns the constants of a kernel that holds the whole grid of tokens v (B, h, w, C): padded sizes, channels per program
+    and precision of products; and the options of its launch."""
     _, h, w, C = v.shape
     H, W, F = padded(h), padded(w), padded(w // 2 + 1)
     t = tile(kernel, H, W, device=v.device)
@@ -312,7 +312,7 @@ def constants(kernel, v):
 
 
 def precision():
-    """Of products on tensor cores: three of TF32's are as exact as one of float32's; AMD's compiler has none of them."""
+    """Returns the precision of tensor-core products: three in TF32 are as exact as one in float32; AMD's compiler has none."""
     return "ieee" if torch.version.hip else "tf32x3"
 
 
@@ -335,7 +335,7 @@ def along_x(v, matrices):
 
 
 def multiply_along_y(v_hat, symbol, matrices, sign):
-    """The second, in place."""
+    """Runs the second pass, in place."""
     B, _, h, f, C = v_hat.shape
     H, t = padded(h), tile("along_y", padded(h), device=v_hat.device)
     along_y_kernel[B * f, triton.cdiv(C, t.channels)](
@@ -345,7 +345,7 @@ def multiply_along_y(v_hat, symbol, matrices, sign):
 
 
 def back_along_x(v_hat, matrices, out):
-    """The third."""
+    """Runs the third pass, (B, 2, h, w // 2 + 1, C) -> (B, h, w, C), into `out`."""
     B, h, w, C = out.shape
     f = w // 2 + 1
     W, F, t = padded(w), padded(f), tile("back_along_x", padded(w), device=out.device)

@@ -15,7 +15,7 @@ from .modes import observed, traced
 
 VALUES = 2           # kept of a layer, such as its symbols on two grids
 KEPT = 2**31         # bytes kept of all layers together
-COMPARED = 2**9      # entries of each parameter by which writes are seen that PyTorch does not count
+COMPARED = 2**9      # leading entries of each parameter compared to detect writes that PyTorch does not count
 
 _kept = WeakKeyDictionary()  # {layer: {(method, *grid): (value, state, (compared, copies), (parameters, their memory))}}
 
@@ -76,14 +76,14 @@ class Keeping(nn.Module):
 
 
 def freeze(model):
-    """Lets torch.compile take what the layers of a model keep for constants: its weights must not change any more."""
+    """Lets torch.compile treat the values cached by a model's layers as constants: its weights must not change afterwards."""
     for layer in model.modules():
         if isinstance(layer, Keeping):
             layer.frozen = True
 
 
 def forget(*_):
-    """Drops all that is kept, of every layer: training goes on, which changes parameters and needs the memory."""
+    """Drops the cached values of every layer: training continues, changes parameters and needs the memory."""
     if not torch.compiler.is_compiling() and _kept:
         _kept.clear()
 
@@ -119,12 +119,12 @@ def _keep(layer, name, value, state):
     own, parameters = _kept.setdefault(layer, {}), list(layer.parameters())
     own.pop(name, None)
     if state is None or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules()) or traced(*parameters):
-        return  # inference tensors; replicated or parametrised, with values elsewhere; of another class
+        return  # no version counts; parameters computed elsewhere (replicas, parametrisations); tensors of another class
     while own and (len(own) >= VALUES or value.nbytes > room()):
         own.pop(next(iter(own), None), None)                               # another thread may have done so just now
     if value.nbytes > room():
         return
-    # As long as the parameters and their memory are held, no others can have their identity and their address.
+    # Holding the parameters and their memory ensures that no other tensor gets the same id and address.
     memory = [p.data.flatten()[:COMPARED] if p.is_contiguous() else p.data for p in parameters]
     compared = memory if value.device.type == "cpu" else []
     own[name] = value, state, (compared, [x.clone() for x in compared]), (parameters, memory)

@@ -17,23 +17,23 @@ def traced(*tensors):
 
 
 def observed():
-    """Whether something looks at each operator, whatever the tensors are: `traced` without its tests of them."""
+    """Returns whether anything observes each operator, whatever the tensors are: `traced` without its checks of tensors."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or torch._C._len_torch_dispatch_stack()
 
 
 def transformed():
-    """Whether torch.func differentiates or maps what runs, or is compiled: operators of ours have no rules for that."""
+    """Returns whether a torch.func transform is active, also under a compiler: our operators have no rules for it."""
     return torch._C._are_functorch_transforms_active()
 
 
 def batched(gradient):
-    """Whether a gradient is many at once (is_grads_batched), for which kernels have no rules."""
+    """Returns whether a gradient is batched (is_grads_batched), for which kernels have no rules."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def differentiable(plainly, inputs, gradients, needed):
-    """Returns the gradients of plainly(*inputs) that are needed, None for others: in PyTorch's operations, so that they may
-    have gradients themselves, or be many at once. gradients: of its result, a tensor or several."""
+    """Returns the gradients of plainly(*inputs) that are needed, None for others. They use PyTorch's operations, so they can be
+    differentiated again or batched. gradients: those of its result, one tensor or several."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), full_precision(inputs[0]):                   # backward() may be called under autocast
         # Separate tensors, since two inputs may be one tensor, or one be computed from another.
@@ -49,7 +49,7 @@ def remembered(compute):
 
     @lru_cache(maxsize=64)
     def remember(*values):
-        with torch.inference_mode(False):                                  # they outlive the mode that their first caller is in
+        with torch.inference_mode(False):                                  # cached tensors outlive their first caller's mode
             return compute(*values)
 
     @wraps(compute)
@@ -61,10 +61,10 @@ def remembered(compute):
 
 
 def full_precision(x):
-    """A context without autocast on the device of x; the meta device has none."""
+    """Returns a context without autocast on the device of x; the meta device has no autocast."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def widen(x):
-    """x in float32, or in its own type where that is wider."""
+    """Returns x in float32, or unchanged where its type is wider."""
     return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))

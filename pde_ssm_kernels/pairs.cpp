@@ -35,7 +35,7 @@ static INLINE bool all(const I &mask) {
 #endif
 }
 
-// LANES numbers, each `stride` after the one before.
+// Loads LANES numbers that lie `stride` apart.
 static INLINE V gather(const float *from, long stride, int lanes) {
   V v = {};
 #ifdef __AVX512F__
@@ -75,7 +75,7 @@ struct Grid {
     for (int x = 0; x < f; x++) {
       int x_odd = 2 * x == w ? 0 : x, most = (h - 1) / 2;
       int least = x_odd ? -most : 0, count = most - least + 1, pieces = (count + RUN - 1) / RUN;
-      for (int i = 0; i < pieces; i++) {                                   // outward, since growth falls there as a rule
+      for (int i = 0; i < pieces; i++) {                                   // runs go outward, where growth usually falls
         int first = count * i / pieces + least, last = count * (i + 1) / pieces + least - 1;
         if (first + last < 0) runs.push_back({x, x_odd, last, -1, last - first + 1, false});
         else runs.push_back({x, x_odd, first, 1, last - first + 1, false});
@@ -134,7 +134,7 @@ struct Green {
         ratio = ratio * bend;
       }
     }
-    if (all((first < LEAST_GROWTH) & (first + rise * (float)(run.n - 1) < LEAST_GROWTH))) {  // above its own tangent it never is
+    if (all((first < LEAST_GROWTH) & (first + rise * (float)(run.n - 1) < LEAST_GROWTH))) {  // growth never exceeds its tangent
       for (int t = 0; t < run.n; t++) G[t * STRIDE] = Z{};
       return;
     }
@@ -161,7 +161,7 @@ struct Green {
   }
 };
 
-// The same of the embedding B = g0 + i (gx kx + gy ky): Eq. (6).
+// The same for the embedding B = g0 + i (gx kx + gy ky): Eq. (6).
 struct Embedding {
   static constexpr int ROWS = 3;  // g0, gx, gy
   V g0, gx, gy;
@@ -241,8 +241,8 @@ static void multiply_all(const Z *G, int n, const float *v, int B, float *out, i
   if (b < B) multiply<1, conjugate>(G, n, v + b, B, out + (long)b * c, c, lanes, fresh);
 }
 
-// In place of G (n) the gradient of its exponents: sums over images of conj(w) and the gradient g of w's product, of one wave
-// vector. Here w's channels are the lanes, w (2, B, c), and g (n, 2, B).
+// Replaces G (n) by the gradient of its exponents, from the sum over images of conj(w) g at one wave vector; g (n, 2, B) is the
+// gradient of the product G w. Here the channels of w (2, B, c) are the lanes.
 template <class Pair, int N>
 static INLINE void outer(Z *G, const float *g, const float *w, int B, int c, int lanes) {
   V re[N] = {}, im[N] = {};
@@ -382,7 +382,7 @@ extern "C" void embed(const float *v, const float *g0, const float *gx, const fl
   forward<Embedding>(v, {g0, gx, gy}, out, h, w, c, B, groups, threads);
 }
 
-// From the packed gradient of out to those of v and of the coefficients, v and its gradient in lanes.
+// Computes the gradients of v, in lanes as v is here, and of the coefficients from the packed gradient of out.
 extern "C" void green_backward(const float *gradient, const float *v, const float *exponents, float *v_gradient,
                                float *exponents_gradient, int h, int w, int c, int B, int groups, int threads) {
   const long size = (long)groups * c * c;
@@ -445,7 +445,7 @@ static void multiply_parts(const Z *a, const Z *b, Z *out, int n) {
   product<true>(a + n * n, b, out + n * n, n);
 }
 
-// exp(A) in place of A, and with two parts its derivative in the direction of the second; room is that of four more.
+// Replaces A by exp(A) and, with two parts, the second by the derivative in its direction; `room` holds four more of its size.
 template <int PARTS>
 static void matrix_exponential(Z *A, Z *room, int n) {
   const int size = PARTS * n * n;
@@ -484,7 +484,7 @@ static void matrix_exponential(Z *A, Z *room, int n) {
   std::copy(P, P + size, A);
 }
 
-// Up to LANES wave vectors of a grid at once, those of like length together: they need as many squarings.
+// Takes up to LANES wave vectors of a grid at once, in order of length, as those of similar length need equally many squarings.
 struct Waves {
   struct Wave { int x, x_odd, y, y_odd; long at; };
   long size;  // of a spectrum, with those that have no product of their own
@@ -681,7 +681,7 @@ extern "C" void exponents(const float *tau, const float *log_lx, const float *lo
     }
 }
 
-// From the gradient of the exponents to those of r and the other parameters, and to sums of that of tau, (groups, n / CHUNK).
+// Computes the gradients of r and the other parameters, and partial sums of tau's, (groups, n / CHUNK), from the exponents'.
 extern "C" void exponents_backward(const float *gradient, const float *tau, const float *log_lx, const float *log_ly,
                                    const float *shear, const float *b, const float *r, float *tau_gradient,
                                    float *log_lx_gradient, float *log_ly_gradient, float *shear_gradient, float *b_gradient,

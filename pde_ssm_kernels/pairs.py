@@ -1,7 +1,7 @@
 """The C++ kernels of pairs.cpp: products of spectra with the matrices of the pairwise coupling and, in groups of few channels,
 of the coupled one, and their gradients, on CPUs.
 
-Never needed for a result, only for speed: pytorch.py computes the same in pieces, on any device and without a compiler. One
+They are optional and serve speed alone: pytorch.py computes the same in pieces, on any device and without a compiler. One
 layer of 384 channels, both passes, one thread of an Intel Xeon, takes 0.17 of its time for 4 images of 64 tokens, 0.14 for 4
 of 256, 0.29 for 16 of 64 and 0.30 for 16 of 256 (`python -m benchmarks.pairwise`, without and with CXX=/no/compiler). A coupled
 layer takes 0.19 of its time for 4 images of 64 or 256 tokens, and 0.33 and 0.37 for 16 (AMD EPYC, one thread).
@@ -20,8 +20,8 @@ from .kept import kept, room
 from .modes import batched, differentiable, widen
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
-AT_ONCE = 64             # columns of products that are folded at once
-CHUNK = 1024             # pairs whose gradients of tau the kernels add up
+AT_ONCE = 64             # columns of G B R that `folded` computes at once
+CHUNK = 1024             # pairs over which the kernels sum the gradient of tau
 
 
 def evolve_tokens(v, equation, time_scale=None):
@@ -46,9 +46,9 @@ def evolve_spectra(spectra, equation, h, w):
 
 
 class Folding:
-    """What evaluation keeps of a layer and a grid: how many images it has seen there, and, once these are as many as the layer
-    has channels, G(k) B(k) R at each wave vector, (f, blocks, dim, 2, lanes). Making those costs about as much as that many
-    images, so a layer never takes more than twice the time of one that knows in advance how many images will come."""
+    """Holds what evaluation caches for a layer on a grid: how many images it has seen there, and, once these outnumber the
+    layer's channels, G(k) B(k) R at each wave vector, (f, blocks, dim, 2, lanes). Computing that product costs about as much as
+    that many images, so a layer takes at most twice the time of one that knows the number of images in advance."""
 
     device = torch.device("cpu")
 
@@ -66,8 +66,8 @@ def _folding(layer, h, w):
 
 
 def fold(u, layer):
-    """Returns the state of tokens u (B, h, w, dim) by kept products of G, B and R of a PDESSM. Where there are none, by G and
-    products of B and R, or None if there are too few tokens for that."""
+    """Returns the state of tokens u (B, h, w, dim), from cached products of a PDESSM's G, B and R where there are any, or else
+    from G and products of B and R; or None if there are too few tokens for that to pay."""
     h, w = u.shape[1:3]
     plain = type(layer.R) is torch.nn.Linear and layer.R.bias is None and not layer.activation
     plain = plain and not (layer.R._forward_hooks or layer.R._forward_pre_hooks or "forward" in vars(layer.R))
@@ -131,7 +131,7 @@ def exponents(equation):
 
 
 def exponents_plainly(tau, log_lx, log_ly, shear, b, r):
-    """The same of tau (groups,) and parameters (groups, c, c), None for absent terms, in PyTorch's operations."""
+    """Returns the same from tau (groups,) and parameters (groups, c, c), None for absent terms, in PyTorch's operations."""
     tau, rows = tau[:, None, None], [next(x for x in (log_lx, b, r) if x is not None).new_zeros(())] * 6
     if r is not None:
         rows[0] = (tau * r).clamp_max(1)
@@ -145,8 +145,8 @@ def exponents_plainly(tau, log_lx, log_ly, shear, b, r):
 
 
 class Evolution(torch.autograd.Function):
-    """`evolve` with its gradients; where those need gradients in turn, or many are wanted at once, of pytorch.py, which
-    computes the same."""
+    """Runs `evolve` with its gradients; second derivatives and batched gradients are those of pytorch.py, which computes the
+    same."""
 
     @staticmethod
     def forward(ctx, equation, h, w, *inputs):
@@ -192,7 +192,7 @@ def serves(v, equation):
 
 @torch.compiler.assume_constant_result  # for compilers, which cannot look into it
 def built():
-    """Whether there are kernels; says once why there are none."""
+    """Returns whether there are kernels; warns if there are none."""
     return cpu.built() and found(library)
 
 
@@ -255,7 +255,7 @@ def conjugates(h, w):
 
 
 def fill_conjugates(spectra, h, w):
-    """Writes what the kernels leave out of (groups, f, 2, B, c)."""
+    """Fills in, by conjugation, the wave vectors that the kernels leave out of spectra (groups, f, 2, B, c)."""
     theirs, mine = conjugates(h, w)
     spectra[:, theirs, 0], spectra[:, theirs, 1] = spectra[:, mine, 0], -spectra[:, mine, 1]
     return spectra
@@ -272,7 +272,7 @@ def add_conjugates(gradient, h, w):
 
 def packed(spectra):
     """(groups, f, 2, B, c) -> (groups, f, c, 2 B)"""
-    return spectra.flatten(2, 3).mT.contiguous()                           # two axes are copied in half the time of three
+    return spectra.flatten(2, 3).mT.contiguous()                           # copying two axes takes half as long as three
 
 
 def make_exponents(tau, *parameters):
@@ -299,7 +299,7 @@ def run(name, *tensors, sizes):
 
 @torch.compiler.assume_constant_result
 def lanes():
-    """How many channels are one vector, which a system's group must fit into."""
+    """Returns the number of channels in one vector, into which a system's group must fit."""
     return library()[0].lanes()
 
 

@@ -12,7 +12,7 @@ from .modes import transformed
 
 
 def matmul(a, b):
-    """a @ b of matrices with the same leading axes, real or complex."""
+    """Returns a @ b for matrices with the same leading axes, real or complex."""
     if not tf32_may_round(a):
         return a @ b
     return product_op(a, b) if torch.compiler.is_compiling() else Product.apply(a, b)

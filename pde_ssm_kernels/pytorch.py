@@ -17,7 +17,7 @@ from .products import matmul, matrix_exp
 CHUNK = 2**20            # entries of a symbol that exist at once in training
 LARGEST_WHOLE = 2**25    # entries of the largest symbol that evaluation computes at once, and may keep
 LONGEST_MATRIX = 128     # sides up to which products with Fourier matrices are no slower than FFTs
-LEAST_GROWTH = -80       # the exponential of less is nothing in float32, but takes ten times as long where it underflows
+LEAST_GROWTH = -80       # exp of anything smaller is negligible in float32, and is ten times slower where it underflows
 
 
 def evolve_in_pieces(v, equation, time_scale=None):
@@ -70,12 +70,12 @@ def exponents(equation):
 
 
 def evolve_piece(equation, embedded, even, odd, growth, phase):
-    """A few wave vectors alone."""
+    """Returns G B v at a few wave vectors, (groups, f, 2, B, c)."""
     return multiply(symbol_at(equation, even, odd, growth, phase), embedded)
 
 
 def evolve_and_forget(*arguments):
-    """The same, but training keeps nothing of the symbol: it is computed again for the gradients."""
+    """Returns the same, but stores no symbol in training: it is computed again for the gradients."""
     return checkpoint(evolve_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -113,19 +113,19 @@ def by_matrices(x, h, w):
 
 @lru_cache(maxsize=16)
 def fourier_matrices(h, w, dtype):
-    """The real transform along w, (2 (w // 2 + 1), w), the complex one along h as a real matrix, (2 h, 2 h), and the inverse
-    along w, (w, 2 (w // 2 + 1)), which makes up for the scale of both.
+    """Returns the real transform along w, (2 (w // 2 + 1), w), the complex one along h as a real matrix, (2 h, 2 h), and the
+    inverse along w, (w, 2 (w // 2 + 1)), which includes the factor 1 / (h w) of both.
 
     The first gives real parts, then imaginary parts. The second takes pairs of them, row by row, and gives all real parts
     before all imaginary ones.
     """
-    with torch.inference_mode(False), torch.device("cpu"):               # it outlives the mode that its first caller is in
+    with torch.inference_mode(False), torch.device("cpu"):               # the cached result outlives its first caller's mode
         f = w // 2 + 1
         forth = torch.view_as_real(torch.fft.rfft(torch.eye(w, dtype=torch.float64)))  # (w, f, 2)
         F = torch.fft.fft(torch.eye(h, dtype=torch.float64))                           # symmetric, (h, h)
         along_h = torch.stack([torch.stack([F.real, -F.imag], dim=-1), torch.stack([F.imag, F.real], dim=-1)])
         counted = torch.full((f, 1), 2 / (h * w), dtype=torch.float64)
-        counted[0] = 1 / (h * w)                                           # it has no partner of the other sign, nor has
+        counted[0] = 1 / (h * w)                                           # kx = 0 has no partner of opposite sign, nor does
         counted[w // 2 : f if w % 2 == 0 else w // 2] = 1 / (h * w)        # the Nyquist frequency of an even w
         back = (forth * counted).transpose(1, 2).reshape(w, -1)
         forth = forth.permute(2, 1, 0).reshape(-1, w)
@@ -161,7 +161,7 @@ def symbol_at(equation, even, odd, growth, phase):
 def polynomial(monomials, coefficients):
     """sum_j monomials_j coefficients_j: (f, n), (groups, n, C) -> (groups, f, C)"""
     alone = coefficients.device.type == "cpu" and not traced(coefficients)         # compilers fuse sums
-    if alone and torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16"):      # that products are rounded to
+    if alone and torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16"):      # these settings round products
         return monomials @ coefficients
     return (monomials[:, :, None] * coefficients[..., None, :, :]).sum(-2)
 

@@ -1,6 +1,6 @@
-"""How much of a grid each Triton kernel takes at once, and with how many warps: on GPUs where `python -m benchmarks.tiles` has
-timed them, the fastest, which are in tiles.json; on others, few enough that registers hold most values, as far as
-`python -m benchmarks.kernel_resources` tells without a GPU.
+"""Chooses how much of a grid each Triton kernel takes at once, and with how many warps. On GPUs where
+`python -m benchmarks.tiles` has timed them, these are the fastest, read from tiles.json; on others, they are small enough that
+registers hold most values, as far as `python -m benchmarks.kernel_resources` can tell without a GPU.
 """
 
 import json

@@ -11,7 +11,7 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr double TURN = 6.283185307179586;
-constexpr float LEAST_GROWTH = -80;  // the exponential of less is nothing in float32, but would take ten times as long
+constexpr float LEAST_GROWTH = -80;  // exp of anything smaller is negligible in float32, but would take ten times as long
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 struct Z { V re, im; };

@@ -1,4 +1,4 @@
-"""Checks that evaluate.py gives the numbers that ADM publishes, for its 50,000 ADM-G + ADM-U images and its reference batch:
+"""Checks that evaluate.py reproduces ADM's published numbers for its 50,000 ADM-G + ADM-U images and its reference batch:
 
     python -m reproduce.adm_targets VIRTUAL_imagenet256_labeled.npz admnet_guided_upsampled_imagenet256.npz
 

@@ -1,5 +1,5 @@
 # claim FOLDER DATA: makes the folder of a script's runs, or ends the script if the folder holds runs on other data, which would
-# be taken for finished.
+# be mistaken for finished ones.
 claim() {
     mkdir -p "$1"
     local known=$1/data.txt

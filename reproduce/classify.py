@@ -97,7 +97,7 @@ def train(model, images, classes, steps, seed):
 
 @torch.no_grad()
 def accuracy(model, images, classes, size):
-    """Returns which part of the images, enlarged to that side, the model puts into their classes."""
+    """Returns the model's accuracy on the images, enlarged to that side."""
     set_size(model.eval(), size)
     right = 0
     for some, wanted in zip(images.split(250), classes.split(250)):

@@ -1,13 +1,13 @@
-# What the scripts of the paper's tables share. A script names its data set and recipe, then every system, which is trained,
-# sampled, evaluated and added as a row to reproduce/results/<table>.jsonl. Started again, it goes on where it was stopped,
-# in the middle of training too.
+# Functions that the scripts of the paper's tables share. A script names its data set and recipe, and then every system, which
+# is trained, sampled, evaluated and added as a row to reproduce/results/<table>.jsonl. Started again, the script continues
+# where it was stopped, even in the middle of training.
 #
 #     [SCALE=small] bash reproduce/table1_cifar10.sh DATA
 #
 # From the environment:
 #   SCALE       full, the paper's; or small, on 2 CPU cores in minutes, to see that everything runs: tiny models on pixels,
 #               few steps and images. DATA is then any folder of images, or holds train/ and test/
-#   SIZE        if small, of the images, 32; DiT-N's patches are an eighth of it
+#   SIZE        if small, the side of the images, 32; DiT-N's patches are an eighth of it
 #   PREDICT     of flow: velocity, or x, which pixels at larger patches need; if small, x from SIZE=64 on, whose patches are of
 #               8 x 8
 #   SEEDS       "0 1 2", or if small "0"

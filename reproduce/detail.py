@@ -1,4 +1,4 @@
-"""Prints how much of each spatial frequency samples have, beside real images:
+"""Prints the power of samples by spatial frequency, relative to that of real images:
 
     python -m reproduce.detail IMAGES SAMPLES.npz...
 

@@ -176,7 +176,7 @@ def tabulate(table, rows):
 
 
 def _objective(row):
-    """Says what a row's network was taught, and on images of which size, which older rows do not say."""
+    """Returns, in words, the training objective and the image size of a row, as far as it records them: older rows do not."""
     size = f" at {row['image_size']} x {row['image_size']}" if "image_size" in row else ""
     return row["objective"] + (" by images" if row.get("predict") == "x" else "") + size
 

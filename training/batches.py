@@ -15,13 +15,13 @@ from images.autoencoder import draw_latents
 from images.dataset import Replacing, collate, load_dataset
 from machine.stops import Stopped, end_readers, ignore_stops, postponed, read_batches, received, time_limit
 
-PATIENCE = 1800  # seconds that a process waits for its images
+PATIENCE = 1800  # seconds for which a process waits for its images
 ANOTHER = "stopped, because another process could not read an image"
 logger = logging.getLogger("train")
 
 
 class BadImages(NamedTuple):
-    """What is wrong with images that could not be read, one line each, and how many of those a run puts up with."""
+    """The faults of images that could not be read, one line each, and how many of them a run tolerates."""
 
     known: list
     most: int = 0
@@ -95,7 +95,7 @@ def epochs(loader, step):
 def batches(loader, first, processes, save, bad):
     """Yields (images, labels) on all processes alike, beginning after step `first`. bad: a BadImages.
 
-    When one process cannot read an image or is sent a signal, all of them stop, and save() what was learnt until then.
+    When one process cannot read an image or receives a signal, all of them call save() and stop.
     """
     reader = epochs(loader, first)
     while True:
@@ -116,7 +116,7 @@ def batches(loader, first, processes, save, bad):
         if (failed or stopped) and processes.size > 1:
             end_readers()
             save()
-            processes.barrier()  # the first process to end takes the others with it
+            processes.barrier()  # the first process to exit terminates the others, so all must have saved
         if failed or stopped:
             others = Stopped("a signal to another process") if stopped else OSError(ANOTHER)
             raise problem or others

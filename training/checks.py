@@ -1,4 +1,4 @@
-"""Settings of a run that cannot work together, or not with its images."""
+"""Checks that a run's settings work together and with its images."""
 
 from evaluation.features import NETWORKS
 from images.latents import CachedLatents

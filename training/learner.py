@@ -61,7 +61,7 @@ def create_learner(
     opt = torch.optim.AdamW(learnt, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=float16)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        # As the optimiser would at its first step; a checkpoint is read into it.
+        # Created here, as the optimiser would at its first step, so that a checkpoint can be read into it.
         opt.state[parameter] = dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(parameter))
         opt.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
     return Learner(model, averages, opt, scaler)
@@ -81,9 +81,9 @@ def groups_by_rate(model, lr, factor):
 
 
 def start_from(checkpoint, model, settings, processes):
-    """Gives the model initial weights for fine-tuning, and returns lines that say which. settings: of the run, a dict."""
+    """Initialises the model from a checkpoint for fine-tuning; returns lines that describe it. settings: the run's, a dict."""
     if processes.rank == 0:
-        find_checkpoint(checkpoint)  # if it must be fetched, then once
+        find_checkpoint(checkpoint)  # fetches it once, if it must be fetched
     processes.barrier()
     return initialize(model, find_checkpoint(checkpoint), settings)
 
@@ -98,11 +98,11 @@ def shard(model, processes):
 
 
 def replicate(model, processes):
-    """Returns what to call instead of the model, so that processes add up their gradients: a sharded model does so itself."""
+    """Wraps the model so that processes sum their gradients, and returns the wrapper; a sharded model does so by itself."""
     if processes.size == 1 or isinstance(model, FSDPModule):
         return model
-    # After its first step DDP would reorder the gradients, and with them the order in which those of three or more processes
-    # are added up, so a resumed run would differ in its last bits. With find_unused_parameters it does not reorder.
+    # After its first step DDP would reorder the gradients, and so the order in which those of three or more processes are
+    # summed; a resumed run would then differ in its last bits. With find_unused_parameters it does not reorder them.
     return DistributedDataParallel(model, find_unused_parameters=processes.size > 2)
 
 
@@ -143,13 +143,13 @@ def update(learner, loss, step, max_norm=None, warmup=True):
 
 
 def only_the_scale_falls(learner, loss):
-    """Returns whether a step was skipped for float16's scale alone, which begins high and is halved until gradients fit."""
+    """Returns whether a step was skipped only because float16's scale, which starts high and is halved, was still too large."""
     return learner.scaler.is_enabled() and bool(loss.isfinite()) and learner.scaler.get_scale() >= 1
 
 
 def decay_at(step, decay, warmup=True):
-    """Returns the decay of an average at a step. With `warmup` it starts fast: it rises to `decay`, so that short runs forget
-    their initial weights. With a length in place of a decay it rises for ever: see checkpoints/lengths.py.
+    """Returns the decay of an average at a step. With `warmup` it rises to `decay` from a small value, so that short runs
+    forget their initial weights. With a length in place of a decay it rises for ever: see checkpoints/lengths.py.
     """
     if isinstance(decay, str):
         return (1 - 1 / step) ** (exponent(float(decay.removeprefix("length_"))) + 1)
@@ -165,7 +165,7 @@ def update_ema(ema, model, step, decay):
 
 @contextmanager
 def moved_to(device, model):
-    """Moves a model to that device, and back in the end: averages, with --ema-device."""
+    """Moves a model to that device for a while, and back at the end: used for averages with --ema-device."""
     home = next(model.parameters()).device
     if home == device:
         yield

@@ -30,7 +30,7 @@ class Probe(NamedTuple):
     reference: tuple
 
     def describe(self):
-        """Returns a line for the log: what it compares."""
+        """Returns a line for the log that says what it compares."""
         features = len(self.reference[0])
         few = f"; those are not more than {features} features, which biases it upwards" if self.images <= features else ""
         return f"{self.name} compares {self.samples:,} samples with {self.images:,} images{few}"

@@ -1,4 +1,4 @@
-"""The folder of a run: log.txt for people, log.jsonl for programs, and a tracker, if one shows the same elsewhere."""
+"""The folder of a run, with log.txt for people and log.jsonl for programs, and a tracker that shows the same elsewhere."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ warned = set()
 
 
 def create_experiment(results_dir, model):
-    """Makes a new folder <results_dir>/<index>-<model>, with the index after the highest that is there, and returns it."""
+    """Makes a new folder <results_dir>/<index>-<model>, with the index after the highest existing one, and returns it."""
     root = Path(results_dir)
     root.mkdir(parents=True, exist_ok=True)
     indexed = [re.match(r"(\d{3,5})-", entry.name, re.ASCII) for entry in root.iterdir()]  # a date has more digits
@@ -58,7 +58,7 @@ def log_to(handler):
 
 @contextmanager
 def best_effort(what):
-    """Turns an error inside, where training can do without what is done, into a warning, once each."""
+    """Turns an error in its body into a warning, each once: for work that training can do without."""
     try:
         yield
     except Exception as error:
@@ -91,26 +91,25 @@ class Journal(NamedTuple):
 
 
 def rows_until(folder, step):
-    """Returns the rows of a folder's log.jsonl up to a step, without a line that was cut short."""
+    """Returns the rows of a folder's log.jsonl up to a step, without a truncated line."""
     return [row for row in read_rows(folder / "log.jsonl") if row["step"] <= step]
 
 
 def seen_at(folder, step):
-    """Returns the names of what a folder shows of a step: of numbers in log.jsonl, and samples."""
+    """Returns the names of a folder's outputs for a step: those of its numbers in log.jsonl, and "samples" if there are any."""
     names = {name for row in rows_until(folder, step) if row["step"] == step for name in row}
     return names | ({"samples"} if (folder / "samples" / f"{step:07d}.png").exists() else set())
 
 
 def forget_rows_after(folder, step):
-    """Takes the rows of later steps, which will come again, out of a folder's log.jsonl."""
+    """Removes the rows of later steps, which will be written again, from a folder's log.jsonl."""
     rows = rows_until(folder, step)
     with whole_file(folder / "log.jsonl", "log") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def describe(model, begun_from, dataset, held_out, path, probe=None):
-    """Logs a model's size, the lines on the weights that it begins from, and the images, at a path, that it is trained on, and
-    what a probe compares."""
+    """Logs a model's size, the lines on its initial weights, the training images and their path, and what a probe compares."""
     logger.info(f"DiT Parameters: {sum(p.numel() for p in model.parameters()):,}")
     classes = f" of {dataset.num_classes} classes" if dataset.num_classes else ""
     remarks = dict.fromkeys(line for images in (dataset, held_out) if images for line in images.remarks)
@@ -165,7 +164,7 @@ def log_skipped(step, in_a_row, images, write_row):
 
 
 def too_many_skipped(step, in_a_row, images):
-    """Returns the ValueError that ends a run after as many steps in a row that were not finite."""
+    """Returns the ValueError that ends a run after that many consecutive steps that were not finite."""
     some = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
     return ValueError(
         f"steps {step - in_a_row + 1} to {step} had no finite loss and gradient, the last one with images {some} of the "

@@ -26,8 +26,8 @@ def add_learning_flags(add, vary):
 
 
 def learning_rate(lr, warmup, schedule, total):
-    """Returns the function from a step, of 1 to `total`, to its learning rate, or None where that is lr throughout. Over
-    `warmup` steps it rises in proportion; then, for "cosine", it falls along half of one. ValueError if no step is left."""
+    """Returns the function from a step, 1 to `total`, to its learning rate, or None if that is constant. It rises linearly over
+    `warmup` steps; then, for "cosine", it falls along half a cosine. ValueError if no step is left for the cosine."""
     if schedule == "constant":
         return (lambda step: lr * min(step / warmup, 1)) if warmup else None
     if warmup >= total:

@@ -1,7 +1,7 @@
-"""Where else a run's numbers and pictures are shown, besides its folder: whatever accelerate has a tracker for.
+"""Shows a run's numbers and pictures outside its folder, in any service for which accelerate has a tracker.
 
-TRACKERS has functions of the folder, the run's settings and the step after which it goes on, which return
-track(step, numbers, picture=None): numbers by name, the path of a PNG. Their packages are imported when one is chosen.
+TRACKERS holds functions of the folder, the run's settings and the step after which it resumes. Each returns
+track(step, numbers, picture=None), with numbers by name and the path of a PNG. A tracker's package is imported when chosen.
 """
 
 import json

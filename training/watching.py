@@ -27,8 +27,8 @@ logger = logging.getLogger("train")
 
 
 class Watch(NamedTuple):
-    """What a run shows, and how often in steps. held_out: images whose loss it shows with every checkpoint. objective: by name,
-    with its settings. bad: of the images that cannot be read."""
+    """What a run shows, and how often, in steps. held_out: images whose loss is logged with every checkpoint. objective, how:
+    its name and its settings. bad: the BadImages of the run."""
 
     space: PixelSpace | LatentSpace
     objective: str
@@ -72,10 +72,10 @@ def held_out_loss(model, dataset, objective, space, processes, bad=None, most=HE
     """Returns the mean of every term of the loss over at most that many images, evenly spread over the data set: a dict of
     floats. bad: a BadImages for those that cannot be read. All processes take part.
 
-    Noise and timesteps are the same in every call of every run, the timesteps evenly spread, so that two models or
-    two steps of one differ by nothing else.
+    Noise and timesteps are the same in every call of every run, and the timesteps evenly spread, so that losses of two models
+    or of two steps differ for no other reason.
     """
-    model.eval()  # drops symbols that a sharded model, whose weights come and go, computed from older ones
+    model.eval()  # drops cached symbols: a sharded model may have computed them from older weights
     n = min(len(dataset), most)
     sums, faults = {}, []
     if bad and not isinstance(dataset, CachedLatents):
