@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from checkpoints.build import load_guide, load_model, trained
+from checkpoints.build import for_sampler, load_guide, load_model
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS, create_sampler
 from diffusion.drawing import choose_classes, draw, name_classes
 from diffusion.guidance import create_guidance, guidance_in_words
@@ -31,7 +31,7 @@ def main(args, processes):
     model, settings = load_model(find_checkpoint(name), vars(args), "mse", args.ema)
     labels = [label for label in choose_classes(model, args.class_labels) for _ in range(args.samples_per_class)]
     steps = args.num_sampling_steps
-    objective, sampler = create_sampler(settings["objective"], args.sampler, steps, **trained(settings))
+    objective, sampler = create_sampler(settings["objective"], args.sampler, steps, **for_sampler(settings))
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
     check_writable(args.out, "--out")
     running = processes.device, args.precision, args.compile, args.backend, args.deterministic

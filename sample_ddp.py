@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints.build import load_model, trained
+from checkpoints.build import for_sampler, load_model
 from diffusion import create_sampler
 from diffusion.drawing import draw_numbered
 from diffusion.guidance import create_guidance
@@ -41,7 +41,7 @@ def main(args, processes):
         find_checkpoint(name)  # fetches it once, if that is needed
     processes.barrier()
     model, settings = load_model(find_checkpoint(name), vars(args), "ema", args.ema)
-    objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **trained(settings))
+    objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **for_sampler(settings))
     if args.evaluate:  # before any image is drawn, so that missing weights or files are found at once
         network = open_network(args.features, args.weights)
         reference = open_source(args.evaluate, network)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.build import create_network, load_model, trained
+from checkpoints.build import create_network, for_sampler, load_model
 from checkpoints.read import load_checkpoint
 from diffusion import create_objective
 from diffusion.drawing import choose_classes
@@ -66,7 +66,7 @@ def draw_kernels(ckpt, ema, device, grid, count, **chosen):
 def draw_maps(ckpt, ema, device, image, progress, class_label, seed):
     """Draws what a checkpoint's layers make of a disc, and of a picture, at some places on the way from noise."""
     model, settings, title = open_model(ckpt, ema, device)
-    space, objective = open_space(settings, device), create_objective(settings["objective"], **trained(settings))
+    space, objective = open_space(settings, device), create_objective(settings["objective"], **for_sampler(settings))
     label, rows, numbers = first_class(model, class_label), [], {}
     for name, pixels in pictures(model, space, image).items():
         x = space.encode(pixels[None].to(device), torch.zeros((), device=device))
@@ -166,7 +166,7 @@ def look_at(ckpts, ema, device, image, progress, label, seed):
     names = [Path(ckpt).stem for ckpt in ckpts]
     for ckpt, name in zip(ckpts, names if len(set(names)) == len(names) else ckpts):
         model, settings, title = open_model(ckpt, ema, device, name)
-        space, objective = open_space(settings, device), create_objective(settings["objective"], **trained(settings))
+        space, objective = open_space(settings, device), create_objective(settings["objective"], **for_sampler(settings))
         *_, pixels = pictures(model, space, image).values()
         x = space.encode(pixels[None].to(device), torch.zeros((), device=device)).repeat(4, 1, 1, 1)
         yield title, observe(model, objective, x, first_class(model, label), progress, seed)[1]

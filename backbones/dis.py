@@ -20,10 +20,10 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=1e-5)
         self.mixer = Mamba(hidden_size, bidirectional=True, summed=True)
 
-    def forward(self, hidden, stream, skip, kept):                         # (B, L, D) three times, (B, 1, 1) or None
+    def forward(self, hidden, stream, skip, scale):                         # (B, L, D) three times, (B, 1, 1) or None
         if skip is not None:
             hidden = self.skip_linear(torch.cat([hidden, skip], dim=2))
-        stream = stream + (hidden if kept is None else kept * hidden)
+        stream = stream + (hidden if scale is None else scale * hidden)
         return self.mixer(self.norm(stream)), stream
 
 
@@ -96,16 +96,16 @@ class DiS(LongSkips):
         label = self.label_emb(y, drop) if self.num_classes else None
         hidden = self.tokens(x, *([time] if label is None else [label, time]))                                 # (B, L, D)
         stream, skips, half = torch.zeros_like(hidden), [], len(self.in_blocks)
-        kept = self.kept(len(x), chance) if self.training else [None] * self.random_numbers
+        scales = self.depth_scales(len(x), chance) if self.training else [None] * self.random_numbers
         for number, block in enumerate(self.blocks):
             skip = skips.pop() if number > half else None
-            hidden, stream = self.run(block, hidden, stream, skip, kept[number])
+            hidden, stream = self.run(block, hidden, stream, skip, scales[number])
             skips += [hidden] if number < half else []
-        x = self.norm_f(stream + (hidden if kept[-1] is None else kept[-1] * hidden))
+        x = self.norm_f(stream + (hidden if scales[-1] is None else scales[-1] * hidden))
         x = self.final_layer(x, None if label is None else time + label)
         return unpatch(x[:, self.extras :], self.grid_size, self.patch_size)
 
-    def kept(self, images, chance):
+    def depth_scales(self, images, chance):
         """Returns the factor of each block's input, 0 or at least 1: (blocks + 1, B, 1, 1)."""
         if chance is None:
             chance = torch.rand(images, self.random_numbers, device=self.drop_rates.device)

@@ -136,7 +136,7 @@ def load_model(path, given, default_vae, decay=None, usual=()):
     return model.eval().requires_grad_(False), settings
 
 
-def trained(settings):
+def for_sampler(settings):
     """Returns the settings of a checkpoint that `create_sampler` needs."""
     return {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift", "learn_sigma")}
 

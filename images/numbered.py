@@ -18,7 +18,7 @@ from images.samples import NpzImages, write_npz
 from machine.files import lock
 
 # Settings of images in folders that were begun before these settings were recorded.
-OLDER = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced_labels=False, guide=None, guide_scale=1)
+UNRECORDED = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced_labels=False, guide=None, guide_scale=1)
 
 
 def image_path(folder, number):
@@ -39,7 +39,7 @@ def claim_folder(folder, settings, count):
     lock(record, folder)
     record.seek(0)
     try:
-        before = OLDER | json.loads(record.read())
+        before = UNRECORDED | json.loads(record.read())
     except (ValueError, TypeError) as error:  # new, or cut short
         if drawn:
             raise ValueError(strange) from error

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from machine.stops import Stopped, catch, end_readers, outlived_terminal, postpone
+from machine.stops import Stopped, end_readers, install_handlers, outlived_terminal, postpone
 
 # Processes wait for one another this long, because some work is done by one of them alone: fetching weights, joining a data
 # set's files, writing checkpoints and 50,000 images. One that dies is noticed at once, by the others or by what started them.
@@ -83,7 +83,7 @@ def launch(command, args):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a name that the locale cannot spell ends nothing
     with outlived_terminal():
         try:
-            catch()
+            install_handlers()
             processes = join(choose_device(getattr(args, "device", "cpu")))
             command(args, processes)
             sys.stdout.flush()  # errors of delayed writing show here

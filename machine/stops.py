@@ -26,7 +26,7 @@ class Stopped(SystemExit):
         return self.name
 
 
-def catch():
+def install_handlers():
     """Makes these signals raise Stopped from now on, at any point of the program, unless they are ignored (nohup)."""
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -131,7 +131,7 @@ def end_readers():
         reader.join(timeout=10)
 
 
-class Outlived:
+class DetachableStream:
     """A stream that survives the closing of its other end, as by a closed terminal or by `head`: later output is discarded, and
     work goes on. A stream that is not needed survives any other error, too."""
 
@@ -160,7 +160,7 @@ class Outlived:
 def outlived_terminal():
     """Lets the body continue when the terminal, or the reader of standard output and standard error, has gone."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Outlived(sys.stdout, needed=True), Outlived(sys.stderr, needed=False)
+    sys.stdout, sys.stderr = DetachableStream(sys.stdout, needed=True), DetachableStream(sys.stderr, needed=False)
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import Attention
 
 from mixers.grid import checked_grid, refuse
 from mixers.options import Mixer, Option
-from pde_ssm_kernels.modes import remembered, widen
+from pde_ssm_kernels.modes import cached_per_device, widen
 
 BASE = 100  # base of RoPE, whose periods run from 2 pi to 2 pi BASE tokens; language models use 10,000
 
@@ -39,7 +39,7 @@ class RotaryAttention(AttentionRope):
         return super().forward(x, rope=rotations(tuple(self.grid_size), self.trained_grid, self.head_dim, x))
 
 
-@remembered
+@cached_per_device
 def rotations(grid_size, trained_grid, dim, device):
     """Returns the sines and cosines of the angles by which each token's channels are rotated, (N, 2 dim)."""
     how = dict(in_pixels=False, temperature=BASE, ref_feat_shape=list(trained_grid), device=device)

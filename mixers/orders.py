@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from pde_ssm_kernels.modes import remembered
+from pde_ssm_kernels.modes import cached_per_device
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def put_back(sequences, paths, grid_size):                                 # (B,
     return grid.index_add(1, places(paths, tuple(grid_size), sequences), sequences.flatten(1, 2))
 
 
-@remembered
+@cached_per_device
 def places(paths, grid_size, device):
     """Returns the places of the paths side by side, (N K,)."""
     return torch.stack([path.places(*grid_size) for path in paths], dim=1).flatten().to(device)
 
 
-@remembered
+@cached_per_device
 def steps(paths, grid_size, device):
     """Returns by which step each path came to its tokens on an (h, w) grid, (N, K): 0 at its start, 1 to the right, 2 to the
     left, 3 up, 4 down."""

@@ -43,7 +43,7 @@ def selective_scan(
         if not watched and selective_scan_cpu.serves(inputs[0]):
             out, last = selective_scan_cpu.Scan.apply(selective_scan_reference, *inputs, delta_softplus, reverse, keep)
         elif not watched and not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
-            out = selective_scan_mamba.function()(*turned(inputs, reverse), delta_softplus)  # has no gradient of the last state
+            out = selective_scan_mamba.function()(*time_reversed(inputs, reverse), delta_softplus)  # without its last state
             out = out.flip(2) if reverse else out
         else:
             out, last, _ = scan(*inputs, delta_softplus, reverse, keep)
@@ -55,7 +55,7 @@ def selective_scan_reference(
 ):  # fmt: skip
     """Returns the same by the equations, under autograd, which keeps all states."""
     kind, E = u.dtype, u.shape[1]
-    u, delta, A, B, C, D, z, delta_bias = turned(checked(u, delta, A, B, C, D, z, delta_bias), reverse)
+    u, delta, A, B, C, D, z, delta_bias = time_reversed(checked(u, delta, A, B, C, D, z, delta_bias), reverse)
     with full_precision(u):
         delta = delta if delta_bias is None else delta + delta_bias[:, None]
         delta = softplus(delta) if delta_softplus else delta
@@ -91,7 +91,7 @@ def checked(u, delta, A, B, C, D, z, delta_bias):
     return [None if x is None else x.to(wide) for x in given]
 
 
-def turned(inputs, reverse):
+def time_reversed(inputs, reverse):
     """Returns the inputs with tokens in the opposite order if `reverse`."""
     u, delta, A, B, C, D, z, bias = inputs
     u, delta, B, C, z = (x.flip(-1) if reverse and x is not None else x for x in (u, delta, B, C, z))
@@ -108,19 +108,19 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Inputs as `checked` returns them -> out (B, E, L), h_L (B, E, N), and with `keep`, for the gradient, the states before
     every chunk (chunks, B, N, E)."""
-    road = selective_scan_cpu.forward if selective_scan_cpu.serves(u) else forward
-    return road(u, delta, A, B, C, D, z, bias, softplus, reverse, keep)
+    implementation = selective_scan_cpu.forward if selective_scan_cpu.serves(u) else forward
+    return implementation(u, delta, A, B, C, D, z, bias, softplus, reverse, keep)
 
 
 @torch.library.custom_op("pde_ssm_dit::selective_scan_backward", mutates_args=())
 def scan_backward(
     out_grad: torch.Tensor, last_grad: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
     C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool,
-    reverse: bool, before: torch.Tensor,
+    reverse: bool, chunk_states: torch.Tensor,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Returns the gradients of u, delta, A, B and C, and of D, z and bias where given, from those of out and h_L."""
-    road = selective_scan_cpu.backward if selective_scan_cpu.serves(u) else backward
-    gradients = road(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before)
+    implementation = selective_scan_cpu.backward if selective_scan_cpu.serves(u) else backward
+    gradients = implementation(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states)
     return [x for x, given in zip(gradients, (u, delta, A, B, C, D, z, bias)) if given is not None]
 
 
@@ -131,7 +131,7 @@ def _(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
 
 
 @scan_backward.register_fake
-def _(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
+def _(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states):
     columns = [u.new_empty(*B.shape[:2], B.shape[3], B.shape[2]).mT for _ in range(2)]
     given = (u, delta, A, *columns, D, z, bias)
     return [torch.empty_like(x) for x in given if x is not None]
@@ -143,8 +143,8 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, out_grad, last_grad, _):
-    *tensors, before = ctx.saved_tensors
-    gradients = iter(scan_backward(out_grad, last_grad, *tensors, ctx.softplus, ctx.reverse, before))
+    *tensors, chunk_states = ctx.saved_tensors
+    gradients = iter(scan_backward(out_grad, last_grad, *tensors, ctx.softplus, ctx.reverse, chunk_states))
     return *(None if x is None else next(gradients) for x in tensors), None, None, None
 
 
@@ -170,21 +170,21 @@ def scan_backward_flops(out_grad, last_grad, *inputs, **__):
 
 def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
     if reverse:
-        out, *states = forward(*turned((u, delta, A, B, C, D, z, bias), True), softplus, False, keep)
+        out, *states = forward(*time_reversed((u, delta, A, B, C, D, z, bias), True), softplus, False, keep)
         return out.flip(2), *states
     steps, x, B, C = time_first(u, delta, B, C, bias, softplus)
     L, batch, E = x.shape
-    y, h, before = torch.empty_like(x), x.new_zeros(batch, E, A.shape[1]), []
+    y, h, chunk_states = torch.empty_like(x), x.new_zeros(batch, E, A.shape[1]), []
     for start in range(0, L, CHUNK):
         part = slice(start, start + CHUNK)
-        before += [h.mT] if keep else []
+        chunk_states += [h.mT] if keep else []
         _, states = states_of(steps[part], x[part], A, B[part], h)
         y[part] = outputs_of(states, C[part])
         h = states[-1]
     y = y.permute(1, 2, 0)
     y = y if D is None else y + D[:, None] * u
     out = torch.empty_like(delta).copy_(y if z is None else y * silu(z))
-    return out, h.clone(), torch.stack(before) if keep else x.new_empty(0, batch, A.shape[1], E)
+    return out, h.clone(), torch.stack(chunk_states) if keep else x.new_empty(0, batch, A.shape[1], E)
 
 
 def time_first(u, delta, B, C, bias, is_softplus):
@@ -215,7 +215,7 @@ def in_groups(states, B):
     return states.unflatten(2, (B.shape[2], -1))
 
 
-def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
+def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states):
     """Returns the gradients of all inputs, None for those not given. With g_t the gradient of h_t and dy that of y,
 
     g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1),    dx = g B,    dB = g x,    dC = h dy,    d(delta A) = g h_(t-1) exp(delta A)
@@ -223,17 +223,17 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
     where x = delta u.
     """
     if reverse:
-        inputs = turned((u, delta, A, B, C, D, z, bias), True)
-        u, delta, A, B, C, D, z, bias = backward(out_grad.flip(2), last_grad, *inputs, softplus, False, before)
-        return turned((u, delta, A, B, C, D, z, bias), True)
+        inputs = time_reversed((u, delta, A, B, C, D, z, bias), True)
+        u, delta, A, B, C, D, z, bias = backward(out_grad.flip(2), last_grad, *inputs, softplus, False, chunk_states)
+        return time_reversed((u, delta, A, B, C, D, z, bias), True)
     steps, x, B, C = time_first(u, delta, B, C, bias, softplus)
     u, out_grad = (t.permute(2, 0, 1) for t in (u, out_grad))
     dy = (out_grad if z is None else out_grad * silu(z.permute(2, 0, 1))).contiguous()
     steps_grad, x_grad, B_grad, C_grad, y = (torch.empty_like(t) for t in (steps, x, B, C, x))
     A_grad, carry = torch.zeros_like(A), last_grad.clone()
-    for number in reversed(range(len(before))):
+    for number in reversed(range(len(chunk_states))):
         part = slice(number * CHUNK, (number + 1) * CHUNK)
-        h = before[number].mT
+        h = chunk_states[number].mT
         decay, states = states_of(steps[part], x[part], A, B[part], h)
         y[part] = outputs_of(states, C[part])
         dy_part = dy[part].unflatten(2, (B.shape[2], -1))[..., None]                           # (c, B, G, E / G, 1)
@@ -259,12 +259,12 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
         y = y.permute(1, 2, 0) if D is None else (y + D * u).permute(1, 2, 0)
         z_grad = out_grad.permute(1, 2, 0) * y * s * (1 + z * (1 - s))
     return (
-        as_lies(u_grad.permute(1, 2, 0), u.permute(1, 2, 0)), as_lies(steps_grad.permute(1, 2, 0), delta), A_grad,
+        laid_out_as(u_grad.permute(1, 2, 0), u.permute(1, 2, 0)), laid_out_as(steps_grad.permute(1, 2, 0), delta), A_grad,
         B_grad.permute(1, 2, 0, 3).contiguous().mT, C_grad.permute(1, 2, 0, 3).contiguous().mT, (dy * u).sum((0, 1)),
-        None if z is None else as_lies(z_grad, z), steps_grad.sum((0, 1)),
+        None if z is None else laid_out_as(z_grad, z), steps_grad.sum((0, 1)),
     )  # fmt: skip
 
 
-def as_lies(x, other):
+def laid_out_as(x, other):
     """Returns a copy of x with the memory layout of another tensor."""
     return torch.empty_like(other).copy_(x)

@@ -44,18 +44,18 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reference, *inputs):
         *tensors, ctx.softplus, ctx.reverse, _ = inputs
-        out, last, before = forward(*inputs)
-        ctx.save_for_backward(*tensors, before)
+        out, last, chunk_states = forward(*inputs)
+        ctx.save_for_backward(*tensors, chunk_states)
         ctx.reference = reference
         return out, last
 
     @staticmethod
     def backward(ctx, *gradients):
-        *tensors, before = ctx.saved_tensors
+        *tensors, chunk_states = ctx.saved_tensors
         if torch.is_grad_enabled() or any(map(batched, gradients)):
             plainly = partial(ctx.reference, delta_softplus=ctx.softplus, return_last_state=True, reverse=ctx.reverse)
             return None, *differentiable(plainly, tensors, gradients, ctx.needs_input_grad[1:9]), None, None, None
-        found = backward(*gradients, *tensors, ctx.softplus, ctx.reverse, before)
+        found = backward(*gradients, *tensors, ctx.softplus, ctx.reverse, chunk_states)
         return None, *(None if x is None else gradient for x, gradient in zip(tensors, found)), None, None, None
 
 
@@ -64,19 +64,19 @@ def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
     E)."""
     (batch, E, L), N = u.shape, A.shape[1]
     out, last = torch.empty_like(delta), u.new_empty(batch, E, N)
-    before = u.new_empty(-(-L // CHUNK) if keep else 0, batch, N, E)
-    call("forward", (u, delta, z, out, None, None, None), (B, C), (A, D, bias, last, before), softplus, reverse)
-    return out, last, before
+    chunk_states = u.new_empty(-(-L // CHUNK) if keep else 0, batch, N, E)
+    call("forward", (u, delta, z, out, None, None, None), (B, C), (A, D, bias, last, chunk_states), softplus, reverse)
+    return out, last, chunk_states
 
 
-def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, before):
+def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states):
     """Returns the gradients of u, delta, A, B, C, D, z and bias from those of out and the last states."""
     (batch, E, L), (_, G, N, _) = u.shape, B.shape
     rows = [None if x is None else torch.empty_like(x) for x in (u, delta, z)]
     shares = -(-(E // G) // SHARE)
     whole = [u.new_empty(batch, *shape) for shape in ((E, N), (E,), (E,))]
     whole += [u.new_empty(shares, batch, G, L, N) for _ in range(2)]
-    call("backward", (u, delta, z, out_grad, *rows), (B, C), (A, D, bias, last_grad, before, *whole), softplus, reverse)
+    call("backward", (u, delta, z, out_grad, *rows), (B, C), (A, D, bias, last_grad, chunk_states, *whole), softplus, reverse)
     A_grad, D_grad, bias_grad, B_grad, C_grad = map(sum_of, whole)
     if reverse:
         B_grad, C_grad = B_grad.flip(2), C_grad.flip(2)                    # the kernel's order is that of its steps

@@ -13,7 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
 from mixers.options import Mixer, Option, check_numbers
-from pde_ssm_kernels.modes import remembered
+from pde_ssm_kernels.modes import cached_per_device
 
 
 class Window(WindowAttention):
@@ -61,7 +61,7 @@ def layout(n, size, shifted):
     return -(-n // window) * window, window, size // 2 if shifted and n > size else 0
 
 
-@remembered
+@cached_per_device
 def neighbours(axes, grid_size, device):
     """Returns which tokens may attend to which in every window, (windows, a b, a b) bool, or None if all may.
 

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from checkpoints.build import trained
+from checkpoints.build import for_sampler
 from diffusion import create_sampler
 from diffusion.drawing import AT_ONCE, choose_classes, draw, name_classes, to_pixels
 from diffusion.guidance import create_guidance
@@ -65,7 +65,7 @@ def appear(opened, how):
     takes long, as on CPUs; the thread ends when the generator is closed.
     """
     labels = how.labels(opened.model)
-    objective, sampler = create_sampler(opened.settings["objective"], how.sampler, how.steps, **trained(opened.settings))
+    objective, sampler = create_sampler(opened.settings["objective"], how.sampler, how.steps, **for_sampler(opened.settings))
     guidance = create_guidance(how.scale, opened.model.in_channels, interval=how.interval)
     calls, latest, left, pause = 0, [], threading.Event(), LOOK
 

@@ -43,7 +43,7 @@ def differentiable(plainly, inputs, gradients, needed):
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
-def remembered(compute):
+def cached_per_device(compute):
     """Decorates compute(..., device), which makes tensors from plain values, so that it takes a tensor in place of its device
     and returns the cached result for these values; where anything observes each operator, it computes them again."""
 

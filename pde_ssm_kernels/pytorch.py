@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .modes import remembered, traced, transformed, widen
+from .modes import cached_per_device, traced, transformed, widen
 from .products import matmul, matrix_exp
 
 CHUNK = 2**20            # entries of a symbol that exist at once in training
@@ -53,7 +53,7 @@ def monomials(equation, h, w):
     return _monomials(equation.wave_vectors, h, w, like.dtype, like)
 
 
-@remembered
+@cached_per_device
 def _monomials(wave_vectors, h, w, dtype, device):
     kx, ky, kx_odd, ky_odd = wave_vectors(h, w, torch.empty(0, dtype=dtype, device=device))
     even = torch.broadcast_tensors(torch.ones_like(kx), -(kx**2), -2 * kx_odd * ky_odd, -(ky**2))

@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 import torch
 
-from checkpoints.build import load_model, trained
+from checkpoints.build import for_sampler, load_model
 from commands import ROOT
 from diffusion import create_objective
 from figures.maps import disc
@@ -30,7 +30,8 @@ def test_they_see_through_noise(path):
     image, half = disc(64)[None], torch.tensor([0.5])
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        objective, no_class = create_objective(settings["objective"], **trained(settings)), torch.tensor([model.num_classes])
+        objective = create_objective(settings["objective"], **for_sampler(settings))
+        no_class = torch.tensor([model.num_classes])
         found = objective.output(model, (image + noise) / 2, half, dict(y=no_class))
     assert (found - image).square().mean() < 0.05
 
