@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The metrics on images whose relation is known: other images of the same kind, halves of one set, and noise.
+# Evaluates images whose relation is known: other images of the same kind, halves of one set, and noise.
 #
 #     bash reproduce/metrics.sh DATA [NUM [FEATURES]]
 #

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What overlay.py does with real checkouts of DiT, SiT and fast-DiT, on a CPU and without a hub: overlay.sh DIT SIT FAST_DIT
-# The output is in results/overlay.txt. Weights are random: what counts is that all runs, and that the checkouts stay clean.
+# The output is in results/overlay.txt. Weights are random: this checks that everything runs and that the checkouts stay clean.
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 dit=$(cd "$1" && pwd) sit=$(cd "$2" && pwd) fast=$(cd "$3" && pwd)

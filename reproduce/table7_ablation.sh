@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Table 7: which terms of the PDE matter, on Oxford's flowers for 60,000 steps; the distance of 64 features on 256 samples.
-# Other settings as table3_flowers.sh. DATA: where torchvision's flowers-102 lies, or a
-# folder of its 8,189 images.
+# Other settings as in table3_flowers.sh. DATA: where torchvision's flowers-102 lies, or a folder of its 8,189 images.
 source "$(dirname "$0")/common.sh"
 recipe flowers102 64 60000 256 --vae none --global-batch-size 32 --lr 5e-4
 if [ "$FEATURES" = inception ]; then metrics=(--feature-dim 64 --num-images 256); fi
