@@ -406,7 +406,7 @@ class PDESSM(Keeping):
         self.log_time_scale = nn.Parameter(torch.zeros(C, dim)) if conditioned else None
 
     def forward(self, u, c=None):                                          # (B, D, h, w), (B, D) or None
-        if u.ndim != 4 or u.shape[1] != self.dim or not u.is_floating_point():
+        if u.ndim != 4 or u.shape[1] != self.dim or 0 in u.shape[1:] or not u.is_floating_point():
             raise ValueError(f"PDESSM needs a real (B, {self.dim}, h, w); it got {u.dtype} of shape {tuple(u.shape)}")
         if (c is not None) != self.conditioned:
             raise ValueError(f"PDESSM has conditioned={self.conditioned} and got {'no vector' if c is None else 'a vector'} c")

@@ -5,10 +5,11 @@ import math
 
 def on_grid(tokens, grid_size, name):
     """Returns tokens (B, h w, D) as (B, h, w, D), on a square if grid_size is None. ValueError if their number does not match
-    the grid; `name` is the mixer's, for the message."""
+    the grid, or they are not floating-point numbers; `name` is the mixer's, for the message."""
     h, w = grid_size or (math.isqrt(tokens.shape[1]),) * 2
-    if tokens.ndim != 3 or tokens.shape[1] != h * w:
-        raise ValueError(f"{name} is on a grid of {h} x {w} = {h * w} tokens (B, N, D); it got the shape {tuple(tokens.shape)}")
+    if tokens.ndim != 3 or tokens.shape[1] != h * w or not tokens.is_floating_point():
+        found = f"the shape {tuple(tokens.shape)} of {tokens.dtype}"
+        raise ValueError(f"{name} is on a grid of {h} x {w} = {h * w} tokens (B, N, D), real; it got {found}")
     return tokens.unflatten(1, (h, w))
 
 

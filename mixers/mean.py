@@ -19,7 +19,7 @@ class Mean(nn.Module):
 
     def forward(self, tokens, **call):                                     # (B, N, D)
         refuse(call, "mean")
-        return self.proj(self.v(tokens.mean(1, keepdim=True))).expand_as(tokens)
+        return self.proj(self.v(tokens.mean(1, keepdim=True))).expand_as(tokens).contiguous()
 
 
 def read(weights):

@@ -12,16 +12,15 @@ exponentials, which underflow where delta A is large. On CUDA, mamba_ssm's kerne
 vmap and in forward-mode differentiation, for which operators have no rules, the reference runs instead.
 """
 
-from functools import reduce
+from functools import partial, reduce
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn.functional import silu, softplus
 from torch.utils.flop_counter import register_flop_formula
 
 from mixers import selective_scan_cpu, selective_scan_mamba
 from mixers.selective_scan_cpu import CHUNK
-from pde_ssm_kernels.modes import full_precision, traced, transformed
+from pde_ssm_kernels.modes import differentiable, full_precision, has_tangents, needs_operations, traced, transformed
 
 
 def selective_scan(
@@ -40,13 +39,13 @@ def selective_scan(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     with full_precision(u):
         watched = torch.compiler.is_compiling() or traced(*(x for x in inputs if x is not None))
-        if not watched and selective_scan_cpu.serves(inputs[0]):
-            out, last = selective_scan_cpu.Scan.apply(selective_scan_reference, *inputs, delta_softplus, reverse, keep)
-        elif not watched and not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
+        if watched:
+            out, last, _ = scan(*inputs, delta_softplus, reverse, keep)
+        elif not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
             out = selective_scan_mamba.function()(*time_reversed(inputs, reverse), delta_softplus)  # without its last state
             out = out.flip(2) if reverse else out
         else:
-            out, last, _ = scan(*inputs, delta_softplus, reverse, keep)
+            out, last = Scan.apply(*inputs, delta_softplus, reverse, keep)
         return (out.to(u.dtype), last) if return_last_state else out.to(u.dtype)
 
 
@@ -71,24 +70,24 @@ def selective_scan_reference(
     return (out, h) if return_last_state else out
 
 
-def has_tangents(*tensors):
-    """Returns whether one of the tensors, which may be None, carries a forward-mode tangent."""
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
 def checked(u, delta, A, B, C, D, z, delta_bias):
-    """Returns the inputs in one type, float32 or wider, with B and C (B, G, N, L). ValueError for shapes that do not fit."""
-    fits = u.ndim == 3 and delta.shape == u.shape and A.ndim == 2 and B.shape == C.shape and B.ndim in (3, 4)
+    """Returns the inputs in one type, float32 or wider, with B and C (B, G, N, L). ValueError for shapes that do not fit, and
+    for tensors that are not real floating-point numbers."""
+    given = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    given = {name: x for name, x in given.items() if x is not None}
+    groups = B.shape[1] if B.ndim == 4 else 1
+    fits = u.ndim == 3 and A.ndim == 2 and B.shape == C.shape and B.ndim in (3, 4)
     fits = fits and (B.shape[0], *B.shape[-2:], len(A)) == (u.shape[0], A.shape[1], u.shape[2], u.shape[1])
-    if not fits or (B.ndim == 4 and u.shape[1] % B.shape[1]):
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in dict(u=u, delta=delta, A=A, B=B, C=C).items())
-        expected = "u and delta are (B, E, L), A (E, N), B and C (B, N, L) or (B, G, N, L) with G dividing E"
-        raise ValueError(f"{expected}; they are {shapes}")
+    fits = fits and groups > 0 and u.shape[1] % groups == 0 and all(x.shape == u.shape for x in (delta, z) if x is not None)
+    fits = fits and all(x.shape == u.shape[1:2] for x in (D, delta_bias) if x is not None)
+    if not fits or not all(x.is_floating_point() for x in given.values()):
+        found = ", ".join(f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for name, x in given.items())
+        expected = "u, delta and z are (B, E, L), A (E, N), B and C (B, N, L) or (B, G, N, L) with G dividing E"
+        raise ValueError(f"{expected}, D and delta_bias (E,), all floating-point; they are {found}")
     if B.ndim == 3:
         B, C = B[:, None], C[:, None]
-    given = u, delta, A, B, C, D, z, delta_bias
-    wide = reduce(torch.promote_types, (x.dtype for x in given if x is not None), torch.float32)
-    return [None if x is None else x.to(wide) for x in given]
+    wide = reduce(torch.promote_types, (x.dtype for x in given.values()), torch.float32)
+    return [None if x is None else x.to(wide).resolve_neg() for x in (u, delta, A, B, C, D, z, delta_bias)]
 
 
 def time_reversed(inputs, reverse):
@@ -98,11 +97,21 @@ def time_reversed(inputs, reverse):
     return u, delta, A, B, C, D, z, bias
 
 
-# The scan as a custom operator of PyTorch, which compilers treat as opaque, so that they do not unroll its L steps.
+class Scan(torch.autograd.Function):
+    """Runs the scan in eager mode without PyTorch's dispatch of custom operators, which saves a fifth of a millisecond."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        outputs = run_scan(*inputs)
+        _keep(ctx, inputs, outputs)
+        return outputs[:2]
+
+    @staticmethod
+    def backward(ctx, out_grad, last_grad):
+        return gradients_of(run_scan_backward, ctx, out_grad, last_grad)
 
 
-@torch.library.custom_op("pde_ssm_dit::selective_scan", mutates_args=())
-def scan(
+def run_scan(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
     z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool, reverse: bool, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -112,8 +121,7 @@ def scan(
     return implementation(u, delta, A, B, C, D, z, bias, softplus, reverse, keep)
 
 
-@torch.library.custom_op("pde_ssm_dit::selective_scan_backward", mutates_args=())
-def scan_backward(
+def run_scan_backward(
     out_grad: torch.Tensor, last_grad: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
     C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool,
     reverse: bool, chunk_states: torch.Tensor,
@@ -122,6 +130,11 @@ def scan_backward(
     implementation = selective_scan_cpu.backward if selective_scan_cpu.serves(u) else backward
     gradients = implementation(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states)
     return [x for x, given in zip(gradients, (u, delta, A, B, C, D, z, bias)) if given is not None]
+
+
+# The scan as a custom operator of PyTorch, which compilers treat as opaque, so that they do not unroll its L steps.
+scan = torch.library.custom_op("pde_ssm_dit::selective_scan", run_scan, mutates_args=())
+scan_backward = torch.library.custom_op("pde_ssm_dit::selective_scan_backward", run_scan_backward, mutates_args=())
 
 
 @scan.register_fake
@@ -143,9 +156,18 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, out_grad, last_grad, _):
+    return gradients_of(scan_backward, ctx, out_grad, last_grad)
+
+
+def gradients_of(run, ctx, *gradients):
+    """Returns the gradients of a scan's arguments by `run`; where `needs_operations`, by the reference, which computes the
+    same."""
     *tensors, chunk_states = ctx.saved_tensors
-    gradients = iter(scan_backward(out_grad, last_grad, *tensors, ctx.softplus, ctx.reverse, chunk_states))
-    return *(None if x is None else next(gradients) for x in tensors), None, None, None
+    if needs_operations(*gradients):
+        plainly = partial(selective_scan_reference, delta_softplus=ctx.softplus, return_last_state=True, reverse=ctx.reverse)
+        return *differentiable(plainly, tensors, gradients, ctx.needs_input_grad[:8]), None, None, None
+    found = iter(run(*gradients, *tensors, ctx.softplus, ctx.reverse, chunk_states))
+    return *(None if x is None else next(found) for x in tensors), None, None, None
 
 
 scan.register_autograd(_backward, setup_context=_keep)

@@ -13,7 +13,7 @@ import torch
 
 from pde_ssm_kernels import backend
 from pde_ssm_kernels.building import found, kernel, load
-from pde_ssm_kernels.modes import batched, differentiable
+from pde_ssm_kernels.modes import differentiable, needs_operations
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
 CHUNK = 16  # tokens
@@ -35,28 +35,6 @@ def built():
 def library():
     """The compiled kernels and None, or None and why there are none."""
     return load(SOURCE, f"-DCHUNK={CHUNK}", f"-DSHARE={SHARE}")
-
-
-class Scan(torch.autograd.Function):
-    """Runs the scan in eager mode without PyTorch's dispatch of custom operators, which saves a fifth of a millisecond. Second
-    derivatives and batched gradients are those of the reference, which computes the same."""
-
-    @staticmethod
-    def forward(ctx, reference, *inputs):
-        *tensors, ctx.softplus, ctx.reverse, _ = inputs
-        out, last, chunk_states = forward(*inputs)
-        ctx.save_for_backward(*tensors, chunk_states)
-        ctx.reference = reference
-        return out, last
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        *tensors, chunk_states = ctx.saved_tensors
-        if torch.is_grad_enabled() or any(map(batched, gradients)):
-            plainly = partial(ctx.reference, delta_softplus=ctx.softplus, return_last_state=True, reverse=ctx.reverse)
-            return None, *differentiable(plainly, tensors, gradients, ctx.needs_input_grad[1:9]), None, None, None
-        found = backward(*gradients, *tensors, ctx.softplus, ctx.reverse, chunk_states)
-        return None, *(None if x is None else gradient for x, gradient in zip(tensors, found)), None, None, None
 
 
 def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
@@ -93,7 +71,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plainly, x, weight, bias, reverse):
         out = torch.empty_like(x)
-        weight, bias = weight.contiguous(), bias.contiguous()
+        x, weight, bias = x.resolve_neg(), weight.contiguous(), bias.contiguous()
         rows = *located(x, reverse), *located(out, reverse), *located(None, reverse)
         run("convolve", x.dtype, [*rows, weight.data_ptr(), bias.data_ptr(), 0, 0, *x.shape, weight.shape[2]])
         ctx.save_for_backward(x, weight, bias)
@@ -102,10 +80,10 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, out_grad):
-        if torch.is_grad_enabled() or batched(out_grad):
+        if needs_operations(out_grad):
             plainly = partial(ctx.plainly, reverse=ctx.reverse)
             return None, *differentiable(plainly, ctx.saved_tensors, out_grad, ctx.needs_input_grad[1:4]), None
-        x, weight, bias = ctx.saved_tensors
+        (x, weight, bias), out_grad = ctx.saved_tensors, out_grad.resolve_neg()
         x_grad, weight_grad, bias_grad = torch.empty_like(x), *(p.new_empty(len(x), *p.shape) for p in (weight, bias))
         rows = [number for tensor in (x, out_grad, x_grad) for number in located(tensor, ctx.reverse)]
         whole = [tensor.data_ptr() for tensor in (weight, bias, weight_grad, bias_grad)]
@@ -116,6 +94,8 @@ class Convolution(torch.autograd.Function):
 def call(name, rows, columns, whole, softplus, reverse):
     """Runs a kernel of the scan; its argument is the Scan of selective_scan.cpp."""
     u, (B, _), (A, *_) = rows[0], columns, whole
+    # PyTorch may negate lazily, in a flag and not in memory.
+    rows, whole = ([None if x is None else x.resolve_neg() for x in tensors] for tensors in (rows, whole))
     whole = [None if x is None else x.contiguous() for x in whole]
     members = [number for x in (*rows, *columns) for number in located(x, reverse)]
     members += [x.data_ptr() if x is not None else 0 for x in whole] + [0] * (10 - len(whole))

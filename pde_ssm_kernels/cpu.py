@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .building import found, kernel, load
-from .modes import batched, differentiable, widen
+from .modes import differentiable, needs_operations, widen
 
 ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
 MAX_SIDE = 512
@@ -51,8 +51,7 @@ def evolve_tokens(v, equation, time_scale=None):
 
 
 class Evolution(torch.autograd.Function):
-    """Runs `evolve` with its gradients; second derivatives and batched gradients are those of `plainly`(v, rows), which
-    computes the same."""
+    """Runs `evolve` with its gradients; where `needs_operations`, those are of `plainly`(v, rows), which computes the same."""
 
     @staticmethod
     def forward(ctx, plainly, v, rows):
@@ -62,7 +61,7 @@ class Evolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled() or batched(gradient):
+        if needs_operations(gradient):
             return None, *differentiable(ctx.plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad[1:])
         return None, *evolve_backward(gradient, *ctx.saved_tensors)
 
@@ -127,6 +126,7 @@ def sizes(v, rows):
 
 
 def run(name, *tensors, sizes):
+    tensors = [tensor.resolve_neg() for tensor in tensors]                 # PyTorch may negate lazily, in a flag
     kernel(library, name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
 
 

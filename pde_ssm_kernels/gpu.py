@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .modes import differentiable, needs_operations
 from .tiles import room, shared_memory, tile
 
 MAX_SIDE = 128
@@ -41,6 +42,12 @@ def evolve(v, symbol):
     if at_once(*v.shape[1:3]) or not v.movedim(-1, 1).is_contiguous():
         v = v.contiguous()
     return evolve_op(v, symbol.float().contiguous())
+
+
+def evolve_plainly(v, symbol):
+    """Computes the same in PyTorch's operations; symbol is real."""
+    symbol = torch.complex(*symbol)                                        # (h, w // 2 + 1, C)
+    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.float(), dim=(1, 2)), s=v.shape[1:3], dim=(1, 2)).to(v.dtype)
 
 
 def serves(v):
@@ -436,6 +443,8 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, gradient):
+    if needs_operations(gradient):
+        return differentiable(evolve_plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad)
     return evolve_backward(gradient.contiguous(), *ctx.saved_tensors)
 
 

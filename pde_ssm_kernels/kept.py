@@ -118,8 +118,10 @@ def _keep(layer, name, value, state):
     each other's values for ever."""
     own, parameters = _kept.setdefault(layer, {}), list(layer.parameters())
     own.pop(name, None)
-    if state is None or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules()) or traced(*parameters):
-        return  # no version counts; parameters computed elsewhere (replicas, parametrisations); tensors of another class
+    others = [*layer.buffers(), *(x for m in layer.modules() for x in vars(m).values() if isinstance(x, torch.Tensor))]
+    computed = others or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules())
+    if state is None or computed or traced(*parameters):
+        return  # no version counts; coefficients that are no parameters (replicas, parametrisations); tensors of another class
     while own and (len(own) >= VALUES or value.nbytes > room()):
         own.pop(next(iter(own), None), None)                               # another thread may have done so just now
     if value.nbytes > room():

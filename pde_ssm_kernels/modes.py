@@ -11,9 +11,7 @@ from torch.autograd import forward_ad
 def traced(*tensors):
     """Returns whether anything observes each operator: torch.compile, vmap and other torch.func transforms, forward-mode
     differentiation, a dispatch mode (as flop counters use), or tensors of another class (fake, distributed)."""
-    if observed() or any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors):
-        return True
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return observed() or any(type(x) not in (torch.Tensor, nn.Parameter) for x in tensors) or has_tangents(*tensors)
 
 
 def observed():
@@ -26,20 +24,35 @@ def transformed():
     return torch._C._are_functorch_transforms_active()
 
 
-def batched(gradient):
-    """Returns whether a gradient is batched (is_grads_batched), for which kernels have no rules."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+def has_tangents(*tensors):
+    """Returns whether one of the tensors, which may be None, carries a forward-mode tangent."""
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def needs_operations(*gradients):
+    """Returns whether a backward pass must take PyTorch's operations, because our kernels have no rules for these gradients:
+    they are to be differentiated again, batched (is_grads_batched), of a torch.func transform, or carry tangents."""
+    batched = map(torch._C._functorch.is_legacy_batchedtensor, gradients)
+    return torch.is_grad_enabled() or transformed() or any(batched) or has_tangents(*gradients)
 
 
 def differentiable(plainly, inputs, gradients, needed):
-    """Returns the gradients of plainly(*inputs) that are needed, None for others. They use PyTorch's operations, so they can be
-    differentiated again or batched. gradients: those of its result, one tensor or several."""
+    """Returns the gradients of plainly(*inputs) that are needed, None for others. They use PyTorch's operations, so they serve
+    where `needs_operations`. gradients: those of its result, one tensor or a tuple of several."""
     again = torch.is_grad_enabled()
+
+    def of_wanted(*wanted):
+        given = iter(wanted)
+        return plainly(*(next(given) if is_needed else x for x, is_needed in zip(inputs, needed)))
+
     with torch.enable_grad(), full_precision(inputs[0]):                   # backward() may be called under autocast
-        # Separate tensors, since two inputs may be one tensor, or one be computed from another.
-        inputs = [x if x is None else x.view_as(x) if again else x.detach().requires_grad_() for x in inputs]
         wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
-        found = iter(torch.autograd.grad(plainly(*inputs), wanted, gradients, create_graph=again))
+        if transformed():                                                  # for which requires_grad_ is an error
+            found = iter(torch.func.vjp(of_wanted, *wanted)[1](gradients))
+        else:
+            # Separate tensors, since two inputs may be one tensor, or one be computed from another.
+            wanted = [x.view_as(x) if again else x.detach().requires_grad_() for x in wanted]
+            found = iter(torch.autograd.grad(of_wanted(*wanted), wanted, gradients, create_graph=again))
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 

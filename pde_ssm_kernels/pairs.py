@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import cpu, pytorch
 from .building import found, kernel, load
 from .kept import kept, room
-from .modes import batched, differentiable, widen
+from .modes import differentiable, needs_operations, widen
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
 AT_ONCE = 64             # columns of G B R that `folded` computes at once
@@ -145,8 +145,7 @@ def exponents_plainly(tau, log_lx, log_ly, shear, b, r):
 
 
 class Evolution(torch.autograd.Function):
-    """Runs `evolve` with its gradients; second derivatives and batched gradients are those of pytorch.py, which computes the
-    same."""
+    """Runs `evolve` with its gradients; where `needs_operations`, those are of pytorch.py, which computes the same."""
 
     @staticmethod
     def forward(ctx, equation, h, w, *inputs):
@@ -158,7 +157,7 @@ class Evolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         *inputs, embedded = ctx.saved_tensors
-        if not (torch.is_grad_enabled() or batched(gradient)):
+        if not needs_operations(gradient):
             return None, None, None, *evolve_backward(gradient, embedded, *inputs, *ctx.grid, ctx.equation.is_system)
 
         def plainly(spectra, g0, gx, gy, exponents):
@@ -178,7 +177,7 @@ class Exponents(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled() or batched(gradient):
+        if needs_operations(gradient):
             return differentiable(exponents_plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad)
         return exponents_backward(gradient, *ctx.saved_tensors)
 
@@ -294,6 +293,7 @@ def exponents_backward(gradient, tau, *parameters):
 
 
 def run(name, *tensors, sizes):
+    tensors = [None if x is None else x.resolve_neg() for x in tensors]    # PyTorch may negate lazily, in a flag
     kernel(library, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
 
 

@@ -1,13 +1,16 @@
 """What others ask of a layer besides its gradient: second derivatives, many gradients at once, and traces of any batch size."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixers import MIXERS, build_mixer
-from pde_ssm import PDESSM
+from mixers.selective_scan import selective_scan
+from pde_ssm import PDESSM, set_backend
 from pde_ssm_kernels import pytorch
 
 GRID = 3, 4
@@ -25,6 +28,7 @@ def layers():
 
 
 every_layer = pytest.mark.parametrize("layer", [*layers()])
+by_kernels_and_without = pytest.mark.parametrize("backend", ["default", "torch"])
 
 
 def gradient(layer, x, create_graph=False):
@@ -32,9 +36,11 @@ def gradient(layer, x, create_graph=False):
     return torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=create_graph)
 
 
+@by_kernels_and_without
 @every_layer
-def test_second_derivatives(layer):
+def test_second_derivatives(layer, backend):
     """Of the gradient along a direction, against differences of gradients in float64. PyTorch's fast attention has none."""
+    set_backend(backend)
     x = torch.randn(2, 12, 16, requires_grad=True)
     inputs = [x, *layer.parameters()]
     directions = [torch.randn_like(p) for p in inputs]
@@ -53,16 +59,51 @@ def test_second_derivatives(layer):
         assert (ours - expected).norm() <= 1e-3 * expected.norm()
 
 
+@by_kernels_and_without
 @every_layer
-def test_many_gradients_at_once_are_those_one_by_one(layer):
+def test_many_gradients_at_once_are_those_one_by_one(layer, backend):
+    set_backend(backend)
     x = torch.randn(2, 12, 16, requires_grad=True)
     inputs, out = [x, *layer.parameters()], layer(x)
     directions = torch.randn(3, *out.shape)
     together = torch.autograd.grad(out, inputs, directions, retain_graph=True, is_grads_batched=True)
+    mapped = torch.func.vmap(lambda direction: torch.autograd.grad(out, inputs, direction, retain_graph=True))(directions)
     alone = [torch.autograd.grad(out, inputs, direction, retain_graph=True) for direction in directions]
-    for ours, *others in zip(together, *alone):
+    for ours, of_vmap, *others in zip(together, mapped, *alone):
         expected = torch.stack(others)
         assert (ours - expected).norm() <= 1e-4 * expected.norm()
+        assert (of_vmap - expected).norm() <= 1e-4 * expected.norm()
+
+
+def a_scan():
+    """The outputs of a scan and its inputs."""
+    u, delta, A, B, C = torch.randn(2, 4, 5), torch.rand(2, 4, 5), -torch.rand(4, 3), torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    inputs = [x.requires_grad_() for x in (u, delta, A, B, C)]
+    return selective_scan(*inputs), inputs
+
+
+def an_operator(coupling):
+    layer, x = PDESSM(8, coupling=coupling), torch.randn(2, 8, 3, 4, requires_grad=True)
+    return layer(x), [x, *layer.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["default", "torch", "triton"])
+@pytest.mark.parametrize(
+    "build", [a_scan, *(partial(an_operator, name) for name in ("diagonal", "pairwise", "coupled"))]
+)
+def test_gradients_keep_the_tangent_of_what_they_are_given(build, backend):
+    """The gradient is linear in it, so along itself its tangent is the gradient: by dual numbers and by torch.func.jvp."""
+    set_backend(backend)
+    torch.manual_seed(0)
+    out, inputs = build()
+    direction = torch.randn_like(out)
+    pull = partial(torch.autograd.grad, out, inputs, retain_graph=True)
+    expected, (_, pushed) = pull(direction), torch.func.jvp(pull, (direction,), (direction,))
+    with forward_ad.dual_level():
+        tangents = [forward_ad.unpack_dual(x).tangent for x in pull(forward_ad.make_dual(direction, direction))]
+    for name, found in dict(dual=tangents, jvp=pushed).items():
+        for ours, gradient in zip(found, expected):
+            assert (ours - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 @every_layer

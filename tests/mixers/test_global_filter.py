@@ -80,7 +80,7 @@ def test_the_transform_is_in_float32_whatever_the_products_are():
     ("grid", "tokens", "call", "message"),
     [
         (None, 12, {}, r"^global-filter has to know the grid of its tokens: grid_size=\(h, w\)$"),
-        ((3, 4), 13, {}, r"on a grid of 3 x 4 = 12 tokens \(B, N, D\); it got the shape \(2, 13, 8\)$"),
+        ((3, 4), 13, {}, r"on a grid of 3 x 4 = 12 tokens \(B, N, D\), real; it got the shape \(2, 13, 8\) of"),
         ((3, 4), 12, dict(attn_mask=torch.ones(1)), r"cannot follow attn_mask$"),
     ],
 )
@@ -122,3 +122,9 @@ for channels in (3, 8, 32):
     checks = dict(MALLOC_CHECK_="3", LD_PRELOAD="libc_malloc_debug.so.0")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | checks, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_integers_are_refused():
+    """The transform would round its result to them."""
+    with pytest.raises(ValueError, match=r"it got the shape \(2, 12, 8\) of torch.int64$"):
+        GlobalFilter(8, grid_size=(3, 4))(torch.ones(2, 12, 8, dtype=torch.int64))

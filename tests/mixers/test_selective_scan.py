@@ -1,5 +1,6 @@
 """The selective scan against public numbers, its own equations and finite differences."""
 
+import re
 import sys
 from functools import partial
 from types import ModuleType
@@ -271,11 +272,42 @@ def test_counters_of_operations_see_the_scan(everything):
 @pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
 def test_shapes_that_do_not_fit_are_named(function):
     given = random_inputs(1, 6, 5, 3, groups=4)
-    with pytest.raises(ValueError, match=r"with G dividing E; they are u \(1, 6, 5\), .* B \(1, 4, 3, 5\)"):
+    with pytest.raises(ValueError, match=r"with G dividing E, .*; they are u \(1, 6, 5\) .* B \(1, 4, 3, 5\)"):
         function(**given)
     given = random_inputs(1, 6, 5, 3) | dict(A=torch.ones(6, 4))
-    with pytest.raises(ValueError, match=r"they are .* A \(6, 4\), B \(1, 3, 5\)"):
+    with pytest.raises(ValueError, match=r"they are .* A \(6, 4\) .* B \(1, 3, 5\)"):
         function(**given)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(D=torch.ones(1)), dict(D=torch.ones(6, 1)), dict(delta_bias=torch.ones(3)), dict(z=torch.ones(6, 5)),
+        dict(z=torch.ones(1, 6, 5)), dict(z=torch.ones(2, 5, 6)), dict(B=torch.ones(2, 0, 3, 5), C=torch.ones(2, 0, 3, 5)),
+        dict(A=torch.ones(6, 3, dtype=torch.complex64)), dict(u=torch.ones(2, 6, 5, dtype=torch.int64)),
+    ],
+    ids=lambda change: " ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in change.items()),
+)  # fmt: skip
+@pytest.mark.parametrize("function", [selective_scan, selective_scan_reference])
+def test_what_kernels_would_read_wrongly_is_refused(function, change):
+    """Kernels take addresses: of a tensor of another shape they would read foreign memory."""
+    name, found = next((name, x) for name, x in change.items())
+    with pytest.raises(ValueError, match=rf"they are .*{name} {re.escape(str(tuple(found.shape)))} {str(found.dtype)[6:]}"):
+        function(**random_inputs(2, 6, 5, 3) | change)
+
+
+@backends
+def test_tensors_that_are_negated_lazily(backend):
+    """The imaginary part of a conjugate lies in memory with the opposite sign."""
+    set_backend(backend)
+    given = random_inputs(2, 6, 5, 3, dtype=torch.float32, everything=True)
+    lazy = {name: torch.complex(x, -x).conj().imag for name, x in given.items()}
+    assert all(x.is_neg() for x in lazy.values())
+    torch.testing.assert_close(selective_scan(**lazy), selective_scan(**given))
+    out = selective_scan(**given)
+    lazy = torch.complex(out, -out).conj().imag.detach()
+    found, expected = (torch.autograd.grad(out, given["u"], g, retain_graph=True)[0] for g in (lazy, lazy.resolve_neg()))
+    torch.testing.assert_close(found, expected)
 
 
 def test_without_kernels_pytorch_does_the_work_and_says_why(monkeypatch):

@@ -124,6 +124,16 @@ def test_gradients_have_gradients(options):
 
 
 @pytest.mark.parametrize("options", [*COUPLINGS, dict(coupling="coupled")], ids=str)
+def test_tensors_that_are_negated_lazily(options):
+    """PyTorch keeps a negation as a flag, which kernels would not see."""
+    equation, v = PDESSM(4, **options).equation, torch.randn(2, 6, 5, 4, requires_grad=True)
+    out = equation.evolve(v)
+    torch.testing.assert_close(equation.evolve(torch._neg_view(-v)), out)
+    found, expected = (torch.autograd.grad(out, v, g, retain_graph=True)[0] for g in (torch._neg_view(-out), out))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [*COUPLINGS, dict(coupling="coupled")], ids=str)
 @pytest.mark.parametrize("frozen", ["input", "parameters"])
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_frozen_side_gets_no_gradient(options, frozen, create_graph):

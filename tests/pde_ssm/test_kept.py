@@ -121,6 +121,19 @@ def change_parametrised(pde):
     return pde
 
 
+def compute_a_coefficient(pde):
+    """As other people's code does that makes a parameter a function of something else."""
+    log_tau = pde.equation.log_tau.clone()
+    del pde.equation.log_tau
+    for shift in (0, 0.5):
+        pde.equation.log_tau = log_tau + shift
+        found, fresh = pde.equation.symbol(4, 6), type(pde.equation).symbol.__wrapped__(pde.equation, 4, 6)
+        torch.testing.assert_close(found, fresh, rtol=0, atol=0)
+    del pde.equation.log_tau
+    pde.equation.log_tau = torch.nn.Parameter(log_tau + shift)
+    return pde
+
+
 def change_in_place(pde):
     pde.equation.log_tau.add_(0.5)
     return pde
@@ -242,7 +255,7 @@ SEEN_BY_VALUE = [edit_behind_autograd, copy_an_average, copy_an_average_at_once,
 SEEN_ANYWHERE = [
     change_in_place, step_optimiser, step_fused, step_fused_adam, step_fused_sgd, load_other_weights, assign_other_weights,
     replace_parameters, replace_values, average_with_another, go_through_half, change_a_copy, change_parametrised,
-    swap_tensors, write_in_inference_mode, edit_and_say_so, edit_and_train,
+    compute_a_coefficient, swap_tensors, write_in_inference_mode, edit_and_say_so, edit_and_train,
 ]  # fmt: skip
 
 

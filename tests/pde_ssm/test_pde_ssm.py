@@ -324,6 +324,7 @@ def test_arguments_of_timms_attention():
         (lambda: PDESSM(6, groups=2), "groups is 2, with coupling 'diagonal'"),
         (lambda: PDESSM(4, coupling="pairwise", conditioned=True), "conditioned needs coupling='diagonal'"),
         (lambda: PDESSM(4)(torch.ones(1, 4, 2, 2, dtype=torch.int64)), "torch.int64"),
+        (lambda: PDESSM(4)(torch.ones(1, 4, 0, 2)), r"\(1, 4, 0, 2\)"),
         (lambda: PDESSM(4)(torch.ones(1, 4, 2, 2, dtype=torch.complex64)), "torch.complex64"),
         (lambda: PDESSM(4)(torch.ones(1, 3, 2, 2)), r"\(B, 4, h, w\); it got torch.float32 of shape \(1, 3, 2, 2\)"),
         (lambda: PDESSM(4)(torch.ones(4, 2, 2)), r"of shape \(4, 2, 2\)"),
