@@ -65,9 +65,9 @@ def check(args):
     if args.kid and (args.feature_dim or 2048) != 2048:
         raise ValueError(f"--kid is not for --feature-dim {args.feature_dim}, which gives the Frechet distance alone")
     if args.json not in (None, "-"):
-        check_writable(args.json, "--json")
+        check_writable(args.json, "--json", ".json")
     if args.make_ref:
-        check_writable(args.make_ref[1], "--make-ref")
+        check_writable(args.make_ref[1], "--make-ref", ".npz")
 
 
 def parse_args(argv=None):

@@ -33,7 +33,7 @@ def main(args, processes):
     steps = args.num_sampling_steps
     objective, sampler = create_sampler(settings["objective"], args.sampler, steps, **for_sampler(settings))
     guidance = create_guidance(args.cfg_scale, model.in_channels, args.cfg_channels, args.cfg_interval)
-    check_writable(args.out, "--out")
+    check_writable(args.out, "--out", ".png")
     running = processes.device, args.precision, args.compile, args.backend, args.deterministic
     guidance = with_guide(guidance, args.guide_ckpt, args.guide_scale, model, settings, running)
     prepare_to_sample(model, *running)
@@ -43,7 +43,8 @@ def main(args, processes):
     print(f"Drawing {len(labels)} images: {drawn}")
     images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
     columns = args.samples_per_class if args.samples_per_class > 1 else 4
-    save_grid(images, args.out, columns, name_classes(model, labels))
+    captions = None if guidance.drops_classes else name_classes(model, labels)
+    save_grid(images, args.out, columns, captions)
     print(f"{len(labels)} samples are in {args.out}")
 
 

@@ -35,11 +35,9 @@ def main(args, processes):
     torch.set_float32_matmul_precision("high")
     asked = vars(args) | dict(device=processes.device)
     make, out, numbers = (asked.pop(name) for name in ("make", "out", "json"))
-    if Path(out).suffix not in FORMATS:
-        raise ValueError(f"--out {out} should end in {' or '.join(FORMATS)}")
-    check_writable(out, "--out")
+    check_writable(out, "--out", *FORMATS)
     if numbers:
-        check_writable(numbers, "--json")
+        check_writable(numbers, "--json", ".json")
     figure, found = make(**asked)
     save_page(figure, out)
     if numbers:

@@ -131,7 +131,8 @@ def check_changes(run, now, parser, allowed):
     if changes and any(name in before and before[name] != now[name] for name in ("global_batch_size", "global_seed", "data")):
         changes.append("so that images may come twice in the epoch that was begun, and others not at all")
     if changes and not allowed:
-        raise ValueError(f"{run['path']} is of other settings: {'; '.join(changes)}; --allow-changes goes on all the same")
+        way_out = "--allow-changes goes on all the same, if weights still fit"
+        raise ValueError(f"{run['path']} is of other settings: {'; '.join(changes)}; {way_out}")
     return changes
 
 

@@ -16,6 +16,11 @@ class Guidance(NamedTuple):
     guide: Callable | None = None               # autoguidance's weaker network, with num_classes
     guide_scale: float = 1                      # strength of autoguidance; 1 is none
 
+    @property
+    def drops_classes(self):
+        """Whether the network never sees a class."""
+        return self.scale == 0 and self.interval == (0, 1)
+
 
 def create_guidance(scale, in_channels, channels=None, interval=(0.0, 1.0)):
     """Returns the Guidance of a network with that many channels.

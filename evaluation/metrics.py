@@ -107,7 +107,7 @@ def precision_recall(ref, sample, k=NEAREST, block=BLOCK, exact=False, progress=
         bar.update()
         d = (_exact_distances if exact else _distances)(rows, columns)
         if not d.isfinite().all():
-            raise ValueError("precision and recall: features are too large for their squared distances to be finite")
+            raise ValueError("features are too large for their squared distances to be finite")
         return d
 
     def radii(parts):  # k + 1, since the nearest of all is the point itself

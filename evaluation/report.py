@@ -46,12 +46,18 @@ def say(lines, processes):
 
 @torch.no_grad()
 def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=False):
-    """Computes every metric that two Sides allow: a dict of floats by name, in ADM's order."""
+    """Computes every metric that two Sides allow: a dict of floats by name, in ADM's order. A metric that cannot be computed,
+    as features that are too large, is NaN, and a line of standard error says why."""
     missing, results = left_out(ref, sample, network, kid, prefix), {}
     with without_tf32():
         for metric in metrics_of(network, kid, prefix, exact, progress):
             if metric.name not in missing:
-                results |= dict(zip(metric.numbers, metric.compute(ref, sample)))
+                try:
+                    numbers = metric.compute(ref, sample)
+                except ValueError as error:
+                    print(f"{metric.name}: {error}", file=sys.stderr)
+                    numbers = [math.nan] * len(metric.numbers)
+                results |= dict(zip(metric.numbers, numbers))
     return results
 
 

@@ -105,6 +105,8 @@ def open_source(source, network, crop=None, dataset=None, num=None, part=slice(N
             raise ValueError(f"{name} holds statistics and no images to choose from")
         if num and num > len(images):
             raise ValueError(f"{name} holds {len(images):,} images, fewer than --num {num:,}")
+    if part != slice(None):
+        name = f"a part of {name}"
     return Source(name, images, evenly_spread(len(images), num)[part] if images else [], statistics, counted, pool)
 
 
@@ -264,6 +266,8 @@ def read_features(path, wanted):
             for part in pool.split(BLOCK):
                 sums.add(part)
             statistics = dict(pool=(sums.mean, sums.covariance)) if len(pool) > 1 else {}
+            if statistics and not np.isfinite(sums.covariance).all():
+                raise ValueError(f"{name} in {path} holds features that are too large: their covariance is not finite")
             sides.append(Side(f"{name} of {path}", pool, statistics, len(pool), set()))
     if len(dims := {side.pool.shape[1] for side in sides}) > 1:
         raise ValueError(f"{path}: features of different sizes, {' and '.join(map(str, sorted(dims)))}")

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from images.autoencoder import open_space
 from images.folders import digest, hidden
-from machine.files import whole_file, write_json
+from machine.files import make_folder, whole_file, write_json
 
 INDEX = "latents.json"
 TYPES = dict(
@@ -93,7 +93,7 @@ def read_index(folder):
 
 def claim_folder(folder, index):
     """Writes the index of latents that are to be made, or checks that those in the folder have the same. ValueError if not."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out")
     if holds_latents(folder):
         before = dict(names=index["names"]) | read_index(folder)  # older indexes have no names
         differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]

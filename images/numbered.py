@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from images.folders import read_image
 from images.samples import NpzImages, write_npz
-from machine.files import lock
+from machine.files import lock, make_folder
 
 # Settings of images in folders that were begun before these settings were recorded.
 UNRECORDED = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced_labels=False, guide=None, guide_scale=1)
@@ -23,6 +23,8 @@ UNRECORDED = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced
 
 def image_path(folder, number):
     return Path(folder, f"{number:06d}.png")
+
+
 def claim_folder(folder, settings, count):
     """Makes the folder, or checks that the images in it were made with these settings, a dict for JSON.
 
@@ -30,7 +32,7 @@ def claim_folder(folder, settings, count):
     folder did not record are not compared. ValueError if settings differ, if the folder's origin is unknown or another run is
     drawing into it, or if an .npz of more than `count` images would be replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--sample-dir")
     path, drawn = folder / "settings.json", any(folder.glob("*.png"))
     strange = f"{folder} holds images of unknown origin; give another --sample-dir"
     if drawn and not path.exists():

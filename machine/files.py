@@ -60,11 +60,23 @@ def append_row(path, row):
         file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
 
-def check_writable(path, flag):
-    """Raises an OSError, which names the flag that gave the path, unless a file can be written there."""
-    folder = Path(path).parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+def check_writable(path, flag, *endings):
+    """Raises an OSError, which names the flag that gave the path, unless a file can be written there, and a ValueError unless
+    its name has one of these endings. So a checkpoint or an archive given by mistake is not overwritten."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"{flag} {path}: not a file in a folder that can be written")
+    if path.suffix not in endings and (path.is_file() or not path.exists()):  # devices and pipes have none
+        raise ValueError(f"{flag} {path} should end in {' or '.join(endings)}")
+
+
+def make_folder(path, flag):
+    """Makes a folder, with those above it, unless it exists, and returns it. An OSError names the flag that gave the path."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OSError(f"{flag} {path}: a file is where a folder is needed") from error
+    return Path(path)
 
 
 def lock(log, experiment):

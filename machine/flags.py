@@ -16,7 +16,8 @@ def _number(read, holds, what):
         except (ValueError, OverflowError):
             number = math.nan
         if not (number <= LARGEST and holds(number)):  # which NaN and infinity never are
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+            limit = f" to {LARGEST}" if LARGEST < number < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {what}{limit}")
         return number
 
     parse.what = what

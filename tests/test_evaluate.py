@@ -275,6 +275,9 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "a.npz", "--feature-dim", "64", "--kid"], "--kid is not for --feature-dim 64"),
         (["--make-ref", "a.npz", "none/b.npz"], "--make-ref none/b.npz: not a file in a folder that can be written"),
         (["a.npz", "a.npz", "--json", "empty"], "--json empty: not a file in a folder that can be written"),
+        (["a.npz", "a.npz", "--json", "a.npz"], r"--json a.npz should end in \.json"),
+        (["--make-ref", "a.npz", "photo.png"], r"--make-ref photo.png should end in \.npz"),
+        (["one.npz", "--halves"], "a part of one.npz holds"),
         (["a.npz", "a.npz", "--halves"], "leave SAMPLES out"),
         (["a.npz", "--make-ref", "a.npz", "b.npz"], "--make-ref FOLDER OUT.npz stands alone"),
         (["--make-ref", "empty", "b.npz", "--kid"], "--json, --kid and --exact-distances are for comparisons"),
@@ -362,10 +365,11 @@ def test_statistics_that_are_none_end_in_one_line(tmp_path, random_images, run, 
         (lambda x: x[:0], r"is float64 \(0, 4\)"),
         (lambda x: x / 0, "holds numbers that are not finite"),
         (lambda x: x[:, :3], "features of different sizes, 3 and 4"),
+        (lambda x: 1e200 * x, "b in .* holds features that are too large: their covariance is not finite"),
         (lambda x: x[:1], "FD-file: not without 2 images .* holds 1 image; Precision-file, Recall-file: not without 4 images"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 def test_unusual_features_are_read_rightly_or_end_in_one_line(tmp_path, run, rng, change, message):
     features = rng.normal(size=(9, 4))
     np.savez(tmp_path / "f.npz", a=features, b=change(features))
@@ -377,6 +381,16 @@ def test_unusual_features_are_read_rightly_or_end_in_one_line(tmp_path, run, rng
         row = run("a", "b", "--features", tmp_path / "f.npz")
         assert row["FD-file"] == pytest.approx(0, abs=1e-9)
         assert (row["Precision-file"], row["Recall-file"]) == (1, 1)
+
+
+def test_a_metric_that_cannot_be_computed_leaves_the_others(tmp_path, capsys, rng):
+    a, b = rng.normal(size=(2, 9, 4)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", a=a, b=1e25 * b)
+    flags = ["a", "b", "--features", str(tmp_path / "f.npz"), "--json", str(tmp_path / "m.json")]
+    with pytest.raises(ValueError, match="Precision-file is nan, Recall-file is nan: no number to report"):
+        evaluate.main(evaluate.parse_args(flags), ALONE)
+    assert json.loads((tmp_path / "m.json").read_text())["FD-file"] > 1e40
+    assert "features are too large for their squared distances" in capsys.readouterr().err
 
 
 def test_damaged_features_end_in_one_line(tmp_path, run, rng):

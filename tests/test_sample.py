@@ -213,6 +213,7 @@ def test_flags_of_the_public_scripts_keep_their_defaults():
         (sample, ["--out", "/no/such/folder/a.png"], "/no/such/folder/a.png: not a file in a folder that can be written"),
         (sample, ["--out", f"{__file__}/a.png"], "a.png: not a file in a folder that can be written"),
         (sample, ["--out", "/tmp"], "/tmp: not a file"),
+        (sample, ["--out", "a.jpg"], r"--out a.jpg should end in \.png"),
         (sample, ["--mixer", "attention"], "--mixer attention contradicts .*--mixer pdessm"),
         (sample, ["--num-sampling-steps", "1001"], "--num-sampling-steps 1001: ddpm takes at most 1000 of training's 1000"),
         (sample_ddp, ["--num-sampling-steps", "1001", "--sampler", "ddim"], "1001: ddim takes at most 1000"),
@@ -266,6 +267,7 @@ def test_classes_have_names(tmp_path, checkpoint):
     grids = [draw(path, tmp_path / "a.png", "--class-labels", *classes) for classes in wanted]
     assert grids[0].shape == (2 + 66 + 16, 2 + 3 * 66, 3)  # with room for the names
     assert np.array_equal(*grids)
+    assert len(draw(path, tmp_path / "a.png", "--class-labels", 1, 0, "--cfg-scale", 0)) == 68  # drawn without their classes
     bare = draw(name_classes(path, "0", "1", "2"), tmp_path / "a.png", "--class-labels", 1, 0, 2)
     assert np.array_equal(bare[2:], grids[0][18:])  # the same images; numbers are not written above them
     assert [(grids[0][2:18, x : x + 64] < 128).any() for x in (2, 68, 134)] == [True] * 3

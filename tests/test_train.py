@@ -127,7 +127,7 @@ def test_a_mistake_that_one_process_sees_ends_all_without_a_traceback(capfd):
     flags = ["--global-batch-size", 8, "--results-dir", "/proc/version/r"]
     assert fork(*flags, processes=2, spoil=lambda rank: sys.argv.__setitem__(0, "train.py")) == [1, 1]
     errors = capfd.readouterr().err
-    assert "train.py: error: [Errno 20] Not a directory: '/proc/version/r'" in errors
+    assert "train.py: error: --results-dir /proc/version/r: a file is where a folder is needed" in errors
     assert "train.py: error: stopped, because another process did" in errors
     assert "Traceback" not in errors
 
@@ -258,7 +258,7 @@ def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
         (["--global-batch-size", "2000"], "the 1797 images do not fill one batch of --global-batch-size 2000"),
         (["--num-classes", "9"], "10 classes, more than --num-classes 9"),
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
-        (["--results-dir", "/proc/version/results"], "/proc/version"),
+        (["--results-dir", "/proc/version/results"], "--results-dir /proc/version/results: a file is where a folder is needed"),
         (["--device", "cuda"], "--device cuda: CUDA device 0 is wanted and PyTorch finds 0"),
         (["--times", "logit-normal"], "--times means nothing to --objective diffusion"),
         (["--predict", "x", "--time-shift", "3"], "--predict, --time-shift means nothing to --objective diffusion"),

@@ -14,7 +14,7 @@ import torch
 
 from images.folders import describe_classes
 from machine.cost import peak_memory
-from machine.files import append_row, lock, read_rows, whole_file
+from machine.files import append_row, lock, make_folder, read_rows, whole_file
 from machine.processes import one_line
 from training.trackers import numbers_of
 
@@ -24,8 +24,7 @@ warned = set()
 
 def create_experiment(results_dir, model):
     """Makes a new folder <results_dir>/<index>-<model>, with the index after the highest existing one, and returns it."""
-    root = Path(results_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder(results_dir, "--results-dir")
     indexed = [re.match(r"(\d{3,5})-", entry.name, re.ASCII) for entry in root.iterdir()]  # a date has more digits
     for index in count(max((int(found[1]) for found in indexed if found), default=-1) + 1):
         folder = root / f"{index:03d}-{model.replace('/', '-')}"
