@@ -28,26 +28,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on CPUs, for tests; T
 
 def evolve_tokens(v, equation, time_scale=None):
     """Maps tokens v (B, h, w, C) to their state: an implementation for `pde_ssm_kernels.choose`."""
-    return evolve(v, equation.symbol(*v.shape[1:3]))
+    symbol = equation.symbol(*v.shape[1:3])                                # (C, h, w // 2 + 1)
+    return evolve(v, torch.view_as_real(symbol).permute(3, 1, 2, 0))
 
 
 def evolve(v, symbol):
-    """Computes irfft2(symbol rfft2(v)): v (B, h, w, C), symbol (2, h, w // 2 + 1, C), its real and imaginary part.
-
-    v is float32, bfloat16 or float16, as `serves` says; the result has its type, and is computed in float32. The symbol may be
-    complex (C, h, w // 2 + 1), too. On grids that take three passes v may lie in memory channel after channel.
-    """
-    if symbol.is_complex():
-        symbol = torch.view_as_real(symbol).permute(3, 1, 2, 0)
+    """Computes irfft2(symbol rfft2(v)): v (B, h, w, C), symbol (2, h, w // 2 + 1, C), its real and imaginary part. v has a type
+    that `serves`, and so has the result. On grids that take three passes v may lie in memory channel after channel."""
     if at_once(*v.shape[1:3]) or not v.movedim(-1, 1).is_contiguous():
         v = v.contiguous()
     return evolve_op(v, symbol.float().contiguous())
 
 
 def evolve_plainly(v, symbol):
-    """Computes the same in PyTorch's operations; symbol is real."""
-    symbol = torch.complex(*symbol)                                        # (h, w // 2 + 1, C)
-    return torch.fft.irfft2(symbol * torch.fft.rfft2(v.float(), dim=(1, 2)), s=v.shape[1:3], dim=(1, 2)).to(v.dtype)
+    """Computes the same in PyTorch's operations."""
+    v_hat = torch.complex(*symbol) * torch.fft.rfft2(v.float(), dim=(1, 2))                    # (B, h, w // 2 + 1, C)
+    return torch.fft.irfft2(v_hat, s=v.shape[1:3], dim=(1, 2)).to(v.dtype)
 
 
 def serves(v):
@@ -438,17 +434,13 @@ def _(gradient, v, symbol):
     return torch.empty_like(v), torch.empty_like(symbol)
 
 
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx, gradient):
     if needs_operations(gradient):
         return differentiable(evolve_plainly, ctx.saved_tensors, gradient, ctx.needs_input_grad)
     return evolve_backward(gradient.contiguous(), *ctx.saved_tensors)
 
 
-evolve_op.register_autograd(_backward, setup_context=_keep)
+evolve_op.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 @cache
