@@ -365,7 +365,7 @@ def test_forward_mode_differentiates_a_conditioned_layer():
 
 @pytest.mark.parametrize(("backend", "coupling"), [("default", "diagonal"), *(("torch", name) for name in COUPLINGS)])
 @pytest.mark.parametrize("activation", [False, True])
-@pytest.mark.parametrize("grid", [(8, 8), (6, 20), (36, 40), (33, 7)])  # one matrix, two, an FFT in both
+@pytest.mark.parametrize("grid", [(8, 8), (6, 20), (36, 40), (33, 7)])
 def test_inference_and_training_give_the_same_numbers(grid, activation, backend, coupling):
     pde_ssm.set_backend(backend)
     pde, u = PDESSM(8, coupling=coupling, activation=activation), torch.randn(3, 8, *grid)
@@ -388,7 +388,7 @@ def test_results_can_be_changed_in_place(side, backend):
     torch.testing.assert_close(pde.R.weight.grad, expected)
 
 
-@pytest.mark.parametrize("grid", [(8, 8), (7, 13), (40, 3)], ids=str)      # one matrix, two, an FFT
+@pytest.mark.parametrize("grid", [(8, 8), (7, 13), (40, 3)], ids=str)
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 @backends
 def test_deterministic_algorithms_are_all_there_is(options, grid, backend, deterministic):
@@ -431,7 +431,7 @@ def test_fourier_transforms_are_of_images_that_lie_in_one_piece(images, coupling
 
 @backends
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("side", [4, 12, 40])  # one matrix, two, an FFT
+@pytest.mark.parametrize("side", [4, 12, 40])
 def test_gradients_are_as_precise_under_autocast(side, create_graph, backend):
     pde_ssm.set_backend(backend)
     equation, v = PDESSM(4, components=2).equation, torch.randn(2, side, side, 4, requires_grad=True)
