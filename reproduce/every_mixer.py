@@ -10,7 +10,7 @@ import argparse
 import json
 from datetime import date
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from mixers import kind_of, mixer_options
 SETS = ("cifar10", "flowers")
 DISTANCE = "FD-EfficientNet"
 KEPT = ("model", "mixer", "predict", "precision", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
-SHOWN = 16  # samples of each row that are kept as a picture
+SHOWN = 8  # samples of each row that are kept as a picture
+ABOVE = 1.25  # of the median of a data set: larger losses are drawn at the edge of the plot, with their values
 
 
 def flags_of(model, mixer="attention", **options):
@@ -157,7 +158,8 @@ def cell(rows, value):
 
 
 def draw(path, rows, times):
-    """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set."""
+    """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set. A
+    loss above ABOVE times the median of its data set stands at the upper edge, with its value."""
     try:
         import matplotlib
     except ImportError:
@@ -168,17 +170,21 @@ def draw(path, rows, times):
 
     axes_of = {"ms of a training step at batch 64": "median_ms", "multiply-adds of one image": "multiply_adds"}
     sets = [data for data in SETS if any(row["data"] == data for row in rows)]
-    figure, axes = pyplot.subplots(len(sets), 2, figsize=(13, 5 * len(sets)), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(len(sets), 2, figsize=(16, 8 * len(sets)), squeeze=False, layout="constrained")
     for line, data in zip(axes, sets):
-        for axis, (label, what) in zip(line, axes_of.items()):
+        losses = [loss(row) for row in rows if row["data"] == data and loss(row)]
+        edge = ABOVE * median(losses) if losses else 1
+        for axis, (quantity, what) in zip(line, axes_of.items()):
             for name in SIDES:
                 mine = [row for row in rows if (row["data"], row["name"]) == (data, name) and loss(row)]
                 side = mine[0] if mine and what in mine[0] else times.get(name, {}).get(64)
                 if mine and what in (side or ()):
-                    place = side[what], mean(map(loss, mine))
-                    axis.plot(*place, "o", color="#009e73" if name.startswith("pdessm") else "#0072b2")
-                    axis.annotate(name, place, (4, 3), textcoords="offset points", fontsize=8)
-            axis.set(xscale="log", xlabel=label, ylabel="held-out loss", title=data)
+                    height = mean(map(loss, mine))
+                    place, label = (side[what], min(height, edge)), name if height <= edge else f"{name}: {height:.3g}"
+                    style = "o" if height <= edge else "^"
+                    axis.plot(*place, style, color="#009e73" if name.startswith("pdessm") else "#0072b2")
+                    axis.annotate(label, place, (4, 3), textcoords="offset points", fontsize=7)
+            axis.set(xscale="log", xlabel=quantity, ylabel="held-out loss", title=data)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels of more places would overlap
             axis.xaxis.set_major_formatter(EngFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())

@@ -234,16 +234,6 @@ def test_memory_of_others_is_not_read(wrong):
             pairs.evolve_backward(good[0], good[0], spectra, *good[1:], 4, 5)
 
 
-@torch.no_grad()
-def test_many_tokens_meet_r_within_the_embedding(monkeypatch):
-    pde, u = PDESSM(20, coupling="pairwise").eval(), torch.randn(2, 20, 6, 7)
-    for p in pde.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    expected = copy.deepcopy(pde).double()(u.double())
-    monkeypatch.setattr(torch.nn.Linear, "forward", None)                  # not used
-    assert_close(pde(u), expected, 1e-5)
-
-
 @pytest.fixture
 def evaluated():
     """A layer in evaluation that has seen as many images as make it fold, and its tokens."""
