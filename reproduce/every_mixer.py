@@ -26,7 +26,7 @@ SETS = ("cifar10", "flowers")
 DISTANCE = "FD-EfficientNet"
 KEPT = ("model", "mixer", "predict", "precision", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
 SHOWN = 8  # samples of each row that are kept as a picture
-ABOVE = 1.25  # of the median of a data set: larger losses are drawn at the edge of the plot, with their values
+ABOVE = 1.15  # of the median of a data set: larger losses are drawn at the edge of the plot, with their values
 
 
 def flags_of(model, mixer="attention", **options):
