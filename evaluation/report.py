@@ -47,7 +47,7 @@ def say(lines, processes):
 @torch.no_grad()
 def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=False):
     """Computes every metric that two Sides allow: a dict of floats by name, in ADM's order. A metric that cannot be computed,
-    as features that are too large, is NaN, and a line of standard error says why."""
+    for example because features are too large, is NaN, and a line of standard error says why."""
     missing, results = left_out(ref, sample, network, kid, prefix), {}
     with without_tf32():
         for metric in metrics_of(network, kid, prefix, exact, progress):

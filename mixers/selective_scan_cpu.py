@@ -50,6 +50,7 @@ def forward(u, delta, A, B, C, D, z, bias, softplus, reverse, keep):
 def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states):
     """Returns the gradients of u, delta, A, B, C, D, z and bias from those of out and the last states."""
     (batch, E, L), (_, G, N, _) = u.shape, B.shape
+    out_grad, last_grad = out_grad.resolve_neg(), last_grad.resolve_neg()  # PyTorch may negate lazily, in a flag
     rows = [None if x is None else torch.empty_like(x) for x in (u, delta, z)]
     shares = -(-(E // G) // SHARE)
     whole = [u.new_empty(batch, *shape) for shape in ((E, N), (E,), (E,))]
@@ -94,8 +95,6 @@ class Convolution(torch.autograd.Function):
 def call(name, rows, columns, whole, softplus, reverse):
     """Runs a kernel of the scan; its argument is the Scan of selective_scan.cpp."""
     u, (B, _), (A, *_) = rows[0], columns, whole
-    # PyTorch may negate lazily, in a flag and not in memory.
-    rows, whole = ([None if x is None else x.resolve_neg() for x in tensors] for tensors in (rows, whole))
     whole = [None if x is None else x.contiguous() for x in whole]
     members = [number for x in (*rows, *columns) for number in located(x, reverse)]
     members += [x.data_ptr() if x is not None else 0 for x in whole] + [0] * (10 - len(whole))

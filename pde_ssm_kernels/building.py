@@ -38,7 +38,7 @@ def load(source, *flags):
 
 
 def found(library, what="PDEs"):
-    """Whether a library, a function that returns what `load` does, has kernels; warns, once for each reason, where it has
+    """Returns whether a library, a function with the results of `load`, has kernels; warns once for each reason if it has
     none."""
     _, reason = library()
     if reason:

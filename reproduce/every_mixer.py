@@ -206,6 +206,7 @@ def sheet(runs, out):
     for number, (name, strip) in enumerate(strips.items()):
         ImageDraw.Draw(picture).text((4, number * height + height // 2 - 6), name, fill="black", font_size=11)
         picture.paste(strip, (margin, number * height))
+    picture = picture.quantize(64, dither=Image.Dither.NONE)  # a quarter of the bytes, as samples of short runs are noisy
     with whole_file(out, "picture") as file:
         picture.save(file, format="png", optimize=True)
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from machine.files import whole_file
+from machine.files import check_writable, make_folder, whole_file
 
 
 def write(path):
@@ -42,3 +42,28 @@ def test_what_was_there_stays_when_writing_fails(tmp_path):
         write_half(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_with_its_flag(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(OSError, match=rf"^--out {path}: a file is where a folder is needed$"):
+            make_folder(path, "--out")
+    assert make_folder(tmp_path / "c" / "d", "--out").is_dir()
+
+
+@pytest.mark.parametrize(("name", "writable"), [("a.png", True), ("a.svg", True), ("a.pt", False), ("a", False)])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_has_the_ending_of_its_format(tmp_path, name, writable, exists):
+    if exists:
+        (tmp_path / name).write_bytes(b"")
+    if writable:
+        check_writable(tmp_path / name, "--out", ".png", ".svg")
+    else:
+        with pytest.raises(ValueError, match=r"^--out .* should end in \.png or \.svg$"):
+            check_writable(tmp_path / name, "--out", ".png", ".svg")
+
+
+def test_a_pipe_needs_no_ending(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    check_writable(tmp_path / "pipe", "--json", ".json")

@@ -151,6 +151,14 @@ def test_its_convolution_and_the_gradients_are_those_of_the_equation(E, L, width
         assert (mine - exact).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-14) * exact.abs().max()
 
 
+def test_its_convolution_of_tensors_that_are_negated_lazily():
+    given = [t.requires_grad_() for t in (torch.randn(2, 5, 9), torch.randn(5, 1, 4), torch.randn(5))]
+    out = convolve(*given, False)
+    torch.testing.assert_close(convolve(torch._neg_view(-given[0]), *given[1:], False), out)
+    found, expected = (torch.autograd.grad(out, given, g, retain_graph=True) for g in (torch._neg_view(-out), out))
+    torch.testing.assert_close(found, expected)
+
+
 def test_its_convolution_has_the_same_bits_for_any_number_of_threads(threads):
     given = [t.requires_grad_() for t in (torch.randn(5, 50, 9), torch.randn(50, 1, 4), torch.randn(50))]
     results = []
