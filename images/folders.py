@@ -3,6 +3,7 @@ encoding and evaluation; docs/images.md states it."""
 
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from functools import lru_cache
 from heapq import nsmallest
@@ -213,8 +214,8 @@ def listed(names):
 def describe_classes(classes):
     """Returns lines that say what the classes are called, and which is which where that may surprise."""
     lines = [f"Classes: {listed(classes)}"]
-    numeric = sorted(classes, key=int) if all(name.isdecimal() for name in classes) else classes
-    if surprising := [number for number, name in enumerate(classes) if numeric[number] != name]:
-        first = surprising[0]
-        lines.append(f"Their names are numbers, in the order of text: label {first} is {classes[first]}, not {numeric[first]}")
+    counted = sorted(classes, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    if list(classes) == sorted(classes) != counted:
+        label = next(label for label, name in enumerate(classes) if counted[label] != name)
+        lines.append(f"Their numbers are in the order of text: label {label} is {classes[label]}, not {counted[label]}")
     return lines

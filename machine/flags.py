@@ -5,6 +5,7 @@ Each is an argparse `type`, so that argparse says in one line which flag was wro
 
 import argparse
 import math
+import re
 
 LARGEST = 2**63 - 1  # of an integer in a tensor
 
@@ -53,7 +54,7 @@ def marked_may_change(parser):
 
 def class_label(text):
     """Returns the number of a class, or else its name: "007" is a name, since numbers have no leading zeros."""
-    return int(text) if text.isdecimal() and text == str(int(text)) else text
+    return int(text) if re.fullmatch(r"0|-?[1-9][0-9]*", text) else text
 
 
 class Default(int):

@@ -210,6 +210,7 @@ def test_flags_of_the_public_scripts_keep_their_defaults():
     ("command", "flags", "message"),
     [
         (sample, ["--class-labels", "11"], "class 11 is out of range: the checkpoint has 0 to 9"),
+        (sample, ["--class-labels", "-1"], "class -1 is out of range: the checkpoint has 0 to 9"),
         (sample, ["--out", "/no/such/folder/a.png"], "/no/such/folder/a.png: not a file in a folder that can be written"),
         (sample, ["--out", f"{__file__}/a.png"], "a.png: not a file in a folder that can be written"),
         (sample, ["--out", "/tmp"], "/tmp: not a file"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -17,7 +18,7 @@ from commands import ROOT
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import detail, grids_sheet, noise, tables
+from reproduce import chance, detail, grids_sheet, noise, tables
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -207,6 +208,16 @@ def test_detail_is_by_frequency(tmp_path, capsys):
     ratios = [float(number) for number in capsys.readouterr().out.splitlines()[1].split()[:6]]
     assert ratios[1] == pytest.approx(0.25, rel=0.05)
     assert ratios[3] == pytest.approx(4, rel=0.05)
+
+
+def test_chance_is_that_of_few_normal_numbers():
+    """Of n values from N(0, 1), the squared mean and the squared error of the deviation have means of 1 / n and 1 / 2n."""
+    pool = torch.randn(40_050, 1, generator=torch.Generator().manual_seed(0))
+    found = chance.distances(pool, (np.zeros(1), np.ones((1, 1))), 100)
+    assert len(found) == 400
+    assert np.mean(found) == pytest.approx(1.5 / 100, rel=0.2)
+    with pytest.raises(ValueError, match="199 images do not make two sets of 100"):
+        chance.distances(pool[:199], (np.zeros(1), np.ones((1, 1))), 100)
 
 
 def test_noise_is_what_evaluation_reads(tmp_path):

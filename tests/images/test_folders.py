@@ -167,12 +167,16 @@ def test_names_of_classes_are_told(photos, tmp_path):
     assert describe_classes(Folder(photos).classes) == ["Classes: a, b"]
     for number in range(1, 13):
         write(tmp_path / "numbers" / str(number) / "0.png")
+        write(tmp_path / "counted" / f"class{number}" / "0.png")
     classes = Folder(tmp_path / "numbers").classes
     assert classes == sorted(map(str, range(1, 13)))
     assert describe_classes(classes) == [
         "Classes: 1, 10, 11, ..., 9",
-        "Their names are numbers, in the order of text: label 1 is 10, not 2",
+        "Their numbers are in the order of text: label 1 is 10, not 2",
     ]
+    remark = "Their numbers are in the order of text: label 1 is class10, not class2"
+    assert describe_classes(Folder(tmp_path / "counted").classes)[1:] == [remark]
+    assert describe_classes([f"n{number:08d}" for number in range(1, 13)])[1:] == []
     os.mkdir(bytes(tmp_path / "numbers") + b"/gr\xfcn")  # not UTF-8
     shutil.copy(tmp_path / "numbers" / "1" / "0.png", bytes(tmp_path / "numbers") + b"/gr\xfcn/0.png")
     assert Folder(tmp_path / "numbers").classes[-1] == r"gr\xfcn"
