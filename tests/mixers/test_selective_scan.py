@@ -50,10 +50,10 @@ def assert_close(results, exact, of_largest):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("road", ["reference", *BACKENDS])
-def test_public_numbers(golden, case, road):
-    function = selective_scan_reference if road == "reference" else selective_scan
-    set_backend("default" if road == "reference" else road)
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_public_numbers(golden, case, implementation):
+    function = selective_scan_reference if implementation == "reference" else selective_scan
+    set_backend("default" if implementation == "reference" else implementation)
     stored = golden("selective_scan.npz")
     arrays = {name.removeprefix(f"{case}."): x for name, x in stored.items() if name.startswith(f"{case}.")}
     given = {name: arrays[name].double().requires_grad_() for name in INPUTS if name in arrays}
@@ -135,11 +135,11 @@ def test_growth_beyond_what_numbers_hold_is_infinite_and_a_nan_stays_one(backend
     assert out[0, good].isfinite().all()
 
 
-@pytest.mark.parametrize("road", ["reference", *BACKENDS])
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 @pytest.mark.parametrize("L", [1, 16, 21])
-def test_in_reverse_it_is_the_scan_of_the_tokens_in_reverse(road, L):
-    function = selective_scan_reference if road == "reference" else selective_scan
-    set_backend("default" if road == "reference" else road)
+def test_in_reverse_it_is_the_scan_of_the_tokens_in_reverse(implementation, L):
+    function = selective_scan_reference if implementation == "reference" else selective_scan
+    set_backend("default" if implementation == "reference" else implementation)
     given = random_inputs(2, 18, L, 3, 2)
     along = {name: x if name in ("A", "D", "delta_bias") else x.flip(-1) for name, x in given.items()}
     expected = selective_scan_reference(**along, delta_softplus=True, return_last_state=True)

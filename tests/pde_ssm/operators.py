@@ -36,7 +36,7 @@ def without_input_map(pde):
     return pde
 
 
-class Road:
+class Solver:
     """A way to run the operator: a backend, in one precision, with what rounding may cost there, of the largest value."""
 
     def __init__(self, backend, dtype, device="cpu"):

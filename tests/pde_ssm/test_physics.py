@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 import oracle
 import pde_ssm
 from on_gpu import DEVICE
-from operators import Road, random_coefficients, random_operator, without_input_map
+from operators import Solver, random_coefficients, random_operator, without_input_map
 from pde_ssm import PDESSM, R_MAX, TERMS, embedding_symbol, green_symbol, wave_numbers
 
 GRIDS = [(1, 1), (1, 8), (8, 1), (2, 2), (5, 7), (7, 5), (8, 8), (9, 16), (12, 20)]
@@ -29,10 +29,10 @@ def describe(options):
 
 couplings = pytest.mark.parametrize("options", COUPLINGS, ids=describe)
 # The equations as they stand, and what users get: in single precision C++ kernels or Triton, and for pairs of channels pieces.
-ROADS = [Road("plain", f64), Road("default", f64), Road("default", torch.float32), Road("plain", torch.float32)]
+SOLVERS = [Solver("plain", f64), Solver("default", f64), Solver("default", torch.float32), Solver("plain", torch.float32)]
 if DEVICE.type == "cuda":
-    ROADS += [pytest.param(Road(backend, torch.float32, "cuda"), marks=pytest.mark.gpu) for backend in ("default", "auto")]
-roads = pytest.mark.parametrize("road", ROADS, ids=repr)
+    SOLVERS += [pytest.param(Solver(backend, torch.float32, "cuda"), marks=pytest.mark.gpu) for backend in ("default", "auto")]
+solvers = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
 
 
@@ -54,11 +54,11 @@ def in_groups(pde, u):
     return u.unflatten(1, (len(g[0]), -1)), zip(K, b, r, tau, *g)
 
 
-@roads
+@solvers
 @couplings
 @grids
 @torch.no_grad()
-def test_solves_the_discretised_equation(options, grid, road):
+def test_solves_the_discretised_equation(options, grid, solver):
     pde = random_operator(2 if math.prod(grid) > 100 else 4, **options)
     u = torch.randn(1, pde.dim, *grid, dtype=f64)
     state, groups = in_groups(pde, torch.einsum("dc,bchw->bdhw", pde.R.weight, u))
@@ -71,7 +71,7 @@ def test_solves_the_discretised_equation(options, grid, road):
             expected += [sum(row) for row in pairs]
         else:
             expected += oracle.solve(v, K, b, r, tau)
-    road.assert_close(road(pde, u)[0], torch.stack(expected))
+    solver.assert_close(solver(pde, u)[0], torch.stack(expected))
 
 
 @grids
@@ -101,8 +101,8 @@ def test_a_mode_is_multiplied_by_its_symbol(m):
 
 
 @torch.no_grad()
-@roads
-def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential(road):
+@solvers
+def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential(solver):
     pde = without_input_map(random_operator(3, coupling="coupled", groups=1))
     K, b, r, tau = (x[0] for x in pde.coefficients())
     y, x = axes(7, 10)
@@ -111,7 +111,7 @@ def test_a_mode_of_coupled_channels_is_multiplied_by_a_matrix_exponential(road):
     a = torch.randn(3, dtype=f64)
     G = torch.linalg.matrix_exp(tau * torch.complex(r - torch.einsum("i,abij,j", k, K, k), b @ k))
     expected = (torch.einsum("ij,j->i", G, a.to(G.dtype))[:, None, None] * wave).real
-    road.assert_close(road(pde, (a[:, None, None] * wave.real)[None])[0], expected)
+    solver.assert_close(solver(pde, (a[:, None, None] * wave.real)[None])[0], expected)
 
 
 def test_diffusion_spreads_a_gaussian_into_the_analytic_gaussian():
@@ -169,30 +169,30 @@ def test_reaction_scales_and_time_adds_up():
     torch.testing.assert_close(halves, green_symbol(K, b, r, tau, 5, 6))
 
 
-@roads
+@solvers
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @grids
 @torch.no_grad()
-def test_two_steps_in_time_are_one_long_step(coupling, grid, road):
+def test_two_steps_in_time_are_one_long_step(coupling, grid, solver):
     pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
     u = torch.randn(1, 4, *grid, dtype=f64)
 
     def evolve(u, tau):
         pde.equation.log_tau.fill_(math.log(tau))
-        return road(pde, u)
+        return solver(pde, u)
 
-    road.assert_close(evolve(evolve(u, 0.3), 0.6), evolve(u, 0.9))
+    solver.assert_close(evolve(evolve(u, 0.3), 0.6), evolve(u, 0.9))
 
 
-@roads
+@solvers
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @torch.no_grad()
-def test_no_time_changes_nothing(coupling, road):
+def test_no_time_changes_nothing(coupling, solver):
     pde = without_input_map(random_operator(4, coupling=coupling, groups=2))
     u = torch.randn(1, 4, 6, 7, dtype=f64)
     for tau in (1e-4, 1e-6):
         pde.equation.log_tau.fill_(math.log(tau))
-        assert (road(pde, u) - u).abs().max() < (100 * tau + road.rounding) * u.abs().max()
+        assert (solver(pde, u) - u).abs().max() < (100 * tau + solver.rounding) * u.abs().max()
 
 
 def test_embedding_differentiates():
@@ -204,26 +204,26 @@ def test_embedding_differentiates():
     torch.testing.assert_close(apply_symbol(embedding_symbol(g0, gx, gy, n, n), phase.sin()), expected)
 
 
-@roads
+@solvers
 @couplings
 @torch.no_grad()
-def test_moves_with_the_image(options, road):
+def test_moves_with_the_image(options, solver):
     pde = random_operator(4, **options)
     u = torch.randn(1, 4, 6, 7, dtype=f64)
-    road.assert_close(road(pde, u.roll((2, 3), (2, 3))), road(pde, u).roll((2, 3), (2, 3)))
+    solver.assert_close(solver(pde, u.roll((2, 3), (2, 3))), solver(pde, u).roll((2, 3), (2, 3)))
 
 
-@roads
+@solvers
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @grids
 @torch.no_grad()
-def test_without_reaction_a_contraction_keeps_the_mean(coupling, grid, road):
+def test_without_reaction_a_contraction_keeps_the_mean(coupling, grid, solver):
     terms = ("diffusion", "convection")
     pde = without_input_map(random_operator(8, spread=0.2, coupling=coupling, groups=2, terms=terms))
     u = torch.randn(2, 8, *grid, dtype=f64)
-    h = road(pde, u)
-    assert h.norm() <= u.norm() * (1 + road.rounding)
-    road.assert_close(h.mean((2, 3)), u.mean((2, 3)))
+    h = solver(pde, u)
+    assert h.norm() <= u.norm() * (1 + solver.rounding)
+    solver.assert_close(h.mean((2, 3)), u.mean((2, 3)))
 
 
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
@@ -352,11 +352,11 @@ def test_coupled_channels_start_uncoupled():
     torch.testing.assert_close(coupled(u), diagonal(u), rtol=1e-4, atol=1e-5)
 
 
-@roads
+@solvers
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @pytest.mark.parametrize("grid", [(5, 8), (6, 6)])
 @torch.no_grad()
-def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid, road):
+def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid, solver):
     pde = without_input_map(random_operator(2, coupling=coupling, groups=1))
     u = torch.randn(1, 2, *grid, dtype=f64)
     state, groups = in_groups(pde, u)
@@ -365,7 +365,7 @@ def test_agrees_with_stepping_the_spectral_equation_in_time(coupling, grid, road
         A = oracle.generator(K, b, r, *grid).numpy()
         path = solve_ivp(lambda t, y: A @ y, (0, tau.item()), v.flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-12)  # noqa: B023
         expected.append(torch.from_numpy(path.y[:, -1]).view_as(v))
-    road.assert_close(road(pde, u)[0], torch.cat(expected))
+    solver.assert_close(solver(pde, u)[0], torch.cat(expected))
 
 
 def smooth(h, w):

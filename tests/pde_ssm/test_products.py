@@ -82,8 +82,8 @@ def test_compiled_products_are_operators(allowed):
     pde, u = random_operator(4, coupling="coupled"), torch.randn(2, 4, 3, 4, dtype=torch.float64)
     inputs = list(pde.parameters())
     torch.compiler.reset()
-    roads = pde, torch.compile(pde, backend="eager", fullgraph=True)
-    for ours, theirs in zip(*(torch.autograd.grad(road(u).square().sum(), inputs) for road in roads)):
+    both = pde, torch.compile(pde, backend="eager", fullgraph=True)
+    for ours, theirs in zip(*(torch.autograd.grad(run(u).square().sum(), inputs) for run in both)):
         torch.testing.assert_close(ours, theirs)
     for operator, arguments in ((products.product_op, (u[0], u[0].mT)), (products.matrix_exp_op, (u[0, :, :3, :3],))):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

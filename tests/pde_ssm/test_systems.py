@@ -23,7 +23,7 @@ def error(mine, exact):
 
 @pytest.fixture
 def kernels_alone(monkeypatch):
-    """Any other road is an error."""
+    """Running anything else is an error."""
     monkeypatch.setattr(pytorch, "evolve_in_pieces", None)
 
 
