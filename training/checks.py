@@ -6,10 +6,11 @@ from machine.flags import Default
 from machine.precision import check_compiler
 from mixers import pde
 from models import MODELS, stride
+from training.trackers import check_installed
 
 
 def check(args, processes, dataset, held_out, space):
-    """Raises a ValueError for settings that cannot work together."""
+    """Raises a ValueError for settings that cannot work together, or an OSError for what is not installed."""
     least = stride(args.model) * space.factor
     if args.image_size % least:
         parts = f"{stride(args.model)} of {args.model}" + (f" x {space.factor} of the VAE" if space.factor > 1 else "")
@@ -47,6 +48,8 @@ def check(args, processes, dataset, held_out, space):
         raise ValueError("--features and --weights mean nothing without --probe-every")
     if args.keep_every and not args.keep_last:
         raise ValueError("--keep-every means nothing without --keep-last: all checkpoints are kept")
+    if args.tracker:
+        check_installed(args.tracker)
     if args.compile:
         check_compiler(processes.device)
     if held_out:

@@ -1,7 +1,8 @@
 """Shows a run's numbers and pictures outside its folder, in any service for which accelerate has a tracker.
 
 TRACKERS holds functions of the folder, the run's settings and the step after which it resumes. Each returns
-track(step, numbers, picture=None), with numbers by name and the path of a PNG. A tracker's package is imported when chosen.
+track(step, numbers, picture=None), with numbers by name and the path of a PNG. A tracker's package is imported when chosen,
+and `check_installed` says beforehand whether that will work.
 """
 
 import json
@@ -21,13 +22,17 @@ PROJECT = "pde-ssm-dit"
 SEVERAL = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def start(name, title, /, module=None, **how):
-    """Returns accelerate's tracker of that name, begun under a title. module: what it needs besides accelerate. how:
-    further arguments of its class. OSError if its package is not installed, or it does not begin."""
+def check_installed(name):
+    """Imports what a tracker needs besides accelerate. OSError if that is not installed."""
     try:
-        import_module(module or name)
+        import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise OSError(f"--tracker {name}: pip install {name} ({error})") from error
+
+
+def start(name, title, /, **how):
+    """Returns accelerate's tracker of that name, begun under a title. how: further arguments of its class. OSError if it does
+    not begin."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -48,7 +53,7 @@ def start(name, title, /, module=None, **how):
 def tensorboard(folder, settings, first=0):
     """Writes event files into the folder: `tensorboard --logdir results`."""
     how = dict(logging_dir=folder.parent, purge_step=first + 1 if first else None)
-    tracker = start("tensorboard", folder.name, "torch.utils.tensorboard", **how)
+    tracker = start("tensorboard", folder.name, **how)
     tracker.tracker.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
     def track(step, numbers, picture=None):
@@ -67,10 +72,8 @@ def weights_and_biases(folder, settings, first=0):
     A kill loses what wandb had not written yet. So a resumed run first shows again what its folder holds: offline all of it,
     replacing what was written before, and online what the account does not have.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise OSError(f"--tracker wandb: pip install wandb ({error})") from error
+    import wandb
+
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     identity = folder / "wandb-id.txt"
     if not identity.exists():

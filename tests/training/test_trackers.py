@@ -176,7 +176,8 @@ def test_an_account_that_does_not_answer_is_named_in_one_line(tmp_path, monkeypa
 def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     with pytest.raises(OSError, match=f"--tracker {name}: pip install {name}"):
-        fit(tmp_path, *SHORT, "--tracker", name)
+        fit(tmp_path / "results", *SHORT, "--tracker", name)
+    assert not (tmp_path / "results").exists()
 
 
 def test_every_tracker_of_accelerate_is_there():
