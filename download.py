@@ -1,9 +1,10 @@
 """Pre-trained DiT weights by name."""
 
 import os
+from contextlib import suppress
 
 from checkpoints.hub import locate
-from checkpoints.read import load_checkpoint
+from checkpoints.read import load_checkpoint, read_checkpoint
 
 PRETRAINED = "https://dl.fbaipublicfiles.com/DiT/models/"
 pretrained_models = {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
@@ -24,13 +25,19 @@ def find_checkpoint(name):
         return locate(name)
     path = os.path.join("pretrained_models", name)
     if not os.path.isfile(path):
-        from torch.hub import download_url_to_file  # writes to a temporary name first
+        from torch.hub import download_url_to_file
 
         os.makedirs("pretrained_models", exist_ok=True)
+        partial = f"{path}.{os.getpid()}.partial"
         try:
-            download_url_to_file(PRETRAINED + name, path)
-        except OSError as error:
+            download_url_to_file(PRETRAINED + name, partial)
+            read_checkpoint(partial)  # a connection that ends early raises no error
+            os.replace(partial, path)
+        except (OSError, ValueError) as error:
             raise OSError(f"could not fetch {PRETRAINED + name} ({error}); put it at {path}, or give --ckpt") from error
+        finally:
+            with suppress(OSError):
+                os.unlink(partial)
     return path
 
 

@@ -52,7 +52,7 @@ def check(args):
     if args.make_ref and (args.json or args.kid or args.exact_distances):
         raise ValueError("--json, --kid and --exact-distances are for comparisons, not for --make-ref")
     sides = args.make_ref[:1] if args.make_ref else filter(None, (args.ref, args.samples))
-    if args.image_size and all(Path(side).is_file() for side in sides):
+    if args.image_size and (args.features.endswith(".npz") or all(Path(side).is_file() for side in sides)):
         raise ValueError("--image-size crops the images of folders, and there is none")
     if args.dataset and not args.make_ref:
         raise ValueError("--dataset says what the FOLDER of --make-ref holds, and means nothing without it")

@@ -39,7 +39,9 @@ def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None
     rename, stated = renaming(names) if names else dict, {}
     if names or any(given.values()):
         model, known = load_model(path, given, "ema", ema)  # refuses what contradicts the checkpoint
-        class_names(rename(model.settings), model.num_classes, names or path)
+        named = class_names(rename(model.settings), model.num_classes, names or path) or []
+        if names and not model.class_names and len(named) != model.num_classes:
+            raise ValueError(f"--class-names {names} has {len(named)} names, and the weights {model.num_classes} classes")
         stated = {name: value for name, value in given.items() if value}
         stated |= dict(time_scale=known["time_scale"]) if known["time_scale"] != 1000 else {}
 

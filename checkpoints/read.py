@@ -18,7 +18,7 @@ from models import BACKBONES, DiT, backbone_of
 
 # Where weights are in a file, the average first; after DiT's two names those of other tools.
 CONTAINERS = (
-    "ema", "ema_model", "model_ema", "params_ema", "ema_state_dict",
+    "ema", "ema_model", "model_ema", "params_ema", "ema_state_dict", "state_dict_ema",
     "model", "model_state_dict", "state_dict", "params", "module",
 )  # fmt: skip
 # Prefixes that DistributedDataParallel, AveragedModel, torch.compile and FSDP add to, or insert into, the names of weights.

@@ -54,7 +54,7 @@ def compare(ref, sample, network, exact=False, kid=False, prefix="", progress=Fa
             if metric.name not in missing:
                 try:
                     numbers = metric.compute(ref, sample)
-                except ValueError as error:
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: PyTorch has no memory
                     print(f"{metric.name}: {error}", file=sys.stderr)
                     numbers = [math.nan] * len(metric.numbers)
                 results |= dict(zip(metric.numbers, numbers))

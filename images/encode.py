@@ -48,7 +48,7 @@ def encode(args, processes):
     dtype = torch.float16 if args.half else torch.float32
     folder, index = Path(args.out), index_of(images, space, args.image_size, dtype, args.shard_size, **made_from)
     if processes.rank == 0:
-        latents.claim_folder(folder, index)
+        claim = latents.claim_folder(folder, index)  # noqa: F841  (until this function ends)
     missing, changed = processes.share(shards_to_make(folder, index, images) if processes.rank == 0 else None)
     shards = sorted(missing + changed)
     if processes.rank == 0:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from images.autoencoder import open_space
 from images.folders import digest, hidden
-from machine.files import make_folder, whole_file, write_json
+from machine.files import lock, make_folder, whole_file, write_json
 
 INDEX = "latents.json"
 TYPES = dict(
@@ -92,7 +92,9 @@ def read_index(folder):
 
 
 def claim_folder(folder, index):
-    """Writes the index of latents that are to be made, or checks that those in the folder have the same. ValueError if not."""
+    """Writes the index of latents that are to be made, or checks that the folder has the same, and returns it, an open file:
+    the folder is this run's as long as it stays open and `read_index` is not called. ValueError if the indexes differ or
+    another run is at work there."""
     make_folder(folder, "--out")
     if holds_latents(folder):
         before = dict(names=index["names"]) | read_index(folder)  # older indexes have no names
@@ -103,8 +105,11 @@ def claim_folder(folder, index):
         raise ValueError(f"{folder} is not empty and holds no cached latents; give another --out")
     else:
         write_json(folder / INDEX, index, "index")
+    claim = open(folder / INDEX, "a")  # noqa: SIM115
+    lock(claim, folder)
     for leftover in folder.glob("*.partial"):  # a run that was killed left it
         leftover.unlink()
+    return claim
 
 
 def shard_count(index):

@@ -173,13 +173,16 @@ def _lsun_church(folder, held_out, uncond):
     return _Database(database) if database.is_dir() else Folder(folder, labelled=False)
 
 
+opened = {}  # LMDB's environments by path, with the process that opened each
+
+
 class _Database(Dataset):
-    """Reads the images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself. (The
-    reader of torchvision writes a pickle into the working directory.)"""
+    """Reads the images of one of LSUN's LMDB databases, in the order of their keys. Each process opens it for itself, and once:
+    LMDB refuses a second time. (The reader of torchvision writes a pickle into the working directory.)"""
 
     def __init__(self, path):
-        self.path, self.opened_by = str(path), None
-        with self._open() as environment, environment.begin() as transaction:
+        self.path = os.path.realpath(path)
+        with self._open().begin() as transaction:
             self.keys = list(transaction.cursor().iternext(values=False))
 
     def _open(self):
@@ -187,10 +190,13 @@ class _Database(Dataset):
             import lmdb
         except ImportError as error:
             raise OSError(f"{self.path} is an LMDB database: pip install lmdb") from error
-        try:
-            return lmdb.open(self.path, readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise OSError(f"cannot read the database {self.path} ({error})") from error
+        if opened.get(self.path, (None,))[0] != os.getpid():
+            opened.pop(self.path, None)  # that of the process from which this one was forked
+            try:
+                opened[self.path] = os.getpid(), lmdb.open(self.path, readonly=True, lock=False, readahead=False)
+            except lmdb.Error as error:
+                raise OSError(f"cannot read the database {self.path} ({error})") from error
+        return opened[self.path][1]
 
     def __len__(self):
         return len(self.keys)
@@ -199,9 +205,7 @@ class _Database(Dataset):
         return digest(b"\0".join(self.keys))
 
     def __getitem__(self, index):
-        if self.opened_by != os.getpid():
-            self.environment, self.opened_by = self._open(), os.getpid()
-        with self.environment.begin() as transaction:
+        with self._open().begin() as transaction:
             key = self.keys[index]
             return read_image(io.BytesIO(transaction.get(key)), f"{printable(key)} of {self.path}"), 0
 
@@ -217,7 +221,7 @@ class _Database(Dataset):
 def _flowers102(folder, held_out, uncond):
     if not Path(folder, "flowers-102").is_dir():
         return Folder(folder, labelled=False)
-    splits = [Flowers102(folder, split) for split in ("train", "val", "test")]
+    splits = [Flowers102(folder, split, loader=read_image) for split in ("train", "val", "test")]
     if missing := [file for split in splits for file in split._image_files if not file.is_file()]:
         raise OSError(f"{len(missing):,} images are missing, such as {missing[0]}")
     return _Unlabelled(*splits)

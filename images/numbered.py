@@ -33,8 +33,9 @@ def claim_folder(folder, settings, count):
     drawing into it, or if an .npz of more than `count` images would be replaced.
     """
     make_folder(folder, "--sample-dir")
-    path, drawn = folder / "settings.json", any(folder.glob("*.png"))
-    strange = f"{folder} holds images of unknown origin; give another --sample-dir"
+    path, npz = folder / "settings.json", Path(f"{folder}.npz")
+    drawn = npz.exists() or any(folder.glob("*.png"))
+    strange = f"{folder} or {npz.name} holds images of unknown origin; give another --sample-dir"
     if drawn and not path.exists():
         raise ValueError(strange)
     record = open(path, "a+")  # noqa: SIM115
@@ -46,8 +47,7 @@ def claim_folder(folder, settings, count):
         if drawn:
             raise ValueError(strange) from error
         before = None
-    npz = Path(f"{folder}.npz")
-    if before is None or not (drawn or npz.exists()):  # of a run that drew nothing
+    if not drawn:  # of a run that drew nothing
         before = settings
         record.truncate(0)
         record.write(json.dumps(settings))

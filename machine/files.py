@@ -20,7 +20,7 @@ def whole_file(path, what):
             yield file
         return
     path = path.resolve() if path.is_symlink() else path
-    partial = Path(f"{path}.{os.getpid()}.partial")
+    partial = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.partial")  # containers may have equal process ids
     try:
         with open(partial, "wb") as file:
             yield file

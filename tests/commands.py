@@ -1,11 +1,14 @@
 """Running the commands in tests: in this process, where it is fast, or under torchrun."""
 
+import fcntl
 import logging
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +131,27 @@ def in_forks(count, run):
     for child in children:
         child.join()
     return [child.exitcode for child in children]
+
+
+@contextmanager
+def locked_by_another(path):
+    """Another process holds the lock of a file."""
+    ready = multiprocessing.get_context("fork").Event()
+
+    def hold():
+        with open(path, "a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            ready.set()
+            time.sleep(600)
+
+    other = forked(hold)
+    other.start()
+    assert ready.wait(60)
+    try:
+        yield
+    finally:
+        other.kill()
+        other.join()
 
 
 def as_torchrun_has_it(processes):

@@ -207,11 +207,16 @@ def test_sets_of_no_variety(tmp_path, random_images, run):
     assert (row["Inception Score"] > 1, row["Precision"], row["Recall"]) == (True, 0, 0)
 
 
-def test_a_number_that_is_not_finite_is_no_result(tmp_path, random_images, run, monkeypatch, capsys):
+def without_package(*_):
+    raise OSError("KID needs the package torch-fidelity")
+
+
+@pytest.mark.parametrize("distance", [lambda *_: (np.nan, 0.0), without_package], ids=["NaN", "no package"])
+def test_a_number_that_is_not_finite_is_no_result(tmp_path, random_images, run, monkeypatch, capsys, distance):
     """The others are printed and written."""
     np.savez(tmp_path / "a.npz", arr_0=random_images(20))
-    monkeypatch.setattr(metrics, "kernel_distance", lambda *_: (np.nan, 0.0))
-    with pytest.raises(SystemExit, match="error: KID is nan: no number to report"):
+    monkeypatch.setattr(metrics, "kernel_distance", distance)
+    with pytest.raises(SystemExit, match=r"error: KID is nan.*: no number to report"):
         run(tmp_path / "a.npz", tmp_path / "a.npz", "--kid")
     written = json.loads((tmp_path / "out.json").read_text())
     assert "KID" not in written
@@ -282,6 +287,7 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "--make-ref", "a.npz", "b.npz"], "--make-ref FOLDER OUT.npz stands alone"),
         (["--make-ref", "empty", "b.npz", "--kid"], "--json, --kid and --exact-distances are for comparisons"),
         (["a.npz", "a.npz", "--image-size", "8"], "--image-size crops the images of folders, and there is none"),
+        (["x", "y", "--features", "f.npz", "--image-size", "8"], "--image-size crops the images of folders, and there is none"),
         (["x", "y", "--features", "f.npz", "--num", "3"], "not for features in a file"),
         (["x", "y", "--features", "none.npz"], "none.npz"),
         (["x", "y", "--features", "text.npz"], "text.npz is not an .npz"),

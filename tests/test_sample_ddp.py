@@ -1,14 +1,13 @@
 """sample_ddp.py: a folder of numbered images and their .npz, whatever comes between."""
 
-import fcntl
 import json
-import multiprocessing
 import re
 import resource
+import shutil
 import struct
-import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from PIL import Image
 
 import evaluate
 import sample_ddp
-from commands import ALONE, FEW_STEPS, Colours, change_weights, draw_many, error_of, torchrun
+from commands import ALONE, FEW_STEPS, Colours, change_weights, draw_many, error_of, locked_by_another, torchrun
 from diffusion import drawing
 from images.numbered import gather_npz
 
@@ -101,6 +100,17 @@ def test_images_of_unknown_origin_are_left_alone(tmp_path, checkpoint):
         draw_many(checkpoint(), tmp_path / "s", "--num-fid-samples", 1)
 
 
+def test_an_npz_whose_folder_is_gone_is_left_alone(tmp_path, checkpoint):
+    path = checkpoint()
+    draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
+    folder = next(entry for entry in (tmp_path / "s").iterdir() if entry.is_dir())
+    shutil.rmtree(folder)
+    before = Path(f"{folder}.npz").read_bytes()
+    with pytest.raises(ValueError, match=rf"{folder.name}\.npz holds images of unknown origin"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 3)
+    assert Path(f"{folder}.npz").read_bytes() == before
+
+
 def test_a_large_npz_is_not_replaced_by_a_small_one(tmp_path, checkpoint):
     path = checkpoint()
     draw_many(path, tmp_path / "s", "--num-fid-samples", 3)
@@ -164,24 +174,9 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path, checkpoint):
     path = checkpoint()
     draw_many(path, tmp_path / "s", "--num-fid-samples", 1)
     record = next((tmp_path / "s").rglob("settings.json"))
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-
-    def hold():
-        with open(record, "a+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            ready.set()
-            time.sleep(600)
-
-    other = context.Process(target=hold)
-    other.start()
-    ready.wait()
-    try:
-        with pytest.raises(ValueError, match=r"another process is at work in .*DiT-N-4-a-.*; wait for its end, or stop it"):
-            draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
-    finally:
-        other.kill()
-        other.join()
+    message = r"another process is at work in .*DiT-N-4-a-.*; wait for its end, or stop it"
+    with locked_by_another(record), pytest.raises(ValueError, match=message):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
     assert len(draw_many(path, tmp_path / "s", "--num-fid-samples", 2)) == 2
 
 

@@ -184,6 +184,11 @@ def test_sits_that_are_no_flow_known_here_are_refused_by_name(tmp_path, kind):
         load_model(tmp_path / "a.pt", given_flags(), "ema")
 
 
+def test_a_time_scale_that_is_no_number_counts_as_none(tmp_path):
+    write_checkpoint(tmp_path / "a.pt", learn_sigma=False, args=dict(objective="flow", time_scale=None))
+    assert load_model(tmp_path / "a.pt", given_flags(), "ema")[1]["time_scale"] == 1000
+
+
 def autoencoder(folder, channels):
     """A small one, by which images are 2 times as large as latents."""
     from diffusers.models import AutoencoderKL

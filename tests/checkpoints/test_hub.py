@@ -206,6 +206,7 @@ def test_pushed_fetched_and_read_again_without_a_network(tmp_path, monkeypatch):
         (["--format", "hub", "--metrics", __file__, "--out", "b"], "is not the JSON of evaluate.py"),
         (["--format", "hub", "--metrics", "list.json", "--out", "b"], "is not the JSON of evaluate.py: it holds no names"),
         (["--format", "pt", "--class-names", "many.json", "--out", "b.pt"], "11 classes, its weights have num_classes=10"),
+        (["--format", "pt", "--class-names", "few.json", "--out", "b.pt"], "few.json has 1 names, and the weights 10 classes"),
         (["--format", "hub", "--out", "there"], "there is there already; give another --out"),
     ],
 )
@@ -215,10 +216,11 @@ def test_an_export_to_the_hub_that_cannot_be_says_why(tmp_path, monkeypatch, fla
     (tmp_path / "there").mkdir()
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "many.json").write_text(json.dumps([str(number) for number in range(11)]))
+    (tmp_path / "few.json").write_text('["a"]')
     write_checkpoint(tmp_path / "a.pt")
     with pytest.raises((ValueError, OSError), match=message):
         write_as("a.pt", *flags)
-    assert sorted(os.listdir()) == ["a.pt", "list.json", "many.json", "there"]
+    assert sorted(os.listdir()) == ["a.pt", "few.json", "list.json", "many.json", "there"]
 
 
 def test_a_name_that_is_nowhere_is_one_sentence(tmp_path):

@@ -44,6 +44,7 @@ FILES = [
     lambda state: dict(model_state_dict=state),
     lambda state: dict(model={"a": torch.ones(2)}, ema_model=state),
     lambda state: dict(params=dict(state), params_ema=state),
+    lambda state: dict(state_dict={name: w + 1 for name, w in state.items()}, state_dict_ema=state, arch="vit"),
     lambda state: {"state_dict": state, "pytorch-lightning_version": "2.5", "hyper_parameters": dict(lr=1)},
     lambda state: dict(module=state, ds_version="0.16"),
 ]
@@ -268,7 +269,14 @@ def test_public_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, m
     with pytest.raises(OSError, match=r"put it at pretrained_models/DiT-XL-2-256x256\.pt, or give --ckpt"):
         find_model("DiT-XL-2-256x256.pt")
     (tmp_path / "nowhere").mkdir()
-    written = write_checkpoint(tmp_path / "nowhere" / "DiT-XL-2-256x256.pt", "attention")
+    served = tmp_path / "nowhere" / "DiT-XL-2-256x256.pt"
+    written = write_checkpoint(served, "attention")
+    whole = served.read_bytes()
+    served.write_bytes(whole[:-5000])  # a connection that ends early
+    with pytest.raises(OSError, match=r"could not fetch .* is not a whole checkpoint .*; put it at"):
+        find_model("DiT-XL-2-256x256.pt")
+    assert os.listdir("pretrained_models") == []
+    served.write_bytes(whole)
     assert find_model("DiT-XL-2-256x256.pt").keys() == written.state_dict().keys()
     assert os.listdir("pretrained_models") == ["DiT-XL-2-256x256.pt"]
 

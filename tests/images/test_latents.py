@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
 from autoencoders import save_autoencoder
-from commands import ALONE, fit, forked, lasting, torchrun
+from commands import ALONE, fit, forked, lasting, locked_by_another, torchrun
 from diffusion import create_diffusion
 from images import encode
 from images.autoencoder import LatentSpace, open_space
@@ -179,6 +179,17 @@ def test_an_encoder_that_was_killed_goes_on_with_any_number_of_processes(tmp_pat
     for (moments, label), (expected, expected_label) in zip(load_dataset(str(out), 8), load_dataset(whole, 8), strict=True):
         torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-6)
         assert label == expected_label
+
+
+def test_a_folder_is_for_one_encoder_at_a_time(tmp_path, vae, photos):
+    out, flags = tmp_path / "latents", ["--data-path", photos]
+    encode_to(out, vae, *flags)
+    (out / "00001.safetensors.other.7.partial").touch()
+    with locked_by_another(out / "latents.json"), pytest.raises(ValueError, match=r"another process is at work in .*latents"):
+        encode_to(out, vae, *flags)
+    assert (out / "00001.safetensors.other.7.partial").exists()
+    encode_to(out, vae, *flags)
+    assert not [*out.glob("*.partial")]
 
 
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path, vae, photos, encoded):

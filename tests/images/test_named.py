@@ -129,6 +129,9 @@ def test_flowers_are_all_three_splits(tmp_path, monkeypatch):
     assert images.num_classes == 0
     assert [images[i][1] for i in range(6)] == [0] * 6
     torch.testing.assert_close(images[5][0], torch.ones(3, 8, 8), rtol=0, atol=0.05)
+    (base / "jpg" / "image_00003.jpg").write_bytes((base / "jpg" / "image_00003.jpg").read_bytes()[:-150])
+    with pytest.raises(OSError, match=r"image_00003\.jpg"):
+        images[4]
     (base / "jpg" / "image_00004.jpg").unlink()
     with pytest.raises(OSError, match=r"3 images are missing, such as .*image_00004\.jpg\); it takes .*https://"):
         load_dataset(str(tmp_path), 8, name="flowers102")
@@ -167,9 +170,19 @@ def test_lsun_is_read_from_its_database(tmp_path, monkeypatch):
     assert torch.equal(pickle.loads(pickle.dumps(images))[5][0], images[5][0])
     assert load_dataset(str(tmp_path), 8, held_out=True, name="lsun-church")[0][0][2].min() == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before  # nothing is written
-    (tmp_path / "church_outdoor_val_lmdb" / "data.mdb").write_bytes(b"")
+    (tmp_path / "damaged" / "church_outdoor_val_lmdb").mkdir(parents=True)
+    (tmp_path / "damaged" / "church_outdoor_val_lmdb" / "data.mdb").write_bytes(b"")
     with pytest.raises(OSError, match=r"cannot read the database .*church_outdoor_val_lmdb.*; it takes .*https://"):
-        load_dataset(str(tmp_path), 8, held_out=True, name="lsun-church")
+        load_dataset(str(tmp_path / "damaged"), 8, held_out=True, name="lsun-church")
+
+
+def test_lsun_is_read_twice_and_after_a_fork(tmp_path, monkeypatch):
+    write_database(tmp_path / "church_outdoor_train_lmdb", [Image.new("RGB", (9, 8), (i, 0, 0)) for i in range(6)])
+    expect(monkeypatch, "lsun-church", 6)
+    first, second = (load_dataset(str(tmp_path), 8, name="lsun-church") for _ in range(2))
+    assert torch.equal(first[5][0], second[5][0])
+    read = [image for image, _ in DataLoader(first, batch_size=None, num_workers=2, multiprocessing_context="fork")]
+    assert torch.equal(read[5], first[5][0])
 
 
 def test_flat_imagenet_without_classes(tmp_path, monkeypatch):
