@@ -10,6 +10,7 @@
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -58,13 +59,21 @@ def draw_kernels(ckpt, ema, device, grid, count, **chosen):
         return kernels.draw_layers(rows, title), {title: [[kernels.measure(kernel) for kernel in row] for row in rows.values()]}
     grid = grid or 64
     found = kernels.chosen_kernels((grid, grid) if isinstance(grid, int) else grid, chosen)
-    return kernels.draw_chosen(found), {title: kernels.measure(kernel) for title, kernel in found.items()}
+    numbers = {title: kernels.measure(kernel) for title, kernel in found.items()}
+    if not all(math.isfinite(number) for row in numbers.values() for number in row.values()):
+        raise ValueError("these coefficients make a kernel that is zero or not finite; its sum is exp(--reaction)")
+    return kernels.draw_chosen(found), numbers
+
+
+def objective_of(settings):
+    """Returns a checkpoint's objective, whose draws of time are not shifted: here they are places on the way."""
+    return create_objective(settings["objective"], **for_sampler(settings) | dict(time_shift=1.0))
 
 
 def draw_maps(ckpt, ema, device, image, progress, class_label, seed):
     """Draws what a checkpoint's layers make of a disc, and of a picture, at some places on the way from noise."""
     model, settings, title = open_model(ckpt, ema, device)
-    space, objective = open_space(settings, device), create_objective(settings["objective"], **for_sampler(settings))
+    space, objective = open_space(settings, device), objective_of(settings)
     label, rows, numbers = first_class(model, class_label), [], {}
     for name, pixels in pictures(model, space, image).items():
         x = space.encode(pixels[None].to(device), torch.zeros((), device=device))
@@ -164,7 +173,7 @@ def look_at(ckpts, ema, device, image, progress, label, seed):
     names = [Path(ckpt).stem for ckpt in ckpts]
     for ckpt, name in zip(ckpts, names if len(set(names)) == len(names) else ckpts):
         model, settings, title = open_model(ckpt, ema, device, name)
-        space, objective = open_space(settings, device), create_objective(settings["objective"], **for_sampler(settings))
+        space, objective = open_space(settings, device), objective_of(settings)
         *_, pixels = pictures(model, space, image).values()
         x = space.encode(pixels[None].to(device), torch.zeros((), device=device)).repeat(4, 1, 1, 1)
         yield title, observe(model, objective, x, first_class(model, label), progress, seed)[1]

@@ -73,8 +73,9 @@ class GaussianDiffusion:
         self.betas = 1 - abar / before if self.num_timesteps < len(betas) else betas
         self.alphas_cumprod, self.alphas_cumprod_prev = abar, before
         self.posterior_variance = self.betas * (1 - before) / (1 - abar)
-        # At timestep 0 the posterior's variance is 0, which has no logarithm: it takes timestep 1's.
-        self.posterior_log_variance_clipped = _first_from_second(self.posterior_variance).log()
+        # At timestep 0 the posterior's variance is 0, which has no logarithm: it takes timestep 1's, or beta if there is none.
+        positive = self.posterior_variance if self.num_timesteps > 1 else self.betas
+        self.posterior_log_variance_clipped = _first_from_second(positive).log()
         self._tables = {"cpu": dict(
             t=torch.tensor(self.timestep_map), signal=abar.sqrt(), noise=(1 - abar).sqrt(),
             recip_signal=(1 / abar).sqrt(), noise_to_signal=(1 / abar - 1).sqrt(),

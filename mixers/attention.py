@@ -36,7 +36,7 @@ class RotaryAttention(AttentionRope):
 
     def forward(self, x, **call):                                          # (B, N, D)
         refuse(call, "attention with rope")
-        return super().forward(x, rope=rotations(tuple(self.grid_size), self.trained_grid, self.head_dim, x))
+        return super().forward(x, rope=rotations(tuple(self.grid_size), self.trained_grid, x.shape[2] // self.num_heads, x))
 
 
 @cached_per_device

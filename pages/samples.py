@@ -15,6 +15,7 @@ from machine.flags import LARGEST, class_label
 from pages.checkpoints import checkpoints_in, one_sentence, open_checkpoint
 
 LOOK = 0.1  # seconds between two looks at images on the way
+DRAWING = "drawing"  # the queue of all pages that draw: they share the networks, one of which draws at a time
 COLUMNS = 4  # of a sheet with one image a class, as in sample.py
 
 
@@ -38,7 +39,9 @@ class How(NamedTuple):
 
     def sheet(self, images, model):
         """Returns the images of these labels, uint8 (n, H, W, 3), as the picture that sample.py makes of them."""
-        return make_sheet(images, self.each if self.each > 1 else COLUMNS, name_classes(model, self.labels(model)))
+        guidance = create_guidance(self.scale, model.in_channels, interval=self.interval)
+        captions = None if guidance.drops_classes else name_classes(model, self.labels(model))
+        return make_sheet(images, self.each if self.each > 1 else COLUMNS, captions)
 
     def command(self, path, out="sample.png"):
         """Returns the command that draws the same from the checkpoint at that path."""
@@ -150,6 +153,6 @@ def build(folders, device):
             command = gr.Textbox(label="the command that draws the same", lines=2, buttons=["copy"], elem_id="command")
     inputs = [path, classes, each, seed, steps, sampler, scale, low, high]
     path.change(open_it, path, [classes, sampler, about])
-    drawing = go.click(draw_it, inputs, [sheet, state, command], show_progress="hidden")
+    drawing = go.click(draw_it, inputs, [sheet, state, command], show_progress="hidden", concurrency_id=DRAWING)
     stop.click(None, cancels=drawing)
     return look_around, path, path

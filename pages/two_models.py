@@ -1,15 +1,17 @@
 """Page 3, two models: the same noise through two checkpoints, and where the images differ."""
 
 from pages.checkpoints import checkpoints_in, one_sentence, open_checkpoint
-from pages.samples import appear, controls, read_how
+from pages.samples import DRAWING, appear, controls, read_how
 
 
-def check_alike(first, second):
-    """Raises a ValueError unless both checkpoints draw from the same noise."""
+def check_alike(first, second, how):
+    """Raises a ValueError unless both checkpoints draw as many images from the same noise."""
     shapes = [(opened.model.in_channels, *opened.model.input_size) for opened in (first, second)]
     if shapes[0] != shapes[1]:
         sizes = [" x ".join(map(str, shape)) for shape in shapes]
         raise ValueError(f"{first.path} draws from noise of {sizes[0]}, {second.path} from {sizes[1]}: it cannot be the same")
+    if len(how.labels(first.model)) != len(how.labels(second.model)):
+        raise ValueError("choose classes that both have: without any, the two draw different numbers of images")
 
 
 def difference(images, others):
@@ -35,10 +37,9 @@ def build(folders, device):
     def draw_both(path, other, classes, each, *rest):
         with one_sentence():
             first, second = (open_checkpoint(one, folders, device) for one in (path, other))
-            check_alike(first, second)
             how = read_how(classes, each, *rest[:2], None, *rest[2:])
+            check_alike(first, second, how)
             commands = "\n".join(how.command(*one) for one in ((path, "first.png"), (other, "second.png")))
-            how.labels(second.model)
             for images, calls in appear(first, how):
                 left = how.sheet(images, first.model)
                 yield left, None, None, f"{calls} calls of the first network", commands
@@ -68,5 +69,6 @@ def build(folders, device):
     state = gr.Markdown(elem_id="both-state")
     commands = gr.Textbox(label="the commands that draw these", lines=2, buttons=["copy"])
     path.change(offer, path, classes)
-    go.click(draw_both, [path, other, classes, each, *rest], [*shown, state, commands], show_progress="hidden")
+    inputs, outputs = [path, other, classes, each, *rest], [*shown, state, commands]
+    go.click(draw_both, inputs, outputs, show_progress="hidden", concurrency_id=DRAWING)
     return look_around, [path, other], [path, other]

@@ -28,6 +28,13 @@ if [ $# -ne 1 ]; then
     exit 2
 fi
 table=$(basename "$0" .sh) data=$(realpath "$1")
+if [ -n "${REFERENCE:-}" ]; then
+    if [ ! -f "$REFERENCE" ]; then
+        echo "REFERENCE=$REFERENCE: no such file; evaluate.py --make-ref makes one" >&2
+        exit 2
+    fi
+    REFERENCE=$(realpath "$REFERENCE")
+fi
 cd "$(dirname "$0")/.."
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32} PYTHON=${PYTHON:-python}
 if [ "$SCALE-$OBJECTIVE" = small-flow ] && [ "${SIZE:-32}" -ge 64 ]; then PREDICT=${PREDICT:-x}; fi

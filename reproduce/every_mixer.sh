@@ -39,7 +39,8 @@ source reproduce/claim.sh
 # compare SET FOLDER PATCH REFERENCE FLAGS...: every row on one data set, with one seed
 compare() {
     local set=$1 data=$2 patch=$3 reference=$WORK/$1-efficientnet.npz images=$4 name flags
-    claim "$WORK/$set-$OBJECTIVE-$STEPS-$PRECISION" "$data"
+    claim "$WORK/$set" "$data" # whose reference all settings share
+    claim "$WORK/$set-$OBJECTIVE-$STEPS-$PRECISION" "$data" "${LR:+, LR=$LR}"
     if [ "$IMAGES" != 0 ] && [ ! -f "$reference" ]; then
         mkdir -p "$WORK"
         "$PYTHON" evaluate.py --make-ref "$images" "$reference" --features efficientnet-lite0

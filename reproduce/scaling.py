@@ -56,7 +56,8 @@ def measured(runs, device):
         with torch.device("meta"):
             network = MODELS[model](side, in_channels=3, num_classes=0, learn_sigma=False, mixer=mixer)
         same = [run for run in runs if (run["model"], run["mixer"]) == (model, mixer)]
-        losses = {step: [run["loss"][step] for run in same] for step in same[0]["loss"]}
+        steps = [step for step in same[0]["loss"] if all(step in run["loss"] for run in same)]
+        losses = {step: [run["loss"][step] for run in same] for step in steps}
         entries.append(dict(
             model=model, mixer=mixer, seeds=[run["global_seed"] for run in same], held_out_loss=losses,
             parameters=sum(p.numel() for p in network.parameters()), batch=batch, image_size=side,

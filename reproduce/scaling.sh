@@ -17,7 +17,7 @@ data=$(realpath "$1")
 cd "$(dirname "$0")/.."
 WORK=${WORK:-results/scaling} STEPS=${STEPS:-1500}
 source reproduce/claim.sh
-claim "$WORK" "$data"
+claim "$WORK" "$data" "${PATCH:+, PATCH=$PATCH}${IMAGE_SIZE:+, IMAGE_SIZE=$IMAGE_SIZE}${BATCH:+, BATCH=$BATCH}${LR:+, LR=$LR}${FLAGS:+, FLAGS=$FLAGS}"
 for seed in ${SEEDS:-0}; do
     for size in ${SIZES:-N64 N N128 N192}; do
         for mixer in ${MIXERS:-attention pdessm pdessm-g}; do

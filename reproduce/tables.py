@@ -105,10 +105,11 @@ def record(rows, table, scale, system, folder, checkpoint):
     import torch
 
     from benchmarks.report import count_threads, machine
+    from training.runs import rows_until
 
     contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
     args = contents["args"]
-    log = [json.loads(line) for line in (Path(checkpoint).parent.parent / "log.jsonl").read_text().splitlines()]
+    log = rows_until(Path(checkpoint).parent.parent, contents["step"])  # the run may have gone on
     commands = [line.split(" ", 2) for line in Path(folder, "commands.txt").read_text().splitlines()]
     metrics = json.loads(Path(folder, "metrics.json").read_text())
     sampling = json.loads(Path(metrics["samples"]["source"].removesuffix(".npz"), "settings.json").read_text())

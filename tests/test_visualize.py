@@ -14,6 +14,7 @@ from PIL import Image
 import visualize
 from checkpoints.build import load_model
 from commands import change_weights, error_of, fit
+from figures.layers import time_at
 from figures.page import FORMATS
 from machine.processes import ALONE
 from models import MODELS
@@ -108,9 +109,17 @@ def test_class_0_is_a_class(label, number):
     assert visualize.first_class(model, label) == number
 
 
+def test_places_are_those_on_the_way_whatever_training_shifted():
+    settings = dict(objective="flow", path="linear", time_scale=1, predict="velocity", time_shift=3.0, learn_sigma=False)
+    objective = visualize.objective_of(settings)
+    for place in (0.3, 0.6, 0.9):
+        assert objective.progress(time_at(objective, place, torch.zeros(1))).item() == pytest.approx(place)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["kernels", "--reaction", "1000"], "make a kernel that is zero or not finite"),
         (["kernels", "--out", "a.pdf"], f"--out a.pdf should end in {' or '.join(FORMATS)}"),
         (["kernels", "--out", "/no/folder/a.png"], "--out /no/folder/a.png: not a file in a folder that can be written"),
         (["kernels", "--ckpt", "PDE", "--angle", "3"], "a checkpoint has its own coefficients"),

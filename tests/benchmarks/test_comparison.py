@@ -83,6 +83,18 @@ def test_what_is_stopped_is_no_row(script, tmp_path, status):
     assert {"--uncond", "--predict", "DiT-N/8"} <= {*next(c for c in commands if c[0] == "train.py")}
 
 
+@pytest.mark.parametrize("other", [dict(CIFAR10="b", STEPS="8"), dict(LR="3e-4")], ids=["the reference's data", "the rate"])
+def test_other_data_and_rates_do_not_mix_into_a_folder(script, tmp_path, other):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    variables = dict(CIFAR10=str(tmp_path / "a"), SEEDS="0", STEPS="7", IMAGES="9")
+    assert script(**variables)[1].returncode == 0
+    other = other | (dict(CIFAR10=str(tmp_path / other["CIFAR10"])) if "CIFAR10" in other else {})
+    commands, done = script(**variables | other)
+    assert (commands, done.returncode) == ([], 2)
+    assert "holds runs on" in done.stderr
+
+
 def test_mistakes_are_named(script):
     assert "usage" in script()[1].stderr
     assert "not tiny" in script(CIFAR10=".", OBJECTIVE="tiny")[1].stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,31 @@ def test_runs_on_other_data_are_not_taken_for_finished(tmp_path):
     assert f"runs holds runs on {tmp_path}, not on {tmp_path / 'other'}: move it away" in done.stderr
     (tmp_path / "runs" / "data.txt").unlink()
     assert run_script("table1_cifar10.sh", tmp_path / "other", tmp_path, PYTHON="true").returncode == 0
+
+
+def test_data_and_references_that_do_not_exist_are_named(tmp_path):
+    for data, more in ((tmp_path / "nowhere", {}), (tmp_path, dict(REFERENCE=str(tmp_path / "none.npz")))):
+        done = run_script("table1_cifar10.sh", data, tmp_path, PYTHON="true", **more)
+        assert done.returncode == 2
+        assert re.search(r"(nowhere|none\.npz): no such file", done.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_row_is_of_its_checkpoint_though_the_run_went_on(tmp_path):
+    args = dict(global_seed=0, objective="flow", predict="x", precision="fp32", data_path="photos/train", image_size=8)
+    args |= dict(global_batch_size=4, model="DiT-N/4", mixer="attention")
+    checkpoint, samples = tmp_path / "run" / "checkpoints" / "0000002.pt", tmp_path / "samples"
+    for folder in (checkpoint.parent, samples):
+        folder.mkdir(parents=True)
+    torch.save(dict(args=args, ema={"w": torch.zeros(3)}, step=2), checkpoint)
+    log = [dict(step=step, loss=1 / step, held_out_loss=0.5 / step) for step in (2, 4)]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "commands.txt").write_text("7 1 train.py --max-steps 2\n")
+    (tmp_path / "metrics.json").write_text(json.dumps(dict(samples=dict(source=f"{samples}.npz"))))
+    (samples / "settings.json").write_text(json.dumps(dict(sampler="heun", num_sampling_steps=6)))
+    tables.record(tmp_path / "rows.jsonl", "table1_cifar10", "small", "DiT", tmp_path, checkpoint)
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert (row["steps"], row["training_loss"], row["held_out_loss"]) == (2, 0.5, 0.25)
 
 
 @pytest.mark.parametrize("script", ["table1_cifar10.sh", "scaling.sh", "grids.sh", "metrics.sh", "every_mixer.sh"])

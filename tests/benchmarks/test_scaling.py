@@ -1,7 +1,9 @@
 """What reproduce/scaling.py fits and prints, on losses whose exponent is known."""
 
 import pytest
+import torch
 
+from reproduce import scaling
 from reproduce.scaling import curves, slope, table
 
 SIZES = (1e5, 4e5, 9e5)
@@ -17,6 +19,14 @@ def entries():
         for mixer, exponent in (("attention", 0.1), ("pdessm", 0.2))
         for n in SIZES
     ]  # fmt: skip
+
+
+def test_seeds_are_compared_at_the_steps_that_all_were_measured_at(monkeypatch):
+    run = dict(model="DiT-N/4", mixer="attention", global_batch_size=2, image_size=8)
+    runs = [run | dict(global_seed=seed, loss={step: 1.0 for step in steps}) for seed, steps in enumerate([(3, 6), (6, 9)])]
+    monkeypatch.setattr(scaling, "time_in_turns", lambda sides, *_, **__: {key: dict(median_ms=1.0) for key in sides})
+    (entry,) = scaling.measured(runs, torch.device("cpu"))
+    assert entry["held_out_loss"] == {6: [1.0, 1.0]}
 
 
 @pytest.mark.parametrize("cost", ["parameters", "multiply_adds", "seconds"])

@@ -199,6 +199,12 @@ def test_one_step_goes_straight_to_the_clean_image(loop):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_one_step_has_a_variance():
+    diffusion, x = create_diffusion("1"), torch.randn(2, 3, 4, 4)
+    found = diffusion.p_mean_variance(network, x, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(found["variance"], torch.full_like(x, diffusion.betas.item()), rtol=1e-4, atol=0)
+
+
 def test_the_bound_does_not_train_the_mean():
     diffusion, x = create_diffusion(""), torch.randn(2, 3, 4, 4)
     output = torch.randn(2, 6, 4, 4, requires_grad=True)

@@ -52,6 +52,8 @@ def test_a_guided_network_is_led_away_from_a_weaker_one(randomize):
         torch.testing.assert_close(part[1], guided(model, diffusion, Guidance(scale, None, (0.5, 1.0)))(x, t, y)[1])
     same = guided(model, diffusion, Guidance(1, guide=model, guide_scale=3.0))(x, t, y)
     torch.testing.assert_close(same, model(x, t, y), rtol=1e-4, atol=1e-4)
+    weaker = Guidance(0, guide=guide, guide_scale=3.0)  # nothing depends on the class
+    assert torch.equal(guided(model, diffusion, weaker)(x, t, y), guided(model, diffusion, weaker)(x, t, 10 - y))
     without = randomize(DiT_models["DiT-N/4"](**size | dict(num_classes=0))).eval()
     led = guided(model, diffusion, Guidance(1, guide=without, guide_scale=0))(x, t, y)
     torch.testing.assert_close(led[:, :3], without(x, t, torch.zeros_like(y))[:, :3])

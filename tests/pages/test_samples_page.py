@@ -117,10 +117,21 @@ def test_a_checkpoint_of_another_family_is_told(tmp_path):
 
 def test_two_models_must_draw_from_the_same_noise(checkpoint, tmp_path, opened):
     other = open_checkpoint(checkpoint("attention", name="b.pt"), [str(tmp_path)], torch.device("cpu"))
-    check_alike(opened, other)
+    check_alike(opened, other, How())
+    other.model.trained_classes = 3
+    check_alike(opened, other, How((1, 2)))
+    with pytest.raises(ValueError, match="choose classes that both have"):
+        check_alike(opened, other, How())
     other.model.resize((16, 16))
     with pytest.raises(ValueError, match=r"noise of 3 x 8 x 8, .* from 3 x 16 x 16"):
-        check_alike(opened, other)
+        check_alike(opened, other, How())
+
+
+def test_without_classes_there_are_no_captions(opened):
+    opened.model.class_names = [f"flower {number}" for number in range(10)]
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    heights = [len(How((3, 1), scale=scale).sheet(images, opened.model)) for scale in (0.0, 1.5)]
+    assert heights[0] < heights[1]
 
 
 def test_the_difference_of_images():
