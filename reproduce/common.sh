@@ -35,6 +35,7 @@ if [ -n "${REFERENCE:-}" ]; then
     fi
     REFERENCE=$(realpath "$REFERENCE")
 fi
+systems=""
 cd "$(dirname "$0")/.."
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32} PYTHON=${PYTHON:-python}
 if [ "$SCALE-$OBJECTIVE" = small-flow ] && [ "${SIZE:-32}" -ge 64 ]; then PREDICT=${PREDICT:-x}; fi
@@ -81,6 +82,7 @@ recipe() {
 # system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own
 system() {
     local name=$1 model=$2 seed run samples
+    systems+=" $name"
     if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return; fi
     if [ "$SCALE" = small ]; then model=${3/#DiT-N\/4/DiT-N\/$((${SIZE:-32} / 8))}; fi
     for seed in $SEEDS; do
@@ -121,6 +123,18 @@ all_systems() {
     pde_system PDE-SSM-DiT "$1" DiT-N/4
     system PDE-SSM-DiT-g "$1" DiT-N/4 --mixer pdessm-g
     system PDE-SSM-DiT-gla "$1" DiT-N/4 --mixer pdessm-gla --lr-coefficients 5
+    show_table
+}
+
+# show_table: prints the table. A name in ONLY that no system has ends the script instead.
+show_table() {
+    local name
+    for name in ${ONLY:-}; do
+        if [[ " $systems " != *" $name "* ]]; then
+            echo "ONLY=$name is none of this table's systems:$systems" >&2
+            exit 2
+        fi
+    done
     "$PYTHON" -m reproduce.tables "$ROWS"
 }
 

@@ -10,4 +10,4 @@ for size in ${SIZES:-S}; do
     system "DiT-$size" "DiT-$size/2" DiT-N/4
     system "PDE-SSM-DiT-g-$size" "DiT-$size/2" DiT-N/4 --mixer pdessm-g
 done
-"$PYTHON" -m reproduce.tables "$ROWS"
+show_table

@@ -98,6 +98,7 @@ def test_other_data_and_rates_do_not_mix_into_a_folder(script, tmp_path, other):
 def test_mistakes_are_named(script):
     assert "usage" in script()[1].stderr
     assert "not tiny" in script(CIFAR10=".", OBJECTIVE="tiny")[1].stderr
+    assert "ONLY=tiny is none of the rows: good bad" in script(CIFAR10=".", ONLY="tiny")[1].stderr
 
 
 @pytest.mark.parametrize("name", SIDES)

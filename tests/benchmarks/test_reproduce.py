@@ -161,7 +161,10 @@ def test_scripts_without_data_say_what_they_take(script):
     assert done.stderr.startswith("usage: ")
 
 
-@pytest.mark.parametrize(("name", "message"), [("SCALE", "not tiny and flow"), ("OBJECTIVE", "not full and tiny")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("SCALE", "not tiny and flow"), ("OBJECTIVE", "not full and tiny"), ("ONLY", "ONLY=tiny is none of this table's systems")],
+)
 def test_mistakes_are_named(tmp_path, name, message):
     done = run_script("table1_cifar10.sh", tmp_path, tmp_path, **{"PYTHON": sys.executable, name: "tiny"})
     assert done.returncode == 2
