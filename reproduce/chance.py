@@ -47,7 +47,7 @@ def main(ref, samples, num, features, weights, feature_dim, json):
         row |= dict(least=min(of_sets), most=max(of_sets), whole=whole, images=len(pool))
         rows[str(path)] = row
         numbers = [f"{row[name]:.4g}" for name in ("mean", "standard_deviation")]
-        cells = [Path(path).stem, row["sets"], *numbers, f"{row['least']:.4g} to {row['most']:.4g}", f"{whole:.4g}"]
+        cells = [path, row["sets"], *numbers, f"{row['least']:.4g} to {row['most']:.4g}", f"{whole:.4g}"]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if json:
         write_json(json, dict(num=num, features=f"{network.dim} features of {network.name}", rows=rows), "distances")
