@@ -28,7 +28,7 @@ def find_checkpoint(name):
         from torch.hub import download_url_to_file
 
         os.makedirs("pretrained_models", exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
+        partial = f"{path}.{os.uname().nodename}.{os.getpid()}.partial"
         try:
             download_url_to_file(PRETRAINED + name, partial)
             read_checkpoint(partial)  # a connection that ends early raises no error

@@ -8,6 +8,7 @@ their distances, its standard deviation from set to set and the range, and the d
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ def distance(pool, reference):
 def main(ref, samples, num, features, weights, feature_dim, json):
     network = open_network(features, weights, feature_dim)
     real = measure(open_source(ref, network), network)
+    if real.pool is None:
+        raise ValueError(f"{ref} holds statistics without images; `evaluate.py --make-ref` keeps both")
     rows = {}
     print(f"| {num:,} of | sets | mean distance | standard deviation | range | all together |", "|---" * 6 + "|", sep="\n")
     for path in (ref, *samples):
@@ -66,4 +69,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    main(**vars(parse_args()))
+    try:
+        main(**vars(parse_args()))
+    except (OSError, ValueError) as error:
+        sys.exit(f"chance.py: error: {error}")
