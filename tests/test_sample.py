@@ -282,7 +282,7 @@ def test_classes_have_names(tmp_path, checkpoint):
         (["crane", "rose", "crane"], "crane", "several classes are called 'crane': give one of their numbers, such as 0"),
         (["Rose", "rose"], "ROSE", "has no class 'ROSE'; the nearest are"),
         ([], "rose", "class 'rose': the checkpoint does not name its classes; give their numbers"),
-        (["rose"], "-1", "has no class '-1'; it has rose"),
+        (["rose"], "-1", "class -1 is out of range: the checkpoint has 0 to"),
     ],
 )
 def test_a_name_of_no_class_is_answered_with_the_nearest(tmp_path, checkpoint, names, wanted, message):
