@@ -4,7 +4,7 @@ often each is right on the test images, at 32 x 32 and, with the same weights, o
     python -m reproduce.classify CIFAR10 [--mixers attention pdessm pdessm-g] [--seeds 0 1 2] [--steps 1500]
 
 CIFAR10 holds train/ and test/, or what torchvision unpacks. Every finished run goes to reproduce/results/classify.json at once,
-those that are there are left out, and the table of all is printed. About 8 minutes a run on one core.
+those that are there are left out, and the table of all is printed. 10 to 17 minutes a run on one core.
 """
 
 import argparse
