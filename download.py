@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from checkpoints.hub import locate
 from checkpoints.read import load_checkpoint, read_checkpoint
+from machine.files import partial_path
 
 PRETRAINED = "https://dl.fbaipublicfiles.com/DiT/models/"
 pretrained_models = {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
@@ -28,7 +29,7 @@ def find_checkpoint(name):
         from torch.hub import download_url_to_file
 
         os.makedirs("pretrained_models", exist_ok=True)
-        partial = f"{path}.{os.uname().nodename}.{os.getpid()}.partial"
+        partial = partial_path(path)
         try:
             download_url_to_file(PRETRAINED + name, partial)
             read_checkpoint(partial)  # a connection that ends early raises no error

@@ -20,7 +20,7 @@ def whole_file(path, what):
             yield file
         return
     path = path.resolve() if path.is_symlink() else path
-    partial = Path(f"{path}.{os.uname().nodename}.{os.getpid()}.partial")  # containers may have equal process ids
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -34,6 +34,11 @@ def whole_file(path, what):
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def partial_path(path):
+    """Returns a temporary name beside `path` that no other process has: in two containers, process ids may be equal."""
+    return Path(f"{path}.{os.uname().nodename}.{os.getpid()}.partial")
 
 
 def write_json(path, contents, what):

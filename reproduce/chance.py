@@ -31,6 +31,7 @@ def distances(pool, reference, num, seed=0):
 
 
 def distance(pool, reference):
+    """Returns the Frechet distance of features (N, D) from the statistics (mean (D,), covariance (D, D))."""
     statistics = Statistics()
     statistics.add(pool)
     return frechet_distance(statistics.mean, statistics.covariance, *reference)

@@ -43,7 +43,7 @@ other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}${BATCH:+-$BATCH}
 if [ "$PRECISION" != fp32 ]; then other=$other-$PRECISION; fi
 WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE$other} ROWS=${ROWS:-reproduce/results/$table$other.jsonl}
 source reproduce/claim.sh
-claim "$WORK" "$data"
+claim "$WORK" "$data" ", $SCALE-$OBJECTIVE$other"
 case $SCALE-$OBJECTIVE in
     full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps
     full-diffusion) sampler=ddpm SAMPLING_STEPS=${SAMPLING_STEPS:-250} ;;

@@ -34,7 +34,7 @@ run() {
 }
 
 source reproduce/claim.sh
-claim results/grids "$data"
+claim results/grids "$data" "${STEPS:+, STEPS=$STEPS}"
 for set in ${SETS:-digits cifar10}; do
     patch=2
     if [ "$set" = cifar10 ]; then patch=4; fi

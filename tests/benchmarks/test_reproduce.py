@@ -122,9 +122,13 @@ def test_what_is_finished_is_not_done_again(tmp_path):
 def test_runs_on_other_data_are_not_taken_for_finished(tmp_path):
     commands_of("table1_cifar10.sh", tmp_path, SCALE="small")
     (tmp_path / "other").mkdir()
-    done = run_script("table1_cifar10.sh", tmp_path / "other", tmp_path, PYTHON="true")
+    done = run_script("table1_cifar10.sh", tmp_path / "other", tmp_path, PYTHON="true", SCALE="small")
     assert done.returncode == 2
-    assert f"runs holds runs on {tmp_path}, not on {tmp_path / 'other'}: move it away" in done.stderr
+    kind = ", small-flow"
+    assert f"runs holds runs on {tmp_path}{kind}, not on {tmp_path / 'other'}{kind}: move it away" in done.stderr
+    for settings in ({"PRECISION": "bf16"}, {"OBJECTIVE": "diffusion"}, {"BATCH": "8"}, {"SCALE": "full"}):
+        done = run_script("table1_cifar10.sh", tmp_path, tmp_path, PYTHON="true", **{"SCALE": "small"} | settings)
+        assert done.returncode == 2, settings
     (tmp_path / "runs" / "data.txt").unlink()
     assert run_script("table1_cifar10.sh", tmp_path / "other", tmp_path, PYTHON="true").returncode == 0
 

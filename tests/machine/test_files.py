@@ -1,6 +1,7 @@
 """Files that are whole or not there, and what is no file."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +26,15 @@ def test_a_link_stays_one_and_its_file_is_new(tmp_path):
     assert (tmp_path / "b").is_symlink()
     assert (tmp_path / "a").read_bytes() == b"new"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_equal_process_ids_of_two_containers_share_no_temporary_file(tmp_path, monkeypatch):
+    names = set()
+    for host in ("a", "b"):
+        monkeypatch.setattr(os, "uname", lambda host=host: SimpleNamespace(nodename=host))
+        with whole_file(tmp_path / "x", "text") as file:
+            names.add(file.name)
+    assert len(names) == 2
 
 
 def test_a_pipe_stays_one_and_gets_the_bytes(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 import sample
 from checkpoints.sharded import SETTINGS
 from machine.processes import ALONE
-from pages import samples
+from pages import samples, two_models
 from pages.checkpoints import checkpoints_in, open_checkpoint
 from pages.samples import How, appear, read_how
 from pages.two_models import check_alike, difference
@@ -132,6 +132,16 @@ def test_without_classes_there_are_no_captions(opened):
     images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     heights = [len(How((3, 1), scale=scale).sheet(images, opened.model)) for scale in (0.0, 1.5)]
     assert heights[0] < heights[1]
+
+
+def test_pages_that_draw_with_the_same_networks_take_turns(tmp_path):
+    gradio = pytest.importorskip("gradio", reason="gradio is what the app is made of")
+    with gradio.Blocks() as blocks:
+        for page in (samples, two_models):
+            page.build([str(tmp_path)], torch.device("cpu"))
+    drawing = [event for event in blocks.fns.values() if event.name in ("draw_it", "draw_both")]
+    assert len(drawing) == 2
+    assert len({event.concurrency_id for event in drawing}) == 1
 
 
 def test_the_difference_of_images():
