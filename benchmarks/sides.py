@@ -107,9 +107,9 @@ def precision(device):
 
 
 def random_batch(model, batch, device):
-    """Draws images, timesteps and classes."""
+    """Draws images, timesteps and classes; without classes all are the null class."""
     x = torch.randn(batch, model.in_channels, *model.input_size, device=device)
-    t, y = (torch.randint(n, (batch,), device=device) for n in (1000, model.num_classes))
+    t, y = (torch.randint(n, (batch,), device=device) for n in (1000, max(1, model.num_classes)))
     return x, t, y
 
 

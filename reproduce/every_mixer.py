@@ -55,7 +55,8 @@ def record(folder, data, name, seed, steps, objective, failure=None):
         log = [json.loads(line) for line in checkpoint.parent.with_name("log.jsonl").read_text().splitlines()]
         row["held_out_loss"] = {str(entry["step"]): entry["held_out_loss"] for entry in log if "held_out_loss" in entry}
         settings = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
-        row |= {name: settings.get(name) for name in KEPT} | costs(build(settings))
+        with torch.device("meta"):
+            row |= {name: settings.get(name) for name in KEPT} | costs(build(settings))
     for metrics in folder.glob("samples/*.json"):
         measured = json.loads(metrics.read_text())
         row["metrics"] = {name: value for name, value in measured.items() if isinstance(value, float)}
@@ -71,12 +72,11 @@ def record(folder, data, name, seed, steps, objective, failure=None):
 
 
 def build(settings):
-    """Returns the network of a run on pixels with these settings, as its checkpoint has them, without its numbers."""
+    """Returns a new network with the settings of a run on pixels, as its checkpoint has them."""
     given = {name: value for name, value in settings.items() if value is not None}
     given |= dict(in_channels=3, learn_sigma=settings["objective"] == "diffusion")
     given |= dict(mixer_options=mixer_options(settings["mixer"], settings))
-    with torch.device("meta"):
-        return create_network(given, 2 * (settings["image_size"],))
+    return create_network(given, 2 * (settings["image_size"],))
 
 
 def collect(work, results):

@@ -22,7 +22,7 @@ from benchmarks.timing import time_in_turns
 from checkpoints.read import read_checkpoint
 from machine.cost import training_flops
 from machine.files import whole_file, write_json
-from models import MODELS
+from reproduce.every_mixer import build
 
 RESULTS = Path(__file__).parent / "results"
 COSTS = {
@@ -41,27 +41,30 @@ def runs_in(work):
         rows = [row for row in map(json.loads, log.read_text().splitlines()) if "held_out_loss" in row]
         if settings and rows and rows[-1]["step"] == settings["max_steps"]:
             names = ("model", "mixer", "global_seed", "global_batch_size", "image_size", "max_steps")
-            yield {name: settings[name] for name in names} | {"loss": {row["step"]: row["held_out_loss"] for row in rows}}
+            losses = {row["step"]: row["held_out_loss"] for row in rows}
+            yield {name: settings[name] for name in names} | dict(settings=settings, loss=losses)
 
 
 def measured(runs, device):
     """Returns the runs with their seeds together: parameters, operations and milliseconds of a step, and losses by step."""
-    kinds = dict.fromkeys((run["model"], run["mixer"], run["global_batch_size"], run["image_size"]) for run in runs)
+    kinds = {(run["model"], run["mixer"]): run for run in runs}
     sides, entries = {}, []
-    for model, mixer, batch, side in kinds:
-        options = MODELS[model].keywords | dict(input_size=side, in_channels=3, num_classes=0, learn_sigma=False, mixer=mixer)
-        sides[model, mixer] = partial(training_step, device, batch, **options)
+    for kind, run in kinds.items():
+        sides[kind] = partial(training_step, device, run["global_batch_size"], build=build, settings=run["settings"])
     times = time_in_turns(sides, device, seconds=8 * len(sides))
-    for model, mixer, batch, side in kinds:
+    for (model, mixer), run in kinds.items():
+        time, batch = times[model, mixer], run["global_batch_size"]
+        if isinstance(time, str):
+            raise SystemExit(f"a step of {model} with {mixer} cannot be timed: {time}")
         with torch.device("meta"):
-            network = MODELS[model](side, in_channels=3, num_classes=0, learn_sigma=False, mixer=mixer)
+            network = build(run["settings"])
         same = [run for run in runs if (run["model"], run["mixer"]) == (model, mixer)]
         steps = [step for step in same[0]["loss"] if all(step in run["loss"] for run in same)]
         losses = {step: [run["loss"][step] for run in same] for step in steps}
         entries.append(dict(
             model=model, mixer=mixer, seeds=[run["global_seed"] for run in same], held_out_loss=losses,
-            parameters=sum(p.numel() for p in network.parameters()), batch=batch, image_size=side,
-            step_multiply_adds=training_flops(network, batch) // 2, step_ms=times[model, mixer]["median_ms"],
+            parameters=sum(p.numel() for p in network.parameters()), batch=batch, image_size=run["image_size"],
+            step_multiply_adds=training_flops(network, batch) // 2, step_ms=time["median_ms"],
         ))  # fmt: skip
     return sorted(entries, key=lambda entry: entry["parameters"])
 

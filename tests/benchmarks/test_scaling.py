@@ -1,8 +1,12 @@
 """What reproduce/scaling.py fits and prints, on losses whose exponent is known."""
 
+import json
+
 import pytest
 import torch
 
+from benchmarks import timing
+from commands import fit
 from reproduce import scaling
 from reproduce.scaling import curves, slope, table
 
@@ -21,12 +25,29 @@ def entries():
     ]  # fmt: skip
 
 
-def test_seeds_are_compared_at_the_steps_that_all_were_measured_at(monkeypatch):
-    run = dict(model="DiT-N/4", mixer="attention", global_batch_size=2, image_size=8)
-    runs = [run | dict(global_seed=seed, loss={step: 1.0 for step in steps}) for seed, steps in enumerate([(3, 6), (6, 9)])]
-    monkeypatch.setattr(scaling, "time_in_turns", lambda sides, *_, **__: {key: dict(median_ms=1.0) for key in sides})
-    (entry,) = scaling.measured(runs, torch.device("cpu"))
-    assert entry["held_out_loss"] == {6: [1.0, 1.0]}
+def test_runs_become_sizes_of_the_networks_that_were_trained(images, shallow, tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    for seed, every in enumerate((2, 3)):
+        flags = ["--model", "DiT-N/8", "--mlp", "swiglu", "--objective", "flow", "--uncond", "--data-path", images, "--val-path", images]
+        flags += ["--max-steps", 6, "--ckpt-every", every, "--global-batch-size", 4, "--global-seed", seed]
+        run = fit(runs / str(seed), *flags)
+    weights = torch.load(run / "checkpoints" / "0000006.pt", weights_only=True)["ema"]
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 2)
+    scaling.main(runs, torch.device("cpu"))
+    (entry,) = json.loads((tmp_path / "scaling.json").read_text())["runs"]
+    assert (tmp_path / "scaling.png").stat().st_size
+    assert (entry["seeds"], list(entry["held_out_loss"])) == ([0, 1], ["6"])  # the step that both were measured at
+    assert entry["parameters"] == sum(weight.numel() for weight in weights.values())
+    assert entry["step_ms"] > 0
+
+
+def test_a_step_that_cannot_be_timed_is_named(monkeypatch):
+    run = dict(model="DiT-N/4", mixer="attention", global_batch_size=2, image_size=8, settings={})
+    monkeypatch.setattr(scaling, "time_in_turns", lambda sides, *_, **__: dict.fromkeys(sides, "does not fit"))
+    with pytest.raises(SystemExit, match="DiT-N/4 with attention cannot be timed: does not fit"):
+        scaling.measured([run], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("cost", ["parameters", "multiply_adds", "seconds"])
