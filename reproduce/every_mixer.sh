@@ -17,15 +17,16 @@
 #   PRECISION   of training and sampling: fp32, or bf16. CPUs differ: an AMD EPYC (Zen 5) takes half the time with bf16, an
 #               Intel Xeon without AMX 1.4 to 1.9 times as long
 #   OBJECTIVE   flow, or diffusion for CIFAR-10. Samplers take 12 evaluations: 6 steps of heun, or 12 of dpm-solver
-#   WORK        where runs go; results/every_mixer
-#   PYTHON, RESULTS (the .json of all rows, reproduce/results/every_mixer.json)
+#   WORK        where runs go; results/every_mixer, or with LR every_mixer-lr-$LR
+#   PYTHON, RESULTS (the .json of all rows, in reproduce/results, named as WORK is)
 set -euo pipefail
 if [ -z "${CIFAR10:-}${FLOWERS:-}" ]; then
     echo "usage: CIFAR10=FOLDER FLOWERS=FOLDER bash $0        (or one of the two)" >&2
     exit 2
 fi
 CIFAR10=${CIFAR10:+$(realpath "$CIFAR10")} FLOWERS=${FLOWERS:+$(realpath "$FLOWERS")}
-WORK=$(realpath -m "${WORK:-results/every_mixer}") RESULTS=$(realpath -m "${RESULTS:-$(dirname "$0")/results/every_mixer.json}")
+other=every_mixer${LR:+-lr-$LR}
+WORK=$(realpath -m "${WORK:-results/$other}") RESULTS=$(realpath -m "${RESULTS:-$(dirname "$0")/results/$other.json}")
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32}
 case $OBJECTIVE in

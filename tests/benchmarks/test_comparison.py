@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,8 +55,8 @@ def script(tmp_path):
         seen.unlink(missing_ok=True)
         places = dict(PYTHON=str(pretender), WORK=str(tmp_path / "work"), RESULTS=str(tmp_path / "rows.json"))
         environment = {name: value for name, value in os.environ.items() if name not in ("CIFAR10", "FLOWERS", "SEEDS")}
-        command = ["bash", str(ROOT / "reproduce" / "every_mixer.sh")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment | places | variables)
+        command = ["bash", str(variables.pop("SCRIPT", ROOT / "reproduce" / "every_mixer.sh"))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment | places | variables)
         return [eval(line) for line in seen.read_text().splitlines()] if seen.exists() else [], done
 
     return run
@@ -93,6 +94,17 @@ def test_other_data_and_rates_do_not_mix_into_a_folder(script, tmp_path, other):
     commands, done = script(**variables | other)
     assert (commands, done.returncode) == ([], 2)
     assert "holds runs on" in done.stderr
+
+
+def test_rows_of_another_rate_have_a_file_of_their_own(script, tmp_path):
+    (tmp_path / "reproduce").mkdir()
+    for name in ("every_mixer.sh", "claim.sh"):
+        shutil.copy(ROOT / "reproduce" / name, tmp_path / "reproduce")
+    places = dict(SCRIPT=str(tmp_path / "reproduce" / "every_mixer.sh"), CIFAR10=str(tmp_path), WORK="", RESULTS="")
+    commands, done = script(**places, LR="3e-4", SEEDS="0", IMAGES="0")
+    assert done.returncode == 0, done.stderr
+    runs, rows = tmp_path / "results" / "every_mixer-lr-3e-4", tmp_path / "reproduce" / "results" / "every_mixer-lr-3e-4.json"
+    assert commands[-1][2:] == ["--collect", str(runs), str(rows)]
 
 
 def test_mistakes_are_named(script):

@@ -28,8 +28,8 @@ def entries():
 def test_runs_become_sizes_of_the_networks_that_were_trained(images, shallow, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     for seed, every in enumerate((2, 3)):
-        flags = ["--model", "DiT-N/8", "--mlp", "swiglu", "--objective", "flow", "--uncond", "--data-path", images, "--val-path", images]
-        flags += ["--max-steps", 6, "--ckpt-every", every, "--global-batch-size", 4, "--global-seed", seed]
+        flags = ["--model", "DiT-N/8", "--mlp", "swiglu", "--objective", "flow", "--uncond", "--global-batch-size", 4]
+        flags += ["--data-path", images, "--val-path", images, "--max-steps", 6, "--ckpt-every", every, "--global-seed", seed]
         run = fit(runs / str(seed), *flags)
     weights = torch.load(run / "checkpoints" / "0000006.pt", weights_only=True)["ema"]
     monkeypatch.setattr(scaling, "RESULTS", tmp_path)
