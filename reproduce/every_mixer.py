@@ -12,15 +12,15 @@ from datetime import date
 from pathlib import Path
 from statistics import mean, median
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from benchmarks.every_mixer import DIT, SIDES, costs
 from benchmarks.report import count_threads, machine
 from checkpoints.build import create_network
 from machine.files import whole_file, write_json
 from mixers import kind_of, mixer_options
+from reproduce.strips import sheet, strip
 
 SETS = ("cifar10", "flowers")
 DISTANCE = "FD-EfficientNet"
@@ -61,10 +61,8 @@ def record(folder, data, name, seed, steps, objective, failure=None):
         measured = json.loads(metrics.read_text())
         row["metrics"] = {name: value for name, value in measured.items() if isinstance(value, float)}
         row["compared"] = [measured["samples"]["images"], measured["reference"]["images_in_statistics"], measured["features"]]
-        with np.load(metrics.with_suffix(".npz")) as samples:
-            strip = np.concatenate(list(samples["arr_0"][:SHOWN]), axis=1)
         with whole_file(folder / "samples.png", "picture") as file:
-            Image.fromarray(strip).save(file, format="png")
+            strip(metrics.with_suffix(".npz"), SHOWN).save(file, format="png")
     commands = [line.split(" ", 1) for line in (folder / "commands.txt").read_text().splitlines()]
     row["commands"] = [dict(command=command, seconds=int(seconds)) for seconds, command in commands]
     row |= dict(machine=about.get("gpu") or f"{about['processor']}, {count_threads(about)}", torch=torch.__version__)
@@ -91,8 +89,8 @@ def collect(work, results):
         print(tabulate(mine, times, f"{objective}, {steps:,} steps, {precision}"))
         picture = results.with_name(f"{results.stem}-{objective}-{steps}-{precision}.png")
         draw(picture, mine, times)
-    for strips in sorted({path.parent.parent for path in work.glob("*/*/samples.png")}):
-        sheet(strips, results.with_name(f"{results.stem}-{strips.name}-samples.png"))
+    for runs in sorted({path.parent.parent for path in work.glob("*/*/samples.png")}):
+        draw_samples(runs, results.with_name(f"{results.stem}-{runs.name}-samples.png"))
 
 
 def setting_of(row):
@@ -194,21 +192,13 @@ def draw(path, rows, times):
     pyplot.close(figure)
 
 
-def sheet(runs, out):
+def draw_samples(runs, out):
     """Joins samples of the lowest seed of every row of one data set into a picture, with their names."""
     strips = {}
     for name in SIDES:
         if of_name := sorted(runs.glob(f"{name}-[0-9]*/samples.png"), key=lambda path: int(path.parent.name.rsplit("-", 1)[1])):
             strips[name] = Image.open(of_name[0])
-    width, height = next(iter(strips.values())).size
-    margin = 150  # for the names
-    picture = Image.new("RGB", (margin + width, height * len(strips)), "white")
-    for number, (name, strip) in enumerate(strips.items()):
-        ImageDraw.Draw(picture).text((4, number * height + height // 2 - 6), name, fill="black", font_size=11)
-        picture.paste(strip, (margin, number * height))
-    picture = picture.quantize(64, dither=Image.Dither.NONE)  # a quarter of the bytes, as samples of short runs are noisy
-    with whole_file(out, "picture") as file:
-        picture.save(file, format="png", optimize=True)
+    sheet(strips, out)
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ from commands import ROOT
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import chance, detail, grids_sheet, noise, tables
+from reproduce import chance, detail, grids_sheet, noise, strips, tables
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -224,6 +224,22 @@ def test_grids_of_a_data_set_become_one_sheet(tmp_path):
     assert pixels.shape == (2 * (20 + grids_sheet.BAR), 3 * 40, 3)
     for number, (x, y) in enumerate(grids.values()):
         assert pixels[(y + 1) * (20 + grids_sheet.BAR) - 1, 40 * x].tolist() == [40 * number, 0, 0]
+
+
+def test_first_samples_of_runs_become_one_picture(tmp_path, random_images, capsys):
+    samples, out = {name: random_images(5) for name in "ab"}, tmp_path / "all.png"
+    for name, images in samples.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    strips.strip(tmp_path / "b.npz", 3).save(tmp_path / "b.png")
+    strips.main([str(out), f"h = 0={tmp_path / 'a.npz'}", f"b={tmp_path / 'b.png'}", "--count", "3"])
+    with Image.open(out) as picture:
+        pixels = np.asarray(picture.convert("RGB"), int)[:, strips.MARGIN :]
+    rows = np.concatenate([np.concatenate(list(images[:3]), axis=1) for images in samples.values()])
+    assert pixels.shape == rows.shape
+    assert np.abs(pixels - rows).mean() < 12  # of 64 colours
+    with pytest.raises(SystemExit):
+        strips.main([str(out), "a"])
+    assert "a is not NAME=FILE with a file that exists" in capsys.readouterr().err
 
 
 def test_detail_is_by_frequency(tmp_path, capsys):

@@ -1,0 +1,55 @@
+"""Joins the first samples of several runs into one picture, a row with a name for each:
+
+    python -m reproduce.strips OUT.png "attention=SAMPLES.npz" "pdessm=SAMPLES.npz"...
+
+Rows are .npz files of sample_ddp.py, or pictures with samples side by side. Samples of one seed begin with the same noise.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from machine.files import whole_file
+
+MARGIN = 150  # pixels for the names
+
+
+def strip(path, count):
+    """Returns the first samples of an .npz side by side: an image."""
+    with np.load(path) as arrays:
+        return Image.fromarray(np.concatenate(list(arrays["arr_0"][:count]), axis=1))
+
+
+def sheet(strips, out):
+    """Writes a picture with one strip below the other; strips: name -> image, all of one size."""
+    width, height = next(iter(strips.values())).size
+    picture = Image.new("RGB", (MARGIN + width, height * len(strips)), "white")
+    for number, (name, image) in enumerate(strips.items()):
+        ImageDraw.Draw(picture).text((4, number * height + height // 2 - 6), name, fill="black", font_size=11)
+        picture.paste(image, (MARGIN, number * height))
+    picture = picture.quantize(64, dither=Image.Dither.NONE)  # a quarter of the bytes, as samples of short runs are noisy
+    with whole_file(out, "picture") as file:
+        picture.save(file, format="png", optimize=True)
+
+
+def named(row):
+    """Splits NAME=FILE, of which the name may contain = as well."""
+    name, _, file = row.rpartition("=")
+    if not (name and Path(file).is_file()):
+        raise argparse.ArgumentTypeError(f"{row} is not NAME=FILE with a file that exists")
+    return name, Path(file)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.png")
+    parser.add_argument("rows", nargs="+", type=named, metavar="NAME=FILE")
+    parser.add_argument("--count", type=int, default=14, help="samples a row")
+    args = parser.parse_args(argv)
+    sheet({name: Image.open(file) if file.suffix == ".png" else strip(file, args.count) for name, file in args.rows}, args.out)
+
+
+if __name__ == "__main__":
+    main()
