@@ -8,7 +8,6 @@ their distances, its standard deviation from set to set and the range, and the d
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from evaluation.metrics import Statistics, frechet_distance
 from evaluation.sides import measure, open_source
 from machine.files import write_json
 from machine.flags import positive
+from machine.processes import launch
 
 
 def distances(pool, reference, num, seed=0):
@@ -40,12 +40,12 @@ def distance(pool, reference):
 def main(ref, samples, num, features, weights, feature_dim, json):
     network = open_network(features, weights, feature_dim)
     real = measure(open_source(ref, network), network)
-    if real.pool is None:
-        raise ValueError(f"{ref} holds statistics without images; `evaluate.py --make-ref` keeps both")
     rows = {}
     print(f"| {num:,} of | sets | mean distance | standard deviation | range | all together |", "|---" * 6 + "|", sep="\n")
     for path in (ref, *samples):
         pool = real.pool if path == ref else measure(open_source(path, network), network).pool
+        if pool is None:
+            raise ValueError(f"{path} holds statistics without images; `evaluate.py --make-ref` keeps both")
         of_sets, whole = distances(pool, real.statistics["pool"], num), distance(pool, real.statistics["pool"])
         row = dict(sets=len(of_sets), mean=np.mean(of_sets), standard_deviation=np.std(of_sets, ddof=1))
         row |= dict(least=min(of_sets), most=max(of_sets), whole=whole, images=len(pool))
@@ -70,7 +70,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main(**vars(parse_args()))
-    except (OSError, ValueError) as error:
-        sys.exit(f"chance.py: error: {error}")
+    launch(lambda args, _: main(**vars(args)), parse_args())

@@ -24,6 +24,7 @@ from benchmarks.timing import time_in_turns
 from images.dataset import load_dataset
 from machine.files import write_json
 from machine.flags import not_negative, positive
+from machine.processes import launch
 from pde_ssm import PRESETS, replace_attention
 
 RESULTS = Path(__file__).parent / "results" / "classify.json"
@@ -120,8 +121,8 @@ def main(data, mixers, seeds, steps, results):
     done = {(row["mixer"], row["seed"], row["steps"]) for row in contents["rows"]}
     missing = [(m, s) for s in seeds for m in mixers if (m, s, steps) not in done]
     if missing:
-        times = time_in_turns({m: partial(training_step, m) for m in mixers}, torch.device("cpu"), seconds=20)
         images, held_out = read(data, held_out=False), read(data, held_out=True)
+        times = time_in_turns({m: partial(training_step, m) for m in mixers}, torch.device("cpu"), seconds=20)
     for mixer, seed in missing:
         model = build(mixer, seed)
         train(model, *images, steps, seed)
@@ -156,4 +157,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    main(**vars(parse_args()))
+    launch(lambda args, _: main(**vars(args)), parse_args())

@@ -6,18 +6,22 @@ IMAGES is a folder of images of one size, of which every fourth counts. A row ha
 .npz of samples, divided by those of the images, in bands of cycles an image.
 """
 
-import sys
+import argparse
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from machine.processes import launch
+
 BANDS = (0.5, 2, 4, 8, 12, 16, 23)  # cycles an image; at most 32 / sqrt(2) at 32 x 32
 
 
-def main(folder, *samples):
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")][::4]
+def main(folder, samples):
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")][::4]
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no images (.jpg, .jpeg or .png)")
     real = power(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
     print("  ".join(f"{low:g}-{high:g}" for low, high in pairwise(BANDS)))
     for path in samples:
@@ -35,5 +39,12 @@ def power(images):
     return np.array([squares[(cycles >= low) & (cycles < high)].mean() for low, high in pairwise(BANDS)])
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="IMAGES")
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    launch(lambda args, _: main(**vars(args)), parse_args())

@@ -3,11 +3,13 @@
     python -m reproduce.noise NUM OUT.npz
 """
 
-import sys
+import argparse
 
 import numpy as np
 
 from machine.files import whole_file
+from machine.flags import positive
+from machine.processes import launch
 
 
 def main(num, out):
@@ -16,5 +18,12 @@ def main(num, out):
         np.savez(file, arr_0=images)
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("num", type=positive, metavar="NUM")
+    parser.add_argument("out", metavar="OUT.npz")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    launch(lambda args, _: main(**vars(args)), parse_args())

@@ -4,29 +4,38 @@ sample.py --image-size has them, and with positions that continue them:
     python -m reproduce.resolution CKPT CIFAR10/test 32 48 64
 """
 
-import sys
+import argparse
 
 from backbones.parts import grid_embedding
 from checkpoints.build import load_model
 from diffusion import create_objective
 from images.autoencoder import PixelSpace
 from images.dataset import load_dataset
-from machine.processes import ALONE
+from machine.flags import positive
+from machine.processes import ALONE, launch
 from training.watching import held_out_loss
 
 IMAGES = 640
 
 
-def main(path, images, sides):
+def main(checkpoint, images, sides):
     for side in sides:
-        model, settings = load_model(path, dict(image_size=side), "ema")
+        model, settings = load_model(checkpoint, dict(image_size=side), "ema")
         objective = create_objective(settings["objective"], path=settings["path"], predict=settings["predict"])
-        dataset = load_dataset(images, side, held_out=True)
+        dataset = load_dataset(images, side, uncond=not model.num_classes, held_out=True)
         between = held_out_loss(model, dataset, objective, PixelSpace(), ALONE, most=IMAGES)["mse"]
         model.pos_embed.copy_(grid_embedding(*model.grid_size, model.pos_embed.shape[2]))
         continued = held_out_loss(model, dataset, objective, PixelSpace(), ALONE, most=IMAGES)["mse"]
         print(f"{side} x {side}: between {between:.4f}, continued {continued:.4f}")
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT")
+    parser.add_argument("images", metavar="IMAGES")
+    parser.add_argument("sides", nargs="+", type=positive, metavar="SIDE")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(side) for side in sys.argv[3:]])
+    launch(lambda args, _: main(**vars(args)), parse_args())

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from machine.files import whole_file
+from machine.flags import positive
 
 MARGIN = 150  # pixels for the names
 
@@ -46,7 +47,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.png")
     parser.add_argument("rows", nargs="+", type=named, metavar="NAME=FILE")
-    parser.add_argument("--count", type=int, default=14, help="samples a row")
+    parser.add_argument("--count", type=positive, default=14, help="samples a row")
     args = parser.parse_args(argv)
     sheet({name: Image.open(file) if file.suffix == ".png" else strip(file, args.count) for name, file in args.rows}, args.out)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,27 @@ def test_grids_of_a_data_set_become_one_sheet(tmp_path):
         assert pixels[(y + 1) * (20 + grids_sheet.BAR) - 1, 40 * x].tolist() == [40 * number, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("chance none.npz --features efficientnet-lite0", "none.npz: no such file or folder"),
+        ("classify none --results none.json", "none: no such folder"),
+        ("detail none none.npz", "none: no images"),
+        ("noise 3 none/noise.npz", "none"),
+        ("resolution none.pt none 8", "no checkpoint at none.pt"),
+    ],
+)
+def test_files_that_are_not_there_are_named_in_a_line(command, message, tmp_path, monkeypatch):
+    name, *flags = command.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    monkeypatch.delitem(sys.modules, f"reproduce.{name}", raising=False)
+    with pytest.raises(SystemExit, match=rf"^{name}\.py: error: .*{re.escape(message)}") as ended:
+        runpy.run_module(f"reproduce.{name}", run_name="__main__")
+    assert "\n" not in str(ended.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_first_samples_of_runs_become_one_picture(tmp_path, random_images, capsys):
     samples, out = {name: random_images(5) for name in "ab"}, tmp_path / "all.png"
     for name, images in samples.items():
@@ -253,7 +275,7 @@ def test_detail_is_by_frequency(tmp_path, capsys):
     for number in range(4):
         Image.fromarray(waves(40, 20)).save(tmp_path / f"{number}.png")
     np.savez(tmp_path / "samples.npz", arr_0=waves(20, 40)[None])
-    detail.main(tmp_path, tmp_path / "samples.npz")
+    detail.main(tmp_path, [tmp_path / "samples.npz"])
     ratios = [float(number) for number in capsys.readouterr().out.splitlines()[1].split()[:6]]
     assert ratios[1] == pytest.approx(0.25, rel=0.05)
     assert ratios[3] == pytest.approx(4, rel=0.05)
