@@ -152,6 +152,18 @@ def test_the_kernel_distance(tmp_path, random_images, run):
     assert abs(near) < 0.05 * far
 
 
+def test_exact_distances_are_those_of_float64(tmp_path, rng, run):
+    """Of features that lie so far out that float16 tells none of them from its neighbours."""
+    ref, sample = 3e3 + rng.normal(size=(60, 4)), 3e3 + rng.normal(0.5, 0.8, size=(50, 4))
+    np.savez(tmp_path / "features.npz", ref=ref, sample=sample)
+    flags = ["ref", "sample", "--features", tmp_path / "features.npz"]
+    adms, exact = (
+        [row["Precision-file"], row["Recall-file"]] for row in (run(*flags), run(*flags, "--exact-distances"))
+    )
+    assert exact == pytest.approx(precision_recall(ref, sample, exact=True))
+    assert adms != exact
+
+
 def save_folder(folder, array):
     folder.mkdir()
     for number, image in enumerate(array):

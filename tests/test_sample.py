@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
 import sample_ddp
@@ -13,6 +14,7 @@ from diffusion import drawing
 from diffusion.samplers import FLOW_SAMPLERS
 from download import public_checkpoint
 from images.autoencoder import PixelSpace
+from images.dataset import cropped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +103,11 @@ def test_a_guide_that_does_not_tell_its_objective_has_the_other_s(tmp_path, chec
     path, weak = (checkpoint("attention", name=name, objective="flow") for name in ("a.pt", "weak.pt"))
     flags = ["--class-labels", 3, "--cfg-scale", 1, "--sampler", "euler", "--guide-ckpt"]
     told = draw(path, tmp_path / "a.png", *flags, weak)
+    contents = torch.load(weak, weights_only=True)
+    for name, other, own in (("path", "cosine", "linear"), ("predict", "x", "velocity"), ("time_scale", 1, 1000)):
+        torch.save(contents | dict(args=contents["args"] | {name: other}), tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=f"other.pt has {name} {other}, and what it is to guide has {own}$"):
+            draw(path, tmp_path / "b.png", *flags, tmp_path / "other.pt")
     torch.save(torch.load(weak, weights_only=True)["ema"], weak)
     assert np.array_equal(draw(path, tmp_path / "b.png", *flags, weak), told)
 
@@ -184,6 +191,14 @@ def test_both_commands_say_once_what_they_draw(tmp_path, checkpoint, capsys, opt
     draw_many(path, tmp_path / "s", "--num-fid-samples", 1, *flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if " with mixer " in line]
     assert [line.endswith(words) for line in lines] == [True, True]
+
+
+def test_every_pixel_comes_back_as_it_was_read():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    images = cropped(Image.fromarray(pixels), 16)[None]
+    for off in (-0.4, 0, 0.4):  # of a level: the nearest one is meant
+        assert np.array_equal(drawing.to_pixels(images + off / 127.5)[0], pixels)
+    assert drawing.to_pixels(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1)).flatten().tolist() == [0, 255]
 
 
 def test_many_samples_are_drawn_in_parts(tmp_path, checkpoint, monkeypatch):

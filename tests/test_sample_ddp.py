@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -69,6 +70,17 @@ def test_balanced_labels_follow_from_the_numbers(tmp_path, checkpoint, monkeypat
         draw_many(checkpoint(num_classes=0), tmp_path / "t", *flags, "--balanced-labels")
 
 
+def test_balanced_labels_leave_the_noise_as_it_is(monkeypatch):
+    def generate(model, space, objective, sampler, labels, noise, *rest, **how):
+        return noise.randn(3)
+
+    monkeypatch.setattr(drawing, "generate", generate)
+    model = torch.nn.Linear(1, 1)
+    model.trained_classes = 10
+    plain, balanced = (drawing.draw_numbered(model, None, None, None, range(5), 0, None, kind) for kind in (False, True))
+    assert torch.equal(plain, balanced)
+
+
 def test_a_stopped_run_goes_on(tmp_path, checkpoint, monkeypatch):
     path, flags = checkpoint(), ["--num-fid-samples", 10, "--per-proc-batch-size", 4]
     whole = draw_many(path, tmp_path / "s", *flags)
@@ -87,6 +99,12 @@ def test_other_weights_or_settings_do_not_mix_into_a_folder(tmp_path, checkpoint
     draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
     with pytest.raises(ValueError, match="num_sampling_steps 4 and now 5; give another --sample-dir"):
         draw_many(path, tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 5)
+    with pytest.raises(ValueError, match="cfg_channels 3 and now all; give another --sample-dir"):
+        draw_many(path, tmp_path / "s", "--num-fid-samples", 2, "--cfg-channels", "all")
+    flow = checkpoint(objective="flow", name="flow.pt")
+    draw_many(flow, tmp_path / "flow", "--num-fid-samples", 2)
+    with pytest.raises(ValueError, match=r"time_shift 1\.0 and now 2\.0; give another --sample-dir"):
+        draw_many(flow, tmp_path / "flow", "--num-fid-samples", 2, "--time-shift", 2)
     change_weights(path, lambda weights: weights["final_layer.linear.bias"].add_(1))
     with pytest.raises(ValueError, match=r"weights .* and now"):
         draw_many(path, tmp_path / "s", "--num-fid-samples", 2)

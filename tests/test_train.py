@@ -69,6 +69,40 @@ def test_the_share_of_what_the_device_is_made_for(tmp_path, monkeypatch):
         assert (f"({row['gflops_per_sec'] / 10:.1%} of the peak)" in (folder / "log.txt").read_text()) == known
 
 
+@pytest.mark.parametrize(("flags", "last"), [([], 4), (["--max-steps", 3], 3), (["--max-steps", 9], 4)], ids=str)
+def test_a_run_ends_after_its_epochs_or_steps_whatever_comes_first(tmp_path, photos, shallow, flags, last):
+    """40 images fill two batches of 16."""
+    flags = ["--model", "DiT-N/8", "--data-path", photos, "--num-classes", 3, "--num-workers", 0, "--epochs", 2, *flags]
+    folder = fit(tmp_path / "r", *flags, "--global-batch-size", 16)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"{last:07d}.pt"]
+
+
+def test_a_seed_decides_initial_weights_order_and_noise(tmp_path, monkeypatch, shallow):
+    runs = []
+
+    def noted(images, labels, *rest, **how):
+        batch = draw_batch(images, labels, *rest, **how)
+        runs.append([images, batch["noise"]])
+        return batch
+
+    monkeypatch.setattr(train, "draw_batch", noted)
+    for seed in (0, 1, 0):
+        flags = ["--model", "DiT-N/8", "--max-steps", 1, "--global-batch-size", 8, "--lr", 1e-30, "--global-seed", seed]
+        weights = load(fit(tmp_path, *flags), 1)["model"]["blocks.0.mlp.fc1.weight"]
+        runs[-1].append(weights)
+    one, other, again = runs
+    assert [torch.equal(*pair) for pair in zip(one, again)] == [True] * 3
+    assert [torch.equal(*pair) for pair in zip(one, other)] == [False] * 3
+
+
+def test_photos_may_be_mirrored_and_digits_may_not(tmp_path, photos, monkeypatch, shallow):
+    mirrored = []
+    monkeypatch.setattr(train, "draw_batch", lambda *a, **how: mirrored.append(how["flip"]) or draw_batch(*a, **how))
+    for images in ([], ["--data-path", photos, "--num-classes", 3, "--num-workers", 0]):
+        fit(tmp_path / "r", "--model", "DiT-N/8", "--max-steps", 1, "--global-batch-size", 8, *images)
+    assert mirrored == [False, True]
+
+
 def test_default_is_dit(tmp_path):
     """Without --mixer, DiT-S/2 is DiT. Its VAE cannot be reached from here, and the error says what to do."""
     args = train.parse_args(["--model", "DiT-S/2", "--num-classes", "1000", "--results-dir", str(tmp_path)])

@@ -45,6 +45,29 @@ def test_runs_learn_are_kept_and_not_repeated(folders, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
 
 
+@pytest.mark.usefixtures("quick")
+def test_matrices_alone_decay_and_the_rate_rises_for_a_tenth_and_falls_to_zero(monkeypatch):
+    seen = []
+
+    class Noted(torch.optim.AdamW):
+        def step(self, *rest):
+            groups = self.param_groups
+            seen.append([(group["lr"], group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups])
+            return super().step(*rest)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    classify.train(model, torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.zeros(40, dtype=torch.long), 20, 0)
+    assert [group[1:] for group in seen[0]] == [(classify.WEIGHT_DECAY, {2}), (0, {1})]
+    rates = [groups[0][0] / classify.LR for groups in seen]
+    assert [rates[step] for step in (0, 1, 10, 19)] == pytest.approx([0.5, 1, 0.5, 0])
+
+
+def test_a_seed_decides_initial_weights():
+    one, other, again = (classify.build("pdessm", seed).blocks[0].mlp.fc1.weight for seed in (0, 1, 0))
+    assert (torch.equal(one, again), torch.equal(one, other)) == (True, False)
+
+
 def test_augmented_images_are_moved_by_at_most_four_pixels():
     images = torch.zeros(400, 3, 32, 32)
     images[:, :, 16, 16] = 1
@@ -53,3 +76,4 @@ def test_augmented_images_are_moved_by_at_most_four_pixels():
     rows, columns = found[:, 1], found[:, 2]
     assert set(rows.tolist()) == set(range(12, 21))
     assert set(columns.tolist()) == set(range(11, 21))  # 16, or mirrored 15, and up to 4 either way
+    assert columns.float().mean() == pytest.approx(15.5, abs=0.3)  # half of them are mirrored

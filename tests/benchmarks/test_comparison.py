@@ -159,6 +159,16 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     assert (tmp_path / "rows-flow-2-fp32.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_samples_is_of_the_lowest_seed(tmp_path):
+    for seed in (2, 10):
+        folder = tmp_path / f"mean-{seed}"
+        folder.mkdir()
+        Image.new("RGB", (16, 8), (seed, 0, 0)).save(folder / "samples.png")
+    every_mixer.draw_samples(tmp_path, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.convert("RGB").getpixel((sheet.width - 1, 0)) == (2, 0, 0)
+
+
 def test_seeds_are_summed_up():
     rows = [dict(held_out_loss={"2": loss}, steps=2, seed=seed) for seed, loss in enumerate((0.25, 0.5, 0.75))]
     assert every_mixer.cell(rows, every_mixer.loss) == "0.5 (0.25 to 0.75, 3 seeds)"

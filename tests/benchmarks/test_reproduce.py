@@ -16,11 +16,11 @@ from PIL import Image
 import evaluate
 import sample_ddp
 import train
-from commands import ROOT
+from commands import ROOT, Colours
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import chance, detail, grids_sheet, noise, strips, tables
+from reproduce import adm_targets, chance, detail, grids_sheet, noise, resolution, strips, tables
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -213,6 +213,15 @@ def test_other_papers_figures_stand_beside_ours_with_what_is_wrong_with_them():
             assert [float(cell) for cell in cells if cell.strip()][: len(figures)] == [*figures.values()]
 
 
+def test_a_later_run_of_the_same_seed_replaces_the_earlier_one():
+    metrics = {"features": "2048 features of inception", "samples": dict(images=9), "reference": dict(images_in_statistics=8)}
+    row = dict(scale="full", objective="flow", steps=3, sampling_steps=50, sampler="euler", parameters=29e6, training_loss=0.1)
+    row |= dict(machine="a machine", torch="2.15", date="2026", system="DiT")
+    rows = [row | dict(seed=seed, metrics=metrics | {"FID": fid}) for seed, fid in ((0, 3.0), (1, 4.0), (0, 5.0))]
+    (line,) = [line for line in tables.tabulate("table1_cifar10", rows).splitlines() if line.startswith("| DiT |")]
+    assert line.split(" | ")[-1] == "4.5 (4 to 5) |"
+
+
 def test_grids_of_a_data_set_become_one_sheet(tmp_path):
     grids = {(s, o): (x, y) for y, o in enumerate(grids_sheet.OBJECTIVES) for x, s in enumerate(grids_sheet.SYSTEMS)}
     for number, (system, objective) in enumerate(grids):
@@ -246,6 +255,22 @@ def test_files_that_are_not_there_are_named_in_a_line(command, message, tmp_path
         runpy.run_module(f"reproduce.{name}", run_name="__main__")
     assert "\n" not in str(ended.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_errors_at_other_sizes_of_a_network_without_classes(checkpoint, images, capsys):
+    resolution.main(checkpoint(objective="flow", num_classes=0), images, [8, 16])
+    lines = capsys.readouterr().out.splitlines()
+    (own, same), (between, continued) = (re.findall(r"\d\.\d{4}", line) for line in lines)
+    assert own == same  # where positions are those of training
+    assert between != continued
+
+
+def test_chance_needs_images(tmp_path, monkeypatch):
+    network = Colours()
+    np.savez(tmp_path / "a.npz", mu=np.zeros(network.dim), sigma=np.eye(network.dim), features=network.name)
+    monkeypatch.setattr(chance, "open_network", lambda *_: network)
+    with pytest.raises(ValueError, match=r"a\.npz holds statistics without images"):
+        chance.main(tmp_path / "a.npz", [], 2, *[None] * 4)
 
 
 def test_first_samples_of_runs_become_one_picture(tmp_path, random_images, capsys):
@@ -287,8 +312,22 @@ def test_chance_is_that_of_few_normal_numbers():
     found = chance.distances(pool, (np.zeros(1), np.ones((1, 1))), 100)
     assert len(found) == 400
     assert np.mean(found) == pytest.approx(1.5 / 100, rel=0.2)
+    dealt = chance.distances(pool.sort(0).values, (np.zeros(1), np.ones((1, 1))), 100)
+    assert np.mean(dealt) == pytest.approx(1.5 / 100, rel=0.2)             # whatever their order was
     with pytest.raises(ValueError, match="199 images do not make two sets of 100"):
         chance.distances(pool[:199], (np.zeros(1), np.ones((1, 1))), 100)
+
+
+@pytest.mark.parametrize(("other", "status"), [({}, 0), (dict(FID=3.96), 0), (dict(FID=3.92), 1), (dict(Recall=0.54), 1)])
+def test_numbers_that_are_not_adms_end_with_a_status(monkeypatch, other, status):
+    ours = {name: value for name, (value, _) in adm_targets.PUBLISHED.items()} | other
+
+    def evaluate(command):
+        Path(command[-1]).write_text(json.dumps(ours))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", evaluate)
+    assert adm_targets.main(["reference.npz", "samples.npz"]) == status
 
 
 def test_noise_is_what_evaluation_reads(tmp_path):

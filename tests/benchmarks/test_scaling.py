@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import timing
 from commands import fit
+from machine.cost import training_flops
+from models import MODELS
 from reproduce import scaling
 from reproduce.scaling import curves, slope, table
 
@@ -41,6 +43,19 @@ def test_runs_become_sizes_of_the_networks_that_were_trained(images, shallow, tm
     assert (entry["seeds"], list(entry["held_out_loss"])) == ([0, 1], ["6"])  # the step that both were measured at
     assert entry["parameters"] == sum(weight.numel() for weight in weights.values())
     assert entry["step_ms"] > 0
+    network = MODELS["DiT-N/8"](8, in_channels=3, num_classes=0, learn_sigma=False, mlp="swiglu")
+    assert entry["step_multiply_adds"] == training_flops(network, 4) // 2
+
+
+def test_runs_that_are_not_finished_do_not_count(tmp_path):
+    settings = dict(model="DiT-N/4", mixer="attention", global_seed=0, global_batch_size=2, image_size=8, max_steps=6)
+    for name, steps in (("stopped", (3,)), ("whole", (3, 6))):
+        folder = tmp_path / name / "000-DiT-N-4"
+        (folder / "checkpoints").mkdir(parents=True)
+        torch.save(dict(args=settings), folder / "checkpoints" / f"{steps[-1]:07d}.pt")
+        rows = [dict(step=1, loss=2.0), *(dict(step=step, held_out_loss=1 / step) for step in steps)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [run["loss"] for run in scaling.runs_in(tmp_path)] == [{3: 1 / 3, 6: 1 / 6}]
 
 
 def test_a_step_that_cannot_be_timed_is_named(monkeypatch):

@@ -80,6 +80,10 @@ def test_lengths_from_training_to_samples(tmp_path):
         draw(path, tmp_path / "a.png", "--ema", 0.9999, "--ema-length", 0.1)
     with pytest.raises(ValueError, match=r"--ema 0\.5: .* has averages of decay 0\.9999, length_0\.05, length_0\.1"):
         load_checkpoint(path, 0.5)
+    earlier = path.with_name("0000004.pt")
+    made = reconstruct(earlier, 0.08)[0][name]
+    path.unlink()
+    assert torch.equal(reconstruct(earlier, 0.08)[0][name], made)  # what came later was no part of it
 
 
 def test_runs_without_lengths_say_what_makes_them(tmp_path, checkpoint):

@@ -51,6 +51,31 @@ def test_every_variant_of_the_loss_is_the_published_one(golden, variant):
     torch.testing.assert_close(loss, numbers[f"loss.{variant}"], rtol=5e-5, atol=1e-6)
 
 
+def test_the_rescaled_bound_has_the_weight_of_its_steps_among_a_thousand():
+    x, t, noise = torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 3]), torch.randn(3, 3, 4, 4)
+    plain, rescaled = (
+        create_diffusion("4", rescale_learned_sigmas=rescale).training_losses(network, x, t, noise=noise)
+        for rescale in (False, True)
+    )
+    torch.testing.assert_close(rescaled["vb"], plain["vb"] * 4 / 1000)
+    torch.testing.assert_close(rescaled["loss"], plain["mse"] + rescaled["vb"])
+
+
+def test_a_clean_image_is_changed_first_and_clipped_afterwards():
+    diffusion, x, t = create_diffusion("4"), torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 3])
+    plain = diffusion.p_mean_variance(network, x, t, clip_denoised=False)["pred_xstart"]
+    changed = diffusion.p_mean_variance(network, x, t, denoised_fn=lambda x: 2 * x)["pred_xstart"]
+    torch.testing.assert_close(changed, (2 * plain).clamp(-1, 1))
+
+
+def test_ddim_goes_on_with_the_noise_beside_the_clipped_image():
+    diffusion, x, t, shown = create_diffusion("2"), 3 * torch.randn(2, 3, 4, 4), torch.ones(2, dtype=torch.long), []
+    diffusion.ddim_sample_loop(lambda x, t: shown.append(x) or network(x, t), x.shape, x)
+    clean = diffusion.p_mean_variance(network, x, t)["pred_xstart"]
+    assert (clean.abs() == 1).any()
+    torch.testing.assert_close(shown[1], diffusion.q_sample(clean, t - 1, diffusion.predict_noise(x, t, clean)))
+
+
 @pytest.mark.parametrize("respacing", ["10", "ddim25", "5,5"])
 def test_samples_are_the_published_ones(golden, respacing):
     numbers, diffusion = golden("diffusion.npz"), create_diffusion(respacing)

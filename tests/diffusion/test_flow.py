@@ -260,6 +260,9 @@ def test_shifted_times_are_sd3s_from_its_noise_to_its_image():
     noise = 1 - p
     flow = create_flow(4, time_shift=3.0)
     torch.testing.assert_close(1 - flow.draw_times(p), 3 * noise / (1 + 2 * noise))
+    drawn = 1 - create_flow(times="logit-normal").draw_times(p)
+    shifted = create_flow(times="logit-normal", time_shift=3.0).draw_times(p)  # drawn first, as SD3 does
+    torch.testing.assert_close(1 - shifted, 3 * drawn / (1 + 2 * drawn))
     expected = [1 - 3 * left / (1 + 2 * left) for left in (1, 0.75, 0.5, 0.25)]
     assert [start for start, _ in flow.steps()] == pytest.approx(expected)
     assert [start + length for start, length in flow.steps()] == pytest.approx([*expected[1:], 1])

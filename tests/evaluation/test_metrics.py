@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from evaluation.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 
 
 def statistics(features, batch=97):
@@ -75,6 +75,7 @@ def test_inception_score_of_known_distributions():
     assert inception_score(sure) == pytest.approx(4)
     assert inception_score(sure, split_size=2) == pytest.approx(2)  # each split sees two classes
     assert inception_score(torch.eye(4).repeat(2, 1)) == pytest.approx(4)  # where log 0 has no weight
+    assert inception_score(np.eye(2).repeat(5000, 0)) == pytest.approx(1)  # splits are of 5,000 images, as ADM's
 
 
 def test_precision_and_recall_of_known_sets(rng):
@@ -165,6 +166,19 @@ def test_distances_that_no_format_holds_are_an_error(rng):
     for exact, scale in ((False, 1e25), (True, 1e200)):
         with pytest.raises(ValueError, match="too large for their squared distances to be finite"):
             precision_recall(scale * rng.normal(size=(9, 3)), rng.normal(size=(9, 3)), exact=exact)
+
+
+def test_the_kernel_distance_takes_subsets_of_at_most_a_thousand_images(monkeypatch):
+    kid, sizes = pytest.importorskip("torch_fidelity.metric_kid"), []
+
+    def compute(ref, sample, kid_subset_size, verbose):
+        sizes.append(kid_subset_size)
+        return {kid.KEY_METRIC_KID_MEAN: 0.5, kid.KEY_METRIC_KID_STD: 0.25}
+
+    monkeypatch.setattr(kid, "kid_features_to_metric", compute)
+    for n, m in ((1500, 1200), (1500, 20)):
+        assert kernel_distance(np.zeros((n, 2)), np.zeros((m, 2))) == (0.5, 0.25)
+    assert sizes == [1000, 20]
 
 
 def test_the_order_of_spatial_features_matters(rng):

@@ -1,5 +1,6 @@
 """The numbers in the pictures, against formulas."""
 
+import json
 import math
 
 import pytest
@@ -107,6 +108,23 @@ def test_heads_that_look_at_all_tokens_alike_reach_as_a_mean_does():
     assert reach.attention_distance(layer).tolist() == pytest.approx([reach.uniform_reach((6, 6))] * 3)
 
 
+@torch.no_grad()
+def test_heads_look_as_far_as_the_attention_of_the_middle_token_says(randomize):
+    model, seen = randomize(MODELS["DiT-N/4"](input_size=24, in_channels=3, num_classes=2, depth=1)).eval(), []
+    _, (layer,) = observe(model, create_objective("diffusion"), maps.disc(24).expand(2, -1, -1, -1), 0, 0.5)
+    layer.module.fused_attn = False
+    layer.module.attn_drop.register_forward_hook(lambda module, inputs, weights: seen.append(weights))
+    layer.mix(layer.tokens)
+    weights = seen[0][:, :, 3 * 6 + 3].mean(0).view(3, 6, 6).roll((-3, -3), (1, 2))
+    torch.testing.assert_close(reach.attention_distance(layer), receptive_field(weights))
+
+
+def test_frequencies_belong_to_the_nearest_ring():
+    gains = torch.zeros(8, 8)
+    gains[2, 6] = 1                                                        # of 2.83 cycles a picture
+    assert spectrum.by_frequency(gains).gt(0).tolist() == [False, False, False, True, False]
+
+
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_images_are_noisy_as_in_training(objective):
     model, image = MODELS["DiT-N/4"](input_size=16, in_channels=3, num_classes=2, depth=1).eval(), maps.disc(16)[None]
@@ -138,6 +156,19 @@ def test_coefficients_that_moved(coupling):
     if coupling == "diagonal":
         standard = torch.logspace(math.log(0.5), 0, 96, base=math.e)       # in tokens: from half of one to a quarter of four
         assert before["width"].tolist() == pytest.approx(standard.tolist(), rel=1e-4)
+        equation.log_ly.data += math.log(3)
+        equation.r_slack.data.fill_(math.log(math.expm1(1.5)))             # r = -1/2
+        (after,) = drift.coefficients_of(model)
+        assert after["stretch"].tolist() == pytest.approx([3] * 96, rel=1e-4)
+        assert after["growth"].tolist() == pytest.approx([-2] * 96, rel=1e-4)
+
+
+def test_curves_are_of_losses_and_distances_that_are_finite(tmp_path):
+    rows = [dict(step=2, loss=0.5, lr=0.1), dict(step=2, held_out_loss=None, held_out_mse=0.5), dict(step=2, fd64_a_256=7.0)]
+    rows += [dict(step=4, loss=0.25), dict(step=4, held_out_loss=0.5), dict(step=4, fd64_a_256=None)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = dict(loss=[(2, 0.5), (4, 0.25)], held_out_loss=[(4, 0.5)], fd64_a_256=[(2, 7.0)])
+    assert curves.read_curves(tmp_path) == expected
 
 
 def test_a_folder_without_losses_is_named(tmp_path):

@@ -15,7 +15,8 @@ from PIL import Image
 import train
 from commands import fit, fork, lasting
 from images import dataset
-from images.dataset import load_dataset
+from images.dataset import check_readable, load_dataset
+from machine.processes import Processes
 
 SMALL = ["--model", "DiT-N/8", "--global-batch-size", 8, "--lr", 1e-3, "--num-workers", 0, "--max-steps", 5]  # an epoch
 BAD = {"1/7.png": "1/1.png", "2/5.png": "2/11.png", "2/8.png": "2/11.png"}  # and the next of its class, which goes around
@@ -98,6 +99,19 @@ def test_all_images_are_read_before_training(tmp_path, spoilt, shallow, caplog, 
         fit(tmp_path / "r", *flags, "--max-bad-images", 3)
         fit(tmp_path / "s", *flags, "--val-path", spoilt[1])
         assert learnt(tmp_path / "s")["step"] == learnt(tmp_path / "r")["step"] == 5
+
+
+def test_every_process_checks_images_of_its_own(spoilt):
+    found = []
+
+    class Noted(Processes):
+        def gather(self, value):
+            found.extend(value)
+            return []
+
+    for rank in range(3):
+        check_readable(load_dataset(spoilt[0], 8), Noted(rank, 3, torch.device("cpu")), print)
+    assert sorted(re.search(r"(\d/\d\.png) \(", fault)[1] for _, fault in found) == sorted(BAD)
 
 
 def test_names_that_no_locale_can_spell_are_logged(tmp_path, photos, shallow, capfd, monkeypatch):

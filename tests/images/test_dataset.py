@@ -47,6 +47,13 @@ def test_extreme_images_are_cropped_without_enlarging_all_of_them(size, monkeypa
         assert np.abs(cropped - np.asarray(center_crop_arr(image, 32))).max() <= 2
 
 
+def test_what_is_twice_as_large_is_halved_by_averaging(rng):
+    """Also at exactly twice, where ADM's loop has its last turn."""
+    image = Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))
+    halved = image.resize((10, 8), Image.Resampling.BOX).crop((1, 0, 9, 8))
+    assert np.array_equal(center_crop_arr(image, 8), halved)
+
+
 def test_digits_are_there_without_a_path():
     digits = load_dataset(None, 16)
     assert (len(digits), digits.num_classes, digits.flip) == (1797, 10, False)

@@ -147,6 +147,13 @@ def test_digits_are_not_mirrored_and_halves_take_half(tmp_path, vae):
     assert sizes[1] < 0.6 * sizes[0]
 
 
+def test_images_without_classes_are_encoded_and_held_out_ones_if_there_are(tmp_path, vae, photos):
+    cached = CachedLatents(encode_to(tmp_path / "a", vae, "--data-path", f"{photos}/class0", "--uncond"))
+    assert (len(cached), cached.num_classes) == (9, 0)
+    with pytest.raises(ValueError, match="the digits have no held-out images"):
+        encode_to(tmp_path / "b", vae, "--held-out")
+
+
 def test_workers_read_latents(encoded):
     cached = load_dataset(encoded, 16)
     alone = [moments for moments, _ in cached]
@@ -310,6 +317,15 @@ def test_a_wrong_bit_ends_the_run_and_what_was_learnt_is_saved(tmp_path, copy, v
     with pytest.raises(OSError, match=rf"00001\.safetensors is damaged: the checksum of its image {bad[0] - 10} is wrong"):
         train_on(str(copy), tmp_path / "r", vae, "--global-batch-size", 5)
     assert os.listdir(tmp_path / "r" / "000-DiT-N-2" / "checkpoints") == ["0000004.pt"]
+
+
+def test_a_wrong_class_is_noticed_too(copy):
+    path = copy / "00001.safetensors"
+    tensors = load_file(path)
+    tensors["label"][3] += 1
+    save_file(tensors, path)
+    with pytest.raises(OSError, match=r"00001\.safetensors is damaged: the checksum of its image 3 is wrong"):
+        load_dataset(str(copy), 16)[13]
 
 
 def readable(dataset, i):

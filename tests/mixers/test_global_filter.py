@@ -51,6 +51,10 @@ def test_other_grids_have_the_same_kernel_in_tokens(grid, other):
     torch.testing.assert_close(layer(u), of_kernel(placed)(u))
 
 
+def test_initial_weights_are_gfnets():
+    assert GlobalFilter(64, grid_size=(8, 8)).complex_weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
 def test_on_its_own_grid_the_series_gives_the_weights_back():
     layer = of_kernel(torch.randn(2, 6, 7).double())
     before = layer.filter()

@@ -81,6 +81,8 @@ def test_time_steps_of_a_whole_network_start_between_a_thousandth_and_a_tenth(na
         steps = softplus(bias)
         assert 0.99e-3 < steps.min() < 0.005
         assert 0.02 < steps.max() < 0.101
+    for A_log in (p for key, p in model.named_parameters() if key.endswith("_log")):       # and states decay at rates 1 to 16
+        torch.testing.assert_close(A_log.exp(), torch.arange(1.0, 17).expand_as(A_log))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """PlainMamba against public numbers."""
 
 import pytest
+import torch
 from torch.nn.functional import softplus
 
 from mixers.orders import follow, put_back, steps
@@ -46,6 +47,8 @@ def test_time_steps_survive_what_initializes_a_model():
     for block in DiT(8, hidden_size=32, depth=2, num_heads=4, num_classes=10, mixer="plainmamba").blocks:
         time_steps = softplus(block.attn.dt_proj.bias)
         assert 0.00099 < time_steps.min() < 0.01 < 0.03 < time_steps.max() < 0.101
+        rates = block.attn.A_log.exp()                                     # of the decay of states, 1 to their number
+        torch.testing.assert_close(rates, torch.arange(1.0, 17).expand_as(rates))
 
 
 @pytest.mark.parametrize(

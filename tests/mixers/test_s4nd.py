@@ -62,6 +62,12 @@ def test_the_convolution_is_in_float32_whatever_the_products_are():
     assert out.dtype == torch.bfloat16
 
 
+def test_initial_steps_run_from_a_thousandth_to_a_tenth():
+    steps = Kernel(4096, 2).inv_dt.exp()
+    assert 0.001 <= steps.min() < 0.00102
+    assert 0.098 < steps.max() <= 0.1001
+
+
 def test_states_come_in_pairs():
     with pytest.raises(ValueError, match=r"^--s4nd-state-dim 7: states come in conjugate pairs, so their number is even$"):
         S4ND(8, grid_size=(2, 2), state_dim=7)

@@ -51,6 +51,8 @@ def test_time_steps_survive_what_initializes_a_model(mixer):
     for block in DiT(8, hidden_size=32, depth=2, num_heads=4, num_classes=10, mixer=mixer).blocks:
         steps = softplus(block.attn.dt_projs_bias)
         assert 0.00099 < steps.min() < 0.005 < 0.05 < steps.max() < 0.101
+        rates = block.attn.A_logs.exp()                                    # of the decay of states, 1 to their number
+        torch.testing.assert_close(rates, torch.arange(1.0, rates.shape[1] + 1).expand_as(rates))
 
 
 def test_it_scans_in_float32_under_autocast():

@@ -53,6 +53,8 @@ def test_sizes_of_uvit(golden):
         options |= {option: expected[option] for option in ("input_size", "in_channels")}
         model = on_meta(MODELS[name.split()[0]], **options)
         assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
+        heads = dict(H=16, L=16, M=12, S=8)[name.removeprefix("U-ViT-").partition("/")[0]]  # of which no shape tells
+        assert {block.attn.num_heads for block in model.blocks} == {heads}
 
 
 @pytest.mark.parametrize("name", ["DiS-S/2", "U-ViT-H/2"])
@@ -76,6 +78,14 @@ def test_time_steps_of_dis_start_as_its_public_code_has_them():
         assert 1e-3 < steps.min() < steps.max() < 0.1001
         assert not block.mixer.dt_proj_b.bias.any()
         assert block.mixer.out_proj.weight.abs().max() < 32**-0.5 / 2      # nn.Linear's bound, by the root of 4 blocks
+
+
+def test_initial_weights_of_uvit_are_those_of_vision_transformers():
+    model = UViT(**SMALL | dict(hidden_size=64))
+    block = model.out_blocks[0]
+    for weight in (block.skip_linear.weight, block.attn.qkv.weight, model.label_emb.weight, model.pos_embed):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not any(layer.bias.any() for layer in (block.skip_linear, block.mlp.fc1, model.decoder_pred))
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ def test_public_weights_give_the_public_outputs(golden, monkeypatch):
     """
     numbers = golden("dit_tiny.npz")
     model = DiT(**SMALL).eval()
+    torch.testing.assert_close(model.pos_embed, numbers["state.pos_embed"])  # which is not learnt
     model.load_state_dict({key.removeprefix("state."): value for key, value in numbers.items() if key.startswith("state.")})
 
     def worst():
@@ -71,6 +72,8 @@ def test_the_twelve_models_are_the_public_ones(golden):
         assert count(model) == expected["parameters"], name
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["trainable"], name
         assert expected["state"] in (state, len(state)), name
+        heads = dict(XL=16, L=16, B=12, S=6)[name.removeprefix("DiT-").partition("/")[0]]  # of which no shape tells
+        assert {block.attn.num_heads for block in model.blocks} == {heads}, name
 
 
 @pytest.mark.parametrize("name", DiT_models)

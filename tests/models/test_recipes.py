@@ -50,6 +50,14 @@ def test_rope_keeps_places_in_the_picture_on_other_grids():
     torch.testing.assert_close(turned[:, :16] ** 2 + turned[:, 16:] ** 2, torch.ones(96, 16))
 
 
+def test_angles_of_rope_per_token_fall_from_1_to_a_hundredth():
+    """Geometrically; a half of the channels turns by column, and the other one by row, which is the same here."""
+    turned = rotations((1, 2), (1, 2), 16, torch.empty(0))
+    angles = torch.atan2(turned[:, :16], turned[:, 16:]).diff(dim=0)[0].sort(descending=True).values
+    expected = torch.tensor([100 ** (-i / 4) for i in range(4)]).repeat_interleave(2)
+    torch.testing.assert_close(angles, torch.cat([expected, torch.zeros(8)]), rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_norms_of_queries_and_keys_bound_the_scores():
     layer = build(32, 2, True, qk_norm=True)

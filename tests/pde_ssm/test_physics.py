@@ -184,6 +184,20 @@ def test_two_steps_in_time_are_one_long_step(coupling, grid, solver):
     solver.assert_close(evolve(evolve(u, 0.3), 0.6), evolve(u, 0.9))
 
 
+@pytest.mark.parametrize("backend", ["default", "torch", "plain"])
+@pytest.mark.parametrize("coupling", ["diagonal", "pairwise"])
+@torch.no_grad()
+def test_turns_around_the_torus_change_nothing(coupling, backend):
+    """Not even in single precision, where their products with wave numbers would be rounded."""
+    solver = Solver(backend, torch.float32)
+    pde = without_input_map(PDESSM(4, coupling=coupling).double())
+    pde.equation.b.copy_((64 * pde.equation.b).round() / 64)
+    u = torch.randn(1, 4, 8, 9, dtype=f64)
+    expected = solver(pde, u)
+    pde.equation.b.add_(torch.tensor([1024, -512]))
+    solver.assert_close(solver(pde, u), expected)
+
+
 @solvers
 @pytest.mark.parametrize("coupling", ["diagonal", "coupled"])
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusion import create_diffusion
 from images.autoencoder import open_space
 from machine.processes import Processes
 from training.batches import draw_batch, epochs, make_loader
+from training.watching import held_out_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +45,9 @@ def test_mirrors_half_of_the_images_that_may_be(monkeypatch):
     assert torch.equal(draw(False)["x_start"], images)
     batch = draw(True)
     assert 20 < batch["model_kwargs"]["drop"].sum() < 65
-    assert 120 < draw(True, dropout=0.4)["model_kwargs"]["drop"].sum() < 200
+    dropped = draw(True, dropout=0.4)["model_kwargs"]["drop"]
+    assert 120 < dropped.sum() < 200
+    assert 0.35 < mirrored[dropped].float().mean() < 0.65  # one has nothing to do with the other
     assert batch["t"].float().mean() == pytest.approx(500, abs=50)
 
 
@@ -85,6 +89,35 @@ def test_held_out_images_have_the_same_noise_in_every_run(tmp_path, photos):
     torchrun(2, "train.py", *QUICK, "--results-dir", tmp_path / "two", *flags, "--max-steps", 4)
     two = json.loads((tmp_path / "two" / "000-DiT-N-4" / "log.jsonl").read_text().splitlines()[-1])
     assert two == pytest.approx(often[1], rel=1e-4)
+
+
+def test_held_out_images_are_spread_over_the_set_and_their_times_over_all_times():
+    """They are not mirrored, and an image's place in the set does not tell its time."""
+    images = [(torch.arange(12.0).view(3, 2, 2) + 100 * number, number) for number in range(100)]
+    seen, objective = {}, SimpleNamespace(draw_times=lambda p: p)
+    objective.training_losses = lambda model, x, t, kwargs, noise: seen.update(x=x, t=t, y=kwargs["y"]) or {"loss": t}
+    losses = held_out_loss(torch.nn.Identity(), images, objective, open_space("none"), ALONE, most=20)
+    assert seen["y"].tolist() == list(range(0, 100, 5))
+    assert torch.equal(seen["x"], torch.stack([image for image, _ in images[::5]]))
+    twentieths = (20 * seen["t"]).long().tolist()
+    assert sorted(twentieths) == list(range(20)) != twentieths
+    assert losses == pytest.approx(dict(loss=seen["t"].mean().item()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights"),
+    [(["diffusion"], ["--min-snr", 1]), (["flow", "--path", "cosine"], ["--times", "logit-normal", "--time-shift", 3])],
+    ids=["diffusion", "flow"],
+)
+def test_how_a_run_weights_its_loss_is_not_seen_in_that_of_held_out_images(tmp_path, photos, shallow, objective, weights):
+    flags = ["--model", "DiT-N/8", "--data-path", photos, "--val-path", photos, "--num-classes", 3, "--num-workers", 0]
+    flags += ["--global-batch-size", 4, "--max-steps", 1, "--lr", 1e-30, "--objective", *objective]
+    rows = []
+    for more in ([], weights):
+        log = (fit(tmp_path / "r", *flags, *more) / "log.jsonl").read_text()
+        rows.append([json.loads(line) for line in log.splitlines()])
+    assert rows[0][0]["loss"] != pytest.approx(rows[1][0]["loss"], rel=1e-3)
+    assert rows[0][1]["held_out_loss"] == pytest.approx(rows[1][1]["held_out_loss"], rel=1e-5)
 
 
 def test_a_batch_must_divide_over_the_processes():

@@ -245,6 +245,15 @@ def test_a_fault_in_float16_is_what_no_scale_mends(scale, loss, fault):
     assert only_the_scale_falls(learner, torch.tensor(float(loss))) == (not fault)
 
 
+def test_a_gradient_is_as_large_as_it_is_without_float16s_scale():
+    """Of which the norm that gradients are scaled down to knows nothing."""
+    learner = learner_of(torch.nn.Linear(1, 1))
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    learner.scaler.scale(learner.model(torch.ones(1, 1)).sum()).backward()
+    assert update(learner, torch.tensor(1.0), 1, max_norm=10)
+    assert learner.opt.state[learner.model.weight]["exp_avg"].item() == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(("gradient", "learns"), [(1e18, True), (1e20, False)])
 def test_gradients_whose_squares_overflow_do_not_reach_the_moments(gradient, learns):
     learner = learner_of(torch.nn.Linear(1, 1))

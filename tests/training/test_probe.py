@@ -12,7 +12,7 @@ import evaluate
 import train
 from commands import ALONE, QUICK, Colours, draw_many, fit, fork
 from diffusion import drawing
-from evaluation.metrics import frechet_distance
+from evaluation.metrics import Statistics, frechet_distance
 from images.dataset import load_dataset
 from machine.processes import launch
 from training import probe, watching
@@ -142,6 +142,13 @@ def test_two_processes_draw_what_one_does(tmp_path, photos, flags):
     assert fork(*flags, "--results-dir", tmp_path / "two", processes=2) == [0, 0]
     one = fit(tmp_path / "one", *flags[: -2 if "fsdp" in flags else None])
     assert probed(one) == pytest.approx(probed(next((tmp_path / "two").iterdir())), rel=2e-3)
+
+
+def test_it_takes_the_first_features_alone(monkeypatch, random_images):
+    monkeypatch.setattr(probe, "FEATURES", 4)
+    sums, images = Statistics(), random_images(9)
+    probe.add(sums, images, Colours(), ALONE)
+    np.testing.assert_allclose(sums.mean, gaussian(images)[0][:4], rtol=1e-6)
 
 
 def test_held_out_images_are_what_it_compares_with_if_there_are(tmp_path, photos):

@@ -3,8 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from training.runs import create_experiment
+from machine.processes import Processes
+from training.runs import create_experiment, log_interval
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,14 @@ def test_every_experiment_has_a_number_of_its_own(tmp_path, there, new):
     for name in there:
         (tmp_path / name).mkdir()
     assert create_experiment(tmp_path, "DiT-N/4").name == f"{new}-DiT-N-4"
+
+
+def test_operations_are_counted_for_each_process():
+    written = []
+    losses, two = [torch.tensor(1.0), torch.tensor(2.0)] * 2, Processes(0, 2, torch.device("cpu"))
+    log_interval(4, losses, 2.0, (6e9, 1e11), two, written.append)
+    (row,) = written
+    assert (row["loss"], row["steps_per_sec"], row["gflops_per_sec"], row["utilisation"]) == pytest.approx((1.5, 2, 6, 0.06))
 
 
 def test_experiments_that_begin_at_once_do_not_share_a_folder(tmp_path):
