@@ -41,7 +41,7 @@ def main(args, processes):
 
     drawn = in_words(model, settings, sampler, steps, args.precision, guidance)
     print(f"Drawing {len(labels)} images: {drawn}")
-    images = draw(model.to(processes.device), space, objective, sampler, labels, args.seed, guidance)
+    images = draw(model, space, objective, sampler, labels, args.seed, guidance)
     columns = args.samples_per_class if args.samples_per_class > 1 else 4
     captions = None if guidance.drops_classes else name_classes(model, labels)
     save_grid(images, args.out, columns, captions)
@@ -57,7 +57,7 @@ def with_guide(guidance, path, scale, model, settings, running):
         return guidance
     guide = load_guide(find_checkpoint(path), model, settings)
     prepare_to_sample(guide, *running)
-    return guidance._replace(guide=guide.to(running[0]), guide_scale=2.0 if scale is None else scale)
+    return guidance._replace(guide=guide, guide_scale=2.0 if scale is None else scale)
 
 
 def in_words(model, settings, sampler, steps, precision, guidance):

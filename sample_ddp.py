@@ -31,6 +31,7 @@ from sample import add_model_flags, in_words, with_guide
 
 def main(args, processes):
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     count = args.num_fid_samples
     if not args.evaluate and (args.weights or args.features != NETWORKS[0]):
         raise ValueError("--features and --weights mean nothing without --evaluate REF")
@@ -71,7 +72,6 @@ def main(args, processes):
         drawn = in_words(model, settings, sampler, args.num_sampling_steps, args.precision, guidance)
         print(f"Sampling {sum(map(len, batches)):,} of {count:,} images into {folder}: {drawn}")
 
-    model.to(processes.device)
     for numbers in tqdm(mine, unit="batch", disable=processes.rank > 0):
         images = draw_numbered(model, space, objective, sampler, numbers, args.global_seed, guidance, args.balanced_labels)
         for number, image in zip(numbers, images):
@@ -120,7 +120,7 @@ def parse_args(argv=None):
     add("--global-seed", type=not_negative, default=0)
     add("--evaluate", metavar="REF", help="compare with this .npz or folder when done, as evaluate.py does; also as .json")
     add_feature_flags(add)
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster matrix products, with rounding of 1e-3")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="faster float32 products, with rounding of 1e-3")
     return parser.parse_args(argv)
 
 

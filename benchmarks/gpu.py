@@ -76,6 +76,7 @@ def stages(out, checkout, cifar10, flowers, rehearse):
         Stage("memory", 2, benchmark("memory")),
         Stage("tests", 6, tests()),
         Stage("tiles", 5, benchmark("tiles", *(["--table", out / "tiles.json"] if rehearse else []))),
+        Stage("tuned", 2, benchmark("kernel_grids", "--seconds", kernels)),
         Stage("layer", 4, benchmark("mixer", *few)),
         Stage("sampling", 4, benchmark("sampling", "--batch", 4, *few)),
         Stage("table5", 3, benchmark("table5", *few)),

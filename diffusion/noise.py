@@ -7,20 +7,21 @@ import torch
 class PerImageNoise:
     """Draws noise from one generator per image, so that an image does not depend on what it is batched with.
 
-    seeds: one integer per image. Called with a tensor (B, ...), it returns standard normal noise like it.
+    seeds: one integer per image. drawn_on: where noise is drawn, by default on `device`; a GPU draws other numbers for a seed
+    than a CPU. Called with a tensor (B, ...), it returns standard normal noise like it.
     """
 
-    def __init__(self, seeds, device):
-        self.device = device
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds, device, drawn_on=None):
+        self.device, self.drawn_on = device, drawn_on or device
+        self.generators = [torch.Generator(self.drawn_on).manual_seed(seed) for seed in seeds]
 
     def randn(self, *shape):
         """Draws (B, *shape) standard normal numbers."""
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+        return torch.stack([torch.randn(shape, generator=g, device=self.drawn_on) for g in self.generators]).to(self.device)
 
     def rand(self, *shape):
         """Draws (B, *shape) uniform numbers in [0, 1)."""
-        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators])
+        return torch.stack([torch.rand(shape, generator=g, device=self.drawn_on) for g in self.generators]).to(self.device)
 
     def __call__(self, x):
         return self.randn(*x.shape[1:]).to(x.dtype)

@@ -168,6 +168,7 @@ def measure(source, network, processes=ALONE, batch_size=None):
     ValueError on all processes if a feature is not finite."""
     if source.images is None:
         return Side(source.name, None, source.statistics, source.counted, set())
+    network.to(processes.device, memory_format=torch.channels_last)  # also if the features are there: its last layer is asked
     if source.pool is not None:
         pool = torch.from_numpy(source.pool).to(processes.device)
         return Side(source.name, pool, source.statistics, source.counted, {source.images.shape[1:3]})
@@ -177,7 +178,6 @@ def measure(source, network, processes=ALONE, batch_size=None):
     starts = range(0, len(numbers), batch_size)[processes.rank :: processes.size]
     batches = [numbers[start : start + batch_size] for start in starts]
 
-    network.to(processes.device, memory_format=torch.channels_last)
     pool = torch.zeros(len(numbers), network.dim, device=processes.device)
     sums, sizes = {}, set()
     progress = tqdm(source.images.read(batches), source.name, len(batches), unit="batch", disable=processes.rank > 0)

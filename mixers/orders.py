@@ -24,9 +24,9 @@ class Path:
     snake: bool = False
     from_end: bool = False
 
-    def places(self, h, w):
+    def places(self, h, w, device=None):
         """Returns the numbers, in raster order, of the tokens of an h x w grid as the path meets them, (h w,)."""
-        grid = torch.arange(h * w).view(h, w)
+        grid = torch.arange(h * w, device=device).view(h, w)
         grid = grid.flip([axis for axis, mirrored in enumerate((self.up, self.left)) if mirrored])
         lines = grid.T.clone() if self.columns else grid
         if self.snake:
@@ -69,14 +69,14 @@ def put_back(sequences, paths, grid_size):                                 # (B,
 @cached_per_device
 def places(paths, grid_size, device):
     """Returns the places of the paths side by side, (N K,)."""
-    return torch.stack([path.places(*grid_size) for path in paths], dim=1).flatten().to(device)
+    return torch.stack([path.places(*grid_size, device) for path in paths], dim=1).flatten()
 
 
 @cached_per_device
 def steps(paths, grid_size, device):
     """Returns by which step each path came to its tokens on an (h, w) grid, (N, K): 0 at its start, 1 to the right, 2 to the
     left, 3 up, 4 down."""
-    places = torch.stack([path.places(*grid_size) for path in paths], dim=1)
+    places = torch.stack([path.places(*grid_size, device) for path in paths], dim=1)
     down, right = (places // grid_size[1]).diff(dim=0), (places % grid_size[1]).diff(dim=0)
     kinds = (right > 0) + 2 * (right < 0) + 3 * (down < 0) + 4 * (down > 0)
-    return torch.cat([torch.zeros_like(places[:1]), kinds]).to(device)
+    return torch.cat([torch.zeros_like(places[:1]), kinds])

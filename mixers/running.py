@@ -22,11 +22,13 @@ def add_speed_flags(add):
 
 
 def prepare_to_sample(model, device, precision="fp32", compile=False, backend="default", deterministic=False):
-    """Prepares a trained model to run on that device in this precision, compiled or not, with that backend of the PDE, and, if
-    deterministic, bitwise reproducibly. ValueError if the machine cannot do that. The weights must not change afterwards."""
+    """Moves a trained model to that device and prepares it to run there in this precision, compiled or not, with that backend
+    of the PDE, and, if deterministic, bitwise reproducibly. ValueError if the machine cannot do that. The weights must not
+    change afterwards."""
     if deterministic:
         be_deterministic()
     choose_backend(backend, model, device)
+    model.to(device)  # where it warms up below
     forward = in_precision(model.forward, precision, device)
     if compile:
         check_compiler(device)

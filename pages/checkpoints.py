@@ -80,7 +80,7 @@ def _open(path, changed, device):
     model, settings = load_model(path, {}, "mse")
     prepare_to_sample(model, device)
     space = load_trained_space(settings["vae"], device, settings.get("vae_digest"))
-    return Opened(path, model.to(device), settings, space)
+    return Opened(path, model, settings, space)
 
 
 @contextmanager

@@ -70,6 +70,14 @@ def test_balanced_labels_follow_from_the_numbers(tmp_path, checkpoint, monkeypat
         draw_many(checkpoint(num_classes=0), tmp_path / "t", *flags, "--balanced-labels")
 
 
+@pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
+def test_tf32_is_of_products_and_convolutions(tmp_path, checkpoint, monkeypatch, flag):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    draw_many(checkpoint(), tmp_path / "s", "--num-fid-samples", 2, flag)
+    assert torch.backends.cudnn.allow_tf32 == (flag == "--tf32")
+    assert torch.get_float32_matmul_precision() == ("high" if flag == "--tf32" else "highest")
+
+
 def test_balanced_labels_leave_the_noise_as_it_is(monkeypatch):
     def generate(model, space, objective, sampler, labels, noise, *rest, **how):
         return noise.randn(3)

@@ -85,7 +85,7 @@ def held_out_loss(model, dataset, objective, space, processes, bad=None, most=HE
     for numbers in (mine[part::parts] for part in range(parts)):
         images, labels, *new = zip(*(dataset[number * len(dataset) // n] for number in numbers))
         faults += [fault for some in new for part in some for fault in part]
-        noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device)
+        noise = PerImageNoise(image_seeds(0, numbers, "validation"), processes.device, drawn_on="cpu")
         images, labels = torch.stack(images).to(processes.device), torch.tensor(labels, device=processes.device)
         x = encode(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), noise, space)
         # Multiplying by a prime that divides no n permutes: timesteps have nothing to do with an image's place in the set.

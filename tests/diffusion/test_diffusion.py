@@ -317,3 +317,9 @@ def test_min_snr_leaves_the_bound_of_the_variance_alone():
     torch.testing.assert_close(losses["loss"] - losses["vb"], losses["mse"] * diffusion.weight(t, losses["mse"]))
     with pytest.raises(ValueError, match="min_snr=5 weights squared errors, of which a loss with use_kl has none"):
         create_diffusion("", use_kl=True, min_snr=5)
+
+
+def test_noise_may_be_drawn_elsewhere_than_it_is_used():
+    meta, image = torch.device("meta"), torch.empty(2, 3)
+    noise = PerImageNoise([1, 2], meta, drawn_on="cpu")
+    assert noise.rand(3).device == noise.randn(3).device == noise(image).device == meta

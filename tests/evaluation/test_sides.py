@@ -146,3 +146,17 @@ def test_memory_grows_with_features_only(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3e6
+
+
+class WithLastLayer(Colours):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 9)
+
+
+def test_a_network_is_on_the_device_of_features_that_it_need_not_compute(tmp_path, random_images):
+    """Its last layer makes probabilities of them."""
+    sides.make_reference(open_source(random_images(20), Colours()), tmp_path / "ref.npz", Colours(), ALONE)
+    network = WithLastLayer()
+    side = measure(open_source(tmp_path / "ref.npz", network), network, Processes(0, 1, torch.device("meta")))
+    assert side.pool.device == network.fc.weight.device == torch.device("meta")

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mixers.orders import ORDERS, follow, put_back, steps
+from mixers.orders import ORDERS, follow, places, put_back, steps
 
 PUBLIC = {"continuous": "lamamba.{}", "zigzag": "zigma.zigzag.{}"}
 grids = pytest.mark.parametrize("grid_size", [(1, 1), (1, 4), (5, 1), (3, 4), (5, 5)])
@@ -36,9 +38,9 @@ def test_every_path_meets_every_token_once(order, grid_size):
     tokens, paths = torch.randn(2, grid_size[0] * grid_size[1], 3), ORDERS[order]
     sequences = follow(tokens, paths, grid_size)
     for k, path in enumerate(paths):
-        places = path.places(*grid_size)
-        assert places.sort().values.tolist() == list(range(tokens.shape[1]))
-        assert torch.equal(sequences[:, :, k], tokens[:, places])
+        numbers = path.places(*grid_size)
+        assert numbers.sort().values.tolist() == list(range(tokens.shape[1]))
+        assert torch.equal(sequences[:, :, k], tokens[:, numbers])
         assert torch.equal(put_back(sequences[:, :, k : k + 1], (path,), grid_size), tokens)
     torch.testing.assert_close(put_back(sequences, paths, grid_size), len(paths) * tokens)
 
@@ -46,6 +48,28 @@ def test_every_path_meets_every_token_once(order, grid_size):
 @grids
 @pytest.mark.parametrize("order", ["continuous", "zigzag", "plain"])
 def test_a_snake_steps_from_neighbour_to_neighbour(order, grid_size):
-    for places in (path.places(*grid_size) for path in ORDERS[order]):
-        row, column = places // grid_size[1], places % grid_size[1]
+    for numbers in (path.places(*grid_size) for path in ORDERS[order]):
+        row, column = numbers // grid_size[1], numbers % grid_size[1]
         assert (row.diff().abs() + column.diff().abs() == 1).all()
+
+
+class Devices(TorchDispatchMode):
+    """Keeps the kinds of the devices on which tensors are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        self.kinds |= {x.device.type for x in tree_leaves(made) if isinstance(x, torch.Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_paths_are_made_on_the_device_of_their_tokens(order):
+    """Also in a compiled network, whose CUDA graph would end wherever something runs on a CPU."""
+    with Devices() as made:
+        for find in (places, steps):
+            find(ORDERS[order], (3, 4), torch.empty(0, device="meta"))
+    assert made.kinds == {"meta"}

@@ -59,6 +59,13 @@ def build(randomize, name="DiT-N/4", learn_sigma=True, **options):
     return randomize(model).eval().requires_grad_(False)
 
 
+def test_a_network_is_where_it_warms_up(randomize):
+    """Commands load it on the CPU."""
+    model = build(randomize)
+    prepare_to_sample(model, torch.device("meta"), **PLAIN)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def samples(model, sampler, *guidance, n=2, steps=4):
     """What a sampler makes of the model, as float32."""
     objective = create_objective("flow" if sampler in FLOW_SAMPLERS else "diffusion", steps)
