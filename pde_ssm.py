@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pde_ssm_kernels
-from pde_ssm_attention import ARGUMENTS, exchange
+from pde_ssm_attention import ARGUMENTS, exchange, grid_of
 from pde_ssm_kernels import BACKENDS, pytorch, set_backend  # noqa: F401  (BACKENDS and set_backend are re-exported)
 from pde_ssm_kernels.kept import Keeping, forget, kept
 from pde_ssm_kernels.modes import full_precision, widen
@@ -133,6 +133,9 @@ class PDE(Keeping):
     def __init__(self, dim, grid_size, terms):
         super().__init__()
         self.dim, self.terms, self.token = dim, terms, 1 / max(grid_size)
+
+    def forward(self, *arguments):
+        return self.evolve(*arguments)  # in a call of the module, which runs hooks: users' and those of pruned parameters
 
     def create_scalars(self, log_l, r):
         """Adds parameters in the shape of log_l: isotropic diffusion with widths exp(log_l), shifts, and the rates r."""
@@ -418,7 +421,7 @@ class PDESSM(Keeping):
         if (state := pde_ssm_kernels.fold(u, self)) is None:
             v = nn.functional.silu(self.R(u)) if self.activation else self.R(u)    # (B, h, w, C)
             with full_precision(u):
-                state = self.equation.evolve(v, *([self.time_scale(c)] if self.conditioned else []))   # (B, h, w, C)
+                state = self.equation(v, *([self.time_scale(c)] if self.conditioned else []))          # (B, h, w, C)
             if self.local is not None:
                 state = state + self.local(v.movedim(-1, 1)).movedim(1, -1)
         if self.gate is not None:
@@ -499,9 +502,9 @@ class PDESSMBlock(nn.Module):
         N = tokens.shape[1]
         h, w = self.grid_size or (math.isqrt(N), math.isqrt(N))
         if N == 0 or h * w != N:
-            grid = f"{h} x {w} = {h * w} tokens" if self.grid_size else "a square number of tokens (pass grid_size=(h, w))"
-            prefix = f" after {self.prefix_tokens} prefix_tokens" if self.prefix_tokens else ""
-            raise ValueError(f"PDESSMBlock got {N} tokens on the grid{prefix}; it expects {grid}")
+            grid = f"{h} x {w} = {h * w} tokens" if self.grid_size else "a square number of tokens"
+            after = f" after {self.prefix_tokens} prefix_tokens" if self.prefix_tokens else ""
+            raise ValueError(f"PDESSMBlock got {N} tokens on the grid{after}; it needs {grid}: set grid_size or prefix_tokens")
         u = tokens.transpose(1, 2).unflatten(2, (h, w))                    # (B, D, h, w)
         mixed = self.pde(u, c).flatten(2).transpose(1, 2)                  # (B, N, D)
         if self.prefix is None:
@@ -554,6 +557,4 @@ def replace_attention(model, mixer="pdessm", grid_size=None, **options):
         mixer, options = PDESSMBlock, PRESETS[mixer] | options
     if options.get("conditioned"):
         raise ValueError("conditioned needs blocks that pass a conditioning vector to their mixer, as DiT of this project does")
-    for owner in (model, getattr(model, "patch_embed", None)):
-        grid_size = grid_size or getattr(owner, "grid_size", None)
-    return exchange(model, mixer, dict(grid_size=grid_size) | options)
+    return exchange(model, mixer, dict(grid_size=grid_size or grid_of(model)) | options)

@@ -10,6 +10,8 @@ from torch import nn
 
 # Arguments of timm's Attention besides its channels, heads and qkv_bias.
 ARGUMENTS = {"attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated"}
+# Classes, and a list of layers, of diffusers whose attention runs over the frames of a video.
+OVER_FRAMES = {"TransformerTemporalModel", "AnimateDiffTransformer3D"}, "temporal_transformer_blocks"
 # Names of the processors that run diffusers' self-attention over nothing but tokens.
 PROCESSORS = {
     "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor",
@@ -19,19 +21,19 @@ PROCESSORS = {
 
 def exchange(model, mixer, options):
     """Replaces every self-attention layer of `model` by mixer(its channels, **options), in place, prints how many, and returns
-    the model. A mixer that takes `num_heads`, `layer` or `prefix_tokens` is given the old layer's number of heads, the layer's
-    index from 0, and the number of the model's leading tokens that are not on the grid.
+    the model. A mixer that takes `num_heads`, `qkv_bias`, `layer` or `prefix_tokens` is told the old layer's number of heads,
+    whether its queries have a bias, the layer's index from 0, and the number of the model's leading tokens off the grid.
 
     It replaces global self-attention, as in timm (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or in diffusers
     (`to_q`, `to_k`, `to_v`, `to_out`: its DiT, Sana, Transformer2DModel, UNet2DConditionModel). Cross-attention, attention that
-    also sees text, and attention in windows, over channels or on feature maps are kept.
+    also sees text, and attention in windows, over channels, over frames or on feature maps are kept, as is timm's GPSA.
 
     The new layers have new weights, on the device and in the type of the old ones. ValueError if there is no such layer, if the
     model has prefix tokens and the mixer takes none, or if the tokens are not on one grid in all layers, for example because
     the model merges tokens; the model is then left unchanged.
     """
     takes, numbers = signature(mixer).parameters, count()
-    if prefix := options.get("prefix_tokens", getattr(model, "num_prefix_tokens", 0)):
+    if prefix := options.get("prefix_tokens", getattr(part_with_tokens(model), "num_prefix_tokens", 0)):
         if "prefix_tokens" not in takes and all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes.values()):
             raise ValueError(
                 f"{type(model).__name__} has {prefix} prefix_tokens, such as a class token, and this mixer takes tokens of a "
@@ -40,23 +42,37 @@ def exchange(model, mixer, options):
         options = options | dict(prefix_tokens=prefix)
 
     def build(layer):
-        told = dict(num_heads=getattr(layer, "num_heads", getattr(layer, "heads", 8)), layer=next(numbers))
+        heads, biases = getattr(layer, "num_heads", getattr(layer, "heads", 8)), ("qkv.bias", "q_bias", "to_q.bias")
+        told = dict(num_heads=heads, qkv_bias=any(name in layer.state_dict() for name in biases), layer=next(numbers))
         return mixer(widths[layer], **{name: value for name, value in told.items() if name in takes} | options)
 
-    windows = (owner for owner in model.modules() if hasattr(owner, "partition_size") or hasattr(owner, "window_size"))
-    inside = {layer for owner in windows for layer in owner.modules() if layer is not owner}
+    windows = [owner for owner in model.modules() if hasattr(owner, "partition_size") or hasattr(owner, "window_size")]
+    classes, name = OVER_FRAMES
+    frames = [x for place, x in model.named_modules() if type(x).__name__ in classes or place.endswith(name)]
+    inside = {layer for owner in windows + frames for layer in owner.modules() if layer is not owner}
     widths = {layer: attention_width(layer) for layer in model.modules() if layer not in inside}
     replaced = replace_layers(model, build, lambda layer, _: widths.get(layer))
     if not replaced:
         parts = "qkv and proj, or to_q, to_k, to_v and to_out"
         raise ValueError(f"{type(model).__name__} has no layer of self-attention over all tokens with {parts}")
-    if reason := misfit(model):
+    if reason := misfit(part_with_tokens(model)):
         for place, (layer, _) in replaced.items():
             model.set_submodule(place, layer)
-        raise ValueError(f"the tokens of {type(model).__name__} are not on one grid in all layers of attention: {reason}")
+        raise ValueError(f"the attention of {type(model).__name__} cannot be replaced: {reason}")
     new = {layer: type(mixer).__name__ for layer, mixer in replaced.values()}
     print(f"replaced {len(new)} attention layers of {type(model).__name__} by {', '.join(dict.fromkeys(new.values()))}")
     return model
+
+
+def part_with_tokens(model):
+    """Returns the part of a model that makes its tokens, such as timm's transformer in a class around it; else the model."""
+    return next((part for part in model.modules() if hasattr(part, "patch_embed") or hasattr(part, "grid_size")), model)
+
+
+def grid_of(model):
+    """Returns the (h, w) of a model's tokens if it, or its `patch_embed`, states it as `grid_size`, else None."""
+    part = part_with_tokens(model)
+    return getattr(part, "grid_size", None) or getattr(getattr(part, "patch_embed", None), "grid_size", None)
 
 
 def replace_layers(model, build, is_meant):
@@ -96,17 +112,24 @@ def is_called_with_tokens(layer):
 
 @torch.no_grad()
 def sees_all_tokens(layer):
-    """Returns whether every token of timm-style attention, (1, N, D) -> (1, N, D), depends on the last one when all queries are
-    zero. Attention over channels then does not move tokens at all, and other layers need more arguments than tokens."""
+    """Returns whether timm-style attention, (1, N, D) -> (1, N, D), is over all tokens. With zero queries every token gets a
+    mean of all values, so that a change of the last token changes all others. Over channels or in windows it does not, and a
+    layer that needs more than tokens raises an error."""
     bias = getattr(layer, "relative_position_index", None)                 # (N, N); includes a class token unless for a window
     if hasattr(layer, "window_size") and (bias is None or len(bias) != math.prod(layer.window_size) + 1):
         return False
     if layer.qkv.weight.is_meta:                                           # meta tensors have no values to test
         return True
-    layer, width = deepcopy(layer).to("cpu", torch.float32).eval(), layer.qkv.in_features
+    layer, width = deepcopy(layer).to("cpu", torch.float32), layer.qkv.in_features
+    layer.eval()                                                           # which returns None in some of timm's layers
+    for part in layer.modules():                                           # hooks are for the model's own tokens
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
     for parameter in filter(lambda p: p is not None, (layer.qkv.weight, layer.qkv.bias, getattr(layer, "q_bias", None))):
         parameter[:width] = 0
     n = 5 if bias is None else len(bias)
+    if hasattr(positions := getattr(layer, "rel_pos", None), "get_bias"):  # timm's VisionTransformerRelPos
+        n = positions.get_bias().shape[-1]
     tokens = torch.arange(n * width, dtype=torch.float32).sin().view(1, n, width)          # no random numbers are drawn
     other = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], dim=1)
     try:
@@ -123,10 +146,13 @@ def misfit(model):
     size = getattr(patches, "img_size", None) or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", [None])[1:]
     if not size or not hasattr(model, "pretrained_cfg"):
         return None
-    try:
-        with torch.no_grad():
-            deepcopy(model).to("meta").eval()(torch.empty(1, getattr(model, "in_chans", 3), *size, device="meta"))
-    except ValueError as error:
-        return str(error) if str(error).startswith("PDESSMBlock") else None
-    except Exception:  # the model itself failed, or an operator has no shape rule
-        return None
+    model = deepcopy(model).to("meta")
+    for training in (False, True):                                         # in training it may drop tokens
+        try:
+            with torch.no_grad():
+                model.train(training)(torch.empty(2, getattr(model, "in_chans", 3), *size, device="meta"))
+        except ValueError as error:
+            return str(error)
+        except Exception:  # the model itself failed, or an operator has no shape rule
+            pass
+    return None

@@ -18,6 +18,14 @@ class HeadNorm(RmsNorm):
         return super().forward(widen(x)).type_as(x)
 
 
+class SelfAttention(Attention):
+    """timm's self-attention, for callers that pass more than tokens: rope, and masks or a context that are None."""
+
+    def forward(self, x, attn_mask=None, **call):                          # (B, N, D)
+        refuse(call, "attention")
+        return super().forward(x, attn_mask=attn_mask)
+
+
 class RotaryAttention(AttentionRope):
     """Self-attention whose queries and keys are rotated by angles proportional to their position (RoPE, Su et al., 2021), so
     that scores depend on relative positions alone: half of a head's channels by row, half by column (Heo et al., 2024).
@@ -47,11 +55,11 @@ def rotations(grid_size, trained_grid, dim, device):
 
 
 def build(dim, num_heads=8, qkv_bias=False, grid_size=None, qk_norm=False, positions="sincos", prefix_tokens=0):
-    """Builds an attention layer: timm's own, or RotaryAttention if positions is "rope", where the first prefix_tokens tokens
+    """Builds an attention layer: timm's, or RotaryAttention if positions is "rope", where the first prefix_tokens tokens
     have no position. qk_norm: normalise queries and keys, by a HeadNorm each."""
     options = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, norm_layer=HeadNorm if qk_norm else None)
     if positions != "rope":
-        return Attention(dim, num_heads, **options)
+        return SelfAttention(dim, num_heads, **options)
     return RotaryAttention(dim, num_heads, grid_size, prefix_tokens, **options)
 
 

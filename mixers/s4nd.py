@@ -32,7 +32,8 @@ class Kernel(nn.Module):
         half = state_dim // 2
         self.inv_dt = nn.Parameter(torch.empty(dim, 1).uniform_(math.log(0.001), math.log(0.1)))
         self.A_real = nn.Parameter(torch.full((1, half), math.log(0.5)))
-        self.A_imag = nn.Parameter(torch.pi * torch.arange(half, dtype=torch.float32)[None].clamp(min=1e-4 / torch.pi))
+        n = torch.arange(half, dtype=torch.get_default_dtype())[None]
+        self.A_imag = nn.Parameter(torch.pi * n.clamp(min=1e-4 / torch.pi))
         self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(1, 1, half, 1))
         self.C = nn.Parameter(math.sqrt(0.5) * torch.randn(2, dim, half, 2))
 

@@ -7,7 +7,7 @@ their edges from layer to layer, and in no other way: by itself this mixer sees 
 from math import isqrt
 
 import torch
-from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
+from timm.models.swin_transformer import WindowAttention, get_relative_position_index, window_partition, window_reverse
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from machine.flags import positive
@@ -49,8 +49,8 @@ class Window(WindowAttention):
     def bias(self, a, b, axes, h, w):
         """Returns the bias added to the scores, (heads, a b, a b), or (windows, heads, a b, a b) with -inf between
         tokens of a window that may not attend to each other."""
-        places = self.relative_position_index.view(2 * (self.size, self.size))[:a, :b, :a, :b]
-        bias = self.relative_position_bias_table[places.reshape(a * b, a * b)].permute(2, 0, 1)
+        table = self.relative_position_bias_table
+        bias = table[relative_positions(self.size, a, b, table)].permute(2, 0, 1)
         see = neighbours(tuple(axes), (h, w), bias)
         return bias if see is None else bias.masked_fill(~see[:, None], -torch.inf)
 
@@ -59,6 +59,14 @@ def layout(n, size, shifted):
     """Returns, for an axis of n tokens, its length padded to whole windows, the length of a window, and the windows' shift."""
     window = min(n, size)
     return -(-n // window) * window, window, size // 2 if shifted and n > size else 0
+
+
+@cached_per_device
+def relative_positions(size, a, b, device):
+    """Returns the row of the table of biases for every two tokens of a window, cut to a x b, (a b, a b). timm's layer has them
+    in a buffer, which stays without values in a model that is made on the meta device."""
+    places = get_relative_position_index(size, size, device).view(2 * (size, size))
+    return places[:a, :b, :a, :b].reshape(a * b, a * b)
 
 
 @cached_per_device

@@ -72,7 +72,8 @@ def fold(u, layer):
     """Returns the state of tokens u (B, h, w, dim) by the cached product of a PDESSM's G, B and R, or None if there is none."""
     h, w = u.shape[1:3]
     plain = type(layer.R) is torch.nn.Linear and layer.R.bias is None and not layer.activation
-    plain = plain and not (layer.R._forward_hooks or layer.R._forward_pre_hooks or "forward" in vars(layer.R))
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (layer.R, layer.equation))
+    plain = plain and not (hooked or "forward" in vars(layer.R))
     plain = plain and not torch.nn.modules.module._has_any_global_hook()
     if not plain or layer.equation.groups > 1 or u.dtype != torch.float32 or layer.R.weight.dtype != torch.float32:
         return None

@@ -198,7 +198,7 @@ def draw_samples(runs, out):
     for name in SIDES:
         if of_name := sorted(runs.glob(f"{name}-[0-9]*/samples.png"), key=lambda path: int(path.parent.name.rsplit("-", 1)[1])):
             strips[name] = Image.open(of_name[0])
-    sheet(strips, out)
+    sheet(strips, out, colours=64)
 
 
 def main(argv=None):

@@ -23,14 +23,14 @@ def strip(path, count):
         return Image.fromarray(np.concatenate(list(arrays["arr_0"][:count]), axis=1))
 
 
-def sheet(strips, out):
+def sheet(strips, out, colours=256):
     """Writes a picture with one strip below the other; strips: name -> image, all of one size."""
     width, height = next(iter(strips.values())).size
     picture = Image.new("RGB", (MARGIN + width, height * len(strips)), "white")
     for number, (name, image) in enumerate(strips.items()):
         ImageDraw.Draw(picture).text((4, number * height + height // 2 - 6), name, fill="black", font_size=11)
         picture.paste(image, (MARGIN, number * height))
-    picture = picture.quantize(64, dither=Image.Dither.NONE)  # a quarter of the bytes, as samples of short runs are noisy
+    picture = picture.quantize(colours, dither=Image.Dither.NONE)  # far fewer bytes, as samples of short runs are noisy
     with whole_file(out, "picture") as file:
         picture.save(file, format="png", optimize=True)
 

@@ -200,7 +200,7 @@ def test_an_attention_of_ones_own(checkout):
         ([*PDE, "--attention-class", "torch.nn:GELU"], "activation:GELU has no nn.Linear"),
         ([*PDE, "--pde-groups", "2"], "--pde-groups means nothing to the diagonal coupling"),
         ([*PDE, "--pde-coupling", "pairwise", "--pde-groups", "7"], "96 channels cannot be split into 7"),
-        ([*PDE, "--model", "Strip"], "2 tokens on the grid; it expects a square number"),
+        ([*PDE, "--model", "Strip"], "2 tokens on the grid; it needs a square number"),
     ],
 )
 def test_mistakes_in_flags(checkout, flags, message):

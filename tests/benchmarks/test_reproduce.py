@@ -283,7 +283,7 @@ def test_first_samples_of_runs_become_one_picture(tmp_path, random_images, capsy
         pixels = np.asarray(picture.convert("RGB"), int)[:, strips.MARGIN :]
     rows = np.concatenate([np.concatenate(list(images[:3]), axis=1) for images in samples.values()])
     assert pixels.shape == rows.shape
-    assert np.abs(pixels - rows).mean() < 12  # of 64 colours
+    assert np.abs(pixels - rows).mean() < 8  # of 256 colours
     with pytest.raises(SystemExit):
         strips.main([str(out), "a"])
     assert "a is not NAME=FILE with a file that exists" in capsys.readouterr().err

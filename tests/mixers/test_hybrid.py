@@ -15,7 +15,7 @@ def build(name, mixer, **options):
 
 
 def layers_of_attention(model):
-    return [i for i, block in enumerate(model.blocks) if type(block.attn) is Attention]
+    return [i for i, block in enumerate(model.blocks) if isinstance(block.attn, Attention)]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("DiT-N/4", [3]), ("DiT-S/2", [3, 7, 11])])
@@ -32,7 +32,7 @@ def test_the_preset_has_attention_in_every_fourth_block(name, layers):
 def test_every_so_many(every):
     model = build("DiT-N/4", "pdessm", attention_every=every)
     assert layers_of_attention(model) == [i for i in range(6) if (i + 1) % every == 0]
-    assert all(layer.num_heads == model.num_heads for layer in model.modules() if type(layer) is Attention)
+    assert all(layer.num_heads == model.num_heads for layer in model.modules() if isinstance(layer, Attention))
 
 
 def test_weights_alone_tell_it():

@@ -71,3 +71,12 @@ def test_initial_steps_run_from_a_thousandth_to_a_tenth():
 def test_states_come_in_pairs():
     with pytest.raises(ValueError, match=r"^--s4nd-state-dim 7: states come in conjugate pairs, so their number is even$"):
         S4ND(8, grid_size=(2, 2), state_dim=7)
+
+
+def test_parameters_have_the_default_type():
+    torch.set_default_dtype(torch.float64)
+    try:
+        mixer = S4ND(8, grid_size=(2, 3))
+        assert mixer(torch.randn(1, 6, 8)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

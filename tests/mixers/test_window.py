@@ -83,3 +83,11 @@ def test_mistakes_are_named(heads, options, message):
 def test_tokens_of_another_grid_are_named():
     with pytest.raises(ValueError, match=r"window is on a grid of 3 x 5 = 15 tokens .* got the shape \(1, 12, 8\)"):
         Window(8, 2, grid_size=(3, 5))(torch.randn(1, 12, 8))
+
+
+def test_a_layer_made_without_values_computes_the_same_with_weights_of_another():
+    window, u = Window(8, 2, grid_size=(3, 4)), torch.randn(2, 12, 8)
+    with torch.device("meta"):
+        empty = Window(8, 2, grid_size=(3, 4))
+    empty.load_state_dict(window.state_dict(), assign=True)
+    torch.testing.assert_close(empty(u), window(u))

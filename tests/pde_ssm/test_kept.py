@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import pde_ssm
@@ -274,3 +275,28 @@ def test_the_kept_symbol_is_never_stale(change, coupling, monkeypatch):
     after = pde.equation.symbol(4, 6)
     torch.testing.assert_close(after, fresh.equation.symbol(4, 6), rtol=0, atol=0)
     assert not torch.equal(after, before)
+
+
+@couplings
+def test_hooks_of_the_equation_run(coupling):
+    pde, u = PDESSM(4, coupling=coupling), torch.randn(2, 4, 3, 5)
+    prune.random_unstructured(pde.equation, "g0", 0.5)                     # computes g0 in a hook
+    before, optimiser = pde.equation.g0.clone(), torch.optim.SGD(pde.parameters(), lr=0.01)
+    for _ in range(2):
+        optimiser.zero_grad()
+        pde(u).square().mean().backward()
+        optimiser.step()
+    out = pde(u)
+    assert not torch.equal(pde.equation.g0, before)
+    prune.remove(pde.equation, "g0")
+    torch.testing.assert_close(pde(u), out)
+
+
+@torch.no_grad()
+@couplings
+def test_hooks_of_the_equation_see_every_state_in_evaluation(coupling):
+    pde, seen = PDESSM(4, coupling=coupling).eval(), []
+    pde.equation.register_forward_hook(lambda equation, inputs, state: seen.append(state))
+    for _ in range(5):
+        pde(torch.randn(3, 4, 3, 5))                                       # more images than channels
+    assert [state.shape for state in seen] == [(3, 3, 5, 4)] * 5

@@ -4,11 +4,13 @@ import diffusers
 import pytest
 import timm
 import torch
-from timm.models import beit, davit, swin_transformer, xcit
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from timm.models import beit, davit, efficientformer, swin_transformer, vision_transformer_relpos, xcit
 from timm.models.vision_transformer import Attention
 from torch import nn
 
 from mixers import MIXERS
+from mixers.ss2d import SS2D
 from models import DiT
 from pde_ssm import PDESSMBlock, replace_attention
 
@@ -44,6 +46,11 @@ def diffusers_sd3():
     """Its attention takes text beside the image's tokens."""
     heads = dict(attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16)
     return diffusers.SD3Transformer2DModel(sample_size=8, num_layers=2, pooled_projection_dim=16, in_channels=4, **heads)
+
+
+def timm_rope_vit():
+    model = timm.create_model("vit_small_patch16_rope_224", img_size=(32, 48), depth=2, num_classes=3)
+    return model, (torch.randn(2, 3, 32, 48),), (2, 3)
 
 
 BUILD = [our_dit, timm_vit, timm_vit_with_registers, diffusers_dit]
@@ -126,6 +133,78 @@ def test_a_shared_layer_stays_shared():
     assert model["b"][0] is model["a"]
 
 
+@pytest.mark.parametrize("build", [diffusers_dit, timm_rope_vit], ids=lambda f: f.__name__)
+def test_a_hybrid_takes_what_the_model_passes_to_attention(build):
+    model, inputs, grid = build()
+    replace_attention(model, MIXERS["pdessm-gla"], grid_size=grid or (4, 4), attention_every=2)
+    assert output(model, inputs).isfinite().all()
+
+
+def test_hooks_see_the_models_own_tokens_alone():
+    seen, model = [], nn.Sequential(Attention(8))
+    model[0].register_forward_hook(lambda layer, tokens, out: seen.append(out.shape))
+    replace_attention(model)
+    assert not seen
+
+
+class Around(nn.Module):
+    """A model of someone's own around timm's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, images):
+        return self.backbone(images)
+
+
+def test_the_grid_and_the_prefix_of_a_model_inside_another():
+    size = dict(img_size=(32, 128), depth=1, num_classes=3)                # 2 x 8 tokens, which could be 4 x 4
+    for options in ({}, dict(class_token=False, global_pool="avg")):
+        model = replace_attention(Around(timm.create_model("vit_tiny_patch16_224", **size, **options)))
+        block = model.backbone.blocks[0].attn
+        assert (block.grid_size, block.prefix_tokens) == ((2, 8), 0 if options else 1)
+        assert model(torch.randn(1, 3, 32, 128)).shape == (1, 3)
+
+
+def test_attention_over_frames_stays():
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, cross_attention_dim=16,
+        sample_size=8, patch_size=2, caption_channels=16, video_length=4,
+    )  # fmt: skip
+    replace_attention(model)
+    assert [name for name, part in model.named_modules() if isinstance(part, PDESSMBlock)] == ["transformer_blocks.0.attn1"]
+    frames = TransformerTemporalModel(2, 8, in_channels=16, norm_num_groups=4)
+    with pytest.raises(ValueError, match="no layer of self-attention over all tokens"):
+        replace_attention(frames)
+
+
+def test_attention_with_biases_in_a_layer_of_its_own_is_replaced():
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3)
+    for options in ({}, dict(class_token=True, global_pool="token"), dict(rel_pos_type="bias")):
+        model = replace_attention(vision_transformer_relpos.VisionTransformerRelPos(**size, **options))
+        assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_layer_whose_eval_returns_nothing():
+    """timm's EfficientFormer has such layers, for tokens of one grid only."""
+    with pytest.raises(ValueError, match="no layer of self-attention over all tokens"):
+        replace_attention(nn.Sequential(efficientformer.Attention(dim=32, key_dim=8, num_heads=2, resolution=3)))
+
+
+def test_tokens_that_are_dropped_in_training_are_refused():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.5)
+    with pytest.raises(ValueError, match="cannot be replaced: PDESSMBlock got 98 tokens on the grid after 1 prefix_tokens"):
+        replace_attention(model)
+
+
+def test_the_tokens_of_other_mixers_are_checked_too():
+    model = timm.create_model("pit_ti_224")
+    with pytest.raises(ValueError, match="cannot be replaced: ss2d is on a grid of 27 x 27"):
+        replace_attention(model, MIXERS["ss2d"])
+    assert not any(isinstance(layer, SS2D) for layer in model.modules())
+
+
 def test_any_class_may_take_attentions_place(capsys):
     model = replace_attention(our_dit()[0], MIXERS["pdessm"], coupling="coupled")
     assert {block.attn.pde.coupling for block in model.blocks} == {"coupled"}
@@ -136,6 +215,7 @@ def test_a_mixer_that_asks_is_told_its_layer_and_heads():
     model = timm.create_model("vit_tiny_patch16_224", depth=3, class_token=False, global_pool="avg")
     replace_attention(model, MIXERS["window"])
     assert [(block.attn.num_heads, block.attn.shifted) for block in model.blocks] == [(3, False), (3, True), (3, False)]
+    assert all(block.attn.qkv.bias is not None for block in model.blocks)  # as the old layers had
 
 
 def test_cross_attention_stays():
@@ -194,6 +274,6 @@ def test_tokens_that_are_not_on_one_grid_are_refused_and_the_model_stays(name):
     """One merges tokens on the way, the other joins its class token after most layers."""
     model = timm.create_model(name)
     before = [type(layer) for layer in model.modules()]
-    with pytest.raises(ValueError, match=r"not on one grid in all layers of attention: PDESSMBlock got \d+ tokens"):
+    with pytest.raises(ValueError, match=r"cannot be replaced: PDESSMBlock got \d+ tokens"):
         replace_attention(model)
     assert [type(layer) for layer in model.modules()] == before
