@@ -380,7 +380,7 @@ class PDESSM(Keeping):
         terms = (terms,) if isinstance(terms, str) else tuple(terms)
         if not terms or set(terms) - set(TERMS):
             raise ValueError(f"terms must be some of {', '.join(TERMS)}, not {terms!r}")
-        if not (isinstance(grid_size, tuple | list) and len(grid_size) == 2 and min(grid_size) >= 1):
+        if not (isinstance(grid_size, tuple | list) and len(grid_size) == 2 and all(n >= 1 and n == int(n) for n in grid_size)):
             raise ValueError(f"grid_size is {grid_size!r}, and not (h, w), two whole numbers from 1")
         if conditioned and coupling != "diagonal":
             raise ValueError(f"conditioned needs coupling='diagonal'; {coupling!r} has too large a symbol for one per image")

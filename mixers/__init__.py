@@ -35,9 +35,13 @@ def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
     parameters = inspect.signature(build).parameters
     # The model sets the first five, and all of its tokens are on the grid, so there are no prefix tokens.
     decided = {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored", "options"}
-    accepted = {option.name for option in kind_of(mixer).options} if isinstance(mixer, str) else parameters.keys() - decided
-    anything = not isinstance(mixer, str) and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if unknown := [name for name in options if name not in accepted and not anything]:
+    if isinstance(mixer, str):
+        accepted = {option.name for option in kind_of(mixer).options}
+    elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        accepted = options.keys()                                          # the class checks its **options itself
+    else:
+        accepted = parameters.keys() - decided
+    if unknown := [name for name in options if name not in accepted]:
         raise ValueError(f"mixer {mixer} has no option {', '.join(unknown)}")
     told = dict(grid_size=grid_size, layer=layer)
     options |= {name: value for name, value in told.items() if name in parameters}

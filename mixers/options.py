@@ -40,7 +40,8 @@ class Mixer:
     read:    returns the options that a layer's state dict reveals, or None if the weights are not those of this mixer.
     presets: names for --mixer, with the options that each sets; by default only the mixer's own name.
     check:   raises a ValueError for options (a dict) that conflict.
-    told_as: maps an option's name to that of the option which weights reveal in its place.
+    told_as: for an option that weights do not show, the one that they show instead: {"expand": "state_dim"}, since weights have
+             a number of channels and not a multiple.
     """
 
     name: str

@@ -320,6 +320,7 @@ def test_arguments_of_timms_attention():
         (lambda: PDESSMBlock(4, prefix_tokens=-1), "-1 prefix_tokens"),
         (lambda: PDESSMBlock(4, grid_size=4), r"grid_size is 4, and not \(h, w\)"),
         (lambda: PDESSM(4, grid_size=(0, 3)), r"grid_size is \(0, 3\), and not \(h, w\)"),
+        (lambda: PDESSM(4, grid_size=(4.5, 4)), r"grid_size is \(4.5, 4\), and not \(h, w\)"),
         (lambda: PDESSMBlock(4)(torch.ones(4, 4)), r"\(B, N, 4\); it got the shape \(4, 4\)"),
         (lambda: PDESSMBlock(4)(torch.ones(1, 4, 4), attn_mask=torch.ones(4, 4)), "cannot follow attn_mask"),
         (lambda: PDESSMBlock(4, prefix_tokens=3)(torch.randn(1, 2, 4)), "0 tokens on the grid"),
