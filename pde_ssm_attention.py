@@ -120,11 +120,8 @@ def sees_all_tokens(layer):
         return False
     if layer.qkv.weight.is_meta:                                           # meta tensors have no values to test
         return True
-    layer, width = deepcopy(layer).to("cpu", torch.float32), layer.qkv.in_features
+    layer, width = without_hooks(layer).to("cpu", torch.float32), layer.qkv.in_features
     layer.eval()                                                           # which returns None in some of timm's layers
-    for part in layer.modules():                                           # hooks are for the model's own tokens
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
     for parameter in filter(lambda p: p is not None, (layer.qkv.weight, layer.qkv.bias, getattr(layer, "q_bias", None))):
         parameter[:width] = 0
     n = 5 if bias is None else len(bias)
@@ -140,19 +137,28 @@ def sees_all_tokens(layer):
 
 
 def misfit(model):
-    """Returns the error message of a PDESSMBlock for an image of the size that timm built the model for, or None.
-    Only shapes are computed, on the meta device."""
+    """Returns the error message of a mixer for images of the size that timm built the model for, in evaluation or in training,
+    or None. Only shapes are computed, on the meta device."""
     patches = getattr(model, "patch_embed", None)
     size = getattr(patches, "img_size", None) or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", [None])[1:]
     if not size or not hasattr(model, "pretrained_cfg"):
         return None
-    model = deepcopy(model).to("meta")
     for training in (False, True):                                         # in training it may drop tokens
         try:
             with torch.no_grad():
-                model.train(training)(torch.empty(2, getattr(model, "in_chans", 3), *size, device="meta"))
+                images = torch.empty(2, getattr(model, "in_chans", 3), *size, device="meta")
+                without_hooks(model).to("meta").train(training)(images)
         except ValueError as error:
             return str(error)
-        except Exception:  # the model itself failed, or an operator has no shape rule
+        except Exception:  # the model itself failed or cannot be copied, or an operator has no shape rule
             pass
     return None
+
+
+def without_hooks(module):
+    """Returns a copy of a module for a trial, without hooks of its forward passes, which are for the model's own tokens."""
+    module = deepcopy(module)
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return module

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from machine.files import whole_file
 from machine.flags import positive
+from machine.processes import launch
 
 MARGIN = 150  # pixels for the names
 
@@ -20,12 +21,16 @@ MARGIN = 150  # pixels for the names
 def strip(path, count):
     """Returns the first samples of an .npz side by side: an image."""
     with np.load(path) as arrays:
+        if "arr_0" not in arrays:
+            raise ValueError(f"{path} holds no images (arr_0); it has {', '.join(arrays)}")
         return Image.fromarray(np.concatenate(list(arrays["arr_0"][:count]), axis=1))
 
 
 def sheet(strips, out, colours=256):
-    """Writes a picture with one strip below the other; strips: name -> image, all of one size."""
-    width, height = next(iter(strips.values())).size
+    """Writes a picture with one strip below the other; strips: name -> image. ValueError if they differ in size."""
+    if len(sizes := {image.size for image in strips.values()}) > 1:
+        raise ValueError(f"the rows differ in size: {', '.join(f'{width} x {height}' for width, height in sorted(sizes))}")
+    ((width, height),) = sizes
     picture = Image.new("RGB", (MARGIN + width, height * len(strips)), "white")
     for number, (name, image) in enumerate(strips.items()):
         ImageDraw.Draw(picture).text((4, number * height + height // 2 - 6), name, fill="black", font_size=11)
@@ -43,14 +48,17 @@ def named(row):
     return name, Path(file)
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.png")
     parser.add_argument("rows", nargs="+", type=named, metavar="NAME=FILE")
     parser.add_argument("--count", type=positive, default=14, help="samples a row")
-    args = parser.parse_args(argv)
-    sheet({name: Image.open(file) if file.suffix == ".png" else strip(file, args.count) for name, file in args.rows}, args.out)
+    return parser.parse_args(argv)
+
+
+def main(out, rows, count):
+    sheet({name: Image.open(file) if file.suffix == ".png" else strip(file, count) for name, file in rows}, out)
 
 
 if __name__ == "__main__":
-    main()
+    launch(lambda args, _: main(**vars(args)), parse_args())

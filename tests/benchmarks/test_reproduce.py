@@ -278,15 +278,21 @@ def test_first_samples_of_runs_become_one_picture(tmp_path, random_images, capsy
     for name, images in samples.items():
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
     strips.strip(tmp_path / "b.npz", 3).save(tmp_path / "b.png")
-    strips.main([str(out), f"h = 0={tmp_path / 'a.npz'}", f"b={tmp_path / 'b.png'}", "--count", "3"])
+    files = [f"h = 0={tmp_path / 'a.npz'}", f"b={tmp_path / 'b.png'}"]
+    strips.main(**vars(strips.parse_args([str(out), *files, "--count", "3"])))
     with Image.open(out) as picture:
         pixels = np.asarray(picture.convert("RGB"), int)[:, strips.MARGIN :]
     rows = np.concatenate([np.concatenate(list(images[:3]), axis=1) for images in samples.values()])
     assert pixels.shape == rows.shape
     assert np.abs(pixels - rows).mean() < 8  # of 256 colours
     with pytest.raises(SystemExit):
-        strips.main([str(out), "a"])
+        strips.parse_args([str(out), "a"])
     assert "a is not NAME=FILE with a file that exists" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the rows differ in size: 18 x 6, 30 x 6"):
+        strips.main(**vars(strips.parse_args([str(out), *files, "--count", "5"])))
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3))
+    with pytest.raises(ValueError, match=r"a\.npz holds no images \(arr_0\); it has mu"):
+        strips.strip(tmp_path / "a.npz", 3)
 
 
 def test_detail_is_by_frequency(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """replace_attention on the models of three libraries."""
 
+import threading
+
 import diffusers
 import pytest
 import timm
@@ -140,11 +142,19 @@ def test_a_hybrid_takes_what_the_model_passes_to_attention(build):
     assert output(model, inputs).isfinite().all()
 
 
-def test_hooks_see_the_models_own_tokens_alone():
-    seen, model = [], nn.Sequential(Attention(8))
-    model[0].register_forward_hook(lambda layer, tokens, out: seen.append(out.shape))
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(Attention(8)), lambda: timm_vit()[0]], ids=["a layer", "a model"])
+def test_hooks_see_the_models_own_tokens_alone(build):
+    seen, model = [], build()
+    for part in model.modules():
+        part.register_forward_hook(lambda layer, tokens, out: seen.append(layer))
     replace_attention(model)
     assert not seen
+
+
+def test_a_model_that_cannot_be_copied_is_exchanged_as_it_stands():
+    model, inputs, _ = timm_vit()
+    model.lock = threading.Lock()
+    assert output(replace_attention(model), inputs).isfinite().all()
 
 
 class Around(nn.Module):
