@@ -17,10 +17,11 @@ import evaluate
 import sample_ddp
 import train
 from commands import ROOT, Colours
+from diffusion import create_flow
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import adm_targets, chance, detail, grids_sheet, noise, resolution, strips, tables
+from reproduce import adm_targets, chance, denoising, detail, grids_sheet, noise, resolution, strips, tables
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
 COMMANDS = {"train.py": train.parse_args, "sample_ddp.py": sample_ddp.parse_args, "evaluate.py": evaluate.parse_args}
@@ -263,6 +264,38 @@ def test_errors_at_other_sizes_of_a_network_without_classes(checkpoint, images, 
     (own, same), (between, continued) = (re.findall(r"\d\.\d{4}", line) for line in lines)
     assert own == same  # where positions are those of training
     assert between != continued
+
+
+@pytest.mark.parametrize("predict", ["velocity", "x"])
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("constant", [True, False])
+def test_errors_of_means_are_told_from_others(path, predict, constant):
+    """Of a network that is right but for a constant, or but for noise whose mean in every channel is 0."""
+    flow, images = create_flow(path=path, predict=predict), torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    mistake = torch.full_like(images, 0.5) if constant else images.flip(0) - images.flip(0).mean((2, 3), keepdim=True)
+    rest = list(zip(images.split(4), mistake.split(4), strict=True))
+
+    def network(x, t, y):
+        u, wrong = rest.pop(0)
+        alpha, sigma, d_alpha, d_sigma = flow.coefficients(t / 1000, x)
+        velocity = d_alpha * u + d_sigma * (x - alpha * u) / sigma + wrong
+        return velocity if predict == "velocity" else flow.clean(x, t / 1000, velocity)
+
+    found = denoising.errors(network, flow, images, torch.zeros(6, dtype=torch.long), 0.75, batch=4)
+    whole = mistake.square().mean().item()
+    assert found == pytest.approx((whole, whole * constant), rel=1e-4, abs=1e-6)
+
+
+def test_errors_by_time_of_checkpoints(checkpoint, images, tmp_path, capsys):
+    path, out = checkpoint(objective="flow"), tmp_path / "errors.json"
+    denoising.main(**vars(denoising.parse_args([str(images), f"a={path}", f"b={path}", "--num", "3", "--json", str(out)])))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].replace("a", "b") == lines[3]
+    found = json.loads(out.read_text())
+    assert found["images"] == 3
+    assert all(0 <= part <= whole for rows in found["rows"].values() for whole, part in rows)
+    with pytest.raises(ValueError, match="has --objective diffusion --vae none, not flow on pixels"):
+        denoising.open_network(checkpoint(objective="diffusion"))
 
 
 def test_chance_needs_images(tmp_path, monkeypatch):
