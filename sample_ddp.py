@@ -38,10 +38,9 @@ def main(args, processes):
     if count > 2**32:
         raise ValueError(f"--num-fid-samples {count:,}: seeds tell 4,294,967,296 images apart, not more")
     name = args.ckpt or public_checkpoint(args.model, args.mixer, args.image_size, args.num_classes)
-    if processes.rank == 0:
-        find_checkpoint(name)  # fetches it once, if that is needed
-    processes.barrier()
-    model, settings = load_model(find_checkpoint(name), vars(args), "ema", args.ema)
+    with processes.main_process_first():  # so that it is fetched once, if it must be fetched
+        path = find_checkpoint(name)
+    model, settings = load_model(path, vars(args), "ema", args.ema)
     objective, sampler = create_sampler(settings["objective"], args.sampler, args.num_sampling_steps, **for_sampler(settings))
     if args.evaluate:  # before any image is drawn, so that missing weights or files are found at once
         network = open_network(args.features, args.weights)

@@ -30,12 +30,9 @@ def encode(args, processes):
         raise ValueError("--vae none is to work on pixels, which need no encoding")
     if args.image_size % space.factor:
         raise ValueError(f"--image-size {args.image_size} is not divisible by {space.factor}, the factor of the VAE")
-    if processes.rank > 0:
-        processes.barrier()  # rank 0 opens the data set first and may join its files, which the others then find
     workers = worker_count(args.num_workers, args.data_path)
-    images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
-    if processes.rank == 0:
-        processes.barrier()
+    with processes.main_process_first():  # the files of a named data set may be joined when it is opened
+        images = load_dataset(args.data_path, args.image_size, args.uncond, args.held_out, args.dataset)
     classes = describe_classes(images.classes) if images.num_classes and images.classes else []
     for line in [*images.remarks, *classes] if processes.rank == 0 else []:
         print(line)

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -38,6 +38,15 @@ class Processes(NamedTuple):
     def barrier(self):
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def main_process_first(self):
+        """Lets rank 0 run the body before all others do: what it fetches or makes there, they find."""
+        if self.rank > 0:
+            self.barrier()
+        yield
+        if self.rank == 0:
+            self.barrier()
 
     def any(self, *flags):
         """Returns which of the flags are true on some process. It waits for the processes and not for their GPUs."""

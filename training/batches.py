@@ -4,6 +4,7 @@ Order and noise belong to images and steps, so any number of processes, restarte
 """
 
 import logging
+from contextlib import nullcontext
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -47,12 +48,9 @@ class BadImages(NamedTuple):
 
 def open_images(path, held_out_path, image_size, uncond, name, processes):
     """Returns training images and held-out ones (None without a path). The other arguments are those of load_dataset."""
-    if name and processes.rank > 0:
-        processes.barrier()  # rank 0 opens the data set first and prepares its files, which the others then find
-    dataset = load_dataset(path, image_size, uncond, name=name)
-    held_out = load_dataset(held_out_path, image_size, uncond, held_out=True, name=name) if held_out_path else None
-    if name and processes.rank == 0:
-        processes.barrier()
+    with processes.main_process_first() if name else nullcontext():        # a named set's files may be joined when it is opened
+        dataset = load_dataset(path, image_size, uncond, name=name)
+        held_out = load_dataset(held_out_path, image_size, uncond, held_out=True, name=name) if held_out_path else None
     return dataset, held_out
 
 

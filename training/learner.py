@@ -82,10 +82,9 @@ def groups_by_rate(model, lr, factor):
 
 def start_from(checkpoint, model, settings, processes):
     """Initialises the model from a checkpoint for fine-tuning; returns lines that describe it. settings: the run's, a dict."""
-    if processes.rank == 0:
-        find_checkpoint(checkpoint)  # fetches it once, if it must be fetched
-    processes.barrier()
-    return initialize(model, find_checkpoint(checkpoint), settings)
+    with processes.main_process_first():  # so that it is fetched once, if it must be fetched
+        path = find_checkpoint(checkpoint)
+    return initialize(model, path, settings)
 
 
 def shard(model, processes):
