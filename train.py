@@ -36,7 +36,7 @@ from models import MODELS, add_network_flags, families, model_name, network_opti
 from training import runs
 from training.batches import BadImages, batches, draw_batch, images_of_step, make_loader, open_images
 from training.checks import check
-from training.learner import create_learner, only_the_scale_falls, replicate, start_from, sync_gradients, update
+from training.learner import accumulate_gradients, create_learner, only_the_scale_falls, replicate, start_from, update
 from training.probe import open_probe
 from training.runs import log_to
 from training.schedule import add_learning_flags, learning_rate
@@ -103,43 +103,37 @@ def main(args, processes):
                         resume.delete_older(folder, learner.step, args.keep_last, args.keep_every)
                 logger.info(f"Saved checkpoint to {path}")
 
-    def show(step, seen=frozenset()):
-        average = next(iter(learner.averages.values()))
-        watch.show(watch.due(step, step in saved) - seen, step, average, processes, journal)
-
     replica = replicate(learner.model, processes)  # outside `postponed`, so that a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, **how)
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, chances=model.random_numbers)
     shared |= dict(flip=dataset.flip, space=space, objective=objective, dropout=args.class_dropout or 0.1)
-    draw = partial(draw_batch, **shared)
 
     def loss_of(images, labels, step, part):
-        batch = draw(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step, part)
+        batch = draw_batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), step, part, **shared)
         return objective.training_losses(network, **batch)["loss"].mean() / args.grad_accum
 
+    backward = partial(accumulate_gradients, learner.scaler, replica, loss_of, args.grad_accum)
+    average = next(iter(learner.averages.values()))
     if run:
-        show(first, seen)  # a kill may have come between the checkpoint and what was due with it
+        watch.show(first, average, True, processes, journal, seen)  # a kill may have come before these
     runs.describe_steps(total, loader, args.global_batch_size, args.grad_accum, processes)
     with resume.rescue(learner, save), postponed(processes.size > 1):  # a single process stops at once, not after its step
         reader = islice(batches(loader, first, processes, save, bad), max(total - first, 0))
         progress = tqdm(reader, total=total, initial=first, unit="step", mininterval=0.5, disable=not leads)
-        train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show)
+        for step in train(args, processes, learner, backward, loader, progress, cost, journal, save):
+            if step % args.ckpt_every == 0 or step == total:
+                save()
+            watch.show(step, average, step in saved, processes, journal)
     logger.info("Done!")
 
 
-def train(args, processes, learner, replica, loss_of, loader, progress, first, total, cost, journal, save, show):
-    """Takes the steps after `first`, one for each batch of progress, saves and shows. loss_of(images, labels, step, part) is
-    what a part of a batch adds to the step's loss."""
+def train(args, processes, learner, backward, loader, progress, cost, journal, save):
+    """Takes a step for each batch of progress, logs it, and yields its number; what the caller then does is not in the speed
+    that is logged. backward(images, labels, step) computes gradients and returns the loss on this process."""
     losses, skipped, start = [], 0, perf_counter()
-    for step, (images, labels) in enumerate(progress, start=first + 1):
-        loss = torch.zeros((), device=processes.device)
-        for part, (x, y) in enumerate(zip(images.chunk(args.grad_accum), labels.chunk(args.grad_accum))):
-            with sync_gradients(replica, part == args.grad_accum - 1):
-                part_loss = loss_of(x, y, step, part)
-                learner.scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
-        loss = processes.mean(loss)
+    for step, (images, labels) in enumerate(progress, start=learner.step + 1):
+        loss = processes.mean(backward(images, labels, step))
         if update(learner, loss, step, args.max_grad_norm, args.ema_warmup):
             losses.append(loss)
             skipped = 0
@@ -154,13 +148,11 @@ def train(args, processes, learner, replica, loss_of, loader, progress, first, t
                 raise runs.too_many_skipped(step, skipped, numbers)
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
-        if step % args.log_every == 0 or step == total:
+        if step % args.log_every == 0 or step == progress.total:
             runs.log_interval(step, losses, perf_counter() - start, cost, processes, journal.write_row, learner.rate)
             losses, start = [], perf_counter()
         paused = perf_counter()
-        if step % args.ckpt_every == 0 or step == total:
-            save()
-        show(step)
+        yield step
         start += perf_counter() - paused
     received.clear()  # ignore signals that came to one of several processes during the last step
 

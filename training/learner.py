@@ -112,6 +112,18 @@ def sync_gradients(replica, now):
     return replica.no_sync() if isinstance(replica, DistributedDataParallel) and not now else nullcontext()
 
 
+def accumulate_gradients(scaler, replica, loss_of, parts, images, labels, step):
+    """Adds up the gradients of a batch in that many parts, and returns its loss on this process. loss_of(images, labels, step,
+    part) is what a part adds to that loss."""
+    losses = []
+    for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts))):
+        with sync_gradients(replica, part == parts - 1):
+            loss = loss_of(x, y, step, part)
+            scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    return sum(losses)
+
+
 def update(learner, loss, step, max_norm=None, warmup=True):
     """Takes one step of the optimiser and of the averages with the present gradients, clipped to max_norm.
 

@@ -45,8 +45,10 @@ class Watch(NamedTuple):
         names |= {"samples"} if self.sample_every and step % self.sample_every == 0 else set()
         return names | ({self.probe.name} if self.probe and step % self.probe_every == 0 else set())
 
-    def show(self, names, step, model, processes, journal):
-        """Logs what is due after a step, by its names, of that model, an average of weights. All processes take part."""
+    def show(self, step, model, saved, processes, journal, seen=frozenset()):
+        """Logs what is due after a step of that model, an average of weights, except the outputs of the names `seen`, which a
+        run that was stopped had logged before. saved: as for `due`. All processes take part."""
+        names = self.due(step, saved) - seen
         if not names:
             return
         flow = {name: self.how[name] for name in ("path", "predict") if name in self.how}  # what does not weight the loss

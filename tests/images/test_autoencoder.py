@@ -116,7 +116,7 @@ def test_guidance_is_on_all_channels_where_there_are_not_four(
     monkeypatch.setattr(watching, "SAMPLING_STEPS", 4)
     space = open_space(vae).load("cpu")
     watch = watching.Watch(space, "diffusion", {}, BadImages([]), sample_every=7)
-    watch.show({"samples"}, 7, model, ALONE, Journal(tmp_path))
+    watch.show(7, model, False, ALONE, Journal(tmp_path))
     assert caplog.messages[-1].endswith(f"with guidance of strength 4 on {by_default} channels")
     with Image.open(tmp_path / "samples" / "0000007.png") as grid:
         assert np.array_equal(grid, default[0])

@@ -213,7 +213,7 @@ def test_a_step_waits_for_a_gpu_once(tmp_path, monkeypatch):
 
     def counted(*args):
         with reads:
-            loop(*args)
+            yield from loop(*args)
 
     def noted(x, *args, **kwargs):
         if x.data_ptr() in places:
