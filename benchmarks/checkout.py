@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import ROOT
+
 MIXERS = ("attention", "pdessm", "pdessm-g")
 DIFFUSERS = '''
 from types import SimpleNamespace

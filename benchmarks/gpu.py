@@ -21,9 +21,9 @@ from random import Random
 from time import monotonic
 from typing import NamedTuple
 
+from benchmarks import ROOT, commit
 from machine.files import write_json
 
-ROOT = Path(__file__).parent.parent
 LEAST = 20     # no stage begins with fewer seconds left
 FAREWELL = 30  # seconds for a stage to save its work once its time is over
 AGAIN = 75     # exit status of a stage that a signal stopped and that may be started again
@@ -163,14 +163,6 @@ def finish(child):
             child.wait(seconds)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
-
-
-def commit():
-    try:
-        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    except OSError:  # no git
-        return None
-    return found.stdout.strip() or None
 
 
 def read(path):

@@ -16,11 +16,11 @@ from time import perf_counter
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.sides import fill_zeros
 from checkpoints.build import save_checkpoint
 from models import MODELS
 
-ROOT = Path(__file__).parent.parent
 SIDES = (512, 1024)
 MODEL_OF = {"none": "DiT-S/8", "vae": "DiT-S/2"}  # by --vae
 # Stable Diffusion's, but for its weights.

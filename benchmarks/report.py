@@ -1,21 +1,18 @@
 """Reports a benchmark's times as a table, JSON and a plot, and defines the columns and lines that these show."""
 
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 
+from benchmarks import commit
 from benchmarks.attention import chosen
 from benchmarks.plot import draw
 from machine.files import whole_file, write_json
 from machine.precision import count_cores, processor
-
-ROOT = Path(__file__).parent.parent
 
 
 def machine(device):
@@ -31,17 +28,6 @@ def machine(device):
         except metadata.PackageNotFoundError:
             versions[package] = None
     return about | dict(system=platform.system(), versions=versions)
-
-
-def commit():
-    """Returns the commit that is checked out, with a plus if files differ from it; None outside a clone."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*git, "status", "--porcelain", "*.py"], capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name.strip() + ("+" if changed.strip() else "")
 
 
 class Report:
