@@ -1,3 +1,16 @@
+# Functions with which scripts begin that read images from DATA.
+
+# begin USAGE ARGUMENTS...: sets data to the whole path of the only argument, and goes to the top of the repository. It ends the
+# script with USAGE where there are more arguments, or none.
+begin() {
+    if [ $# -ne 2 ]; then
+        echo "usage: $1" >&2
+        exit 2
+    fi
+    data=$(realpath "$2")
+    cd "$(dirname "$0")/.."
+}
+
 # claim FOLDER DATA [SETTINGS]: makes the folder of a script's runs, or ends the script if DATA does not exist, or if the folder
 # holds runs on other data or with other settings, which would be mistaken for finished ones.
 claim() {

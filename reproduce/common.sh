@@ -23,11 +23,7 @@
 #   BATCH       if small, 64
 #   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
 set -euo pipefail
-if [ $# -ne 1 ]; then
-    echo "usage: [SCALE=small] bash $0 DATA" >&2
-    exit 2
-fi
-table=$(basename "$0" .sh) data=$(realpath "$1")
+source "$(dirname "$0")/claim.sh"
 if [ -n "${REFERENCE:-}" ]; then
     if [ ! -f "$REFERENCE" ]; then
         echo "REFERENCE=$REFERENCE: no such file; evaluate.py --make-ref makes one" >&2
@@ -35,14 +31,13 @@ if [ -n "${REFERENCE:-}" ]; then
     fi
     REFERENCE=$(realpath "$REFERENCE")
 fi
-systems=""
-cd "$(dirname "$0")/.."
+begin "[SCALE=small] bash $0 DATA" "$@"
+table=$(basename "$0" .sh) systems=""
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32} PYTHON=${PYTHON:-python}
 if [ "$SCALE-$OBJECTIVE" = small-flow ] && [ "${SIZE:-32}" -ge 64 ]; then PREDICT=${PREDICT:-x}; fi
 other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}${BATCH:+-$BATCH}
 if [ "$PRECISION" != fp32 ]; then other=$other-$PRECISION; fi
 WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE$other} ROWS=${ROWS:-reproduce/results/$table$other.jsonl}
-source reproduce/claim.sh
 claim "$WORK" "$data" ", $SCALE-$OBJECTIVE$other"
 case $SCALE-$OBJECTIVE in
     full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps

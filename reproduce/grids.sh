@@ -5,12 +5,8 @@
 #
 #     bash reproduce/grids.sh DATA        DATA holds CIFAR-10 as torchvision unpacks it, or train/
 set -euo pipefail
-if [ $# -ne 1 ]; then
-    echo "usage: bash $0 DATA" >&2
-    exit 2
-fi
-data=$(realpath "$1")
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/claim.sh"
+begin "bash $0 DATA" "$@"
 if [ -d "$data/train" ]; then data=$data/train; fi
 PYTHON=${PYTHON:-python}
 
@@ -33,7 +29,6 @@ run() {
     echo "${*//"$data"/DATA}" >> "results/grids/$set.txt"
 }
 
-source reproduce/claim.sh
 claim results/grids "$data" "${STEPS:+, STEPS=$STEPS}"
 for set in ${SETS:-digits cifar10}; do
     patch=2

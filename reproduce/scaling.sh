@@ -9,14 +9,9 @@
 # A stopped script that is started again goes on. python -m reproduce.scaling WORK then times a step of each, writes
 # reproduce/results/scaling.json and a picture, and prints the table with fitted slopes.
 set -euo pipefail
-if [ $# -ne 1 ]; then
-    echo "usage: bash $0 DATA" >&2
-    exit 2
-fi
-data=$(realpath "$1")
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/claim.sh"
+begin "bash $0 DATA" "$@"
 WORK=${WORK:-results/scaling} STEPS=${STEPS:-1500}
-source reproduce/claim.sh
 claim "$WORK" "$data" "${PATCH:+, PATCH=$PATCH}${IMAGE_SIZE:+, IMAGE_SIZE=$IMAGE_SIZE}${BATCH:+, BATCH=$BATCH}${LR:+, LR=$LR}${FLAGS:+, FLAGS=$FLAGS}"
 for seed in ${SEEDS:-0}; do
     for size in ${SIZES:-N64 N N128 N192}; do
