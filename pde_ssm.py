@@ -474,20 +474,15 @@ class PDESSMBlock(nn.Module):
     field, which diffusion and convection leave unchanged.
     """
 
-    def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, coupling="diagonal",
-                 groups=None, state_dim=None, expand=1.0, terms=TERMS, components=1, activation=False, gate=False,
-                 local=False, conditioned=False, dim_out=None, device=None, dtype=None, **ignored):  # fmt: skip
+    def __init__(self, dim, num_heads=8, qkv_bias=False, *, grid_size=None, prefix_tokens=0, dim_out=None,
+                 device=None, dtype=None, **options):  # fmt: skip
         super().__init__()
         if prefix_tokens < 0 or dim_out not in (None, dim):
             raise ValueError(f"{prefix_tokens} prefix_tokens and dim_out={dim_out}: they must be at least 0, and None or {dim}")
-        if unknown := set(ignored) - ARGUMENTS:
-            raise TypeError(f"PDESSMBlock has no option {', '.join(sorted(unknown))}")
-        self.pde = PDESSM(
-            dim, grid_size=grid_size or (16, 16), coupling=coupling, groups=groups, state_dim=state_dim, expand=expand,
-            terms=terms, components=components, activation=activation, gate=gate, local=local, conditioned=conditioned,
-        )  # fmt: skip
+        options = {name: value for name, value in options.items() if name not in ARGUMENTS}
+        self.pde = PDESSM(dim, grid_size=grid_size or (16, 16), **options)
         self.grid_size, self.prefix_tokens = tuple(grid_size) if grid_size else None, prefix_tokens
-        self.conditioned = conditioned
+        self.conditioned = self.pde.conditioned
         self.prefix = nn.Linear(dim, dim, bias=False) if prefix_tokens else None
         self.to(device=device, dtype=dtype)
 

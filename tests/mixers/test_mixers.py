@@ -14,7 +14,7 @@ from commands import QUICK, ROOT, draw, fit
 from machine.flags import positive
 from mixers import KINDS, MIXERS, build_mixer, mixer_options, pde
 from mixers.options import Mixer, Option
-from pde_ssm import PDESSMBlock
+from pde_ssm import PDESSM
 
 
 def declared_flags():
@@ -23,7 +23,7 @@ def declared_flags():
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_mixer_takes_the_options_that_it_declares(kind):
-    passed_on = [PDESSMBlock] if kind is pde.MIXER else []
+    passed_on = [PDESSM] if kind is pde.MIXER else []
     parameters = set().union(*(inspect.signature(build).parameters for build in [kind.build, *passed_on]))
     assert {option.name for option in kind.options} <= parameters
     for name, preset in kind.named.items():
