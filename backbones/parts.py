@@ -12,7 +12,7 @@ NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
 def sincos_position(positions, dim):
-    """(N,) positions -> (N, dim) sines and cosines, their periods geometric from 2 pi to 2 pi 10000."""
+    """Returns sines and cosines of positions (N,), their periods geometric from 2 pi to 2 pi 10000: (N, dim)."""
     frequencies = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -50,7 +50,7 @@ def timestep_waves(t, dim, intervals=None):                                # (B,
 
 
 class TimestepEmbedder(nn.Module):
-    """(B,) timesteps, which may be fractional, -> (B, D)."""
+    """Embeds timesteps (B,), which may be fractional, as (B, D)."""
 
     def __init__(self, hidden_size, intervals=None):
         super().__init__()
@@ -66,7 +66,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(B,) classes -> (B, D). Class num_classes is the null class, which replaces some labels at random in training."""
+    """Embeds classes (B,) as (B, D). Class num_classes is the null class, which replaces some labels at random in training."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()

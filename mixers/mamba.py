@@ -107,7 +107,7 @@ def convolve(x, weight, bias, reverse):                                    # (B,
 
 
 def convolve_plainly(x, weight, bias, reverse):
-    """The same in PyTorch's operations."""
+    """Returns what `convolve` does, in PyTorch's operations."""
     # conv2d sees a picture one pixel high with channels last, the layout in memory; conv1d would transpose it twice.
     before = weight.shape[2] - 1
     x = pad(x.transpose(1, 2), (0, 0, 0, before) if reverse else (0, 0, before, 0)).transpose(1, 2).unsqueeze(2)

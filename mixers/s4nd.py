@@ -24,7 +24,7 @@ class Kernel(nn.Module):
     """
 
     def __init__(self, dim, state_dim, name="s4nd"):
-        """ValueError for a number of states that cannot be; `name` says whose."""
+        """Raises a ValueError, which names the mixer, unless state_dim is even and at least 2."""
         super().__init__()
         check_numbers(name, state_dim=state_dim)
         if state_dim % 2:

@@ -115,8 +115,8 @@ def run_scan(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
     z: torch.Tensor | None, bias: torch.Tensor | None, softplus: bool, reverse: bool, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Inputs as `checked` returns them -> out (B, E, L), h_L (B, E, N), and with `keep`, for the gradient, the states before
-    every chunk (chunks, B, N, E)."""
+    """Returns out (B, E, L), h_L (B, E, N) and, with `keep`, the states before every chunk (chunks, B, N, E), which
+    gradients need. Its inputs are as `checked` returns them."""
     implementation = selective_scan_cpu.forward if selective_scan_cpu.serves(u) else forward
     return implementation(u, delta, A, B, C, D, z, bias, softplus, reverse, keep)
 
@@ -228,12 +228,12 @@ def states_of(delta, x, A, B, h):
 
 
 def outputs_of(states, C):
-    """sum_n C h of states (c, B, E, N) and C (c, B, G, N) -> (c, B, E)."""
+    """Computes sum_n C h of states (c, B, E, N) and C (c, B, G, N): (c, B, E)."""
     return (in_groups(states, C) @ C.unsqueeze(-1)).flatten(2)
 
 
 def in_groups(states, B):
-    """(c, B, E, N) -> (c, B, G, E / G, N), the channels of each group of B (c, B, G, N) together."""
+    """Returns states (c, B, E, N) with the channels of each group of B (c, B, G, N) together, (c, B, G, E / G, N)."""
     return states.unflatten(2, (B.shape[2], -1))
 
 

@@ -33,7 +33,7 @@ def built():
 
 @cache
 def library():
-    """The compiled kernels and None, or None and why there are none."""
+    """Returns the compiled kernels and None, or None and the reason why there are none."""
     return load(SOURCE, f"-DCHUNK={CHUNK}", f"-DSHARE={SHARE}")
 
 

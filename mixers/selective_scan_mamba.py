@@ -17,7 +17,7 @@ TOLERANCE = 1e-3    # relative to the largest entry, in float32: its exponential
 
 
 def serves(inputs, reference):
-    """Whether it can take these inputs, and agrees with `reference`, the equations, on their device."""
+    """Returns whether the kernel takes these inputs, and agrees with `reference`, the equations, on their device."""
     u, _, A, *_ = inputs
     fits = u.device.type == DEVICE and u.dtype == torch.float32 and A.shape[1] <= MOST_STATES
     return fits and backend() not in ("torch", "plain") and agrees(u.device, reference)

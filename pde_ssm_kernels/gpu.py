@@ -60,7 +60,7 @@ def at_once(h, w):
 
 @triton.jit
 def swapped(x, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """(M, N C) -> (N, M C)"""
+    """Transposes (M, N C) to (N, M C)."""
     return tl.reshape(tl.permute(tl.reshape(x, (M, N, C)), (1, 0, 2)), (N, M * C))
 
 
@@ -73,7 +73,7 @@ def token_places(h, w, C, c0, H: tl.constexpr, W: tl.constexpr, CB: tl.constexpr
 
 @triton.jit
 def load_matrices(matrices, H: tl.constexpr, W: tl.constexpr, F: tl.constexpr):
-    """Real and imaginary parts of the matrices along x, (F, W), along y, (H, H), and back along x, (W, F)."""
+    """Loads real and imaginary parts of the matrices along x, (F, W), along y, (H, H), and back along x, (W, F)."""
     f, x, y = tl.arange(0, F), tl.arange(0, W), tl.arange(0, H)
     forth, along_y, back = f[:, None] * W + x[None], y[:, None] * H + y[None], x[:, None] * F + f[None]
     xr, xi = tl.load(matrices + forth), tl.load(matrices + F * W + forth)
@@ -86,7 +86,7 @@ def load_matrices(matrices, H: tl.constexpr, W: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def rfft2(v, xr, xi, yr, yi, H: tl.constexpr, F: tl.constexpr, CB: tl.constexpr, P: tl.constexpr):
-    """(W, H CB) real -> (H, F CB), real and imaginary part."""
+    """Transforms real tokens (W, H CB) to their spectrum (H, F CB), real and imaginary part."""
     ar = swapped(tl.dot(xr, v, input_precision=P), F, H, CB)
     ai = swapped(tl.dot(xi, v, input_precision=P), F, H, CB)
     real = tl.dot(yr, ar, input_precision=P) - tl.dot(yi, ai, input_precision=P)
@@ -96,7 +96,7 @@ def rfft2(v, xr, xi, yr, yi, H: tl.constexpr, F: tl.constexpr, CB: tl.constexpr,
 
 @triton.jit
 def irfft2(zr, zi, yr, yi, br, bi, H: tl.constexpr, F: tl.constexpr, CB: tl.constexpr, P: tl.constexpr):
-    """(H, F CB), real and imaginary part, -> (W, H CB) real."""
+    """Transforms a spectrum (H, F CB), real and imaginary part, back to real tokens (W, H CB)."""
     ar = swapped(tl.dot(yr, zr, input_precision=P) + tl.dot(yi, zi, input_precision=P), H, F, CB)
     ai = swapped(tl.dot(yr, zi, input_precision=P) - tl.dot(yi, zr, input_precision=P), H, F, CB)
     return tl.dot(br, ar, input_precision=P) + tl.dot(bi, ai, input_precision=P)
@@ -177,7 +177,7 @@ def along_x_kernel(
 
 @triton.jit
 def some_of_column(v_hat, c, matrices, ky, kx, h, f, C, H: tl.constexpr, YB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr):
-    """The transform along y of a column of v_hat (2, h, f, C), at some ky (KB, 1) and channels c (1, CB): (KB, CB) both."""
+    """Transforms a column of v_hat (2, h, f, C) along y, at some ky (KB, 1) and channels c (1, CB): (KB, CB) both."""
     real, imaginary = tl.full((ky.shape[0], CB), 0, tl.float32), tl.full((ky.shape[0], CB), 0, tl.float32)
     for start in range(0, h, YB):
         y = start + tl.arange(0, YB)
@@ -195,8 +195,8 @@ def along_y_kernel(
     v_hat, symbol, matrices, h, f, C,
     H: tl.constexpr, YB: tl.constexpr, CB: tl.constexpr, SIGN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """One column of v_hat (B, 2, h, f, C), transformed, times the symbol, or with SIGN = -1 its conjugate, and transformed
-    back, in place."""
+    """Transforms one column of v_hat (B, 2, h, f, C), multiplies it by the symbol, or with SIGN = -1 by its conjugate, and
+    transforms it back, in place."""
     image, kx = (tl.program_id(0) // f).to(tl.int64), tl.program_id(0) % f
     y, c = tl.arange(0, H), tl.program_id(1) * CB + tl.arange(0, CB)[None]
     v_hat += image * 2 * h * f * C
@@ -222,7 +222,7 @@ def back_along_x_kernel(
     v_hat, matrices, out, image_stride, y_stride, x_stride, c_stride, h, w, f, C,
     W: tl.constexpr, F: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `along_x_kernel`, with the factor 1 / (h w) of irfft2."""
+    """Inverts `along_x_kernel`, with the factor 1 / (h w) of irfft2."""
     image, y = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
     x, c = tl.arange(0, W)[:, None], tl.program_id(1) * CB + tl.arange(0, CB)[None]
     v_hat += (image * 2 * h + y) * f * C + c
@@ -243,7 +243,7 @@ def correlate_along_y_kernel(
     v_hat, g_hat, matrices, symbol_gradient, images, h, f, C,
     H: tl.constexpr, YB: tl.constexpr, CB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The symbol's gradient, as in `backward_kernel`, at some wave numbers ky of one column, summed over all images."""
+    """Computes the symbol's gradient, as `backward_kernel` does, at some ky of one column, summed over all images."""
     ky, kx = tl.program_id(0) // f * YB + tl.arange(0, YB)[:, None], tl.program_id(0) % f
     c = tl.program_id(1) * CB + tl.arange(0, CB)[None]
     sum_r, sum_i = tl.full((YB, CB), 0, tl.float32), tl.full((YB, CB), 0, tl.float32)
@@ -265,7 +265,7 @@ def padded(n):
 
 @cache
 def fourier_matrices(h, w, device):
-    """What `load_matrices` reads: exp(-2 pi i f x / w), exp(-2 pi i y y' / h), and the inverse along x, in one array.
+    """Returns what `load_matrices` reads: exp(-2 pi i f x / w), exp(-2 pi i y y' / h) and the inverse along x, in one array.
 
     The inverse takes half a spectrum: its weights are 2 where the other half has a conjugate, and hold the 1 / (h w).
     """
@@ -280,7 +280,7 @@ def fourier_matrices(h, w, device):
 
 
 def matrices_along(h, w, device):
-    """Those along x, along y and back along x."""
+    """Returns the parts of `fourier_matrices` along x, along y and back along x."""
     H, W, F = padded(h), padded(w), padded(w // 2 + 1)
     return fourier_matrices(h, w, device).split([2 * F * W, 2 * H * H, 2 * W * F])
 
@@ -291,7 +291,7 @@ def fourier_matrix(n):
 
 
 def half_weights(w, count):
-    """How often each wave number of rfft along w points counts in a sum over all of them, (count,)."""
+    """Returns how often each wave number of rfft along w points counts in a sum over all of them, (count,)."""
     weights = torch.full((count,), 2.0, dtype=torch.float64)
     weights[0] = 1
     if w % 2 == 0:
@@ -301,7 +301,7 @@ def half_weights(w, count):
 
 @cache
 def irfft2_weights(h, w, device):
-    """How much each wave number of half a spectrum counts in irfft2, (w // 2 + 1, 1)."""
+    """Returns how much each wave number of half a spectrum counts in irfft2, (w // 2 + 1, 1)."""
     return (half_weights(w, w // 2 + 1) / (h * w)).float().to(device)[:, None]
 
 
@@ -320,12 +320,12 @@ def precision():
 
 
 def on(device):
-    """A context in which kernels are launched on that device, which need not be the current one."""
+    """Returns a context in which kernels are launched on that device, which need not be the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def along_x(v, matrices):
-    """The first pass: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C), real and imaginary part."""
+    """Runs the first pass, (B, h, w, C) -> (B, 2, h, w // 2 + 1, C), real and imaginary part."""
     B, h, w, C = v.shape
     f = w // 2 + 1
     v_hat = v.new_empty(B, 2, h, f, C, dtype=torch.float32)
@@ -359,7 +359,7 @@ def back_along_x(v_hat, matrices, out):
 
 
 def correlate_along_y(v_hat, g_hat, matrices):
-    """The symbol's gradient but for `irfft2_weights`, (2, h, w // 2 + 1, C), of what `along_x` gave."""
+    """Returns the symbol's gradient, (2, h, w // 2 + 1, C), before `irfft2_weights`, from what `along_x` makes of both."""
     B, _, h, f, C = v_hat.shape
     H, t = padded(h), tile("correlate_along_y", padded(h), device=v_hat.device)
     symbol_gradient, YB = v_hat.new_empty(v_hat.shape[1:]), min(t.block, H)
@@ -372,13 +372,13 @@ def correlate_along_y(v_hat, g_hat, matrices):
 
 @torch.library.custom_op("pde_ssm::evolve", mutates_args=())
 def evolve_op(v: torch.Tensor, symbol: torch.Tensor) -> torch.Tensor:
-    """v (B, h, w, C), symbol (2, h, w // 2 + 1, C), real and imaginary part, in float32; laid out as `evolve` does."""
+    """Wraps `run` as an operator that compilers treat as opaque. The symbol is contiguous, in float32; for v see `evolve`."""
     with on(v.device):
         return run(v, symbol)
 
 
 def run(v, symbol):
-    """`evolve_op` on the current device."""
+    """Computes `evolve` on the current device: v (B, h, w, C), symbol (2, h, w // 2 + 1, C)."""
     B, h, w, C = v.shape
     out = v.new_empty(v.shape)
     if at_once(h, w):
@@ -401,13 +401,13 @@ def _(v, symbol):
 
 @torch.library.custom_op("pde_ssm::evolve_backward", mutates_args=())
 def evolve_backward(gradient: torch.Tensor, v: torch.Tensor, symbol: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of v and symbol, of their shapes and types."""
+    """Wraps `run_backward` likewise."""
     with on(v.device):
         return run_backward(gradient, v, symbol)
 
 
 def run_backward(gradient, v, symbol):
-    """`evolve_backward` on the current device."""
+    """Returns the gradients of v and symbol, of their shapes and types, on the current device."""
     B, h, w, C = v.shape
     v_gradient = torch.empty_like(v)                                       # of the same strides
     if at_once(h, w):
@@ -445,5 +445,5 @@ evolve_op.register_autograd(_backward, setup_context=lambda ctx, inputs, output:
 
 @cache
 def programs_that_fill(device):
-    """Two programs for every multiprocessor of a GPU; the interpreter has one at a time."""
+    """Returns how many programs keep a device busy: two for each multiprocessor of a GPU. The interpreter runs one by one."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -270,12 +270,12 @@ def add_conjugates(gradient, h, w):
 
 
 def packed(spectra):
-    """(groups, f, 2, B, c) -> (groups, f, c, 2 B)"""
+    """Returns spectra (groups, f, 2, B, c) as the kernels read them, (groups, f, c, 2 B)."""
     return spectra.flatten(2, 3).mT.contiguous()                           # copying two axes takes half as long as three
 
 
 def make_exponents(tau, *parameters):
-    """`exponents_plainly`, by the kernel."""
+    """Computes `exponents_plainly` by the kernel."""
     like = next(x for x in reversed(parameters) if x is not None)          # r, b without its last axis, or shear
     groups, c = like.shape[:2]
     out = like.new_empty(6, groups, c, c)
@@ -305,7 +305,7 @@ def lanes():
 
 @cache
 def library():
-    """The compiled kernels and None, or None and why there are none."""
+    """Returns the compiled kernels and None, or None and the reason why there are none."""
     kernels, reason = load(SOURCE)
     if reason:
         return None, reason
@@ -324,7 +324,7 @@ Tensor = torch.Tensor
 def evolve_op(
     spectra: Tensor, g0: Tensor, gx: Tensor, gy: Tensor, exponents: Tensor, h: int, w: int, is_system: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`evolve` as an operator that compilers do not look into."""
+    """Wraps `evolve` as an operator that compilers treat as opaque."""
     return evolve(spectra, g0, gx, gy, exponents, h, w, is_system)
 
 

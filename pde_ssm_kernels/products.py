@@ -19,7 +19,7 @@ def matmul(a, b):
 
 
 def matrix_exp(A):
-    """torch.linalg.matrix_exp of matrices (..., c, c), real or complex."""
+    """Returns torch.linalg.matrix_exp of matrices (..., c, c), real or complex."""
     if not tf32_may_round(A):
         return torch.linalg.matrix_exp(A)
     return matrix_exp_op(A) if torch.compiler.is_compiling() else MatrixExponential.apply(A)
@@ -108,7 +108,7 @@ def derivative(exponential, A, E):
 
 @torch.library.custom_op("pde_ssm::product", mutates_args=())
 def product_op(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`matmul` as an operator that compilers do not look into."""
+    """Wraps `matmul` as an operator that compilers treat as opaque."""
     return Product.forward(a, b)
 
 
@@ -119,7 +119,7 @@ def _(a, b):
 
 @torch.library.custom_op("pde_ssm::matrix_exp", mutates_args=())
 def matrix_exp_op(A: torch.Tensor) -> torch.Tensor:
-    """`matrix_exp` likewise."""
+    """Wraps `matrix_exp` likewise."""
     return MatrixExponential.forward(A).contiguous()
 
 

@@ -43,7 +43,7 @@ def evolve_spectra(equation, spectra, embedding, growth, phase, h, w):
 
 
 def symbol(equation, h, w):
-    """G(k) at all wave vectors of a grid: see `symbol_at`."""
+    """Returns G(k) at all wave vectors of a grid: see `symbol_at`."""
     return symbol_at(equation, *monomials(equation, h, w), *exponents(equation))
 
 
@@ -75,7 +75,7 @@ def evolve_piece(equation, embedded, even, odd, growth, phase):
 
 
 def evolve_and_forget(*arguments):
-    """Returns the same, but stores no symbol in training: it is computed again for the gradients."""
+    """Returns what `evolve_piece` does, but stores no symbol in training: it is computed again for the gradients."""
     return checkpoint(evolve_piece, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -85,7 +85,7 @@ def evolve_and_forget(*arguments):
 
 
 def real_spectrum(v):
-    """rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
+    """Computes rfft2 along h and w, real and imaginary parts: (B, h, w, C) -> (B, 2, h, w // 2 + 1, C)."""
     B, h, w, C = v.shape
     if B == 0:
         return v.reshape(B, 2, h, w // 2 + 1, C)                           # no view of complex numbers: those have no gradient
@@ -97,7 +97,7 @@ def real_spectrum(v):
 
 
 def from_real_spectrum(v_hat, h, w):
-    """The inverse of `real_spectrum`."""
+    """Inverts `real_spectrum`."""
     B, _, _, _, C = v_hat.shape
     if by_matrices(v_hat, h, w) and B:
         _, along_h, back = fourier_matrices(h, w, v_hat.dtype)
@@ -133,17 +133,17 @@ def fourier_matrices(h, w, dtype):
 
 
 def lanes(v_hat, groups):
-    """(B, 2, h, w // 2 + 1, C) -> (groups, f, 2, B, c)"""
+    """Returns a spectrum (B, 2, h, w // 2 + 1, C) with channels by groups and wave vectors in a row, (groups, f, 2, B, c)."""
     return v_hat.flatten(2, 3).unflatten(-1, (groups, -1)).permute(3, 2, 1, 0, 4)
 
 
 def from_lanes(spectra, h):
-    """The inverse of `lanes`."""
+    """Inverts `lanes`."""
     return spectra.permute(3, 2, 1, 0, 4).flatten(3).unflatten(2, (h, -1))
 
 
 def embed(g, spectra, odd):
-    """Eq. (6): B(k) v with B(k) = g0 + i (gx kx + gy ky): g (groups, 3 c, c), (groups, f, 2, B, c) -> (groups, f, 2 B, c)."""
+    """Multiplies by B(k) = g0 + i (gx kx + gy ky): g (groups, 3 c, c), (groups, f, 2, B, c) -> (groups, f, 2 B, c).     (6)"""
     parts = matmul(spectra.flatten(1, 3), g.mT)                            # (groups, f 2 B, 3 c)
     v, v_x, v_y = parts.view(*spectra.shape[:-1], g.shape[1]).chunk(3, dim=-1)   # (groups, f, 2, B, c)
     kx, ky = odd[:, :, None, None, None].unbind(1)
@@ -152,14 +152,14 @@ def embed(g, spectra, odd):
 
 
 def symbol_at(equation, even, odd, growth, phase):
-    """G(k), real parts above imaginary ones, (groups, f, 2 c, c), at the f wave vectors of these monomials."""
+    """Returns G(k) at the f wave vectors of these monomials, real parts above imaginary ones: (groups, f, 2 c, c)."""
     exponential = matrix_exponential if equation.is_system else entrywise_exponential
     G = exponential(polynomial(even, growth), polynomial(odd, phase))      # (groups, f, 2, c c)
     return G.unflatten(-1, equation.g0.shape[1:]).flatten(2, 3)
 
 
 def polynomial(monomials, coefficients):
-    """sum_j monomials_j coefficients_j: (f, n), (groups, n, C) -> (groups, f, C)"""
+    """Computes sum_j monomials_j coefficients_j: (f, n), (groups, n, C) -> (groups, f, C)."""
     alone = coefficients.device.type == "cpu" and not traced(coefficients)         # compilers fuse sums
     if alone and torch.backends.mkldnn.matmul.fp32_precision not in ("tf32", "bf16"):      # these settings round products
         return monomials @ coefficients
@@ -167,22 +167,22 @@ def polynomial(monomials, coefficients):
 
 
 def multiply(G, v):
-    """G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, B, c)."""
-    B, c = v.shape[2] // 2, v.shape[3]  # said, as there may be no images
+    """Computes G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, B, c)."""
+    B, c = v.shape[2] // 2, v.shape[3]  # stated, because unflatten cannot infer a size where there are no images
     products = matmul(G, v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))   # (groups, f, 2, c, 2, B)
     (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
     return torch.stack([rr - ii, ri + ir], dim=2).mT
 
 
 def matrix_exponential(growth, phase):
-    """exp of c x c matrices growth + i phase, real part, then imaginary part: (..., c c), (..., c c) -> (..., 2, c c)."""
+    """Computes exp of c x c matrices growth + i phase, real part, then imaginary part: (..., c c) twice -> (..., 2, c c)."""
     c = round(int(growth.shape[-1]) ** 0.5)                                 # int, for torch.jit.trace
     G = matrix_exp(torch.complex(growth, phase).unflatten(-1, (c, c))).flatten(-2)
     return torch.stack([G.real, G.imag], dim=-2)
 
 
 def entrywise_exponential(growth, phase):
-    """exp(growth + i phase) of each entry, real part, then imaginary part: (..., n), (..., n) -> (..., 2, n)."""
+    """Computes exp(growth + i phase) of each entry, real part, then imaginary part: (..., n) twice -> (..., 2, n)."""
     return _exponential(growth, phase) if traced(growth) else Exponential.apply(growth, phase)
 
 
