@@ -12,9 +12,8 @@ import socket
 import time
 from pathlib import Path
 
-import torch
-
 from machine.flags import not_negative
+from machine.precision import allow_tf32
 from machine.processes import launch
 from pages import operator, samples, two_models
 from pages.checkpoints import checkpoints_in
@@ -23,7 +22,7 @@ FOLDERS = ("pretrained", "results")
 
 
 def main(args, processes):
-    torch.set_float32_matmul_precision("high")  # as sample.py has it
+    allow_tf32()  # as sample.py does
     folders = choose_folders(args.folders)
     page, address = serve(folders, processes.device, args.host, args.port)
     print(f"The app is at {address}; Ctrl-C ends it", flush=True)

@@ -7,8 +7,6 @@ The model's size, mixer, classes and space come from the checkpoint. Without --c
 
 import argparse
 
-import torch
-
 from checkpoints.build import for_sampler, load_guide, load_model
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS, create_sampler
 from diffusion.drawing import choose_classes, draw, name_classes
@@ -19,6 +17,7 @@ from images.autoencoder import load_trained_space
 from images.samples import save_grid
 from machine.files import check_writable
 from machine.flags import above_zero, class_label, decay, ema_length, from_zero, image_size, not_negative, positive, share
+from machine.precision import allow_tf32
 from machine.processes import launch
 from mixers import MIXERS
 from mixers.running import add_speed_flags, prepare_to_sample
@@ -26,7 +25,7 @@ from models import DiT, model_name
 
 
 def main(args, processes):
-    torch.set_float32_matmul_precision("high")
+    allow_tf32()
     name = args.ckpt or public_checkpoint(args.model, args.mixer, args.image_size, args.num_classes)
     model, settings = load_model(find_checkpoint(name), vars(args), "mse", args.ema)
     labels = [label for label in choose_classes(model, args.class_labels) for _ in range(args.samples_per_class)]

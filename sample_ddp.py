@@ -9,7 +9,6 @@ stop, the command continues where it was. With --evaluate REF it then prints wha
 import argparse
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from checkpoints.build import for_sampler, load_model
@@ -24,14 +23,14 @@ from images.autoencoder import DECODER, digest, load_trained_space
 from images.numbered import check_folder, claim_folder, gather_npz, image_path, unfinished_batches
 from images.samples import save_png
 from machine.flags import from_zero, not_negative, positive
+from machine.precision import allow_tf32
 from machine.processes import launch
 from mixers.running import prepare_to_sample
 from sample import add_model_flags, in_words, with_guide
 
 
 def main(args, processes):
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.tf32
+    allow_tf32(args.tf32)
     count = args.num_fid_samples
     if not args.evaluate and (args.weights or args.features != NETWORKS[0]):
         raise ValueError("--features and --weights mean nothing without --evaluate REF")

@@ -27,7 +27,7 @@ from images.latents import CachedLatents
 from images.named import DATASETS
 from machine.cost import peak_flops, training_flops
 from machine.flags import Default, group, not_negative, positive, probability
-from machine.precision import be_deterministic, compile_blocks, in_precision
+from machine.precision import allow_tf32, be_deterministic, compile_blocks, in_precision
 from machine.processes import launch
 from machine.stops import postponed, received
 from mixers import MIXERS, add_mixer_flags
@@ -161,8 +161,7 @@ def set_up(processes, tf32, deterministic):
     """Turns logging on for the first process, and sets PyTorch's precision and determinism as the flags say."""
     if processes.rank == 0:
         logger.setLevel(logging.INFO)
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    allow_tf32(tf32)
     if deterministic:
         be_deterministic()
 

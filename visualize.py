@@ -28,12 +28,13 @@ from images.dataset import cropped
 from images.folders import read_image
 from machine.files import check_writable, write_json
 from machine.flags import class_label, decay, finite, from_zero, image_size, not_negative, positive, share
+from machine.precision import allow_tf32
 from machine.processes import launch
 from models import DiT
 
 
 def main(args, processes):
-    torch.set_float32_matmul_precision("high")
+    allow_tf32()
     asked = vars(args) | dict(device=processes.device)
     make, out, numbers = (asked.pop(name) for name in ("make", "out", "json"))
     check_writable(out, "--out", *FORMATS)

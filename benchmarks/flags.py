@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from machine.flags import above_zero, positive
-from machine.precision import count_cores
+from machine.precision import allow_tf32, count_cores
 from machine.processes import choose_device, keep_freed_memory
 from pde_ssm import set_backend
 
@@ -35,7 +35,7 @@ def parse_args(description, argv=None, **flags):
     torch.set_num_threads(args.threads)
     set_backend(args.backend)
     if args.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as in training
+        allow_tf32()  # as in training
     else:
         keep_freed_memory()  # as every command does
         limit_memory()

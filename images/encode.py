@@ -18,13 +18,14 @@ from images.dataset import CHECK, check_readable, load_dataset, worker_count
 from images.folders import describe_classes
 from images.named import DATASETS
 from machine.flags import not_negative, positive
+from machine.precision import allow_tf32
 from machine.processes import launch
 from machine.stops import ignore_stops, read_batches
 
 
 def encode(args, processes):
     """Writes the latents of every image, and of its mirror image, to --out. Every process makes whole shards."""
-    torch.set_float32_matmul_precision("high")  # as in training
+    allow_tf32()  # as in training
     space = open_space(args.vae)
     if args.vae == "none":
         raise ValueError("--vae none is to work on pixels, which need no encoding")

@@ -10,6 +10,12 @@ import torch
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def allow_tf32(allowed=True):
+    """Lets GPUs round the factors of float32 products and convolutions to TF32, which takes tensor cores, or forbids it."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def be_deterministic():
     """Makes MKL, PyTorch, cuDNN and cuBLAS give the same bits every time, and MKL also for any number of threads.
 
