@@ -44,6 +44,17 @@ def test_processes_wait_for_one_that_has_work_of_its_own():
     assert together(command, soon) == [0, 0]
 
 
+def test_what_the_first_process_makes_the_others_find(tmp_path):
+    def command(args, processes):
+        with processes.main_process_first():
+            if processes.rank == 0:
+                time.sleep(0.5)
+                (tmp_path / "made").touch()
+            assert (tmp_path / "made").exists()
+
+    assert together(command) == [0, 0]
+
+
 def test_processes_agree_without_a_look_at_their_gpus(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda flags, how: flags.copy_(torch.tensor([0, 1])))
     assert Processes(0, 2, torch.device("meta")).any(False, False) == (False, True)
