@@ -226,7 +226,7 @@ def model_name(text):
     return text
 
 
-BACKBONES = tuple(dict.fromkeys(build.func for build in (ZigMa_models | MODELS).values()))  # ZigMa has DiT's names, and more
+BACKBONES = tuple(dict.fromkeys(build.func for build in (ZigMa_models | MODELS).values()))  # ZigMa first: it has DiT's names
 
 
 def backbone_of(weights):

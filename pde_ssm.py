@@ -135,7 +135,7 @@ class PDE(Keeping):
         self.dim, self.terms, self.token = dim, terms, 1 / max(grid_size)
 
     def forward(self, *arguments):
-        return self.evolve(*arguments)  # in a call of the module, which runs hooks: users' and those of pruned parameters
+        return self.evolve(*arguments)  # only calls of a module run hooks: users' own, and those that prune parameters
 
     def create_scalars(self, log_l, r):
         """Adds parameters in the shape of log_l: isotropic diffusion with widths exp(log_l), shifts, and the rates r."""
@@ -182,6 +182,7 @@ class PDE(Keeping):
         return matrix(Kxx, Kxy, Kyy), torch.stack([bx, by], dim=-1), self.bound(r, tau), tau
 
     def absent(self):
+        """Returns the coefficients of a term that the PDE lacks: zeros like g0, or None where it lacks no term."""
         return None if len(self.terms) == len(TERMS) else widen(self.g0).new_zeros(()).expand(self.g0.shape)
 
 
@@ -203,7 +204,7 @@ class Diagonal(PDE):
     within a component, and all but the first, whose g0 is 1, have a random g0 of standard deviation 1/2.
     """
 
-    evolve_plainly = staticmethod(evolve_plainly)
+    evolve_plainly = staticmethod(evolve_plainly)  # where kernels, which never import this file, find it
 
     def __init__(self, dim, grid_size, terms, components):
         super().__init__(dim, grid_size, terms)
@@ -256,7 +257,7 @@ class Pairwise(PDE):
     together contribute about as much as the channel itself; without the reaction term, g0 starts at 1 / c instead of 1.
     """
 
-    is_system, wave_vectors = False, staticmethod(wave_vectors)
+    is_system, wave_vectors = False, staticmethod(wave_vectors)            # for kernels, which never import this file
 
     def __init__(self, dim, grid_size, terms, groups):
         super().__init__(dim, grid_size, terms)
@@ -300,7 +301,7 @@ class Coupled(PDE):
     with the size of tau k . b. Starts as `Diagonal` does, without coupling.
     """
 
-    is_system, wave_vectors = True, staticmethod(wave_vectors)
+    is_system, wave_vectors = True, staticmethod(wave_vectors)             # for kernels, likewise
     evolve, symbol, kernel = Pairwise.evolve, Pairwise.symbol, Pairwise.kernel
 
     def __init__(self, dim, grid_size, terms, groups):
@@ -340,7 +341,7 @@ class Coupled(PDE):
 
     def bound(self, r, tau):
         own = r.diagonal(dim1=-2, dim2=-1)
-        largest = (own + r.abs().sum(-1) - own.abs()).amax(-1)             # no eigenvalue is larger
+        largest = (own + r.abs().sum(-1) - own.abs()).amax(-1)             # Gershgorin: no eigenvalue is larger
         excess = (largest.clamp_max(R_MAX) - R_MAX / tau).clamp_min(0)
         return r - excess[:, None, None] * torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
 

@@ -67,7 +67,7 @@ def main(args, processes):
     model = build_model(settings, space)
     model.trained_classes, model.class_names = dataset.num_classes, settings["class_names"]
     cost = training_flops(model, args.global_batch_size), peak_flops(device, args.precision, args.tf32)
-    choose_backend(args.backend, model, device)  # after the count, for which nothing is computed
+    choose_backend(args.backend, model, device)  # after the count, which runs on the meta device, where no kernel does
 
     run = resume.find_run(args.resume, args.results_dir, args.model, processes)
     changes = resume.check_changes(run, settings, flags(), args.allow_changes) if run else []

@@ -18,7 +18,7 @@ from machine.files import whole_file
 from mixers import MIXERS, build_mixer, kind_of, mixer_options, read_mixer
 from models import MLPS, MODELS, DiT, backbone_of, stride
 
-# The paths of SiT's flows, whose networks are DiT's but see t itself: path_type and prediction of its settings.
+# The paths of SiT's flows by its settings path_type and prediction. Its networks are DiT's, but see t and not 1000 t.
 SIT_PATHS = {("Linear", "velocity"): "linear", ("GVP", "velocity"): "cosine"}
 # Settings that a file may state, with a test of their values: the type, or the known names.
 STATED = dict(
@@ -192,7 +192,7 @@ def choose_objective(settings, given, learnt_variances, path, usual):
     if objective == "flow" and settings["learn_sigma"] and "time_scale" not in settings:
         if "objective" in settings:
             raise ValueError(f"{path} contradicts itself: it states objective=flow, and its weights have learned variances")
-        settings["time_scale"] = 1  # the only flows with as many outputs are SiT's
+        settings["time_scale"] = 1  # only SiT's flows have outputs for variances
     settings["objective"] = objective
     for name, value in (dict(path="linear", predict="velocity") | usual).items():
         settings.setdefault(name, given.get(name, value))
@@ -298,7 +298,7 @@ def initialize(model, path, settings=None):
         reason = "none of its matrices fits the model" if theirs is ours else differs
         raise ValueError(f"{path} is of another network or size: {reason}")
     if ours is DiT and (model.rotary or ("pos_embed" in given and not given["pos_embed"].any())):
-        fitting.pop("pos_embed", None)  # places are in the mixers of one of the two
+        fitting.pop("pos_embed", None)  # one of the two has rotary mixers, which know places
     model.load_state_dict(fitting, strict=False)
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
     for name in (name for name in known if name not in fitting):
@@ -312,7 +312,7 @@ def initialize(model, path, settings=None):
         report.append(f"... there, and not taken: {_by_kind(unknown)}")
     try:
         return report + _other_purposes(stated_settings(stored, path), stated_settings(settings or {}, path))
-    except ValueError as error:  # of a flow that is unknown here, which is no reason not to begin there
+    except ValueError as error:  # its flow is unknown here, but its weights are a beginning all the same
         return [*report, f"... {error}"]
 
 

@@ -67,7 +67,7 @@ def read_checkpoint(path, decay=None):
     if os.path.isdir(path):
         if Path(path, INDEX).is_file():
             contents = read_pipeline(path)
-            choose_average(contents["args"], decay, path)  # it has one, and says so
+            choose_average(contents["args"], decay, path)  # a pipeline has one average: any other is an error
             return contents
         if not Path(path, SETTINGS).is_file():
             raise ValueError(f"{path} is {_kind_of_folder(path)}")

@@ -107,7 +107,7 @@ def record_rounding(run, settings, processes):
     that says what has changed since its last checkpoint, or None. run: from find_run. settings: the flags, a dict."""
     now = rounding(processes) | {name: settings[name] for name in ("grad_accum", "parallel", "compile", "backend")}
     before = run.get("rounding", []) if run else []
-    names = [name for name in now if before and before[-1].get(name, now[name]) != now[name]]  # older ones do not know all
+    names = [name for name in now if before and before[-1].get(name, now[name]) != now[name]]  # older checkpoints lack some
     if not names:
         return before or [now], None
     changes = ", ".join(f"{name} {before[-1][name]} is now {now[name]}" for name in names)
@@ -209,7 +209,7 @@ def save_run(experiment, learner, settings, processes, rounding, alone=False):
     if alone and not first and (not path.parent.is_dir() or any(path.parent.glob(f"{path.name}*"))):
         return None
     spoilt = first_not_finite(learner)
-    if processes.any(spoilt is not None)[0] if sharded else spoilt:        # unless they share them, all have the same
+    if processes.any(spoilt is not None)[0] if sharded else spoilt:        # processes that share no weights all have the same
         what = spoilt or "a part on another process"
         raise ValueError(
             f"after step {learner.step} {what} is not finite, so that nothing of it is saved; the checkpoints before stay, and "

@@ -50,8 +50,8 @@ def led_away(network, objective, guidance):
     def led(x, t, y):
         out = network(x, t, y)                                             # (B, C or 2 C, H, W)
         strength = torch.where(acts(guidance, objective, t), w, 1.0).view(-1, 1, 1, 1)
-        seen = y.clamp(max=guide.num_classes) if guidance.scale else torch.full_like(y, guide.num_classes)     # its null class
-        weak = guide(x, t, seen)                                           # one without classes has 0 alone
+        seen = y.clamp(max=guide.num_classes) if guidance.scale else torch.full_like(y, guide.num_classes)
+        weak = guide(x, t, seen)                                           # class 0 is all that a guide without classes has
         c = x.shape[1]
         return torch.cat([torch.lerp(weak[:, :c].to(out.dtype), out[:, :c], strength.to(out.dtype)), out[:, c:]], dim=1)
 

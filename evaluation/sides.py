@@ -168,7 +168,7 @@ def measure(source, network, processes=ALONE, batch_size=None):
     ValueError on all processes if a feature is not finite."""
     if source.images is None:
         return Side(source.name, None, source.statistics, source.counted, set())
-    network.to(processes.device, memory_format=torch.channels_last)  # also if the features are there: its last layer is asked
+    network.to(processes.device, memory_format=torch.channels_last)  # for the Inception Score even stored features need it
     if source.pool is not None:
         pool = torch.from_numpy(source.pool).to(processes.device)
         return Side(source.name, pool, source.statistics, source.counted, {source.images.shape[1:3]})

@@ -43,11 +43,11 @@ def claim_folder(folder, settings, count):
     record.seek(0)
     try:
         before = UNRECORDED | json.loads(record.read())
-    except (ValueError, TypeError) as error:  # new, or cut short
+    except (ValueError, TypeError) as error:  # it is new, or was cut short
         if drawn:
             raise ValueError(strange) from error
         before = None
-    if not drawn:  # of a run that drew nothing
+    if not drawn:  # nobody has drawn anything there
         before = settings
         record.truncate(0)
         record.write(json.dumps(settings))

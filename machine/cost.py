@@ -33,7 +33,7 @@ def forward_flops(model, *inputs):
     def fourier(shape, dims):
         return round(2.5 * math.prod(shape) * math.log2(math.prod(shape[dim] for dim in dims)))
 
-    product._get_raw = True  # tensors, not their shapes
+    product._get_raw = True  # the counter then passes tensors, not their shapes
     aten = torch.ops.aten
     counts = {
         aten.mm: product,

@@ -26,12 +26,12 @@ def _number(read, holds, what):
 
 
 positive = _number(int, lambda n: n >= 1, "a whole number from 1")                # sizes, steps, counts
-not_negative = _number(int, lambda n: n >= 0, "a whole number from 0")            # what there may be none of; seeds
+not_negative = _number(int, lambda n: n >= 0, "a whole number from 0")            # counts that may be none; seeds
 above_zero = _number(float, lambda x: x > 0, "a finite number above 0")           # rates, norms, seconds
 from_zero = _number(float, lambda x: x >= 0, "a finite number from 0")            # strengths, weights
 finite = _number(float, math.isfinite, "a finite number")                         # lengths to either side
-share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")             # places on a way
-probability = _number(float, lambda x: 0 < x < 1, "a number above 0 and below 1")  # of what happens to some
+share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")             # places between noise and image
+probability = _number(float, lambda x: 0 < x < 1, "a number above 0 and below 1")  # of an event
 ema_length = _number(float, lambda x: 0.005 <= x <= 0.25, "a number from 0.005 to 0.25")  # in units of the run
 decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")        # of a running average
 

@@ -88,8 +88,8 @@ def launch(command, args):
     What the user or the machine got wrong (ValueError, OSError) ends it with one line and exit status 1 instead of a
     traceback; `python -X dev` shows the traceback.
     """
-    with suppress(AttributeError):  # of a stream that is no text file
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a name that the locale cannot spell ends nothing
+    with suppress(AttributeError):  # the stream may be no text file
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr: no name raises an error
     with outlived_terminal():
         try:
             install_handlers()

@@ -14,7 +14,7 @@ def add_speed_flags(add):
     add("--precision", choices=PRECISIONS, default="fp32", help="of the matrix products; weights and PDEs stay float32")
     minute = "compile the network with torch.compile; the first step then takes about a minute longer"
     may_change(add("--compile", action="store_true", help=minute))
-    kernels = dict(choices=BACKENDS, default="default", dest="backend")  # no option of the mixer, so no pde_*
+    kernels = dict(choices=BACKENDS, default="default", dest="backend")  # names with pde_ are options of the mixer
     same_bits = "make MKL, PyTorch and cuDNN give bitwise identical results every time; may be slower"
     may_change(add("--deterministic", action="store_true", help=same_bits))
     choices = "of the PDE: C++ on CPUs, else PyTorch; PyTorch; C++; Triton, for GPUs; any kernel; or the plain equations"
@@ -28,7 +28,7 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
     if deterministic:
         be_deterministic()
     choose_backend(backend, model, device)
-    model.to(device)  # where it warms up below
+    model.to(device)  # before it warms up there
     forward = in_precision(model.forward, precision, device)
     if compile:
         check_compiler(device)
@@ -38,7 +38,7 @@ def prepare_to_sample(model, device, precision="fp32", compile=False, backend="d
             with torch.no_grad():
                 forward(x, y.float(), y)
         forward = compile_whole(forward, device)
-    model.forward = forward  # of this one model: forward_with_cfg calls it, too
+    model.forward = forward  # set on the model, so that forward_with_cfg calls it too
 
 
 def choose_backend(name, model, device):

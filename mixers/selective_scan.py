@@ -42,7 +42,7 @@ def selective_scan(
         if watched:
             out, last, _ = scan(*inputs, delta_softplus, reverse, keep)
         elif not return_last_state and selective_scan_mamba.serves(inputs, selective_scan_reference):
-            out = selective_scan_mamba.function()(*time_reversed(inputs, reverse), delta_softplus)  # without its last state
+            out = selective_scan_mamba.function()(*time_reversed(inputs, reverse), delta_softplus)  # asked for no last state
             out = out.flip(2) if reverse else out
         else:
             out, last = Scan.apply(*inputs, delta_softplus, reverse, keep)
@@ -273,7 +273,7 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
         A_grad += (exponent_grad * steps[part][..., None]).sum((0, 1))
     steps_grad += x_grad * u
     if softplus:
-        steps_grad *= -torch.expm1(-steps)                                                     # sigmoid, of softplus
+        steps_grad *= -torch.expm1(-steps)                                                     # sigmoid(delta)
     u_grad = x_grad * steps if D is None else x_grad * steps + D * dy
     z_grad = None
     if z is not None:

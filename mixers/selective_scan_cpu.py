@@ -58,7 +58,7 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
     call("backward", (u, delta, z, out_grad, *rows), (B, C), (A, D, bias, last_grad, chunk_states, *whole), softplus, reverse)
     A_grad, D_grad, bias_grad, B_grad, C_grad = map(sum_of, whole)
     if reverse:
-        B_grad, C_grad = B_grad.flip(2), C_grad.flip(2)                    # the kernel's order is that of its steps
+        B_grad, C_grad = B_grad.flip(2), C_grad.flip(2)                    # the kernel writes them in the order of its steps
     return rows[0], rows[1], A_grad, B_grad.mT, C_grad.mT, D_grad, rows[2], bias_grad
 
 
@@ -119,7 +119,7 @@ def sum_of(rows):
     """Adds up the rows of a tensor, in their order whatever the number of threads."""
     if len(rows) == 1:
         return rows[0]
-    if not len(rows):                                                      # of no images
+    if not len(rows):                                                      # there are no images
         return rows.sum(0)
     total = torch.empty_like(rows[0])
     numbers = rows.data_ptr(), total.data_ptr(), len(rows), total.numel(), torch.get_num_threads()

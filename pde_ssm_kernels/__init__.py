@@ -50,7 +50,7 @@ def choose(v, equation, time_scale=None):
     if _backend == "plain":
         return None
     tensors = [v, *equation.parameters(), *([] if time_scale is None else [time_scale])]
-    exporting = torch.compiler.is_exporting()                              # a program, which may go where no compiler is
+    exporting = torch.compiler.is_exporting()                              # the program may run where there is no compiler
     followed = exporting or transformed() or (not torch.compiler.is_compiling() and traced(*tensors))
     if hasattr(equation, "is_system"):                                    # Pairwise or Coupled, not Diagonal
         from . import pairs, pytorch

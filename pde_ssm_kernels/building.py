@@ -32,7 +32,7 @@ def load(source, *flags):
                 return ctypes.CDLL(str(path)), None
         build([*command, str(source)], path)
         return ctypes.CDLL(str(path)), None
-    except (OSError, RuntimeError, ValueError) as error:                   # no home; quotes in CXX that do not close
+    except (OSError, RuntimeError, ValueError) as error:                   # there is no home folder, or CXX has an open quote
         way_out = "; CXX names another compiler, XDG_CACHE_HOME another folder for them"
         return None, f"the kernels of {source.parent.name}/{source.name} could not be built: {error}{way_out}"
 

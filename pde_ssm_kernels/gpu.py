@@ -409,7 +409,7 @@ def evolve_backward(gradient: torch.Tensor, v: torch.Tensor, symbol: torch.Tenso
 def run_backward(gradient, v, symbol):
     """Returns the gradients of v and symbol, of their shapes and types, on the current device."""
     B, h, w, C = v.shape
-    v_gradient = torch.empty_like(v)                                       # of the same strides
+    v_gradient = torch.empty_like(v)                                       # its strides are v's, as the fake below promises
     if at_once(h, w):
         sizes, options = constants("backward", v)
         blocks = triton.cdiv(C, sizes["CB"])

@@ -61,7 +61,7 @@ class Keeping(nn.Module):
                 constants[name, *grid] = getattr(type(self), name).__wrapped__(self, *grid)
         return constants[name, *grid]
 
-    def _apply(self, fn, recurse=True):                                    # new storage
+    def _apply(self, fn, recurse=True):                                    # it gives parameters new storage
         self.drop()
         return super()._apply(fn, recurse)
 
@@ -121,7 +121,7 @@ def _keep(layer, name, value, state):
     others = [*layer.buffers(), *(x for m in layer.modules() for x in vars(m).values() if isinstance(x, torch.Tensor))]
     computed = others or not parameters or any(hasattr(m, "parametrizations") for m in layer.modules())
     if state is None or computed or traced(*parameters):
-        return  # no version counts; coefficients that are no parameters (replicas, parametrisations); tensors of another class
+        return  # a change could go unnoticed: no versions are counted, or the value depends on more than plain parameters
     while own and (len(own) >= VALUES or value.nbytes > room()):
         own.pop(next(iter(own), None), None)                               # another thread may have done so just now
     if value.nbytes > room():

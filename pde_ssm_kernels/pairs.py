@@ -125,7 +125,7 @@ def exponents(equation):
     if equation.is_system:
         return torch.cat(pytorch.exponents(equation), dim=1).movedim(1, 0).view(6, *equation.g0.shape)
     lx, ly, shear, b, slack = (getattr(equation, name, None) for name in ("log_lx", "log_ly", "shear", "b", "r_slack"))
-    r = None if slack is None else 1 - F.softplus(widen(slack))            # R_MAX, before `bound`
+    r = None if slack is None else 1 - F.softplus(widen(slack))            # 1 is R_MAX; `bound` comes with tau, below
     inputs = equation.tau(), *(None if x is None else widen(x) for x in (lx, ly, shear, b)), r
     return exponents_plainly(*inputs) if torch.compiler.is_compiling() else Exponents.apply(*inputs)
 
@@ -276,7 +276,7 @@ def packed(spectra):
 
 def make_exponents(tau, *parameters):
     """Computes `exponents_plainly` by the kernel."""
-    like = next(x for x in reversed(parameters) if x is not None)          # r, b without its last axis, or shear
+    like = next(x for x in reversed(parameters) if x is not None)          # r, b or shear: all begin with (groups, c)
     groups, c = like.shape[:2]
     out = like.new_empty(6, groups, c, c)
     run("exponents", tau, *(None if x is None else x.contiguous() for x in parameters), out, sizes=(c * c, groups))

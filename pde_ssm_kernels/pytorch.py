@@ -170,13 +170,13 @@ def multiply(G, v):
     """Computes G v at each wave vector: (groups, f, 2 c, c), (groups, f, 2 B, c) -> (groups, f, 2, B, c)."""
     B, c = v.shape[2] // 2, v.shape[3]  # stated, because unflatten cannot infer a size where there are no images
     products = matmul(G, v.mT).unflatten(3, (2, B)).unflatten(2, (2, c))   # (groups, f, 2, c, 2, B)
-    (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # of G's real or imaginary part with v's
+    (rr, ir), (ri, ii) = (product.unbind(2) for product in products.unbind(4))   # ri: G's real part times v's imaginary one
     return torch.stack([rr - ii, ri + ir], dim=2).mT
 
 
 def matrix_exponential(growth, phase):
     """Computes exp of c x c matrices growth + i phase, real part, then imaginary part: (..., c c) twice -> (..., 2, c c)."""
-    c = round(int(growth.shape[-1]) ** 0.5)                                 # int, for torch.jit.trace
+    c = round(int(growth.shape[-1]) ** 0.5)                                 # int(): torch.jit.trace makes sizes tensors
     G = matrix_exp(torch.complex(growth, phase).unflatten(-1, (c, c))).flatten(-2)
     return torch.stack([G.real, G.imag], dim=-2)
 

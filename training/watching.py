@@ -51,9 +51,10 @@ class Watch(NamedTuple):
         names = self.due(step, saved) - seen
         if not names:
             return
-        flow = {name: self.how[name] for name in ("path", "predict") if name in self.how}  # what does not weight the loss
+        # Held-out losses of runs are comparable without min_snr, times and time_shift, which weight the loss of training.
+        flow = {name: self.how[name] for name in ("path", "predict") if name in self.how}
         shift = {name: self.how[name] for name in ("time_shift",) if name in self.how}
-        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **flow, **shift)  # with its objective
+        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **flow, **shift)  # a pair: objective, sampler
         with moved_to(processes.device, model):
             if "held_out_loss" in names:
                 objective = create_objective(self.objective, **flow)
@@ -64,7 +65,7 @@ class Watch(NamedTuple):
             if self.probe and self.probe.name in names:
                 try:
                     found = distance(self.probe, model, self.space, *quick_sampler, processes)
-                except ValueError as error:  # of these weights, which training goes on to change
+                except ValueError as error:  # these weights draw nothing; later ones may
                     found = error
                 log_probe(step, self.probe.name, found, journal.write_row)
 
@@ -115,7 +116,7 @@ def draw_samples(step, model, space, quick_sampler, journal):
     labels = [label for label in classes for _ in range(max(16 // len(classes), 1))]
     try:
         images = draw(model, space, *quick_sampler, labels, 0, guidance, progress=False)
-    except ValueError as error:  # of these weights, which training goes on to change
+    except ValueError as error:  # these weights draw nothing; later ones may
         logger.info(f"(step={step:07d}) No samples: {error}")
         return
     if not journal.writes:
