@@ -65,8 +65,8 @@ def stated_settings(stored, path):
 
 
 def _stated_options(stored, model, path):
-    """Returns the mixer's options that its name and the flags in a checkpoint's args determine: (those that weights also
-    reveal, in the form in which they reveal them, and the others)."""
+    """Returns the mixer's options that its name and the flags in a checkpoint's args determine, as two dicts: those that
+    weights reveal too, under the names and with the values that they reveal, and the others."""
     mixer, kind = stored["mixer"], kind_of(stored["mixer"])
     try:
         given = kind.named[mixer] | kind.stored(stored) | mixer_options(mixer, stored)
@@ -75,26 +75,27 @@ def _stated_options(stored, model, path):
             layer = build_mixer(mixer, size["hidden_size"], size["num_heads"], (16, 16), 0, **given)  # options hold on any grid
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} states options that its mixer cannot have: {error}") from error
-    built, names = kind.read(layer.state_dict()), {name: kind.told_as.get(name, name) for name in given}
-    told = {told: built[told] for told in names.values() if told in built}
-    return told, {name: value for name, value in given.items() if names[name] not in built}
+    revealed = kind.read(layer.state_dict())
+    name_in_weights = {name: kind.told_as.get(name, name) for name in given}
+    in_weights = {name: revealed[name] for name in name_in_weights.values() if name in revealed}
+    return in_weights, {name: value for name, value in given.items() if name_in_weights[name] not in revealed}
 
 
 def reconcile(stored, settings, path):
     """Returns the settings that weights reveal, combined with those that a checkpoint's args state. ValueError, with both
     values, where they differ."""
-    stated, told, options = stated_settings(stored, path), dict(settings), {}
-    if MODELS[settings["model"]].func is not DiT and (foreign := stated.keys() & {"mlp", "norm", "time_intervals"}):
+    stated, revealed, options = stated_settings(stored, path), dict(settings), {}
+    is_dit, kind = MODELS[settings["model"]].func is DiT, kind_of(settings["mixer"])
+    if not is_dit and (foreign := stated.keys() & {"mlp", "norm", "time_intervals"}):
         raise ValueError(f"{path} contradicts itself: it states {', '.join(sorted(foreign))}, and its weights are no DiT's")
-    kind = kind_of(settings["mixer"])
-    if kind.options and MODELS[settings["model"]].func is DiT and stated.get("mixer") in kind.named:
-        told |= settings["mixer_options"] | dict(mixer=stated["mixer"])
-        as_weights_tell, options = _stated_options(stored, settings["model"], path)
-        stated |= as_weights_tell | {name: value for name, value in options.items() if name in told}
+    if is_dit and kind.options and stated.get("mixer") in kind.named:
+        revealed |= settings["mixer_options"] | dict(mixer=stated["mixer"])  # weights reveal the kind, and not which preset
+        in_weights, options = _stated_options(stored, settings["model"], path)
+        stated |= in_weights | {name: value for name, value in options.items() if name in revealed}
     for name, value in stated.items():
-        if told.get(name, value) != value:
+        if revealed.get(name, value) != value:
             raise ValueError(
-                f"{path} contradicts itself: it states {name}={value}, and its weights have {name}={told[name]}; "
+                f"{path} contradicts itself: it states {name}={value}, and its weights have {name}={revealed[name]}; "
                 "if they are right, save them without those settings"
             )
     settings = settings | dict(mixer_options=settings["mixer_options"] | options)
