@@ -21,7 +21,6 @@ def _number(read, holds, what):
             raise argparse.ArgumentTypeError(f"{text} is not {what}{limit}")
         return number
 
-    parse.what = what
     return parse
 
 
