@@ -8,8 +8,10 @@
 CPUs (selective_scan_cpu.py), elsewhere in chunks of CHUNK tokens, time first: all exponentials of a chunk at once, then one
 multiply-add per token, then one matrix product. Its hand-written gradient goes through the chunks in reverse and recomputes
 their states, so that memory holds the states of every CHUNK-th token instead of all. Neither divides by products of
-exponentials, which underflow where delta A is large. On CUDA, mamba_ssm's kernel may be used (selective_scan_mamba.py). Under
-vmap and in forward-mode differentiation, for which operators have no rules, the reference runs instead.
+exponentials, which underflow where delta A is large. In chunks the scan takes 0.06 to 0.29 of the reference's time (768
+channels, 64 to 1,024 tokens, 2 threads of an Intel Xeon: `python -m benchmarks.selective_scan --quick`). On CUDA, mamba_ssm's
+kernel may be used (selective_scan_mamba.py). Under vmap and in forward-mode differentiation, for which operators have no rules,
+the reference runs instead.
 """
 
 from functools import partial, reduce
