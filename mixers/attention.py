@@ -22,7 +22,7 @@ class SelfAttention(Attention):
     """timm's self-attention, for callers that pass more than tokens: rope, and masks or a context that are None."""
 
     def forward(self, x, attn_mask=None, **call):                          # (B, N, D)
-        refuse(call, "attention")
+        refuse(x, call, "attention")
         return super().forward(x, attn_mask=attn_mask)
 
 
@@ -43,7 +43,7 @@ class RotaryAttention(AttentionRope):
         self.grid_size = self.trained_grid = checked_grid(grid_size, "attention with rope")
 
     def forward(self, x, **call):                                          # (B, N, D)
-        refuse(call, "attention with rope")
+        refuse(x, call, "attention with rope")
         return super().forward(x, rope=rotations(tuple(self.grid_size), self.trained_grid, x.shape[2] // self.num_heads, x))
 
 

@@ -5,9 +5,9 @@ import math
 
 def on_grid(tokens, grid_size, name):
     """Returns tokens (B, h w, D) as (B, h, w, D), on a square if grid_size is None. ValueError if their number does not match
-    the grid, or they are not floating-point numbers; `name` is the mixer's, for the message."""
+    the grid; `name` is the mixer's, for the message."""
     h, w = grid_size or (math.isqrt(tokens.shape[1]),) * 2
-    if tokens.ndim != 3 or tokens.shape[1] != h * w or not tokens.is_floating_point():
+    if tokens.shape[1] != h * w:
         found = f"the shape {tuple(tokens.shape)} of {tokens.dtype}"
         raise ValueError(f"{name} is on a grid of {h} x {w} = {h * w} tokens (B, N, D), real; it got {found}")
     return tokens.unflatten(1, (h, w))
@@ -20,8 +20,10 @@ def checked_grid(grid_size, name):
     return tuple(grid_size)
 
 
-def refuse(call, name):
-    """Raises a ValueError for arguments, by name, that callers passed besides tokens: a mask, a context or any value but None
-    and False. rope, the positions of tokens, is allowed."""
+def refuse(tokens, call, name):
+    """Raises a ValueError unless tokens are real (B, N, D), and for arguments, by name, that callers passed besides them: a
+    mask, a context or any value but None and False. rope, the positions of tokens, is allowed."""
+    if tokens.ndim != 3 or 0 in tokens.shape[1:] or not tokens.is_floating_point():
+        raise ValueError(f"{name} mixes real tokens (B, N, D); it got the shape {tuple(tokens.shape)} of {tokens.dtype}")
     if given := [what for what, value in call.items() if value is not None and value is not False and what != "rope"]:
         raise ValueError(f"{name} mixes a grid of tokens and cannot follow {', '.join(given)}")

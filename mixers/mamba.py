@@ -71,7 +71,7 @@ class Mamba(nn.Module):
             initialize_time_steps(dt_proj)
 
     def forward(self, tokens, **call):                                     # (B, L, D)
-        refuse(call, "Mamba")
+        refuse(tokens, call, "Mamba")
         if self.path is None:
             return self.read(tokens)
         grid = checked_grid(self.grid_size, "Mamba along zigzags")

@@ -18,7 +18,7 @@ class Mean(nn.Module):
         self.v, self.proj = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, dim)
 
     def forward(self, tokens, **call):                                     # (B, N, D)
-        refuse(call, "mean")
+        refuse(tokens, call, "mean")
         return self.proj(self.v(tokens.mean(1, keepdim=True))).expand_as(tokens).contiguous()
 
 

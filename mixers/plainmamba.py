@@ -59,7 +59,7 @@ class PlainMamba(nn.Module):
         initialize_time_steps(self.dt_proj)
 
     def forward(self, tokens, **call):                                     # (B, N, D)
-        refuse(call, "plainmamba")
+        refuse(tokens, call, "plainmamba")
         grid_size = on_grid(tokens, self.grid_size, "plainmamba").shape[1:3]
         x, z = self.in_proj(tokens).chunk(2, dim=2)                        # (B, N, E) each
         x = silu(self.conv2d(x.contiguous().unflatten(1, grid_size).permute(0, 3, 1, 2)))

@@ -56,7 +56,7 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(E, dim, bias=False)
 
     def forward(self, tokens, **call):                                     # (B, N, D)
-        refuse(call, "ss2d")
+        refuse(tokens, call, "ss2d")
         grid_size = on_grid(tokens, self.grid_size, "ss2d").shape[1:3]
         x = self.in_proj(tokens)                                           # (B, N, E), and as many of the gate
         x, z = x.chunk(2, dim=2) if self.gate else (x, None)

@@ -33,7 +33,7 @@ class Window(WindowAttention):
         self.grid_size, self.size, self.shifted = grid_size, size, layer % 2 == 1
 
     def forward(self, tokens, **call):                                     # (B, N, D)
-        refuse(call, "window")
+        refuse(tokens, call, "window")
         grid = on_grid(tokens, self.grid_size, "window")                   # (B, h, w, D)
         h, w = grid.shape[1:3]
         (H, a, down), (W, b, right) = axes = [layout(n, self.size, self.shifted) for n in (h, w)]

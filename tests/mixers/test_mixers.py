@@ -39,6 +39,13 @@ def test_no_images_are_no_mistake(name):
     out.sum().backward()
 
 
+@pytest.mark.parametrize("tokens", [torch.ones(16, 16), torch.ones(16), torch.ones(2, 0, 16), torch.ones(2, 16, 16).int()])
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_are_no_tokens_is_named(name, tokens):
+    with pytest.raises(ValueError, match=r"it got |got 0 tokens"):
+        build_mixer(name, 16, 4, (4, 4), 0)(tokens)
+
+
 def test_the_tables_in_the_docs_have_every_option():
     pages = [(ROOT / "docs" / name).read_text() for name in ("operator.md", "mixers.md")]
     rows = [line for page in pages for line in page.splitlines() if line.startswith("|")]
