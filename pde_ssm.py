@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pde_ssm_kernels
-from pde_ssm_attention import ARGUMENTS, exchange, grid_of
+from pde_ssm_attention import ARGUMENTS, exchange
 from pde_ssm_kernels import BACKENDS, pytorch, set_backend  # noqa: F401  (BACKENDS and set_backend are re-exported)
 from pde_ssm_kernels.kept import Keeping, forget, kept
 from pde_ssm_kernels.modes import full_precision, widen
@@ -553,4 +553,4 @@ def replace_attention(model, mixer="pdessm", grid_size=None, **options):
         mixer, options = PDESSMBlock, PRESETS[mixer] | options
     if options.get("conditioned"):
         raise ValueError("conditioned needs blocks that pass a conditioning vector to their mixer, as DiT of this project does")
-    return exchange(model, mixer, dict(grid_size=grid_size or grid_of(model)) | options)
+    return exchange(model, mixer, dict(grid_size=grid_size) | options)

@@ -10,8 +10,13 @@ from torch import nn
 
 # Arguments of timm's Attention besides its channels, heads and qkv_bias.
 ARGUMENTS = {"attn_head_dim", "qk_norm", "scale_norm", "proj_bias", "attn_drop", "proj_drop", "norm_layer", "gated"}
-# Classes, and a list of layers, of diffusers whose attention runs over the frames of a video.
-OVER_FRAMES = {"TransformerTemporalModel", "AnimateDiffTransformer3D"}, "temporal_transformer_blocks"
+# Classes, and a list of layers, of diffusers in which no attention is over the tokens of one image and nothing else: it is over
+# the frames of a video or of sound, or over text, or it sees text, embeddings or objects as well.
+KEPT = {
+    "TransformerTemporalModel", "AnimateDiffTransformer3D", "I2VGenXLTransformerTemporalEncoder", "T5FilmDecoder",
+    "HunyuanVideoTokenRefiner", "HunyuanVideo15TokenRefiner", "HunyuanImageTokenRefiner", "PriorTransformer",
+    "GatedSelfAttentionDense", "IPAdapterPlusImageProjection", "SDCascadeAttnBlock",
+}, "temporal_transformer_blocks"  # fmt: skip
 # Names of the processors that run diffusers' self-attention over nothing but tokens.
 PROCESSORS = {
     "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor",
@@ -24,7 +29,7 @@ def exchange(model, mixer, options):
     the model. A mixer that takes `num_heads`, `qkv_bias`, `layer` or `prefix_tokens` is told the old layer's number of heads,
     whether its queries have a bias, the layer's index from 0, and the number of the model's leading tokens off the grid.
 
-    It replaces global self-attention, as in timm (`qkv`, `proj`, `num_heads`: timm's ViTs, DiT, SiT) or in diffusers
+    It replaces global self-attention, as in timm (`qkv` or `q_proj`, `proj`, `num_heads`: its ViTs, DiT, SiT) or in diffusers
     (`to_q`, `to_k`, `to_v`, `to_out`: its DiT, Sana, Transformer2DModel, UNet2DConditionModel). Cross-attention, attention that
     also sees text, and attention in windows, over channels, over frames or on feature maps are kept, as is timm's GPSA.
 
@@ -33,29 +38,34 @@ def exchange(model, mixer, options):
     the model merges tokens; the model is then left unchanged.
     """
     takes, numbers = signature(mixer).parameters, count()
-    if prefix := options.get("prefix_tokens", getattr(part_with_tokens(model), "num_prefix_tokens", 0)):
-        if "prefix_tokens" not in takes and all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes.values()):
-            raise ValueError(
-                f"{type(model).__name__} has {prefix} prefix_tokens, such as a class token, and this mixer takes tokens of a "
-                "grid only; build the model without them (timm: class_token=False, global_pool='avg') or choose another mixer"
-            )
-        options = options | dict(prefix_tokens=prefix)
+    takes_prefix = "prefix_tokens" in takes or any(parameter.kind == parameter.VAR_KEYWORD for parameter in takes.values())
+    parts = {layer: part for part in parts_with_tokens(model) for layer in part.modules()}         # the innermost one counts
+    first = next(iter(parts.values()), model)
 
     def build(layer):
-        heads, biases = getattr(layer, "num_heads", getattr(layer, "heads", 8)), ("qkv.bias", "q_bias", "to_q.bias")
-        told = dict(num_heads=heads, qkv_bias=any(name in layer.state_dict() for name in biases), layer=next(numbers))
-        return mixer(widths[layer], **{name: value for name, value in told.items() if name in takes} | options)
+        part, heads = parts.get(layer, first), getattr(layer, "num_heads", getattr(layer, "heads", 8))
+        prefix = options.get("prefix_tokens", getattr(part, "num_prefix_tokens", 0))
+        if prefix and not takes_prefix:
+            raise ValueError(
+                f"{type(part).__name__} has {prefix} prefix_tokens, such as a class token, and this mixer takes tokens of a "
+                "grid only; build the model without them (timm: class_token=False, global_pool='avg') or choose another mixer"
+            )
+        biased = any(name in layer.state_dict() for name in ("qkv.bias", "q_bias", "q_proj.bias", "to_q.bias"))
+        told = dict(num_heads=heads, qkv_bias=biased, layer=next(numbers))
+        given = dict(grid_size=options["grid_size"] or grid_of(part)) | (dict(prefix_tokens=prefix) if prefix else {})
+        return mixer(widths[layer], **{name: value for name, value in told.items() if name in takes} | options | given)
 
-    windows = [owner for owner in model.modules() if hasattr(owner, "partition_size") or hasattr(owner, "window_size")]
-    classes, name = OVER_FRAMES
-    frames = [x for place, x in model.named_modules() if type(x).__name__ in classes or place.endswith(name)]
-    inside = {layer for owner in windows + frames for layer in owner.modules() if layer is not owner}
+    windows = [owner for owner in model.modules() if hasattr(owner, "partition_size") or window_of(owner) is not None]
+    classes, name = KEPT
+    others = [x for place, x in model.named_modules() if type(x).__name__ in classes or place.endswith(name)]
+    inside = {layer for owner in windows + others for layer in owner.modules() if layer is not owner}
     widths = {layer: attention_width(layer) for layer in model.modules() if layer not in inside}
     replaced = replace_layers(model, build, lambda layer, _: widths.get(layer))
     if not replaced:
-        parts = "qkv and proj, or to_q, to_k, to_v and to_out"
-        raise ValueError(f"{type(model).__name__} has no layer of self-attention over all tokens with {parts}")
-    if reason := misfit(part_with_tokens(model)):
+        names = "qkv (or q_proj) and proj, or to_q, to_k, to_v and to_out"
+        raise ValueError(f"{type(model).__name__} has no layer of self-attention over all tokens with {names}")
+    checked = dict.fromkeys(parts.get(layer, first) for layer, _ in replaced.values())
+    if reason := next(filter(None, map(misfit, checked)), None):
         for place, (layer, _) in replaced.items():
             model.set_submodule(place, layer)
         raise ValueError(f"the attention of {type(model).__name__} cannot be replaced: {reason}")
@@ -64,14 +74,20 @@ def exchange(model, mixer, options):
     return model
 
 
-def part_with_tokens(model):
-    """Returns the part of a model that makes its tokens, such as timm's transformer in a class around it; else the model."""
-    return next((part for part in model.modules() if hasattr(part, "patch_embed") or hasattr(part, "grid_size")), model)
+def parts_with_tokens(model):
+    """Returns the parts of a model that state the grid or the prefix of their tokens, such as timm's transformers in a class
+    around them."""
+
+    def states(part):
+        if getattr(part, "grid_size", None) is not None or hasattr(part, "patch_embed"):
+            return True
+        return hasattr(part, "num_prefix_tokens") and not queries_of(part)         # attention, which may have it, has no grid
+
+    return [part for part in model.modules() if states(part)]
 
 
-def grid_of(model):
-    """Returns the (h, w) of a model's tokens if it, or its `patch_embed`, states it as `grid_size`, else None."""
-    part = part_with_tokens(model)
+def grid_of(part):
+    """Returns the (h, w) of the tokens if a part, or its `patch_embed`, states it as `grid_size`, else None."""
     return getattr(part, "grid_size", None) or getattr(getattr(part, "patch_embed", None), "grid_size", None)
 
 
@@ -96,11 +112,21 @@ def replace_layers(model, build, is_meant):
 
 def attention_width(layer):
     """Returns the channels of a global self-attention layer, timm's or diffusers'; 0 for any other module."""
-    if isinstance(getattr(layer, "qkv", None), nn.Linear) and hasattr(layer, "proj") and hasattr(layer, "num_heads"):
-        return layer.qkv.in_features if sees_all_tokens(layer) else 0
+    if queries_of(layer) and hasattr(layer, "proj") and hasattr(layer, "num_heads"):
+        return queries_of(layer).in_features if sees_all_tokens(layer) else 0
     if all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out")) and is_called_with_tokens(layer):
         return layer.to_q.in_features
     return 0
+
+
+def window_of(layer):
+    """Returns the `window_size` of a layer, None if it has none, as timm's BEiT without a bias of relative positions."""
+    return getattr(layer, "window_size", None)
+
+
+def queries_of(layer):
+    """Returns the nn.Linear that makes the queries of timm-style attention, perhaps with keys and values, or None."""
+    return next((x for x in (getattr(layer, name, None) for name in ("qkv", "q_proj")) if isinstance(x, nn.Linear)), None)
 
 
 def is_called_with_tokens(layer):
@@ -116,13 +142,17 @@ def sees_all_tokens(layer):
     mean of all values, so that a change of the last token changes all others. Over channels or in windows it does not, and a
     layer that needs more than tokens raises an error."""
     bias = getattr(layer, "relative_position_index", None)                 # (N, N); includes a class token unless for a window
-    if hasattr(layer, "window_size") and (bias is None or len(bias) != math.prod(layer.window_size) + 1):
+    if window_of(layer) is not None and (bias is None or len(bias) != math.prod(window_of(layer)) + 1):
         return False
-    if layer.qkv.weight.is_meta:                                           # meta tensors have no values to test
-        return True
-    layer, width = without_hooks(layer).to("cpu", torch.float32), layer.qkv.in_features
+    layer, width = without_hooks(layer), queries_of(layer).in_features
+    if queries_of(layer).weight.is_meta:                                   # without values: any will do
+        layer.to_empty(device="cpu")
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).sin().view(tensor.shape))
+    layer.to("cpu", torch.float32)
     layer.eval()                                                           # which returns None in some of timm's layers
-    for parameter in filter(lambda p: p is not None, (layer.qkv.weight, layer.qkv.bias, getattr(layer, "q_bias", None))):
+    queries = queries_of(layer)
+    for parameter in filter(lambda p: p is not None, (queries.weight, queries.bias, getattr(layer, "q_bias", None))):
         parameter[:width] = 0
     n = 5 if bias is None else len(bias)
     if hasattr(positions := getattr(layer, "rel_pos", None), "get_bias"):  # timm's VisionTransformerRelPos
@@ -156,8 +186,10 @@ def misfit(model):
 
 
 def without_hooks(module):
-    """Returns a copy of a module for a trial, without hooks of its forward passes, which are for the model's own tokens."""
-    module = deepcopy(module)
+    """Returns a copy of a module for a trial, without hooks of its forward passes, which are for the model's own tokens. What
+    was computed with gradients and kept, such as a map of attention, cannot be copied and is detached."""
+    computed = (x for part in module.modules() for x in vars(part).values() if isinstance(x, torch.Tensor))
+    module = deepcopy(module, {id(x): x.detach().clone() for x in computed})
     for part in module.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

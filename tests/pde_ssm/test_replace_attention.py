@@ -1,13 +1,18 @@
 """replace_attention on the models of three libraries."""
 
 import threading
+from copy import deepcopy
 
 import diffusers
 import pytest
 import timm
 import torch
+from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTokenRefiner
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
-from timm.models import beit, davit, efficientformer, swin_transformer, vision_transformer_relpos, xcit
+from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
+from timm.models import beit, davit, efficientformer, eva, swin_transformer, vision_transformer_relpos, xcit
 from timm.models.vision_transformer import Attention
 from torch import nn
 
@@ -157,6 +162,13 @@ def test_a_model_that_cannot_be_copied_is_exchanged_as_it_stands():
     assert output(replace_attention(model), inputs).isfinite().all()
 
 
+def test_a_layer_that_keeps_a_map_of_its_attention():
+    layer = Attention(8)
+    layer.map, before = layer.qkv.weight[:8].softmax(1), layer.qkv.weight.clone()      # a result with gradients
+    assert isinstance(replace_attention(nn.Sequential(layer))[0], PDESSMBlock)
+    assert torch.equal(layer.qkv.weight, before)
+
+
 class Around(nn.Module):
     """A model of someone's own around timm's."""
 
@@ -175,6 +187,18 @@ def test_the_grid_and_the_prefix_of_a_model_inside_another():
         block = model.backbone.blocks[0].attn
         assert (block.grid_size, block.prefix_tokens) == ((2, 8), 0 if options else 1)
         assert model(torch.randn(1, 3, 32, 128)).shape == (1, 3)
+    naflex = timm.create_model("naflexvit_base_patch16_gap", embed_dim=32, num_heads=2, depth=1, num_classes=3)
+    assert replace_attention(Around(naflex))(torch.randn(1, 3, 64, 64)).shape == (1, 3)        # it states a prefix alone
+
+
+def test_every_transformer_of_a_model_has_a_grid_and_a_prefix_of_its_own():
+    sizes = dict(img_size=(32, 128), class_token=False, global_pool="avg"), dict(img_size=64), dict(img_size=(128, 32))
+    model = nn.ModuleList(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3, **size) for size in sizes)
+    blocks = [part.blocks[0].attn for part in replace_attention(model)]
+    assert [(block.grid_size, block.prefix_tokens) for block in blocks] == [((2, 8), 0), ((4, 4), 1), ((8, 2), 1)]
+    model.append(timm.create_model("vit_tiny_patch16_224", depth=1, patch_drop_rate=0.5))
+    with pytest.raises(ValueError, match="cannot be replaced: PDESSMBlock got 98 tokens"):
+        replace_attention(model)
 
 
 def test_attention_over_frames_stays():
@@ -184,9 +208,24 @@ def test_attention_over_frames_stays():
     )  # fmt: skip
     replace_attention(model)
     assert [name for name, part in model.named_modules() if isinstance(part, PDESSMBlock)] == ["transformer_blocks.0.attn1"]
-    frames = TransformerTemporalModel(2, 8, in_channels=16, norm_num_groups=4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        TransformerTemporalModel(2, 8, in_channels=16, norm_num_groups=4),
+        nn.Sequential(I2VGenXLTransformerTemporalEncoder(16, 2, 8)),
+        HunyuanVideoTokenRefiner(16, num_attention_heads=2, attention_head_dim=8, num_layers=1),
+        diffusers.PriorTransformer(2, 8, num_layers=1, embedding_dim=16, num_embeddings=5),
+        nn.Sequential(GatedSelfAttentionDense(16, 16, 2, 8)),
+        IPAdapterPlusImageProjection(16, 16, 16, depth=1, dim_head=8, heads=2),
+    ],
+    ids=lambda model: type(model[0] if isinstance(model, nn.Sequential) else model).__name__,
+)
+def test_attention_over_frames_text_or_more_than_an_image_stays(model):
+    """Layers of diffusers' that are plain self-attention by themselves; what their models pass to them is not an image."""
     with pytest.raises(ValueError, match="no layer of self-attention over all tokens"):
-        replace_attention(frames)
+        replace_attention(model)
 
 
 def test_attention_with_biases_in_a_layer_of_its_own_is_replaced():
@@ -194,6 +233,14 @@ def test_attention_with_biases_in_a_layer_of_its_own_is_replaced():
     for options in ({}, dict(class_token=True, global_pool="token"), dict(rel_pos_type="bias")):
         model = replace_attention(vision_transformer_relpos.VisionTransformerRelPos(**size, **options))
         assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("kind", [eva.EvaAttention, eva.AttentionRope], ids=lambda kind: kind.__name__)
+def test_attention_whose_queries_have_a_layer_of_their_own_is_replaced(kind):
+    """As in EVA-02."""
+    model = replace_attention(nn.Sequential(kind(16, num_heads=2, qkv_fused=False, norm_layer=nn.LayerNorm)))
+    assert model(torch.randn(1, 9, 16)).shape == (1, 9, 16)
+    assert isinstance(model[0], PDESSMBlock)
 
 
 def test_a_layer_whose_eval_returns_nothing():
@@ -267,13 +314,22 @@ def test_mistakes_are_named(model, options, message):
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_attention_that_is_not_over_all_tokens_stays(layer):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_that_is_not_over_all_tokens_stays(layer, device):
     with pytest.raises(ValueError, match="no layer of self-attention over all tokens"):
-        replace_attention(torch.nn.Sequential(layer))
+        replace_attention(torch.nn.Sequential(deepcopy(layer)).to(device))
+
+
+def test_attention_that_has_no_window_after_all_is_replaced():
+    layer = beit.Attention(32, 2)
+    assert layer.window_size is None
+    assert isinstance(replace_attention(nn.Sequential(layer))[0], PDESSMBlock)
 
 
 def test_attention_over_all_tokens_with_a_bias_is_replaced():
     model = torch.nn.Sequential(beit.Attention(32, 2, window_size=(3, 5)))
+    shapes = replace_attention(deepcopy(model).to("meta"), grid_size=(3, 5), prefix_tokens=1)
+    assert isinstance(shapes[0], PDESSMBlock)
     replace_attention(model, grid_size=(3, 5), prefix_tokens=1)
     assert isinstance(model[0], PDESSMBlock)
     assert model(torch.randn(2, 16, 32)).shape == (2, 16, 32)
