@@ -88,9 +88,14 @@ system() {
         if [ ! -f "$REFERENCE" ]; then # made first, so that missing files for evaluation show before the work
             run evaluate.py --make-ref "$real" "$REFERENCE" "${reference[@]}" --features "$FEATURES"
         fi
-        if [ -z "$(checkpoint)" ]; then
+        if [ ! -f "$folder/trained-$STEPS" ]; then # a checkpoint alone may come from a run that was stopped before its loss
             run train.py --model "$model" "${train[@]}" --objective "$OBJECTIVE" --precision "$PRECISION" \
                 --max-steps "$STEPS" --global-seed "$seed" --results-dir "$folder" --resume auto "${@:4}"
+            if [ -z "$(checkpoint)" ]; then
+                echo "$folder was trained for more than STEPS=$STEPS and has no checkpoint there: give another WORK" >&2
+                exit 2
+            fi
+            touch "$folder/trained-$STEPS"
         fi
         run sample_ddp.py --ckpt "$(checkpoint)" --sampler $sampler --num-sampling-steps "$SAMPLING_STEPS" \
             --precision "$PRECISION" --cfg-scale "${cfg:-1}" --num-fid-samples "$IMAGES" --global-seed "$seed" --sample-dir "$samples"

@@ -17,12 +17,13 @@ for seed in ${SEEDS:-0}; do
     for size in ${SIZES:-N64 N N128 N192}; do
         for mixer in ${MIXERS:-attention pdessm pdessm-g}; do
             folder=$WORK/$size-$mixer-$seed
-            if compgen -G "$folder/*/checkpoints/$(printf %07d "$STEPS").pt" > /dev/null; then continue; fi
+            if [ -f "$folder/trained-$STEPS" ]; then continue; fi
             # shellcheck disable=SC2086
             "${PYTHON:-python}" train.py --model "DiT-$size/${PATCH:-4}" --mixer "$mixer" --objective flow --vae none --uncond \
                 --image-size "${IMAGE_SIZE:-32}" --data-path "$data/train" --val-path "$data/test" --num-workers 0 \
                 --global-batch-size "${BATCH:-64}" --lr "${LR:-1e-3}" --epochs 100000 --max-steps "$STEPS" \
-                --ckpt-every $((STEPS / 5)) --keep-last 1 --global-seed "$seed" --results-dir "$folder" --resume auto ${FLAGS:-}
+                --ckpt-every $(((STEPS + 4) / 5)) --keep-last 1 --global-seed "$seed" --results-dir "$folder" --resume auto ${FLAGS:-}
+            touch "$folder/trained-$STEPS"
         done
     done
 done
