@@ -83,7 +83,7 @@ system() {
     for seed in $SEEDS; do
         folder=$WORK/$name-$seed run=$STEPS-$SAMPLING_STEPS-$IMAGES-$FEATURES
         samples=$folder/samples-$STEPS-$SAMPLING_STEPS-$IMAGES
-        if [ -f "$folder/recorded-$run" ]; then continue; fi
+        if recorded; then continue; fi
         mkdir -p "$folder"
         if [ ! -f "$REFERENCE" ]; then # made first, so that missing files for evaluation show before the work
             run evaluate.py --make-ref "$real" "$REFERENCE" "${reference[@]}" --features "$FEATURES"
@@ -102,7 +102,7 @@ system() {
         run evaluate.py "$REFERENCE" "$(echo "$samples"/*.npz)" --features "$FEATURES" ${metrics[@]+"${metrics[@]}"} \
             --json "$folder/metrics.json"
         "$PYTHON" -m reproduce.tables --record "$ROWS" "$table" "$SCALE" "$name" "$folder" "$(checkpoint)"
-        touch "$folder/recorded-$run"
+        echo "$REFERENCE" > "$folder/recorded-$run"
     done
 }
 
@@ -136,6 +136,11 @@ show_table() {
         fi
     done
     "$PYTHON" -m reproduce.tables "$ROWS"
+}
+
+# recorded: tells whether the run has its row, and by this reference; older markers are empty and do not say
+recorded() {
+    [ -f "$folder/recorded-$run" ] && [[ ! -s $folder/recorded-$run || $(cat "$folder/recorded-$run") = "$REFERENCE" ]]
 }
 
 checkpoint() {

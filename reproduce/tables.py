@@ -144,7 +144,8 @@ def tabulate(table, rows):
         sampler = f"{row['sampling_steps']} steps of {row['sampler']}"
         metrics_of = row["metrics"]
         trained = row["scale"], _objective(row), row.get("precision", "fp32"), row["steps"], row.get("batch")
-        key = *trained, sampler, metrics_of["features"], metrics_of["samples"]["images"]
+        images = metrics_of["samples"]["images"], metrics_of["reference"]["images_in_statistics"]
+        key = *trained, sampler, metrics_of["features"], *images
         settings.setdefault(key, {}).setdefault(row["system"], {})[row["seed"]] = row
     header = ["", *(f"{_heading(name)}, paper" for name in metrics)]
     lines, ours = {}, {row["system"] for row in rows}
@@ -155,7 +156,7 @@ def tabulate(table, rows):
                 lines[f"{system}-{coupling}"] = [f"{system}, {coupling}", *[""] * len(metrics)]
     notes = []
     for number, (key, systems) in enumerate(settings.items(), 1):
-        scale, objective, precision, steps, batch, sampler, features, images = key
+        scale, objective, precision, steps, batch, sampler, features, images, references = key
         header += [f"{_ours(name, features)} [{number}]" for name in measured]
         for system, line in lines.items():
             runs = list(systems.get(system, {}).values())
@@ -167,7 +168,7 @@ def tabulate(table, rows):
         of_batch = f" of {batch}" if batch else ""  # older rows do not say
         notes.append(
             f"[{number}] {scale} scale{data}, {objective}, {steps:,} steps{of_batch} in {precision}, {features}, "
-            f"{images:,} samples by {sampler} against {made[0]['metrics']['reference']['images_in_statistics']:,} images, "
+            f"{images:,} samples by {sampler} against {references:,} images, "
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {' and '.join(where)}, PyTorch {' and '.join(torch)}, "
             f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         )

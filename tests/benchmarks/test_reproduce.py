@@ -223,6 +223,17 @@ def test_a_later_run_of_the_same_seed_replaces_the_earlier_one():
     assert line.split(" | ")[-1] == "4.5 (4 to 5) |"
 
 
+def test_distances_from_other_references_are_not_averaged():
+    row = dict(scale="full", objective="flow", steps=3, sampling_steps=50, sampler="euler", parameters=29e6, training_loss=0.1)
+    row |= dict(machine="a machine", torch="2.15", date="2026", system="DiT")
+    metrics = [dict(features="2048 features of inception", samples=dict(images=9), FID=n) for n in (3.0, 4.0)]
+    metrics = [of | dict(reference=dict(images_in_statistics=n)) for n, of in enumerate(metrics, start=8)]
+    table = tables.tabulate("table1_cifar10", [row | dict(seed=seed, metrics=of) for seed, of in enumerate(metrics)])
+    (line,) = [line for line in table.splitlines() if line.startswith("| DiT |")]
+    assert [line.split(" | ")[number] for number in (6, 9)] == ["3", "4 |"]
+    assert re.findall(r"against (\d) images", table) == ["8", "9"]
+
+
 def test_grids_of_a_data_set_become_one_sheet(tmp_path):
     grids = {(s, o): (x, y) for y, o in enumerate(grids_sheet.OBJECTIVES) for x, s in enumerate(grids_sheet.SYSTEMS)}
     for number, (system, objective) in enumerate(grids):

@@ -29,3 +29,15 @@ def test_runs_that_have_gone_on_are_not_sampled_earlier(tmp_path):
     assert done.returncode == 2
     assert "DiT-0 was trained for more than STEPS=200 and has no checkpoint there: give another WORK" in done.stderr
     assert "sample_ddp" not in (tmp_path / "seen").read_text()
+
+
+def test_another_reference_is_another_evaluation(tmp_path):
+    flags = dict(SCALE="small", ONLY="DiT")
+    commands_of("table1_cifar10.sh", tmp_path, **flags)
+    flags["REFERENCE"] = str(tmp_path / "all.npz")
+    (tmp_path / "all.npz").touch()
+    anew, nothing = ["-c", "sample_ddp.py", "evaluate.py", "-m", "-m"], ["-c", "-m"]
+    for expected in (anew, nothing):
+        assert [c[0] for c in commands_of("table1_cifar10.sh", tmp_path, **flags)] == expected
+    next((tmp_path / "runs" / "DiT-0").glob("recorded*")).write_text("")   # as it was before it named the reference
+    assert [c[0] for c in commands_of("table1_cifar10.sh", tmp_path, **flags)] == nothing
