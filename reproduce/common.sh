@@ -24,12 +24,25 @@
 #   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
 set -euo pipefail
 source "$(dirname "$0")/claim.sh"
+for name in SIZE BATCH STEPS IMAGES SAMPLING_STEPS PROCESSES; do
+    if [[ -n ${!name:-} && ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+        echo "$name=${!name} is not a whole number from 1" >&2
+        exit 2
+    fi
+done
 if [ -n "${REFERENCE:-}" ]; then
     if [ ! -f "$REFERENCE" ]; then
         echo "REFERENCE=$REFERENCE: no such file; evaluate.py --make-ref makes one" >&2
         exit 2
     fi
     REFERENCE=$(realpath "$REFERENCE")
+fi
+if [ -n "${IMAGES_OF:-}" ]; then
+    if [ ! -e "$IMAGES_OF" ]; then
+        echo "IMAGES_OF=$IMAGES_OF: no such file or folder" >&2
+        exit 2
+    fi
+    IMAGES_OF=$(realpath "$IMAGES_OF")
 fi
 begin "[SCALE=small] bash $0 DATA" "$@"
 table=$(basename "$0" .sh) systems=""

@@ -1,5 +1,6 @@
 """The shell scripts of reproduce/, stopped, started again, or given what cannot be, with a pretender in place of Python."""
 
+import pytest
 from test_reproduce import PRETENDER, commands_of, run_script
 
 import train
@@ -41,3 +42,16 @@ def test_another_reference_is_another_evaluation(tmp_path):
         assert [c[0] for c in commands_of("table1_cifar10.sh", tmp_path, **flags)] == expected
     next((tmp_path / "runs" / "DiT-0").glob("recorded*")).write_text("")   # as it was before it named the reference
     assert [c[0] for c in commands_of("table1_cifar10.sh", tmp_path, **flags)] == nothing
+
+
+def test_paths_are_those_of_the_callers_folder(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, made, *_ = commands_of("table2_lamamba.sh", tmp_path, IMAGES_OF="pictures", SEEDS="0")
+    assert made[:3] == ["evaluate.py", "--make-ref", str(tmp_path / "pictures")]
+
+
+@pytest.mark.parametrize(("name", "value"), [("STEPS", "0"), ("SAMPLING_STEPS", "0"), ("IMAGES", "many"), ("PROCESSES", "2.5")])
+def test_numbers_that_are_none_are_named_before_the_work(tmp_path, name, value):
+    done = run_script("table1_cifar10.sh", tmp_path, tmp_path, PYTHON="false", **{name: value})
+    assert (done.returncode, done.stderr) == (2, f"{name}={value} is not a whole number from 1\n")
