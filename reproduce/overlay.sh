@@ -2,6 +2,10 @@
 # What overlay.py does with real checkouts of DiT, SiT and fast-DiT, on a CPU and without a hub: overlay.sh DIT SIT FAST_DIT
 # The output is in results/overlay.txt. Weights are random: this checks that everything runs and that the checkouts stay clean.
 set -eu
+if [ $# -ne 3 ]; then
+    echo "usage: sh $0 DIT SIT FAST_DIT" >&2
+    exit 2
+fi
 here=$(cd "$(dirname "$0")/.." && pwd)
 dit=$(cd "$1" && pwd) sit=$(cd "$2" && pwd) fast=$(cd "$3" && pwd)
 python=${PYTHON:-python}
@@ -14,7 +18,10 @@ PYTHONPATH="$here" $python -m reproduce.overlay_checkpoints "$work"
 
 run() {
     echo "\$ $*" | sed "s|$python|python|; s|$here/||; s|$dit|DiT|; s|$sit|SiT|; s|$fast|fast-DiT|"
-    "$@" 2>&1 | grep -v 'Hub\|warn\|it/s' | sed "s|$dit|DiT|; s|$sit|SiT|; s|$fast|fast-DiT|"
+    status=0
+    "$@" > output.txt 2>&1 || status=$?
+    grep -v 'Hub\|warn\|it/s' output.txt | sed "s|$dit|DiT|; s|$sit|SiT|; s|$fast|fast-DiT|"
+    return $status
 }
 
 $python -c 'import torch, timm, diffusers; print("PyTorch", torch.__version__, "timm", timm.__version__, "diffusers", diffusers.__version__)'

@@ -1,9 +1,13 @@
 """The shell scripts of reproduce/, stopped, started again, or given what cannot be, with a pretender in place of Python."""
 
+import os
+import subprocess
+
 import pytest
 from test_reproduce import PRETENDER, commands_of, run_script
 
 import train
+from commands import ROOT
 
 
 def test_what_was_stopped_after_its_last_checkpoint_is_trained_to_its_end(tmp_path):
@@ -55,3 +59,17 @@ def test_paths_are_those_of_the_callers_folder(tmp_path, monkeypatch):
 def test_numbers_that_are_none_are_named_before_the_work(tmp_path, name, value):
     done = run_script("table1_cifar10.sh", tmp_path, tmp_path, PYTHON="false", **{name: value})
     assert (done.returncode, done.stderr) == (2, f"{name}={value} is not a whole number from 1\n")
+
+
+def test_a_set_of_grids_that_there_is_not_is_named(tmp_path):
+    done = run_script("grids.sh", tmp_path, tmp_path, PYTHON="false", SETS="digit")
+    assert (done.returncode, done.stderr) == (2, "SETS=digit is neither digits nor cifar10\n")
+
+
+def test_the_overlays_script_ends_with_what_fails(tmp_path):
+    """Here all but its first two commands fail, which write what the others read and name versions."""
+    (tmp_path / "python").write_text('#!/bin/sh\ncase $1 in -*) exit 0 ;; esac\necho why\nexit 3\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["sh", ROOT / "reproduce" / "overlay.sh", *3 * [tmp_path]]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": str(tmp_path / "python")})
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "why")
