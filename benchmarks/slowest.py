@@ -30,7 +30,7 @@ def main(device, out):
 def rows_of(folder, name, gpu):
     """Returns the rows of a benchmark's files in a folder of this GPU, or of CPUs for None, with their settings and ratios."""
     found = []
-    for path in folder.glob(f"{name}*.json"):
+    for path in folder.glob(f"{name}-*.json"):  # as Report names them
         contents = json.loads(path.read_text())
         if contents["machine"].get("gpu") != gpu:
             continue
