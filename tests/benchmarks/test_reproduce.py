@@ -251,6 +251,7 @@ def test_grids_of_a_data_set_become_one_sheet(tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("app_pictures none", "none has 0 checkpoints, and the pictures are of two"),
         ("chance none.npz --features efficientnet-lite0", "none.npz: no such file or folder"),
         ("classify none --results none.json", "none: no such folder"),
         ("detail none none.npz", "none: no images"),
