@@ -22,11 +22,20 @@ def main(folder, samples):
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")][::4]
     if not paths:
         raise FileNotFoundError(f"{folder}: no images (.jpg, .jpeg or .png)")
-    real = power(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    if len(sizes := {image.shape for image in images}) > 1:
+        raise ValueError(f"{folder} has images of {len(sizes)} sizes; those to compare with are of one")
+    real = power(np.stack(images))
     print("  ".join(f"{low:g}-{high:g}" for low, high in pairwise(BANDS)))
     for path in samples:
         with np.load(path) as arrays:
-            ratios = power(arrays["arr_0"]) / real
+            if "arr_0" not in arrays:
+                raise ValueError(f"{path} holds no images (arr_0); it has {', '.join(arrays)}")
+            found = arrays["arr_0"]
+        if found.shape[1:] != images[0].shape:
+            (h, w, _), (height, width, _) = found.shape[1:], images[0].shape
+            raise ValueError(f"{path} has samples of {h} x {w} pixels, and {folder} images of {height} x {width}")
+        ratios = power(found) / real
         print("  ".join(f"{ratio:.3f}" for ratio in ratios), path)
 
 

@@ -13,6 +13,7 @@ from images.autoencoder import PixelSpace
 from images.dataset import load_dataset
 from machine.flags import positive
 from machine.processes import ALONE, launch
+from models import DiT_models
 from training.watching import held_out_loss
 
 IMAGES = 640
@@ -21,6 +22,8 @@ IMAGES = 640
 def main(checkpoint, images, sides):
     for side in sides:
         model, settings = load_model(checkpoint, dict(image_size=side), "ema")
+        if settings["model"] not in DiT_models or model.rotary or settings["vae"] != "none":
+            raise ValueError(f"{checkpoint} is none of a DiT with sine positions on pixels, whose positions can continue")
         objective = create_objective(settings["objective"], path=settings["path"], predict=settings["predict"])
         dataset = load_dataset(images, side, uncond=not model.num_classes, held_out=True)
         between = held_out_loss(model, dataset, objective, PixelSpace(), ALONE, most=IMAGES)["mse"]

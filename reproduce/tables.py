@@ -221,11 +221,22 @@ def _plain(value):
     return f"{value:.4g}"
 
 
+def read(file):
+    """Returns the rows of a file. SystemExit if it is one of something else."""
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError:  # no JSON, or no text
+        rows = [None]
+    if not all(isinstance(row, dict) and row.get("table") in PAPER for row in rows):
+        sys.exit(f"tables.py: error: {file} holds other things than rows, which the scripts reproduce/table*.sh write")
+    return rows
+
+
 def main(files):
     files = [Path(file) for file in files] or sorted((HERE / "results").glob("table*.jsonl"))
     if missing := [str(file) for file in files if not file.is_file()]:
         sys.exit(f"tables.py: error: no rows in {', '.join(missing)}; the scripts reproduce/table*.sh write them")
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = [row for file in files for row in read(file)]
     for table in PAPER:
         if chosen := [row for row in rows if row["table"] == table]:
             print(tabulate(table, chosen))

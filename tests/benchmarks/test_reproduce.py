@@ -16,6 +16,7 @@ from PIL import Image
 import evaluate
 import sample_ddp
 import train
+from checkpoints.build import save_checkpoint
 from commands import ROOT, Colours
 from diffusion import create_flow
 from images.named import DATASETS
@@ -136,7 +137,8 @@ def test_runs_on_other_data_are_not_taken_for_finished(tmp_path):
 
 
 def test_data_and_references_that_do_not_exist_are_named(tmp_path):
-    for data, more in ((tmp_path / "nowhere", {}), (tmp_path, dict(REFERENCE=str(tmp_path / "none.npz")))):
+    others = [dict(REFERENCE=str(tmp_path / "none.npz")), dict(IMAGES_OF=str(tmp_path / "nowhere"))]
+    for data, more in ((tmp_path / "nowhere", {}), *((tmp_path, other) for other in others)):
         done = run_script("table1_cifar10.sh", data, tmp_path, PYTHON="true", **more)
         assert done.returncode == 2
         assert re.search(r"(nowhere|none\.npz): no such file", done.stderr)
@@ -160,7 +162,7 @@ def test_a_row_is_of_its_checkpoint_though_the_run_went_on(tmp_path):
     assert (row["steps"], row["training_loss"], row["held_out_loss"]) == (2, 0.5, 0.25)
 
 
-@pytest.mark.parametrize("script", ["table1_cifar10.sh", "scaling.sh", "grids.sh", "metrics.sh", "every_mixer.sh"])
+@pytest.mark.parametrize("script", [SCRIPTS[0], "scaling.sh", "grids.sh", "metrics.sh", "every_mixer.sh", "overlay.sh"])
 def test_scripts_without_data_say_what_they_take(script):
     done = subprocess.run(["bash", ROOT / "reproduce" / script], capture_output=True, text=True)
     assert (done.returncode, "unbound" in done.stderr) == (2, False)
@@ -232,6 +234,13 @@ def test_distances_from_other_references_are_not_averaged():
     (line,) = [line for line in table.splitlines() if line.startswith("| DiT |")]
     assert [line.split(" | ")[number] for number in (6, 9)] == ["3", "4 |"]
     assert re.findall(r"against (\d) images", table) == ["8", "9"]
+
+
+@pytest.mark.parametrize("text", ["[\n {}\n]\n", '{"table": "none"}\n', "3\n", "# Rows\n"])
+def test_files_of_other_things_hold_no_rows(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"^tables\.py: error: .*a\.json holds other things than rows"):
+        tables.main([tmp_path / "a.json"])
 
 
 def test_grids_of_a_data_set_become_one_sheet(tmp_path):
@@ -310,6 +319,15 @@ def test_errors_by_time_of_checkpoints(checkpoint, images, tmp_path, capsys):
         denoising.open_network(checkpoint(objective="diffusion"))
 
 
+def test_positions_continue_in_dits_alone(images, tmp_path):
+    for name, options in (("DiS-N/4", {}), ("DiT-N/4", dict(positions="rope"))):
+        model = MODELS[name](8, in_channels=3, num_classes=0, **options)
+        args = dict(model=name, mixer="attention", vae="none", num_classes=0, image_size=8, objective="diffusion", **options)
+        save_checkpoint(tmp_path / "a.pt", model={}, ema=model.state_dict(), opt={}, args=args)
+        with pytest.raises(ValueError, match="is none of a DiT with sine positions on pixels"):
+            resolution.main(tmp_path / "a.pt", images, [8])
+
+
 def test_chance_needs_images(tmp_path, monkeypatch):
     network = Colours()
     np.savez(tmp_path / "a.npz", mu=np.zeros(network.dim), sigma=np.eye(network.dim), features=network.name)
@@ -355,6 +373,21 @@ def test_detail_is_by_frequency(tmp_path, capsys):
     ratios = [float(number) for number in capsys.readouterr().out.splitlines()[1].split()[:6]]
     assert ratios[1] == pytest.approx(0.25, rel=0.05)
     assert ratios[3] == pytest.approx(4, rel=0.05)
+
+
+def test_detail_is_of_images_of_one_size(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    for name, arrays, message in (
+        ("a", dict(mu=np.zeros(3)), r"a\.npz holds no images \(arr_0\); it has mu"),
+        ("b", dict(arr_0=np.zeros((2, 4, 6, 3), np.uint8)), r"b\.npz has samples of 4 x 6 pixels, and .* images of 8 x 8"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            detail.main(tmp_path, [tmp_path / f"{name}.npz"])
+    for number in range(1, 5):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match="has images of 2 sizes"):
+        detail.main(tmp_path, [])
 
 
 def test_chance_is_that_of_few_normal_numbers():
