@@ -6,6 +6,7 @@ DiT-S/8 on pixels and, where diffusers is installed, DiT-S/2 on latents, with we
 autoencoder here; two steps with guidance, which is two images at once to the network.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.sides import fill_zeros
 from checkpoints.build import save_checkpoint
+from mixers import MIXERS
 from models import MODELS
 
 SIDES = (512, 1024)
@@ -67,4 +69,6 @@ def draw(path):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mixer", nargs="?", choices=MIXERS, default="pdessm")
+    main(parser.parse_args().mixer)

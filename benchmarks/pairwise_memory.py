@@ -7,7 +7,7 @@
 256 tokens, 384 channels, batch 8.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -30,5 +30,7 @@ def main(plain=False):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("how", nargs="?", choices=["plain"])
     torch.set_num_threads(1)
-    main(plain=sys.argv[1:] == ["plain"])
+    main(plain=parser.parse_args().how == "plain")

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -207,6 +208,15 @@ def test_memory_of_a_pairwise_layer(plain, monkeypatch, capsys):
         monkeypatch.setattr(pairwise_memory, name, 2)
     pairwise_memory.main(plain)
     assert re.fullmatch(r"\d+\.\d\d GB\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["large_images", "pairwise_memory"])
+def test_words_that_mean_nothing_are_refused(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "plian"])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert "invalid choice: 'plian'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side", [16, 64])
