@@ -51,7 +51,6 @@ if [ "$SCALE-$OBJECTIVE" = small-flow ] && [ "${SIZE:-32}" -ge 64 ]; then PREDIC
 other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}${BATCH:+-$BATCH}
 if [ "$PRECISION" != fp32 ]; then other=$other-$PRECISION; fi
 WORK=${WORK:-results/$table-$SCALE-$OBJECTIVE$other} ROWS=${ROWS:-reproduce/results/$table$other.jsonl}
-claim "$WORK" "$data" ", $SCALE-$OBJECTIVE$other"
 case $SCALE-$OBJECTIVE in
     full-flow) sampler=heun SAMPLING_STEPS=${SAMPLING_STEPS:-125} ;; # 250 evaluations, as DiT's 250 steps
     full-diffusion) sampler=ddpm SAMPLING_STEPS=${SAMPLING_STEPS:-250} ;;
@@ -62,6 +61,7 @@ case $SCALE-$OBJECTIVE in
         exit 2
         ;;
 esac
+claim "$WORK" "$data" ", $SCALE-$OBJECTIVE$other"
 PROCESSES=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
 # recipe DATASET IMAGE_SIZE STEPS IMAGES FLAGS...: the paper's data, and flags of train.py for all systems

@@ -55,6 +55,12 @@ def test_paths_are_those_of_the_callers_folder(tmp_path, monkeypatch):
     assert made[:3] == ["evaluate.py", "--make-ref", str(tmp_path / "pictures")]
 
 
+@pytest.mark.parametrize("name", ["SCALE", "OBJECTIVE"])
+def test_mistyped_settings_claim_no_folder(tmp_path, name):
+    assert run_script("table1_cifar10.sh", tmp_path, tmp_path, PYTHON="false", **{name: "tiny"}).returncode == 2
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(("name", "value"), [("STEPS", "0"), ("SAMPLING_STEPS", "0"), ("IMAGES", "many"), ("PROCESSES", "2.5")])
 def test_numbers_that_are_none_are_named_before_the_work(tmp_path, name, value):
     done = run_script("table1_cifar10.sh", tmp_path, tmp_path, PYTHON="false", **{name: value})
