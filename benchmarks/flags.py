@@ -1,6 +1,7 @@
 """The flags that all benchmarks share, and the set-up that follows from them."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -31,6 +32,9 @@ def parse_args(description, argv=None, **flags):
         args.device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
+    there = next(place for place in (args.out.absolute(), *args.out.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        parser.error(f"--out {args.out} is no folder that can be written")
     args.seconds = args.seconds or (4 if args.quick else 10)
     torch.set_num_threads(args.threads)
     set_backend(args.backend)

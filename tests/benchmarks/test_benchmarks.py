@@ -210,6 +210,13 @@ def test_memory_of_a_pairwise_layer(plain, monkeypatch, capsys):
     assert re.fullmatch(r"\d+\.\d\d GB\n", capsys.readouterr().out)
 
 
+def test_a_file_is_no_folder_for_results(tmp_path, capsys):
+    (tmp_path / "a.json").touch()
+    with pytest.raises(SystemExit):
+        flags.parse_args("Times.", ["--out", str(tmp_path / "a.json")])
+    assert f"--out {tmp_path / 'a.json'} is no folder that can be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["large_images", "pairwise_memory"])
 def test_words_that_mean_nothing_are_refused(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "plian"])
