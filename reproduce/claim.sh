@@ -1,4 +1,4 @@
-# Functions with which scripts begin that read images from DATA.
+# What scripts begin with that read images from DATA.
 
 # begin USAGE ARGUMENTS...: sets data to the whole path of the only argument, and goes to the top of the repository. It ends the
 # script with USAGE where there are more arguments, or none.
