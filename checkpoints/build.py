@@ -5,6 +5,7 @@ so do safetensors files with the weights and, as JSON in their metadata, the arg
 
 import math
 import re
+from collections import Counter
 from contextlib import suppress
 
 import torch
@@ -144,7 +145,7 @@ def for_sampler(settings):
 
 def load_guide(path, model, settings):
     """Returns a checkpoint's model as the guide of `model`, which has these settings, at its size. ValueError unless both have
-    the same space, objective and classes; the guide may also have no classes."""
+    the same space, objective and classes, in one order; the guide may also have no classes."""
     usual = {name: settings[name] for name in ("objective", "path", "predict")}
     guide, own = load_model(path, dict(image_size=settings["image_size"], vae=settings["vae"]), settings["vae"], usual=usual)
     for name in ("vae_digest", "in_channels", "objective", "path", "predict", "time_scale"):
@@ -152,6 +153,10 @@ def load_guide(path, model, settings):
             raise ValueError(f"--guide-ckpt {path} has {name} {own[name]}, and what it is to guide has {settings[name]}")
     if guide.num_classes not in (0, model.num_classes):
         raise ValueError(f"--guide-ckpt {path} has {guide.num_classes} classes, what it is to guide {model.num_classes}")
+    for number, other in same_classes(model.class_names, guide.class_names).items():
+        if number != other:
+            name = model.class_names[number]
+            raise ValueError(f"--guide-ckpt {path} has {name} as class {other}, and what it is to guide as class {number}")
     return guide
 
 
@@ -252,6 +257,13 @@ def class_names(stored, num_classes, path):
     return [str(name) for name in names]
 
 
+def same_classes(names, others):
+    """Returns {number: number among the others} of the classes that both name, each once; either may be None."""
+    here, there = Counter(names or []), Counter(others or [])
+    places = {name: number for number, name in enumerate(others or [])}
+    return {number: places[name] for number, name in enumerate(names or []) if here[name] == there[name] == 1}
+
+
 def resize(model, image_size, factor):
     """Makes the model one for images of another size, a side or (height, width), in a space smaller by `factor`."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -282,9 +294,9 @@ def load_weights(model, weights, path):
 def initialize(model, path, settings=None):
     """Loads those weights of a checkpoint that fit the model by name and shape; returns lines that name the others.
 
-    Mixers of another kind keep their initial values, and so does a table with another number of classes, except for the null
-    class. settings: the model's, a dict; the lines then also name settings with which the weights were trained differently.
-    ValueError for another kind of network, or if no matrix fits.
+    Mixers of another kind keep their initial values, and so does a table with another number of classes, or with the same ones
+    in another order, except for the null class and classes of the same name. settings: the model's, a dict; the lines then also
+    name settings with which the weights were trained differently. ValueError for another kind of network, or if no matrix fits.
     """
     weights, stored = load_checkpoint(path)
     given = {name: w for name, w in weights.items() if isinstance(w, torch.Tensor)}
@@ -300,13 +312,19 @@ def initialize(model, path, settings=None):
         raise ValueError(f"{path} is of another network or size: {reason}")
     if ours is DiT and (model.rotary or ("pos_embed" in given and not given["pos_embed"].any())):
         fitting.pop("pos_embed", None)  # one of the two has rotary mixers, which know places
+    same = {}  # rows of the table of classes here and there
+    if (table := known.get(ours.class_table)) is not None:
+        same = same_classes((settings or {}).get("class_names"), class_names(stored, len(table) - 1, path))
+    if any(row != there for row, there in same.items()):
+        fitting.pop(ours.class_table, None)
     model.load_state_dict(fitting, strict=False)
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
     for name in (name for name in known if name not in fitting):
         report.append(f"... not {name}, which is {tuple(known[name].shape)} there and {tuple(own[name].shape)} here")
         if name == ours.class_table and own[name].shape[1:] == known[name].shape[1:]:
-            own[name][-1].copy_(known[name][-1])
-            report[-1] += "; the null class is kept"
+            for row, there in (same | {-1: -1}).items():
+                own[name][row].copy_(table[there])
+            report[-1] += f"; the null class is kept{f', and {len(same)} of the same names' if same else ''}"
     if missing := [name for name in own if name not in known]:
         report.append(f"... not there, and initial: {_by_kind(missing)}")
     if unknown := [name for name in given if name not in known]:

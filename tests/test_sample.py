@@ -99,6 +99,22 @@ def test_a_weaker_checkpoint_guides(tmp_path, checkpoint):
     assert draw(path, tmp_path / "b.png", *flags, checkpoint("attention", 0, name="u.pt")).shape == plain.shape
 
 
+def test_a_guide_whose_classes_are_in_another_order_is_refused(tmp_path, checkpoint):
+    path, weak = (checkpoint(num_classes=3, name=name) for name in ("a.pt", "weak.pt"))
+
+    def call_classes(path, names):
+        contents = torch.load(path, weights_only=True)
+        torch.save(contents | dict(args=contents["args"] | dict(class_names=names)), path)
+
+    call_classes(path, ["cat", "dog", "dog"])
+    for names in (["cat", "dog", "dog"], ["tabby", "dog", "wolf"]):
+        call_classes(weak, names)
+        draw(path, tmp_path / "a.png", "--guide-ckpt", weak)
+    call_classes(weak, ["tabby", "wolf", "cat"])
+    with pytest.raises(ValueError, match=r"weak\.pt has cat as class 2, and what it is to guide as class 0$"):
+        draw(path, tmp_path / "a.png", "--guide-ckpt", weak)
+
+
 def test_a_guide_that_does_not_tell_its_objective_has_the_other_s(tmp_path, checkpoint):
     path, weak = (checkpoint("attention", name=name, objective="flow") for name in ("a.pt", "weak.pt"))
     flags = ["--class-labels", 3, "--cfg-scale", 1, "--sampler", "euler", "--guide-ckpt"]

@@ -39,6 +39,30 @@ def test_fine_tuning_with_other_classes_keeps_all_but_their_table(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("now", "rows"),
+    [
+        (["ant", "cat", "dog"], [-1, 0, 1, 3]), (["dog", "owl"], [1, 2, 3]), (["cat", "dog", "owl", "pig"], [0, 1, 2, -1, 3]),
+        (["tabby", "dog", "owl"], [0, 1, 2, 3]), (["a", "b", "c"], [0, 1, 2, 3]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_classes_keep_their_rows_by_name(tmp_path, now, rows):
+    """-1 stands for a row that is initial. Where no class that both name has moved, numbers decide."""
+    table = "y_embedder.embedding_table.weight"
+    old = filled(DiT_models["DiT-N/4"](**PIXELS | dict(num_classes=3)), 1000)
+    new = filled(DiT_models["DiT-N/4"](**PIXELS | dict(num_classes=len(now))), 0)
+    with torch.no_grad():
+        old.y_embedder.embedding_table.weight.copy_(torch.arange(1000.0, 1004.0)[:, None].expand(4, 96))
+        new.y_embedder.embedding_table.weight.fill_(999)
+    torch.save(dict(ema=old.state_dict(), args=dict(class_names=["cat", "dog", "owl"])), tmp_path / "a.pt")
+    report = initialize(new, tmp_path / "a.pt", dict(class_names=now))
+    assert (new.state_dict()[table] - 1000).unique(dim=1).flatten().tolist() == rows
+    kept = sum(0 <= row < 3 for row in rows)
+    sizes = f"(4, 96) there and ({len(rows)}, 96) here; the null class is kept, and {kept} of the same names"
+    assert report[1:] == [f"... not {table}, which is {sizes}"] * (rows != [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
     ("before", "after", "options"),
     [
         ("attention", "pdessm", {}), ("pdessm", "attention", {}), ("attention", "pdessm", dict(gate=True)),
