@@ -71,9 +71,9 @@ def main(args, processes):
 
     run = resume.find_run(args.resume, args.results_dir, args.model, processes)
     changes = resume.check_changes(run, settings, flags(), args.allow_changes) if run else []
-    first, folder = (run["step"], run["folder"]) if run else (0, None)
-    bad = BadImages(run["args"].get("bad_images", []) if run else [], args.max_bad_images)
-    settings["bad_images"] = bad.known
+    first, folder, before = (run["step"], run["folder"], run["args"]) if run else (0, None, {})
+    bad = BadImages(before.get("bad_images", []), args.max_bad_images)
+    settings |= dict(bad_images=bad.known, init_from=(before or settings).get("init_from"))  # which a resumed run may omit
     loader = make_loader(bad.replaced_in(dataset), args.global_batch_size, args.global_seed, processes, workers)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
     rate = learning_rate(args.lr, args.warmup_steps, args.lr_schedule, total)

@@ -80,8 +80,10 @@ class Pretrained(PyTorchModelHubMixin):
 
 
 def public(settings):
-    """Returns settings without those in WHEREABOUTS, which only concern the machine of the run."""
-    return {name: value for name, value in settings.items() if name not in WHEREABOUTS}
+    """Returns settings without those in WHEREABOUTS, which only concern the machine of the run. Of the weights with which a run
+    began the file's name is kept, since its seed does not tell them."""
+    begun = {"init_from": Path(str(settings["init_from"])).name} if settings.get("init_from") else {}
+    return {name: value for name, value in settings.items() if name not in WHEREABOUTS} | begun
 
 
 def card(model, settings, name="this model", steps=None, metrics=None):

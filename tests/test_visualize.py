@@ -13,6 +13,7 @@ from PIL import Image
 
 import visualize
 from checkpoints.build import load_model
+from checkpoints.export import export
 from commands import change_weights, error_of, fit
 from figures.layers import time_at
 from figures.page import FORMATS
@@ -91,6 +92,15 @@ def test_what_moved_is_seen(tmp_path, run):
     assert found["layers"][0]["tau"]["trained"] == found["layers"][0]["tau"]["initial"]
     before, after = (found["layers"][1]["tau"][when] for when in ("initial", "trained"))
     assert after == pytest.approx([np.e * tau for tau in before], rel=1e-5)
+
+
+def test_weights_of_a_run_that_began_with_others_are_not_compared_with_its_seeds(tmp_path, run):
+    contents, path = torch.load(run[1], weights_only=True), tmp_path / "a.pt"
+    torch.save(contents | dict(args=contents["args"] | dict(init_from="/home/me/b.pt")), path)
+    export(path, "safetensors")
+    for ending, begun in ((".pt", "/home/me/b.pt"), (".safetensors", "b.pt")):
+        flags = ["--ckpt", path.with_suffix(ending), "--out", tmp_path / "a.png"]
+        assert f" began from {begun}; give --initial the weights before training" in error_of(visualize, "drift", *flags)
 
 
 @pytest.mark.parametrize("command", ["reach", "spectrum"])

@@ -17,8 +17,9 @@ import torch
 
 import train
 from checkpoints import resume
+from checkpoints.read import read_checkpoint
 from checkpoints.resume import checkpoint_to_resume
-from commands import ALONE, QUICK, ROOT, Colours, fork, lasting
+from commands import ALONE, QUICK, ROOT, Colours, fit, fork, lasting
 from images import dataset
 from machine import files
 from small_runs import TINY, assert_same, at_update, checkpoint_names, die, flipped, learnt, log_rows, undisturbed
@@ -240,6 +241,14 @@ def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog
     again(flags, "--resume", "auto", "--max-steps", 16, "--grad-accum", 2)
     assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2, grad_accum=2)]
     assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2, grad_accum 1 is now 2"]
+
+
+def test_a_run_that_goes_on_remembers_where_it_began(tmp_path):
+    flags = ["--model", "DiT-N/8", "--global-batch-size", 8]
+    path = fit(tmp_path / "a", *flags, "--max-steps", 1) / "checkpoints" / "0000001.pt"
+    for step, begun in ((1, ["--init-from", path]), (2, []), (3, ["--init-from", path])):
+        folder = fit(tmp_path / "b", *flags, *begun, "--max-steps", step, "--resume", "auto")
+        assert read_checkpoint(folder / "checkpoints" / f"{step:07d}.pt")["args"]["init_from"] == str(path)
 
 
 @pytest.mark.parametrize("change", [["--global-batch-size", 10], ["--global-seed", 1]])
