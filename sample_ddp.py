@@ -62,10 +62,9 @@ def main(args, processes):
         made_with = settings_of_images(model, settings, space, drawn, args.precision)
         record = claim_folder(folder, made_with, count)  # noqa: F841  it locks the folder as long as it is open
         check_folder(folder, size, count)
-    processes.barrier()
-    batches = unfinished_batches(folder, args.per_proc_batch_size, count)
+        batches = unfinished_batches(folder, args.per_proc_batch_size, count)
+    batches = processes.share(batches if processes.rank == 0 else None)  # another machine may see the folder as it was before
     mine = batches[processes.rank :: processes.size]
-    processes.barrier()  # every process has looked before any writes
     if processes.rank == 0:
         drawn = in_words(model, settings, sampler, args.num_sampling_steps, args.precision, guidance)
         print(f"Sampling {sum(map(len, batches)):,} of {count:,} images into {folder}: {drawn}")

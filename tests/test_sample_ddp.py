@@ -19,6 +19,7 @@ import sample_ddp
 from commands import ALONE, FEW_STEPS, Colours, change_weights, draw_many, error_of, locked_by_another, torchrun
 from diffusion import drawing
 from images.numbered import gather_npz
+from machine.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,6 +101,26 @@ def test_a_stopped_run_goes_on(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.append(len(a[4])) or generate(*a, **k))
     assert np.array_equal(draw_many(path, tmp_path / "s", *flags), whole)
     assert drawn == [4, 2]
+
+
+class Second(Processes):
+    """The second of two processes, which sees none of what the first one finds missing."""
+
+    def barrier(self):
+        pass
+
+    def share(self, value):
+        return [range(2), range(2, 4), range(4, 6), range(6, 7)]
+
+
+def test_all_processes_draw_what_the_first_one_finds_missing(tmp_path, checkpoint, monkeypatch):
+    path, drawn, generate = checkpoint(), [], drawing.generate
+    flags = ["--num-fid-samples", 7, "--per-proc-batch-size", 2]
+    draw_many(path, tmp_path / "s", *flags)
+    monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.extend(k["numbers"]) or generate(*a, **k))
+    args = ["--ckpt", path, "--sample-dir", tmp_path / "s", *FEW_STEPS, *flags]
+    sample_ddp.main(sample_ddp.parse_args(list(map(str, args))), Second(1, 2, torch.device("cpu")))
+    assert drawn == [2, 3, 6]
 
 
 def test_other_weights_or_settings_do_not_mix_into_a_folder(tmp_path, checkpoint, randomize):
