@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import evaluate
 from commands import Colours, in_forks
 from evaluation import report, sides
 from evaluation.report import compare
@@ -84,6 +85,23 @@ def test_fewer_images_than_processes(tmp_path, random_images):
         report.look_ahead(many, few, Colours(), three)
     with pytest.raises(ValueError, match="takes at least 2, and 1 for each of 3 processes; images in memory holds 2 images"):
         sides.make_reference(few, tmp_path / "ref.npz", Colours(), three)
+
+
+def test_one_process_opens_a_data_set_before_the_others(tmp_path, monkeypatch):
+    """For it may have to join the files first, once."""
+    done = []
+
+    class Noted(Processes):
+        def barrier(self):
+            done.append("wait")
+
+    monkeypatch.setattr(evaluate, "open_network", lambda *_: Colours())
+    monkeypatch.setattr(evaluate, "open_source", lambda *_: done.append("open") or evaluate.Source("a", None, [], {}, None))
+    monkeypatch.setattr(evaluate, "make_reference", lambda *_: None)
+    args = evaluate.parse_args(["--make-ref", str(tmp_path), str(tmp_path / "a.npz")])
+    for rank in range(2):
+        evaluate.main(args, Noted(rank, 2, torch.device("cpu")))
+    assert done == ["open", "wait", "wait", "open"]
 
 
 def test_images_of_several_sizes_keep_their_order(tmp_path, random_images):
