@@ -2,7 +2,6 @@
 [-1, 1] and an int. Nothing here is random, so an image is the same in any worker of any process."""
 
 import errno
-import os
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from images import latents
 from images.folders import Folder
 from images.named import CIFAR10_FOLDER, DATASETS, read_cifar10, read_digits, read_named
+from machine.precision import count_cores
 from machine.stops import ignore_stops, read_batches
 
 CHECK = "first read every image once, list those that cannot be read, and stop if there are any"
@@ -165,7 +165,7 @@ def check_readable(images, processes, say, workers=0, most=None):
 
 def worker_count(wanted, path):
     """Returns how many processes read images from `path` for this one: at most one a core, and none for the digits."""
-    return min(wanted, os.cpu_count() or 1) if path else 0
+    return min(wanted, count_cores()) if path else 0
 
 
 def load_dataset(path, image_size, uncond=False, held_out=False, name=None):

@@ -10,7 +10,7 @@ from PIL import Image
 import train
 from commands import ALONE, fit
 from images import dataset
-from images.dataset import center_crop_arr, load_dataset
+from images.dataset import center_crop_arr, load_dataset, worker_count
 
 
 @pytest.fixture
@@ -78,6 +78,12 @@ def test_folder_by_a_relative_path(folder, monkeypatch):
     assert len(load_dataset("images", 32)) == 4
     folder.rename(folder.parent / "digits")
     assert len(load_dataset("digits", 32)) == 4  # a folder of that name comes before the data set
+
+
+def test_no_more_processes_read_images_than_this_one_may_have_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {5, 6}, raising=False)
+    assert [worker_count(wanted, path) for wanted, path in ((4, "photos"), (1, "photos"), (4, None))] == [2, 1, 0]
 
 
 def test_folder_without_classes(folder):
