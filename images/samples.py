@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
 from images.dataset import center_crop_arr, load_dataset
+from images.latents import holds_latents
 from machine.files import whole_file
+from machine.precision import count_cores
 from machine.stops import ignore_stops, read_batches
 
 SHOWN_SIDE = 64  # a grid enlarges smaller images, smoothly, to about this many pixels
@@ -112,9 +114,9 @@ class FolderImages(Dataset):
     what of the folder was left out."""
 
     def __init__(self, path, crop=None, dataset=None, held_out=False):
-        images = load_dataset(path, crop, uncond=True, held_out=held_out, name=dataset)
-        if not hasattr(images, "source"):
+        if path and holds_latents(path):
             raise ValueError(f"{path} holds latents, not images; give the folder that they were made of")
+        images = load_dataset(path, crop, uncond=True, held_out=held_out, name=dataset)
         self.path, self.crop, self.source, self.remarks = path, crop, images.source, images.remarks
 
     def __len__(self):
@@ -126,7 +128,7 @@ class FolderImages(Dataset):
 
     def read(self, batches):
         """Yields a list of uint8 (H, W, 3) for each of `batches`, sequences of numbers."""
-        workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+        workers = min(4, count_cores()) if torch.cuda.is_available() else 0
         how = dict(collate_fn=list, num_workers=workers, worker_init_fn=ignore_stops)
         yield from read_batches(DataLoader(self, batch_sampler=batches, **how))
 

@@ -36,7 +36,7 @@ def check(args, processes, dataset, held_out, space):
             raise ValueError(f"{name} {' '.join(map(str, values))}: give each once")
     if args.lr_coefficients != 1 and args.mixer not in pde.MIXER.named:
         raise ValueError(f"--lr-coefficients {args.lr_coefficients:g} is for the coefficients of PDEs, and the model has none")
-    if (every := args.pde_attention_every) and every > (depth := MODELS[args.model].keywords["depth"]):
+    if (every := args.pde_attention_every) and every > (depth := MODELS[args.model].keywords.get("depth", every)):
         raise ValueError(f"--pde-attention-every {every}: {args.model} has {depth} blocks, of which none would have attention")
     if args.class_dropout and not dataset.num_classes:
         raise ValueError("--class-dropout means nothing to --uncond, which trains without classes")

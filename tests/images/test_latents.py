@@ -24,6 +24,7 @@ from images import encode
 from images.autoencoder import LatentSpace, open_space
 from images.dataset import load_dataset
 from images.latents import CachedLatents
+from images.samples import FolderImages
 from training.batches import draw_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -390,6 +391,8 @@ def test_encoding_with_other_flags_touches_nothing(copy, photos, vae, flags, mes
 
 
 def test_places_that_will_not_do(tmp_path, encoded, photos, vae):
+    with pytest.raises(ValueError, match=f"^{encoded} holds latents, not images; give the folder that they were made of$"):
+        FolderImages(encoded)
     with pytest.raises(ValueError, match=r"holds latents already"):
         encode_to(tmp_path / "a", vae, "--data-path", encoded)
     with pytest.raises(ValueError, match=r"is not empty and holds no cached latents"):

@@ -131,6 +131,7 @@ def test_a_model_with_rope_takes_no_places_from_another(tmp_path):
         (["--mixer", "pdessm", "--positions", "rope"], "--positions means nothing to --mixer pdessm"),
         (["--model", "UNet-N", "--mlp", "swiglu", "--qk-norm"], "--mlp, --qk-norm means nothing to --model UNet-N"),
         (["--model", "LaMamba-N", "--norm", "rms"], "--norm means nothing to --model LaMamba-N"),
+        (["--model", "UNet-N", "--mixer", "pdessm", "--pde-attention-every", 2], "-every means nothing to --model UNet-N"),
     ],
 )
 def test_what_means_nothing_is_refused(tmp_path, flags, message):
