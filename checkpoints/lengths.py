@@ -60,7 +60,8 @@ def reconstruct(path, length):
             f"--ema-length {length:g}: {path} is not the checkpoint of a run that kept averages to make it of, as train.py "
             "does with --ema-lengths 0.05 0.1"
         )
-    files = {int(file.stem): file for file in path.parent.glob(f"*{path.suffix}") if file.stem.isdecimal()}
+    there = [file for file in path.parent.iterdir() if file.suffix in (".pt", ".dcp") and file.stem.isdecimal()]
+    files = {int(file.stem): file for file in (*there, path)}
     parts = [(step, one) for step in sorted(files) if 0 < step <= int(path.stem) for one in kept]
     found = shares(*zip(*parts), int(path.stem), length)
     if (error := residual(*zip(*parts), int(path.stem), length, found)) > LARGEST_RESIDUAL:

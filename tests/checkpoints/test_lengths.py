@@ -86,6 +86,21 @@ def test_lengths_from_training_to_samples(tmp_path):
     assert torch.equal(reconstruct(earlier, 0.08)[0][name], made)  # what came later was no part of it
 
 
+def test_checkpoints_of_one_process_and_of_shards_go_together(tmp_path, monkeypatch):
+    read = []
+
+    def load(path, *average):
+        read.append(path.name)
+        return dict(w=torch.ones(1)), dict(ema_lengths=[0.05, 0.1])
+
+    monkeypatch.setattr("checkpoints.lengths.load_checkpoint", load)
+    (tmp_path / "0000002.dcp").mkdir()
+    for name in ("0000004.pt", "0000003.pt.host.1.partial", "0000006.pt"):
+        (tmp_path / name).touch()
+    assert reconstruct(tmp_path / "0000004.pt", 0.08)[0]["w"].item() == pytest.approx(1)
+    assert {*read} == {"0000002.dcp", "0000004.pt"}
+
+
 def test_runs_without_lengths_say_what_makes_them(tmp_path, checkpoint):
     with pytest.raises(ValueError, match=r"--ema-length 0\.1: .* kept averages .* with --ema-lengths 0\.05 0\.1"):
         draw(checkpoint(), tmp_path / "a.png", "--ema-length", 0.1)
