@@ -31,11 +31,8 @@ def main(args, processes):
         network = open_network(args.features, args.weights, args.feature_dim)
         if args.make_ref:
             folder, out = args.make_ref
-            if processes.rank > 0:
-                processes.barrier()  # rank 0 opens the data set first and may join its files, which the others then find
-            source = open_source(folder, network, args.image_size, args.dataset, args.num)
-            if processes.rank == 0:
-                processes.barrier()
+            with processes.main_process_first():  # the files of a named data set may be joined when it is opened
+                source = open_source(folder, network, args.image_size, args.dataset, args.num)
             say(source.remarks, processes)
             make_reference(source, out, network, processes, args.batch_size)
             return
