@@ -19,7 +19,7 @@ from download import find_checkpoint, public_checkpoint
 from evaluation.features import NETWORKS, add_feature_flags, open_network
 from evaluation.report import compare, look_ahead, report
 from evaluation.sides import Source, measure, open_source
-from images.autoencoder import DECODER, digest, load_trained_space
+from images.autoencoder import DECODER, digest_of_weights, load_trained_space
 from images.numbered import check_folder, claim_folder, gather_npz, image_path, unfinished_batches
 from images.samples import save_png
 from machine.flags import from_zero, not_negative, positive
@@ -58,7 +58,7 @@ def main(args, processes):
         drawn = dict(sampler=sampler.__name__, num_sampling_steps=args.num_sampling_steps)
         drawn |= dict(cfg_channels=str(guidance.channels or "all"), cfg_interval=list(guidance.interval))
         drawn |= dict(balanced_labels=args.balanced_labels, guide_scale=guidance.guide_scale)
-        drawn |= dict(guide=digest(guidance.guide.state_dict()) if guidance.guide else None)
+        drawn |= dict(guide=digest_of_weights(guidance.guide.state_dict()) if guidance.guide else None)
         made_with = settings_of_images(model, settings, space, drawn, args.precision)
         record = claim_folder(folder, made_with, count)  # noqa: F841  it locks the folder as long as it is open
         check_folder(folder, size, count)
@@ -101,7 +101,7 @@ def settings_of_images(model, settings, space, drawn, precision):
     """
     vae, flow = settings["vae"], {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift")}
     vae = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
-    weights, decoder = digest(model.state_dict()), space.digest(DECODER)
+    weights, decoder = digest_of_weights(model.state_dict()), space.digest(DECODER)
     return dict(weights=weights, **drawn, vae=vae, **flow, decoder=decoder, precision=precision)
 
 

@@ -102,7 +102,7 @@ class LatentSpace:
         weights |= {} if self.kind == KINDS[0] else {self.kind: torch.empty(0)}
         weights |= {"shift_factor": torch.as_tensor(self.shift)} if torch.as_tensor(self.shift).any() else {}
         weights |= {"latents_std": self.spread} if isinstance(self.spread, torch.Tensor) else {}
-        return digest(weights)
+        return digest_of_weights(weights)
 
 
 def find_config(name):
@@ -231,7 +231,7 @@ def draw_latents(moments, noise):                                          # (B,
     return mean + std * noise                                              # (B, C, h, w)
 
 
-def digest(weights):
+def digest_of_weights(weights):
     """Returns sixteen hexadecimal digits that tell one state dict from another."""
     digest = hashlib.sha256()
     for name, value in weights.items():

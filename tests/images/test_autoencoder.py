@@ -21,7 +21,7 @@ from commands import ALONE, draw, draw_many, fit
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
 from images import encode
-from images.autoencoder import DECODER, KINDS, LatentSpace, PixelSpace, digest, open_space
+from images.autoencoder import DECODER, KINDS, LatentSpace, PixelSpace, digest_of_weights, open_space
 from models import MODELS
 from training import watching
 from training.batches import BadImages, draw_batch
@@ -267,7 +267,7 @@ def test_the_digest_knows_what_latents_depend_on_and_that_alone(tmp_path):
     assert spaces["plain"].digest() != digests["plain"][0]
     weights = spaces["scale"].vae.state_dict()
     known = {name: weight for name, weight in weights.items() if name.startswith(("encoder.", "quant_conv."))}
-    assert digests["scale"][0] == digest(known | {"scaling_factor": torch.tensor(0.5)})
+    assert digests["scale"][0] == digest_of_weights(known | {"scaling_factor": torch.tensor(0.5)})
     of_no_shift = open_space(save_autoencoder(tmp_path / "zero", 2, 4, shift_factor=0.0)).load("cpu")
     assert of_no_shift.digest() == digests["plain"][0]
     for part, same in (("decoder", 0), ("encoder", 1)):
