@@ -21,6 +21,7 @@ def _number(read, holds, what):
             raise argparse.ArgumentTypeError(f"{text} is not {what}{limit}")
         return number
 
+    parse.what = what
     return parse
 
 
