@@ -4,10 +4,10 @@ import os
 import subprocess
 
 import pytest
-from test_reproduce import PRETENDER, commands_of, run_script
 
 import train
 from commands import ROOT
+from scripts import PRETENDER, commands_of, run_script
 
 
 def test_what_was_stopped_after_its_last_checkpoint_is_trained_to_its_end(tmp_path):
