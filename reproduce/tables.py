@@ -7,7 +7,8 @@ and, called by the scripts of the tables, a new row:
 
     python -m reproduce.tables --record ROWS TABLE SCALE SYSTEM FOLDER CHECKPOINT
 
-A row has everything that its numbers rest on: commands, seed, steps, sampler, images, features, seconds, machine.
+A row has everything that its numbers rest on: commands, seed, steps, sampler, images, features, seconds, machine. Below a table
+stand the commands of one of its rows.
 
 The paper does not say which coupling its PDE-SSM-DiT has: below its row stands one of ours for each coupling that was run.
 """
@@ -16,11 +17,10 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from statistics import mean
-
-from machine.files import whole_file
 
 HERE = Path(__file__).parent
 OURS = {"PDE-SSM-DiT-g": {}, "PDE-SSM-DiT-gla": {}}  # systems of ours beside all of the paper's
@@ -102,9 +102,10 @@ COUPLINGS = ("diagonal", "pairwise")  # systems of ours are named <the paper's>-
 
 def record(rows, table, scale, system, folder, checkpoint):
     """Appends the row of a finished run to the file `rows`; a row is written whole or not at all."""
-    import torch
+    import torch  # here, since printing needs nothing but this file and the rows
 
     from benchmarks.report import count_threads, machine
+    from machine.files import whole_file
     from training.runs import rows_until
 
     contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -161,7 +162,6 @@ def tabulate(table, rows):
         for system, line in lines.items():
             runs = list(systems.get(system, {}).values())
             line += [_summary([_figure(row, name) for row in runs]) for name in measured]
-        seeds = sorted({seed for runs in systems.values() for seed in runs})
         made = [row for runs in systems.values() for row in runs.values()]
         data = "".join(sorted({f", {row['data']}" for row in made if "data" in row}))
         where, torch, dates = (sorted({row[name] for row in made}) for name in ("machine", "torch", "date"))
@@ -169,12 +169,21 @@ def tabulate(table, rows):
         notes.append(
             f"[{number}] {scale} scale{data}, {objective}, {steps:,} steps{of_batch} in {precision}, {features}, "
             f"{images:,} samples by {sampler} against {references:,} images, "
-            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {' and '.join(where)}, PyTorch {' and '.join(torch)}, "
-            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+            f"{_seeds(systems)}; {' and '.join(where)}, PyTorch {' and '.join(torch)}, "
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {made[0]['system']} by"
         )
+        notes += ["", *(f"    {run['command']}" for run in made[0]["commands"]), ""]
     table_lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines.values()]]
     remark = [REMARKS[table], ""] if table in REMARKS else []
-    return "\n".join([f"**{table}**", "", *table_lines, "", *notes, "", *remark])
+    return "\n".join([f"**{table}**", "", *table_lines, "", *notes, *remark])
+
+
+def _seeds(systems):
+    """Says which seeds a setting has, and which of its systems have others than most; systems: name -> rows by seed."""
+    seeds_of = {system: tuple(sorted(runs)) for system, runs in systems.items()}
+    usual = Counter(seeds_of.values()).most_common(1)[0][0]
+    others = [f"{system} {', '.join(map(str, seeds))}" for system, seeds in seeds_of.items() if seeds != usual]
+    return f"seed{'s' * (len(usual) > 1)} {', '.join(map(str, usual))}" + f" (but {'; '.join(others)})" * bool(others)
 
 
 def _objective(row):

@@ -170,7 +170,8 @@ def test_a_small_table_runs_to_its_rows(tmp_path):
 def test_other_papers_figures_stand_beside_ours_with_what_is_wrong_with_them():
     metrics = {"features": "2048 features of inception", "samples": dict(images=9), "reference": dict(images_in_statistics=8)}
     row = dict(scale="full", objective="diffusion", steps=3, sampling_steps=250, sampler="ddpm", seed=0, parameters=28e6)
-    row |= dict(machine="a machine", torch="2.15", date="2026", system="PDE-SSM-DiT-g", metrics=metrics | {"FID": 3.0})
+    row |= dict(machine="a machine", torch="2.15", date="2026", commands=[], system="PDE-SSM-DiT-g")
+    row |= dict(metrics=metrics | {"FID": 3.0})
     for table in tables.REMARKS:
         lines = [line.strip("|").split("|") for line in tables.tabulate(table, [row]).splitlines() if line.startswith("|")]
         assert len({len(line) for line in lines}) == 1
@@ -183,7 +184,7 @@ def test_other_papers_figures_stand_beside_ours_with_what_is_wrong_with_them():
 def test_a_later_run_of_the_same_seed_replaces_the_earlier_one():
     metrics = {"features": "2048 features of inception", "samples": dict(images=9), "reference": dict(images_in_statistics=8)}
     row = dict(scale="full", objective="flow", steps=3, sampling_steps=50, sampler="euler", parameters=29e6, training_loss=0.1)
-    row |= dict(machine="a machine", torch="2.15", date="2026", system="DiT")
+    row |= dict(machine="a machine", torch="2.15", date="2026", commands=[], system="DiT")
     rows = [row | dict(seed=seed, metrics=metrics | {"FID": fid}) for seed, fid in ((0, 3.0), (1, 4.0), (0, 5.0))]
     (line,) = [line for line in tables.tabulate("table1_cifar10", rows).splitlines() if line.startswith("| DiT |")]
     assert line.split(" | ")[-1] == "4.5 (4 to 5) |"
@@ -191,13 +192,25 @@ def test_a_later_run_of_the_same_seed_replaces_the_earlier_one():
 
 def test_distances_from_other_references_are_not_averaged():
     row = dict(scale="full", objective="flow", steps=3, sampling_steps=50, sampler="euler", parameters=29e6, training_loss=0.1)
-    row |= dict(machine="a machine", torch="2.15", date="2026", system="DiT")
+    row |= dict(machine="a machine", torch="2.15", date="2026", commands=[], system="DiT")
     metrics = [dict(features="2048 features of inception", samples=dict(images=9), FID=n) for n in (3.0, 4.0)]
     metrics = [of | dict(reference=dict(images_in_statistics=n)) for n, of in enumerate(metrics, start=8)]
     table = tables.tabulate("table1_cifar10", [row | dict(seed=seed, metrics=of) for seed, of in enumerate(metrics)])
     (line,) = [line for line in table.splitlines() if line.startswith("| DiT |")]
     assert [line.split(" | ")[number] for number in (6, 9)] == ["3", "4 |"]
     assert re.findall(r"against (\d) images", table) == ["8", "9"]
+
+
+def test_tables_say_whose_seeds_they_are_and_by_which_commands():
+    """As a command, too, that needs nothing but the rows."""
+    printed = subprocess.run([sys.executable, "-S", "reproduce/tables.py"], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    for path in (ROOT / "reproduce" / "results").glob("table*.jsonl"):
+        first, *_ = [json.loads(line) for line in path.read_text().splitlines()]
+        for run in first["commands"]:
+            assert f"\n    {run['command']}\n" in printed.stdout
+    assert tables._seeds({"a": {0: None, 1: None}, "b": {1: None, 0: None}, "c": {2: None}}) == "seeds 0, 1 (but c 2)"
+    assert tables._seeds({"a": {3: None}}) == "seed 3"
 
 
 @pytest.mark.parametrize("text", ["[\n {}\n]\n", '{"table": "none"}\n', "3\n", "# Rows\n"])
