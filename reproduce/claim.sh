@@ -11,6 +11,17 @@ begin() {
     cd "$(dirname "$0")/.."
 }
 
+# whole_numbers NAME...: ends the script, before any work, if one of these variables is set to anything but a whole number from 1.
+whole_numbers() {
+    local name
+    for name in "$@"; do
+        if [[ -n ${!name:-} && ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+            echo "$name=${!name} is not a whole number from 1" >&2
+            exit 2
+        fi
+    done
+}
+
 # claim FOLDER DATA [SETTINGS]: makes the folder of a script's runs, or ends the script if DATA does not exist, or if the folder
 # holds runs on other data or with other settings, which would be mistaken for finished ones.
 claim() {

@@ -21,15 +21,11 @@
 #               and 10,000 images. ADM's VIRTUAL_imagenet256_labeled.npz is what Table 10's figures are usually taken from
 #   IMAGES_OF   the images, if DATA holds their cached latents
 #   BATCH       if small, 64
-#   STEPS, IMAGES, SAMPLING_STEPS, WORK (where runs go), ROWS (where rows go), PYTHON
+#   STEPS, IMAGES, SAMPLING_STEPS, PYTHON
+#   WORK, ROWS  where runs and rows go, from the top of the repository
 set -euo pipefail
 source "$(dirname "$0")/claim.sh"
-for name in SIZE BATCH STEPS IMAGES SAMPLING_STEPS PROCESSES; do
-    if [[ -n ${!name:-} && ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
-        echo "$name=${!name} is not a whole number from 1" >&2
-        exit 2
-    fi
-done
+whole_numbers SIZE BATCH STEPS IMAGES SAMPLING_STEPS PROCESSES
 if [ -n "${REFERENCE:-}" ]; then
     if [ ! -f "$REFERENCE" ]; then
         echo "REFERENCE=$REFERENCE: no such file; evaluate.py --make-ref makes one" >&2

@@ -47,19 +47,23 @@ def open_network(checkpoint):
     return model, create_objective("flow", **flow), settings
 
 
+def measure(images, name, checkpoint, num):
+    """Prints a network's row of the table, and returns its errors, as `errors` does, at each of TIMES."""
+    model, flow, settings = open_network(checkpoint)
+    dataset = load_dataset(images, settings["image_size"], uncond=not model.num_classes, held_out=True)
+    count = min(num, len(dataset))
+    pixels, labels = zip(*(dataset[number * len(dataset) // count] for number in range(count)))
+    pixels, labels = torch.stack(pixels), torch.tensor(labels)
+    row = [errors(model, flow, pixels, labels, time) for time in TIMES]
+    print(f"| {name} | {' | '.join(f'{whole:.4f} ({part:.4f})' for whole, part in row)} |", flush=True)
+    return row
+
+
 def main(images, networks, num, json):
-    rows = {}
     print(f"| t | {' | '.join(map(str, TIMES))} |", "|---" * (len(TIMES) + 1) + "|", sep="\n")
-    for name, checkpoint in networks:
-        model, flow, settings = open_network(checkpoint)
-        dataset = load_dataset(images, settings["image_size"], uncond=not model.num_classes, held_out=True)
-        count = min(num, len(dataset))
-        pixels, labels = zip(*(dataset[number * len(dataset) // count] for number in range(count)))
-        pixels, labels = torch.stack(pixels), torch.tensor(labels)
-        rows[name] = [errors(model, flow, pixels, labels, time) for time in TIMES]
-        print(f"| {name} | {' | '.join(f'{whole:.4f} ({part:.4f})' for whole, part in rows[name])} |", flush=True)
+    rows = {name: measure(images, name, checkpoint, num) for name, checkpoint in networks}
     if json:
-        write_json(json, dict(images=count, times=TIMES, rows=rows), "errors")
+        write_json(json, dict(most_images=num, times=TIMES, rows=rows), "errors")
 
 
 def parse_args(argv=None):

@@ -36,6 +36,8 @@ case $OBJECTIVE in
 esac
 
 source reproduce/claim.sh
+whole_numbers STEPS
+if [ "$IMAGES" != 0 ]; then whole_numbers IMAGES; fi
 
 # compare SET FOLDER PATCH REFERENCE FLAGS...: every row on one data set, with one seed
 compare() {

@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "$0")/claim.sh"
 begin "bash $0 DATA" "$@"
+whole_numbers STEPS
 if [ -d "$data/train" ]; then data=$data/train; fi
 PYTHON=${PYTHON:-python}
 

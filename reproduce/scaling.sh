@@ -11,6 +11,7 @@
 set -euo pipefail
 source "$(dirname "$0")/claim.sh"
 begin "bash $0 DATA" "$@"
+whole_numbers STEPS PATCH IMAGE_SIZE BATCH
 WORK=${WORK:-results/scaling} STEPS=${STEPS:-1500}
 claim "$WORK" "$data" "${PATCH:+, PATCH=$PATCH}${IMAGE_SIZE:+, IMAGE_SIZE=$IMAGE_SIZE}${BATCH:+, BATCH=$BATCH}${LR:+, LR=$LR}${FLAGS:+, FLAGS=$FLAGS}"
 for seed in ${SEEDS:-0}; do

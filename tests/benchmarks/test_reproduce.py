@@ -16,12 +16,12 @@ import evaluate
 import sample_ddp
 import train
 from checkpoints.build import save_checkpoint
-from commands import ROOT, Colours
+from commands import ALONE, ROOT, Colours
 from diffusion import create_flow
 from images.named import DATASETS
 from mixers import mixer_options
 from models import MODELS
-from reproduce import adm_targets, chance, denoising, detail, grids_sheet, noise, resolution, strips, tables
+from reproduce import adm_targets, chance, denoising, detail, grids_sheet, noise, resolution, strips, tables, unet_norm
 from scripts import commands_of, run_script
 
 SCRIPTS = sorted(path.name for path in (ROOT / "reproduce").glob("table*.sh"))
@@ -290,10 +290,27 @@ def test_errors_by_time_of_checkpoints(checkpoint, images, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].replace("a", "b") == lines[3]
     found = json.loads(out.read_text())
-    assert found["images"] == 3
+    assert found["most_images"] == 3
     assert all(0 <= part <= whole for rows in found["rows"].values() for whole, part in rows)
     with pytest.raises(ValueError, match="has --objective diffusion --vae none, not flow on pixels"):
         denoising.open_network(checkpoint(objective="diffusion"))
+
+
+def test_the_u_net_is_trained_with_and_without_its_last_norm(tmp_path, monkeypatch):
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            Image.new("RGB", (32, 32), (99 * number, 0, 0)).save(tmp_path / folder / f"{number}.png")
+    small = unet_norm.FLAGS.replace("image-size 32", "image-size 16").replace("batch-size 32", "batch-size 2")
+    monkeypatch.setattr(unet_norm, "FLAGS", small)
+    flags = [str(tmp_path), str(tmp_path / "work"), "--steps", "1", "--num", "2", "--json", str(tmp_path / "a.json")]
+    unet_norm.main(unet_norm.parse_args(flags), ALONE)
+    assert set(json.loads((tmp_path / "a.json").read_text())["rows"]) == {"with", "without"}
+    for name in ("with", "without"):
+        (path,) = tmp_path.glob(f"work/{name}/*/checkpoints/0000001.pt")
+        weights = torch.load(path, weights_only=True)["ema"]
+        assert ("net.conv_norm_out.weight" in weights) == (name == "with")
+    assert unet_norm.UNet.__init__ is unet_norm.BUILD
 
 
 def test_positions_continue_in_dits_alone(images, tmp_path):

@@ -61,9 +61,17 @@ def test_mistyped_settings_claim_no_folder(tmp_path, name):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("STEPS", "0"), ("SAMPLING_STEPS", "0"), ("IMAGES", "many"), ("PROCESSES", "2.5")])
-def test_numbers_that_are_none_are_named_before_the_work(tmp_path, name, value):
-    done = run_script("table1_cifar10.sh", tmp_path, tmp_path, PYTHON="false", **{name: value})
+@pytest.mark.parametrize(
+    ("script", "name", "value"),
+    [
+        ("table1_cifar10.sh", "STEPS", "0"), ("table1_cifar10.sh", "SAMPLING_STEPS", "0"),
+        ("table1_cifar10.sh", "IMAGES", "many"), ("table1_cifar10.sh", "PROCESSES", "2.5"),
+        ("scaling.sh", "STEPS", "-1"), ("grids.sh", "STEPS", "1e3"),
+        ("every_mixer.sh", "STEPS", "all"), ("every_mixer.sh", "IMAGES", "5k"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_named_before_the_work(tmp_path, script, name, value):
+    done = run_script(script, tmp_path, tmp_path, PYTHON="false", CIFAR10=str(tmp_path), **{name: value})
     assert (done.returncode, done.stderr) == (2, f"{name}={value} is not a whole number from 1\n")
 
 
