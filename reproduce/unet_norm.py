@@ -29,16 +29,16 @@ def build_without_last_norm(self, *args, **options):
     self.net.conv_norm_out = nn.Identity()
 
 
-def main(args, processes):
+def main(data, work, steps, num, json, processes):
     rows = {}
     for name, build in (("with", BUILD), ("without", build_without_last_norm)):
         with patch.object(UNet, "__init__", build):
-            flags = [*FLAGS.split(), "--data-path", f"{args.data}/train", "--max-steps", str(args.steps)]
-            train.main(train.parse_args([*flags, "--results-dir", f"{args.work}/{name}"]), processes)
-            (checkpoint,) = args.work.glob(f"{name}/*/checkpoints/{args.steps:07}.pt")
-            rows[name] = measure(args.data / "test", name, checkpoint, args.num)
-    if args.json:
-        write_json(args.json, dict(steps=args.steps, most_images=args.num, times=TIMES, rows=rows), "errors")
+            flags = [*FLAGS.split(), "--data-path", f"{data}/train", "--max-steps", str(steps)]
+            train.main(train.parse_args([*flags, "--results-dir", f"{work}/{name}"]), processes)
+            (checkpoint,) = work.glob(f"{name}/*/checkpoints/{steps:07}.pt")
+            rows[name] = measure(data / "test", name, checkpoint, num)
+    if json:
+        write_json(json, dict(steps=steps, most_images=num, times=TIMES, rows=rows), "errors")
 
 
 def parse_args(argv=None):
@@ -53,4 +53,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main, parse_args())
+    launch(lambda args, processes: main(**vars(args), processes=processes), parse_args())

@@ -304,7 +304,7 @@ def test_the_u_net_is_trained_with_and_without_its_last_norm(tmp_path, monkeypat
     small = unet_norm.FLAGS.replace("image-size 32", "image-size 16").replace("batch-size 32", "batch-size 2")
     monkeypatch.setattr(unet_norm, "FLAGS", small)
     flags = [str(tmp_path), str(tmp_path / "work"), "--steps", "1", "--num", "2", "--json", str(tmp_path / "a.json")]
-    unet_norm.main(unet_norm.parse_args(flags), ALONE)
+    unet_norm.main(**vars(unet_norm.parse_args(flags)), processes=ALONE)
     assert set(json.loads((tmp_path / "a.json").read_text())["rows"]) == {"with", "without"}
     for name in ("with", "without"):
         (path,) = tmp_path.glob(f"work/{name}/*/checkpoints/0000001.pt")
