@@ -30,6 +30,10 @@ def build_without_last_norm(self, *args, **options):
 
 
 def main(data, work, steps, num, json, processes):
+    if work.exists():
+        raise ValueError(f"{work} exists already: give a new folder for the runs")
+    if not (data / "test").is_dir():  # before the training, which takes minutes
+        raise ValueError(f"{data / 'test'}: no such folder")
     rows = {}
     for name, build in (("with", BUILD), ("without", build_without_last_norm)):
         with patch.object(UNet, "__init__", build):

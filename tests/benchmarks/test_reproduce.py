@@ -243,6 +243,7 @@ def test_grids_of_a_data_set_become_one_sheet(tmp_path):
         ("detail none none.npz", "none: no images"),
         ("noise 3 none/noise.npz", "none"),
         ("resolution none.pt none 8", "no checkpoint at none.pt"),
+        ("unet_norm none work", "none/test: no such folder"),
     ],
 )
 def test_files_that_are_not_there_are_named_in_a_line(command, message, tmp_path, monkeypatch):
@@ -311,6 +312,8 @@ def test_the_u_net_is_trained_with_and_without_its_last_norm(tmp_path, monkeypat
         weights = torch.load(path, weights_only=True)["ema"]
         assert ("net.conv_norm_out.weight" in weights) == (name == "with")
     assert unet_norm.UNet.__init__ is unet_norm.BUILD
+    with pytest.raises(ValueError, match="work exists already"):
+        unet_norm.main(**vars(unet_norm.parse_args(flags)), processes=ALONE)
 
 
 def test_positions_continue_in_dits_alone(images, tmp_path):
