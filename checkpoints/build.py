@@ -107,10 +107,11 @@ def load_model(path, given, default_vae, decay=None, usual=()):
     """Returns the model of a checkpoint, in eval mode, and its settings.
 
     The settings are those that the weights reveal and the checkpoint states. The dict `given` may supply those that neither
-    has: the objective, a flow's path and prediction, the vae. Its values that are not None must agree with the known ones,
-    except three that are free: the decoder in latent space, a flow's time_shift, and image_size, a side or (height, width), to
-    which the model is resized. decay: the average to load, if there are several; `given` may instead have ema_length, that of
-    an average to reconstruct from them. usual: the objective, path and prediction to assume if nothing states them, a dict.
+    has: the objective, a flow's path and prediction, the vae, and by a mixer's name the order in which it scans. Its values
+    that are not None must agree with the known ones, except three that are free: the decoder in latent space, a flow's
+    time_shift, and image_size, a side or (height, width), to which the model is resized. decay: the average to load, if there
+    are several; `given` may instead have ema_length, that of an average to reconstruct from them. usual: the objective, path
+    and prediction to assume if nothing states them, a dict.
     ValueError names both values, the misfit, or the flag to give.
 
     Besides train.py's settings there are learn_sigma, and time_scale, by which a flow's network sees t multiplied.
@@ -118,8 +119,12 @@ def load_model(path, given, default_vae, decay=None, usual=()):
     if (length := given.get("ema_length")) and decay is not None:
         raise ValueError(f"--ema {decay:g} and --ema-length {length:g} name two averages; leave one out")
     weights, stored = reconstruct(path, length) if length else load_checkpoint(path, decay)
-    settings = reconcile(stored, settings_from_weights(weights), path)
+    revealed = settings_from_weights(weights)
+    settings = reconcile(stored, revealed, path)
     given = {name: value for name, value in given.items() if value is not None}
+    if "mixer" in given and "mixer" not in stored:  # it may set what weights do not show, such as the order of a scan
+        with suppress(ValueError):  # where it does not fit them, which is told below
+            settings = reconcile(stored | dict(mixer=given["mixer"]), revealed, path)
     for name in ("model", "mixer", "num_classes", "objective", "path", "predict"):
         if name in given and settings.get(name, given[name]) != given[name]:
             flag = "--" + name.replace("_", "-")

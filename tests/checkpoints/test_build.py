@@ -36,6 +36,20 @@ def test_every_mixer_is_built_again_from_what_a_file_states(checkpoint, mixer):
     assert model(torch.randn(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)).any()
 
 
+@pytest.mark.parametrize("mixer", ["zigzag", "ss2d-lamamba", "pdessm-g"])
+def test_a_flag_names_the_mixer_of_bare_weights(tmp_path, mixer):
+    network = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer).requires_grad_(False)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    model, settings = load_model(tmp_path / "bare.pt", given_flags(mixer=mixer), default_vae="none")
+    assert settings["mixer"] == mixer
+    x, t, y = torch.randn(1, 3, 16, 16), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    torch.testing.assert_close(model(x, t, y), network.eval()(x, t, y))
+    with pytest.raises(ValueError, match=r"--mixer ss2d-v0 contradicts .*, which has --mixer "):
+        load_model(tmp_path / "bare.pt", given_flags(mixer="ss2d-v0"), default_vae="none")
+
+
 @pytest.mark.parametrize("style", ["namespace", "bare weights", "no ema"])
 def test_files_of_the_public_code_load(tmp_path, style):
     path = tmp_path / "a.pt"
