@@ -5,6 +5,7 @@
 """
 
 import argparse
+import shlex
 from itertools import islice
 from pathlib import Path
 
@@ -60,8 +61,10 @@ def encode(args, processes):
         latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
     processes.barrier()
     if processes.rank == 0:
-        flags = f"--data-path {folder} --vae {args.vae} --image-size {args.image_size}"
-        print(f"The latents are whole: train.py {flags}")
+        path = "--val-path" if args.held_out else "--data-path"
+        flags = [path, folder, "--vae", args.vae, "--image-size", args.image_size]
+        flags += ["--num-classes", images.num_classes] if images.num_classes else []
+        print(f"The latents are whole: train.py {shlex.join(map(str, flags))}")
 
 
 def shards_to_make(folder, index, images):

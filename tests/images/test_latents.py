@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
+import train
 from autoencoders import save_autoencoder
 from commands import ALONE, fit, forked, lasting, locked_by_another, torchrun
 from diffusion import create_diffusion
@@ -153,6 +155,13 @@ def test_images_without_classes_are_encoded_and_held_out_ones_if_there_are(tmp_p
     assert (len(cached), cached.num_classes) == (9, 0)
     with pytest.raises(ValueError, match="the digits have no held-out images"):
         encode_to(tmp_path / "b", vae, "--held-out")
+
+
+def test_the_flags_that_are_printed_train(tmp_path, vae, photos, capsys):
+    encode_to(tmp_path / "of mine", vae, "--data-path", photos)
+    flags = shlex.split(re.search(r"The latents are whole: train\.py (.*)", capsys.readouterr().out)[1])
+    some = ["--model", "DiT-N/2", "--global-batch-size", "8", "--max-steps", "1", "--results-dir", str(tmp_path)]
+    train.main(train.parse_args([*some, *flags, "--num-workers", "0", "--device", "cpu"]), ALONE)
 
 
 def test_workers_read_latents(encoded):
