@@ -1,6 +1,7 @@
 """Saves and loads networks as folders in Hugging Face's format: config.json, model.safetensors, and README.md, the card."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -102,6 +103,7 @@ def card(model, settings, name="this model", steps=None, metrics=None):
     rows = "".join(f"| {what} | {number:.6g} |\n" for what, number in (metrics or {}).items())
     flags = [_as_flag(*item) for item in public(settings).items() if item[0] not in NO_FLAGS]
     flags += ["--data-path DATA"] if data else []
+    ckpt = f"--ckpt {shlex.quote(name)}"
     header = ModelCardData(library_name="pde-ssm-dit", tags=["image-generation", "diffusion-transformer", mixer])
     parts = [
         f"---\n{header.to_yaml()}\n---\n\n# {Path(name).name}\n",
@@ -112,7 +114,7 @@ def card(model, settings, name="this model", steps=None, metrics=None):
         f"## Training\n\n{steps:,} steps of {batch:,} images.\n" if batch else "",
         f"    python train.py {' '.join(filter(None, flags))}\n" if batch else "",
         f"## Measures\n\n| | |\n|---|---|\n{rows}" if rows else "",
-        f"## Use\n\n    python sample.py --ckpt {name}\n    python sample_ddp.py --ckpt {name} --evaluate REFERENCE\n",
+        f"## Use\n\n    python sample.py {ckpt}\n    python sample_ddp.py {ckpt} --evaluate REFERENCE\n",
     ]
     return "\n".join(filter(None, parts))
 
@@ -123,4 +125,4 @@ def _as_flag(name, value):
         return f"--no-{name.replace('_', '-')}"
     if value is None or value is False or isinstance(value, dict) or (name == "num_classes" and value == 0):
         return ""
-    return flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    return flag if value is True else f"{flag} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -78,13 +79,15 @@ def test_the_card_tells_data_steps_measures_and_commands_and_no_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"), [(dict(num_classes=0, uncond=True), "--uncond"), (dict(tf32=False), "--no-tf32")], ids=str
+    ("settings", "told"),
+    [(dict(num_classes=0, uncond=True), "--uncond"), (dict(tf32=False), "--no-tf32"), (dict(vae="a/my vae"), "a/my vae")],
+    ids=str,
 )
 def test_the_command_of_a_card_is_one_that_trains_the_same(settings, told):
     text = card(MODELS["DiT-N/4"](**PIXELS), dict(global_batch_size=8, ema_warmup=False, **settings), steps=5)
-    command = next(line for line in text.splitlines() if line.startswith("    python train.py"))
-    args = train.parse_args(command.split()[2:])
-    assert {told, "--no-ema-warmup"} <= {*command.split()}
+    command = shlex.split(next(line for line in text.splitlines() if line.startswith("    python train.py")))
+    args = train.parse_args(command[2:])
+    assert {told, "--no-ema-warmup"} <= {*command}
     assert not args.ema_warmup
 
 
