@@ -119,6 +119,7 @@ class Index(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module, name):
+        module = "pathlib" if module == "pathlib._local" else module       # as Python 3.13 calls it, and no other version
         if name in self.known.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the index holds {module}.{name}")

@@ -1,11 +1,14 @@
 """Checkpoints of which every process writes a part."""
 
+import pathlib
 import pickle
 import re
 import resource
 import shutil
 import signal
+import sys
 from functools import cache
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -281,6 +284,17 @@ def test_a_hostile_index_does_not_run(runs, tmp_path):
         load_checkpoint(folder)
     assert not (tmp_path / "owned").exists()
     assert not any("Bytes" in name for known in Index.known.values() for name in known)  # PyTorch would unpickle those
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_an_index_of_any_python_is_read(tmp_path, monkeypatch, module):
+    """It holds the folder's path, whose class is in another module in Python 3.13 than before and after."""
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "__module__", module)
+        patched.setitem(sys.modules, module, pathlib)
+        index = pickle.dumps(tmp_path)
+    assert module.encode() in index
+    assert Index(BytesIO(index)).load() == tmp_path
 
 
 def test_one_process_has_nothing_to_shard(tmp_path):
