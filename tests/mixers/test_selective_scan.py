@@ -356,6 +356,24 @@ def test_the_kernel_of_mamba_serves_once_it_agrees(mamba_ssm):
     assert lengths == [77, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        ((2, 6, 5, 1, 3), True), ((0, 6, 5, 1, 3), False), ((2, 6, 5, 1, 256), True), ((2, 6, 5, 1, 257), False),
+        ((1, 65_535, 5, 1, 1), True), ((1, 65_536, 5, 1, 1), False),
+        ((2047, 256, 4096, 1, 1), True), ((2048, 256, 4096, 1, 1), False),
+        ((1024, 512, 16, 256, 256), True), ((1024, 512, 64, 256, 256), False), ((4096, 4096, 16, 1, 128), False),
+    ],
+)  # fmt: skip
+def test_the_kernel_of_mamba_gets_no_more_than_it_can_count(monkeypatch, shape, taken):
+    """Images, channels, tokens, groups and states; the tensors take no memory."""
+    monkeypatch.setattr(selective_scan_mamba, "DEVICE", "cpu")
+    monkeypatch.setattr(selective_scan_mamba, "agrees", lambda *_: True)
+    batch, E, L, groups, N = shape
+    u, A, B = (torch.zeros(()).expand(some) for some in ((batch, E, L), (E, N), (batch, groups, N, L)))
+    assert selective_scan_mamba.serves([u, u, A, B, B, None, None, None], None) == taken
+
+
 def fails(*_, **__):
     raise RuntimeError("no kernel image\nfor this device")
 
@@ -379,3 +397,27 @@ def test_a_kernel_of_mamba_that_does_not_agree_does_not_serve(trouble, mamba_ssm
     mamba_ssm(function)
     with pytest.warns(UserWarning, match=f"mamba_ssm's selective scan {warning}"):
         assert_close([selective_scan(**given)], [expected], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "warned"),
+    [
+        (ModuleNotFoundError("No module named 'mamba_ssm'", name="mamba_ssm"), False),
+        (ModuleNotFoundError("No module named 'einops'", name="einops"), True),
+        (ImportError("selective_scan_cuda.so: undefined symbol: _ZN3c10"), True),
+    ],
+    ids=str,
+)
+def test_a_kernel_of_mamba_that_cannot_be_loaded_is_no_secret(mamba_ssm, monkeypatch, recwarn, error, warned):
+    """One that is not there is none."""
+
+    def load(name):
+        raise error
+
+    mamba_ssm(None)
+    monkeypatch.setattr(selective_scan_mamba, "import_module", load)
+    given = random_inputs(2, 6, 5, 3, dtype=torch.float32)
+    for _ in range(2):
+        selective_scan(**given)
+    said = [f"mamba_ssm's selective scan fails: {error}; scans run by our own code"] * warned
+    assert [str(warning.message) for warning in recwarn] == said
