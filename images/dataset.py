@@ -124,7 +124,7 @@ def collate(items):
 
 
 class _Faults(Dataset):
-    """Yields the fault of each of these images, "" if it has none."""
+    """Yields (number, fault) of each of these images, the fault "" if it has none."""
 
     def __init__(self, images):
         self.images = images
@@ -135,11 +135,11 @@ class _Faults(Dataset):
     def __getitem__(self, index):
         try:
             self.images[index]
-            return ""
+            return index, ""
         except OSError as error:
             if of_machine(error):
                 raise
-            return str(error)
+            return index, str(error)
 
 
 def check_readable(images, processes, say, workers=0, most=None):
@@ -150,7 +150,7 @@ def check_readable(images, processes, say, workers=0, most=None):
     progress = tqdm(total=len(mine), desc="Checking", unit="image", disable=processes.rank > 0)
     found = []
     for faults in read_batches(loader):
-        found += [(mine[progress.n + place], fault) for place, fault in enumerate(faults) if fault]
+        found += [(number, fault) for number, fault in faults if fault]
         progress.update(len(faults))
     progress.close()
     found = sorted(fault for part in processes.gather(found) for fault in part)

@@ -101,17 +101,18 @@ def test_all_images_are_read_before_training(tmp_path, spoilt, shallow, caplog, 
         assert learnt(tmp_path / "s")["step"] == learnt(tmp_path / "r")["step"] == 5
 
 
-def test_every_process_checks_images_of_its_own(spoilt):
-    found = []
+def test_every_process_checks_images_of_its_own_and_knows_their_numbers(spoilt):
+    found, images = [], load_dataset(spoilt[0], 8)
 
     class Noted(Processes):
         def gather(self, value):
             found.extend(value)
             return []
 
-    for rank in range(3):
-        check_readable(load_dataset(spoilt[0], 8), Noted(rank, 3, torch.device("cpu")), print)
+    for rank in range(2):
+        check_readable(images, Noted(rank, 2, torch.device("cpu")), print)
     assert sorted(re.search(r"(\d/\d\.png) \(", fault)[1] for _, fault in found) == sorted(BAD)
+    assert all(images.source.paths[number] in fault for number, fault in found)
 
 
 def test_names_that_no_locale_can_spell_are_logged(tmp_path, photos, shallow, capfd, monkeypatch):
