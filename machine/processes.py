@@ -152,7 +152,8 @@ def leave(end):
     if isinstance(end.code, str):
         sys.stderr.write(f"{end.code}\n")  # in one piece: others may be writing theirs
         end = SystemExit(1)
-    sys.stdout.flush(), sys.stderr.flush()
+    with suppress(OSError):  # output that a full disk has no room for must not keep this process from leaving
+        sys.stderr.flush(), sys.stdout.flush()
     out = threading.Timer(FAREWELL, os._exit, [end.code or 0])
     out.daemon = True
     out.start()

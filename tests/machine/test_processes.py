@@ -105,6 +105,22 @@ def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(capfd, error):
     assert errors.count("error: stopped, because another process did") == 1
 
 
+def test_output_that_finds_no_room_keeps_no_process_from_leaving(capfd):
+    def command(args, processes):
+        print("This waits in memory for the end.")
+        if processes.rank == 1:
+            raise ValueError("1 is not 2")
+        processes.barrier()
+
+    def fill_disk():
+        sys.stdout = open("/dev/full", "w")  # noqa: SIM115
+
+    assert together(command, fill_disk) == [1, 1]
+    errors = capfd.readouterr().err
+    assert "error: 1 is not 2\n" in errors
+    assert "Traceback" not in errors
+
+
 def test_who_leaves_does_what_is_to_be_done_at_the_end_but_does_not_hang_there(tmp_path, monkeypatch):
     """With the status of all."""
     monkeypatch.setattr("machine.processes.FAREWELL", 0.5)
