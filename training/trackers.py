@@ -118,7 +118,7 @@ def other(name, arguments, folder, settings, first=0):
 def shown_before(folder, last):
     """Returns (step, numbers, picture) of all that a run's folder has up to step `last`, in order."""
     shown = [(row["step"], numbers_of(row), None) for row in read_rows(folder / "log.jsonl")]
-    shown += [(int(path.stem), {}, path) for path in folder.glob("samples/*.png")]
+    shown += [(int(path.stem), {}, path) for path in folder.glob("samples/*.png") if path.stem.isdecimal()]
     return sorted((entry for entry in shown if entry[0] <= last), key=lambda entry: entry[0])
 
 

@@ -118,6 +118,13 @@ def test_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatch):
     assert first["dir"] == resumed["dir"] != other["dir"]
 
 
+def test_pictures_of_other_names_are_no_samples_of_a_step(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("0000002.png", "best.png"):
+        (tmp_path / "samples" / name).touch()
+    assert trackers.shown_before(tmp_path, 4) == [(2, {}, tmp_path / "samples" / "0000002.png")]
+
+
 def cut_short(folder, *flags):
     """A run that was killed after step 6, of which the last checkpoint is that of step 4."""
     experiment = fit(folder, *SHORT, *flags, "--ckpt-every", 4, "--sample-every", 2, "--max-steps", 6)
