@@ -99,10 +99,11 @@ def run(folder, mixer, script, arguments):
 
 
 def status(checkout):
+    """Returns what git says of a checkout's files, or what they are and their sizes where git says nothing."""
     git = ["git", "-C", str(checkout), "status", "--porcelain", "--ignored", "."]
     try:
-        return subprocess.run(git, capture_output=True).stdout
-    except OSError:  # no git: files and their sizes
+        return subprocess.run(git, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or no clone
         return sorted((str(path), path.stat().st_size) for path in checkout.rglob("*"))
 
 

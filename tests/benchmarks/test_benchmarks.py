@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import every_mixer, flags, memory, pairwise_memory, plot, rehearsal, sides, table5, table8, table9, timing
 from benchmarks.all import NAMES
+from benchmarks.checkout import status
 from benchmarks.selective_scan import NO_MAMBAPY
 from commands import ROOT
 from mixers import build_mixer
@@ -26,6 +27,13 @@ def args(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
     common = dict(quick=True, device=CPU, threads=1, seconds=0, compile=None, backend="default", out=tmp_path)
     return Namespace(**common, batch=2, tokens_per_step=16, size="S")
+
+
+def test_a_checkout_that_changes_is_noticed_without_git_too(tmp_path):
+    (tmp_path / "train.py").write_text("1")
+    before = status(tmp_path)
+    (tmp_path / "train.py").write_text("22")
+    assert status(tmp_path) != before
 
 
 def test_sides_take_turns_and_their_times_are_told_apart(args, monkeypatch):
