@@ -117,8 +117,7 @@ def training_step(mixer):
 
 
 def main(data, mixers, seeds, steps, results):
-    contents = json.loads(results.read_text()) if results.exists() else {"rows": []}
-    done = {(row["mixer"], row["seed"], row["steps"]) for row in contents["rows"]}
+    done = {(row["mixer"], row["seed"], row["steps"]) for row in rows_in(results)}
     missing = [(m, s) for s in seeds for m in mixers if (m, s, steps) not in done]
     if missing:
         images, held_out = read(data, held_out=False), read(data, held_out=True)
@@ -129,9 +128,12 @@ def main(data, mixers, seeds, steps, results):
         row = dict(mixer=mixer, seed=seed, steps=steps, parameters=sum(p.numel() for p in model.parameters()))
         row |= dict(accuracy={str(size): accuracy(model, *held_out, size) for size in SIZES})
         row |= dict(step_ms=times[mixer]["median_ms"], threads=torch.get_num_threads(), torch=torch.__version__)
-        contents["rows"].append(row)
-        write_json(results, contents, "results")
-    print(table(contents["rows"]))
+        write_json(results, dict(rows=[*rows_in(results), row]), "results")  # read again: another command may have added some
+    print(table(rows_in(results)))
+
+
+def rows_in(results):
+    return json.loads(results.read_text())["rows"] if results.exists() else []
 
 
 def table(rows):

@@ -46,6 +46,16 @@ def test_runs_learn_are_kept_and_not_repeated(folders, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick")
+def test_rows_of_another_command_stay(folders, tmp_path, monkeypatch):
+    """Which adds them while this one trains."""
+    results = tmp_path / "results.json"
+    other = dict(mixer="pdessm", seed=3, steps=1, parameters=1, accuracy={"32": 0.5, "48": 0.5}, step_ms=1.0)
+    monkeypatch.setattr(classify, "train", lambda *_: results.write_text(json.dumps(dict(rows=[other]))))
+    classify.main(folders, ["attention"], [0], 1, results)
+    assert [row["mixer"] for row in json.loads(results.read_text())["rows"]] == ["pdessm", "attention"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_matrices_alone_decay_and_the_rate_rises_for_a_tenth_and_falls_to_zero(monkeypatch):
     seen = []
 
