@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.every_mixer import DIT, SIDES, costs
 from benchmarks.report import count_threads, machine
 from checkpoints.build import create_network
-from machine.files import whole_file, write_json
+from machine.files import read_rows, whole_file, write_json
 from mixers import kind_of, mixer_options
 from reproduce.strips import sheet, strip
 
@@ -52,7 +52,7 @@ def record(folder, data, name, seed, steps, objective, failure=None):
     if failure:
         row["failure"] = failure
     for checkpoint in folder.glob(f"*/checkpoints/{int(steps):07}.pt"):  # one, unless training failed
-        log = [json.loads(line) for line in checkpoint.parent.with_name("log.jsonl").read_text().splitlines()]
+        log = read_rows(checkpoint.parent.with_name("log.jsonl"))
         row["held_out_loss"] = {str(entry["step"]): entry["held_out_loss"] for entry in log if "held_out_loss" in entry}
         settings = torch.load(checkpoint, map_location="cpu", weights_only=True)["args"]
         with torch.device("meta"):

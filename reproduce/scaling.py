@@ -8,7 +8,6 @@ since a velocity contains noise that no network can know; so slopes compare mixe
 """
 
 import argparse
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from benchmarks.sides import training_step
 from benchmarks.timing import time_in_turns
 from checkpoints.read import read_checkpoint
 from machine.cost import training_flops
-from machine.files import whole_file, write_json
+from machine.files import read_rows, whole_file, write_json
 from reproduce.every_mixer import build
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +37,7 @@ def runs_in(work):
     for log in sorted(work.glob("*/*/log.jsonl")):
         checkpoints = sorted((log.parent / "checkpoints").glob("*.pt"))
         settings = read_checkpoint(checkpoints[-1])["args"] if checkpoints else {}
-        rows = [row for row in map(json.loads, log.read_text().splitlines()) if "held_out_loss" in row]
+        rows = [row for row in read_rows(log) if "held_out_loss" in row]
         if settings and rows and rows[-1]["step"] == settings["max_steps"]:
             names = ("model", "mixer", "global_seed", "global_batch_size", "image_size", "max_steps")
             losses = {row["step"]: row["held_out_loss"] for row in rows}
