@@ -42,15 +42,21 @@ def test_every_flag_that_takes_a_number_has_one_of_the_rules(monkeypatch, name):
 @pytest.mark.parametrize(
     ("rule", "good", "bad"),
     [
-        (flags.positive, {"1": 1, " 7": 7}, ["0", "1.5", "1e3"]),
+        (flags.positive, {"1": 1, " 7": 7, str(2**63 - 1): 2**63 - 1}, ["0", "1.5", "1e3", str(2**63)]),
         (flags.not_negative, {"0": 0, "12": 12}, ["0.0", "-0.5"]),
         (flags.above_zero, {"1e-4": 1e-4, "3": 3.0}, ["0", "-0.0"]),
         (flags.from_zero, {"0": 0.0, "1.5": 1.5}, ["-1e-9"]),
+        (flags.finite, {"-2": -2.0, "0": 0.0}, ["-inf"]),
         (flags.share, {"0": 0.0, "1": 1.0, ".5": 0.5}, ["1.0001"]),
+        (flags.probability, {"0.5": 0.5}, ["0", "1"]),
+        (flags.ema_length, {"0.005": 0.005, "0.25": 0.25}, ["0.0049", "0.2501"]),
         (flags.decay, {"0": 0.0, "0.9999": 0.9999}, ["1", "1.0", "2"]),
         (flags.image_size, {"48": 48, "32x48": (32, 48), "32x32": 32}, ["0", "32x", "1x2x3", "-8x8"]),
     ],
-    ids=["positive", "not_negative", "above_zero", "from_zero", "share", "decay", "image_size"],
+    ids=[
+        "positive", "not_negative", "above_zero", "from_zero", "finite", "share", "probability", "ema_length", "decay",
+        "image_size",
+    ],
 )
 def test_what_each_rule_takes(rule, good, bad):
     assert {text: rule(text) for text in good} == good
@@ -59,10 +65,15 @@ def test_what_each_rule_takes(rule, good, bad):
             rule(text)
 
 
-def test_a_wrong_number_ends_in_one_line_that_names_its_flag(capsys):
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("--max-grad-norm", "-1", "-1 is not a finite number above 0"),
+        ("--global-seed", f"{2**63}", f"{2**63} is not a whole number from 0 to {2**63 - 1}"),  # which no tensor can hold
+    ],
+)
+def test_a_wrong_number_ends_in_one_line_that_names_its_flag(capsys, flag, text, message):
     train = importlib.import_module("train")
     with pytest.raises(SystemExit):
-        train.parse_args(["--max-grad-norm", "-1"])
-    assert capsys.readouterr().err.splitlines()[-1].endswith(
-        "error: argument --max-grad-norm: -1 is not a finite number above 0"
-    )
+        train.parse_args([flag, text])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {flag}: {message}")

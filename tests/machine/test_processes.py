@@ -1,6 +1,7 @@
 """How commands begin and end: with one process, with several, and on a Slurm cluster."""
 
 import atexit
+import io
 import os
 import runpy
 import socket
@@ -70,7 +71,7 @@ def test_they_have_a_way_to_talk_for_each_kind_of_memory(monkeypatch, device, ex
         monkeypatch.setenv(name, value)
     join(torch.device(device))
     assert asked["backend"] == expected
-    assert asked["timeout"] == timedelta(hours=12)
+    assert asked["timeout"] == asked["store"].timeout == timedelta(hours=12)
 
 
 def test_no_process_ends_before_all_have_done_their_work(tmp_path):
@@ -171,14 +172,24 @@ def test_an_environment_in_which_processes_cannot_meet_ends_in_one_line(monkeypa
     ],
 )
 def test_each_process_has_a_device_of_its_own(monkeypatch, name, there, place, expected):
+    chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", str(place))
     if " " in expected:
         with pytest.raises(ValueError, match=expected):
             choose_device(name)
     else:
         assert choose_device(name) == torch.device(expected)
+        assert chosen == [torch.device(expected).index] * (expected != "cpu")  # or all would begin on the first GPU
+
+
+def test_no_name_is_too_strange_to_print(monkeypatch):
+    """Where the locale knows ASCII alone, and of bytes that are no UTF-8; a command may have no --device."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    launch(lambda args, processes: print("grün, gr\udcfcn on", processes.device), SimpleNamespace())
+    assert printed.getvalue() == rb"gr\xfcn, gr\udcfcn on cpu" + b"\n"
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "images/encode", "checkpoints/export"])
