@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 import sample
 import train
-from backbones.pretrained import card
+from backbones.pretrained import NO_FLAGS, WHEREABOUTS, card
 from checkpoint_files import PIXELS, given_flags, write_as, write_checkpoint
 from checkpoints import hub
 from checkpoints.build import initialize, load_model, save_checkpoint
@@ -84,11 +84,16 @@ def test_the_card_tells_data_steps_measures_and_commands_and_no_paths(tmp_path):
     ids=str,
 )
 def test_the_command_of_a_card_is_one_that_trains_the_same(settings, told):
-    text = card(MODELS["DiT-N/4"](**PIXELS), dict(global_batch_size=8, ema_warmup=False, **settings), steps=5)
+    flags = "--model DiT-N/4 --global-batch-size 8 --num-workers 0 --no-ema-warmup --ema-decay 0.9 0.5"
+    of_run = vars(train.parse_args(flags.split())) | settings
+    of_run |= dict(class_names=NAMES, data=dict(images=9), vae_digest="2f", bad_images=["x.png"])
+    text = card(MODELS["DiT-N/4"](**PIXELS), of_run, steps=5)
     command = shlex.split(next(line for line in text.splitlines() if line.startswith("    python train.py")))
-    args = train.parse_args(command[2:])
+    args = vars(train.parse_args(command[2:]))
     assert {told, "--no-ema-warmup"} <= {*command}
-    assert not args.ema_warmup
+    trained = of_run.keys() - WHEREABOUTS - NO_FLAGS - {"num_classes"}
+    assert {name: args[name] for name in trained} == {name: of_run[name] for name in trained}
+    assert args["num_workers"] == 4  # which is the machine's
 
 
 @pytest.mark.parametrize("names", [["iris", "lily"], {"rose": "iris", NAMES[1]: "lily"}, {"rose": "iris"}])
