@@ -11,9 +11,12 @@ from PIL import Image
 import evaluate
 from commands import Colours, in_forks
 from evaluation import report, sides
+from evaluation.metrics import Statistics
 from evaluation.report import compare
 from evaluation.sides import measure, open_source
+from machine.precision import allow_tf32
 from machine.processes import ALONE, Processes
+from training import probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,6 +167,28 @@ def test_memory_grows_with_features_only(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3e6
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda images, network: measure(open_source(images, network), network),
+        lambda images, network: probe.add(Statistics(), images, network, ALONE),
+    ],
+    ids=["evaluation", "probe"],
+)
+def test_features_are_computed_without_tf32_with_which_training_goes_on(random_images, compute):
+    seen = []
+
+    class Noting(Colours):
+        def forward(self, images):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return super().forward(images)
+
+    allow_tf32(True)
+    compute(random_images(3), Noting())
+    assert seen == [(False, "highest")]
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
 
 
 class WithLastLayer(Colours):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -190,6 +191,22 @@ def test_no_name_is_too_strange_to_print(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
     launch(lambda args, processes: print("grün, gr\udcfcn on", processes.device), SimpleNamespace())
     assert printed.getvalue() == rb"gr\xfcn, gr\udcfcn on cpu" + b"\n"
+
+
+def unread():
+    """A pipe whose other end is closed, as after `head`."""
+    end, write = os.pipe()
+    os.close(end)
+    return write
+
+
+@pytest.mark.parametrize(("place", "fault"), [(lambda: "/dev/full", "No space left"), (unread, "")], ids=["full", "head"])
+def test_output_may_have_no_reader_but_must_find_room(monkeypatch, place, fault):
+    with open(place(), "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit, match=rf"error: .*{fault}") if fault else nullcontext():
+            launch(lambda args, processes: print("numbers"), SimpleNamespace())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())            # where what is left to be written goes
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "sample_ddp", "evaluate", "images/encode", "checkpoints/export"])
