@@ -18,7 +18,7 @@ import evaluate
 import sample_ddp
 from commands import ALONE, FEW_STEPS, Colours, change_weights, draw_many, error_of, locked_by_another, torchrun
 from diffusion import drawing
-from images.numbered import gather_npz
+from images.numbered import UNRECORDED, gather_npz
 from machine.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,10 +300,14 @@ def test_a_folder_keeps_its_precision(tmp_path, checkpoint):
     draw_many(path, tmp_path / "old", *two)
     record = next((tmp_path / "old").rglob("settings.json"))
     settings = json.loads(record.read_text())
-    assert settings.pop("precision") == "fp32"
-    record.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="precision fp32 and now fp16"):
-        draw_many(path, tmp_path / "old", *two, "--precision", "fp16")
+    assert settings.items() >= UNRECORDED.items()
+    record.write_text(json.dumps({name: value for name, value in settings.items() if name not in UNRECORDED}))
+    for flags, change in (
+        (["--precision", "fp16"], "precision fp32 and now fp16"),
+        (["--balanced-labels"], "balanced_labels False and now True"),
+    ):
+        with pytest.raises(ValueError, match=change):
+            draw_many(path, tmp_path / "old", *two, *flags)
     draw_many(path, tmp_path / "old", *two)
 
 
