@@ -1,6 +1,7 @@
 """Which images a step sees, and what is random in them."""
 
 import json
+import shutil
 from itertools import islice
 from types import SimpleNamespace
 
@@ -120,7 +121,14 @@ def test_how_a_run_weights_its_loss_is_not_seen_in_that_of_held_out_images(tmp_p
     assert rows[0][1]["held_out_loss"] == pytest.approx(rows[1][1]["held_out_loss"], rel=1e-5)
 
 
-def test_a_batch_must_divide_over_the_processes():
-    args = train.parse_args([*QUICK, "--global-batch-size", "9"])
-    with pytest.raises(ValueError, match="--global-batch-size 9 is not divisible by 2 processes"):
-        train.main(args, Processes(0, 2, torch.device("cpu")))
+def test_every_process_needs_its_share_of_images(tmp_path, photos):
+    """Of a batch the same as others, and at least one of those that are held out."""
+    (tmp_path / "one").mkdir()
+    shutil.copy(f"{photos}/0/0.png", tmp_path / "one")
+    flags = ["--data-path", photos, "--val-path", str(tmp_path / "one"), "--uncond", "--global-batch-size"]
+    for size, message in (
+        ("9", "--global-batch-size 9 is not divisible by 2 processes"),
+        ("8", "the 1 images of --val-path are fewer than the 2 processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main(train.parse_args([*QUICK, *flags, size]), Processes(0, 2, torch.device("cpu")))
