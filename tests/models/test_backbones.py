@@ -1,12 +1,15 @@
 """What every network promises, DiT aside, which has tests of its own."""
 
+import re
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from checkpoints.build import settings_from_weights
-from commands import draw
+from commands import ROOT, draw
 from models import MODELS, UNets, stride
 from public_numbers import on_meta
 
@@ -41,6 +44,17 @@ def test_the_baseline_has_about_the_papers_size():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(32.6e6, rel=0.01)  # Table 1
     channels = {layer.to_q.out_features // layer.heads for layer in model.modules() if hasattr(layer, "to_q")}
     assert channels == {32}  # of a head, which no shape tells and trained weights rely on
+
+
+def test_their_page_has_every_size_and_patch():
+    found = re.findall(r"--model ([\w-]+-)\{(.+?)\}(?:(/)\{(.+?)\})?", (ROOT / "docs" / "systems.md").read_text())
+    listed = {
+        f"{family}{size}{slash}{patch}"
+        for family, sizes, slash, patches in found
+        for size, patch in product(sizes.split(","), patches.split(","))
+    }
+    families = "|".join(family for family, *_ in found)
+    assert listed == {name for name in MODELS if re.fullmatch(rf"({families})[A-Z]+(/\d+)?", name)}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
