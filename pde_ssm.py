@@ -455,7 +455,7 @@ def receptive_field(kernel):
     """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
     kernel (..., h, w), as from `PDESSM.kernel` -> (...). For pure convection by an even number of tokens it is the length of
-    the shift; for isotropic diffusion of standard deviation s, from 1 to a sixth of the side, sqrt(2) s. Sharper kernels ring.
+    the shift; for isotropic diffusion of standard deviation s, from 1.5 to a sixth of the side, sqrt(2) s. Sharper ones ring.
     """
     h, w = kernel.shape[-2:]
     y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))
@@ -510,7 +510,7 @@ class PDESSMBlock(nn.Module):
 
 
 # Named presets: options of PDESSMBlock. The first has the paper's PDE, one per channel. The others are ours, with at most
-# as many parameters as attention's 4 D^2 + 4 D: 3.5 D^2 + 48 D from 88 channels on, and 3.5 D^2 + 36 D from 72 on.
+# as many parameters as attention's 4 D^2 + 4 D: 3.5 D^2 + 48 D from 89 channels on, and 3.5 D^2 + 36 D from 66 on.
 PRESETS = {
     "pdessm": {},
     "pdessm-g": {"gate": True, "activation": True, "components": 4, "expand": 7 / 6},

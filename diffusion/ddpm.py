@@ -155,7 +155,7 @@ class GaussianDiffusion:
         return prediction, torch.lerp(self.table("log_posterior", t, x), self.table("log_beta", t, x), weight)
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """Computes the losses of predicting the noise in q_sample(x_start, t): a dict of (B,) tensors.
+        """Computes the losses of predicting the noise in q_sample(x_start, t), or x_start: a dict of (B,) tensors.
 
         "loss" is what to minimise; "mse" and "vb" (bits per dimension) are its parts where it has them.
         """

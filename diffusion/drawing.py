@@ -91,7 +91,8 @@ def draw_numbered(model, space, objective, sampler, numbers, seed, guidance, bal
 def generate(model, space, objective, sampler, labels, noise, guidance, progress=True, numbers=None):
     """Draws one sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
-    A model without classes is not guided by them. Pixels are clipped to their range at every step; latents have none.
+    A model without classes is not guided by them. Pixels are clipped to their range, for diffusion at every step; latents have
+    none.
     ValueError, which names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images
     would look valid.
     """
