@@ -212,7 +212,8 @@ def choose_objective(settings, given, learnt_variances, path, usual):
 
 
 def choose_space(settings, given, default_vae, path):
-    """Returns the space in which the model lives, whose name goes into the settings. ValueError if it is not the model's."""
+    """Returns the space in which the model lives, whose name goes into the settings. ValueError if it is not the model's,
+    FileNotFoundError if it is a folder that is not there."""
     stated, channels = settings.get("vae"), settings["in_channels"]
     vae = given.get("vae")
     if stated and vae and (vae == "none") != (stated == "none"):
@@ -222,7 +223,12 @@ def choose_space(settings, given, default_vae, path):
     if not (vae or stated) and channels not in (3, 4):
         raise ValueError(f"{path} has {channels} channels and does not say of which autoencoder; give --vae FOLDER")
     settings["vae"] = vae or ("none" if channels == 3 and not stated else default_vae)
-    space = open_space(settings["vae"])
+    try:
+        space = open_space(settings["vae"])
+    except FileNotFoundError as error:
+        if "vae" in given:
+            raise
+        raise FileNotFoundError(f"{path} was trained with {error}; if it is elsewhere now, give --vae FOLDER") from error
     if space.channels != channels:
         says = f"--vae {vae}" if "vae" in given else f"{path} states --vae {stated or settings['vae']}, which"
         raise ValueError(f"{says} has {space.channels} channels, and the weights in {path} are for {channels}")
