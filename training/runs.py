@@ -117,10 +117,8 @@ def describe(model, begun_from, dataset, held_out, path, probe=None):
         logger.info(line)
     there, asked = dataset.num_classes, model.num_classes
     if there < asked:
-        logger.info(
-            f"The images have {there} classes, fewer than --num-classes {asked}: the others will stay untrained, {there} to "
-            f"{asked - 1}"
-        )
+        few = f"The images have {there} classes, fewer than --num-classes {asked}"
+        logger.info(f"{few}: those from number {there} on will stay untrained")
     if probe:
         logger.info(probe.describe())
 

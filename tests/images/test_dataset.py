@@ -207,6 +207,6 @@ def test_another_number_of_classes_is_an_error(tmp_path, photos, flags, message)
 def test_more_classes_than_the_images_have_are_warned_of(tmp_path, photos, caplog, shallow):
     flags = ["--model", "DiT-N/8", "--data-path", photos, "--num-workers", 0, "--global-batch-size", 8, "--max-steps", 1]
     fit(tmp_path / "r", *flags, "--num-classes", 4)
-    assert "have 3 classes, fewer than --num-classes 4: the others will stay untrained, 3 to 3" in caplog.text
+    assert "have 3 classes, fewer than --num-classes 4: those from number 3 on will stay untrained" in caplog.text
     log = (next((tmp_path / "r").iterdir()) / "log.txt").read_text()
     assert "Classes: 0, 1, 2" in log
