@@ -16,7 +16,7 @@ from download import find_checkpoint, public_checkpoint
 from images.autoencoder import load_trained_space
 from images.samples import save_grid
 from machine.files import check_writable
-from machine.flags import above_zero, class_label, decay, ema_length, from_zero, image_size, not_negative, positive, share
+from machine.flags import USE, above_zero, class_label, decay, ema_length, from_zero, image_size, not_negative, positive, share
 from machine.precision import allow_tf32
 from machine.processes import launch
 from mixers import MIXERS
@@ -96,7 +96,7 @@ def add_model_flags(add, vae):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw samples from a DiT.")
+    parser = argparse.ArgumentParser(description="Draw samples from a DiT.", usage=USE)
     add = parser.add_argument
     add_model_flags(add, vae="mse")
     add("--class-labels", type=class_label, nargs="+", metavar="CLASS", help="numbers or names; num_classes is the null class")

@@ -22,7 +22,7 @@ from evaluation.sides import Source, measure, open_source
 from images.autoencoder import DECODER, digest_of_weights, load_trained_space
 from images.numbered import check_folder, claim_folder, gather_npz, image_path, unfinished_batches
 from images.samples import save_png
-from machine.flags import from_zero, not_negative, positive
+from machine.flags import USE, from_zero, not_negative, positive
 from machine.precision import allow_tf32
 from machine.processes import launch
 from mixers.running import prepare_to_sample
@@ -106,7 +106,7 @@ def settings_of_images(model, settings, space, drawn, precision):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw samples from a DiT for evaluation.")
+    parser = argparse.ArgumentParser(description="Draw samples from a DiT for evaluation.", usage=USE)
     add = parser.add_argument
     add_model_flags(add, vae="ema")
     add("--sample-dir", default="samples", help="where the folder of images and the .npz beside it go")

@@ -26,7 +26,7 @@ from images.dataset import center_crop_arr as center_crop_arr
 from images.latents import CachedLatents
 from images.named import DATASETS
 from machine.cost import peak_flops, training_flops
-from machine.flags import Default, group, not_negative, positive, probability
+from machine.flags import USE, Default, group, not_negative, positive, probability
 from machine.precision import allow_tf32, be_deterministic, compile_blocks, in_precision
 from machine.processes import launch
 from machine.stops import postponed, received
@@ -211,7 +211,7 @@ def begin(args, model, run, changes, rate, processes):
 def flags():
     """Returns the parser of this command's flags. Those that are added by `vary` may change when a run goes on."""
     parser = argparse.ArgumentParser(
-        description="Train a DiT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description="Train a DiT.", usage=USE, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add, vary = group(parser, "images")
     add("--data-path", help="folder of images, one folder per class, or of CIFAR-10; without it, the digits of scikit-learn")

@@ -8,6 +8,7 @@ import math
 import re
 
 LARGEST = 2**63 - 1  # of an integer in a tensor
+USE = "%(prog)s FLAGS; --help lists them"  # the usage of commands whose flags would push an error off the screen
 
 
 def _number(read, holds, what):

@@ -66,14 +66,16 @@ def test_what_each_rule_takes(rule, good, bad):
 
 
 @pytest.mark.parametrize(
-    ("flag", "text", "message"),
+    ("command", "flag", "text", "message"),
     [
-        ("--max-grad-norm", "-1", "-1 is not a finite number above 0"),
-        ("--global-seed", f"{2**63}", f"{2**63} is not a whole number from 0 to {2**63 - 1}"),  # which no tensor can hold
+        ("train", "--max-grad-norm", "-1", "-1 is not a finite number above 0"),
+        ("sample", "--time-shift", "0", "0 is not a finite number above 0"),
+        ("sample_ddp", "--global-seed", f"{2**63}", f"{2**63} is not a whole number from 0 to {2**63 - 1}"),  # of no tensor
     ],
 )
-def test_a_wrong_number_ends_in_one_line_that_names_its_flag(capsys, flag, text, message):
-    train = importlib.import_module("train")
+def test_a_wrong_number_ends_in_one_line_that_names_its_flag(capsys, command, flag, text, message):
     with pytest.raises(SystemExit):
-        train.parse_args([flag, text])
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {flag}: {message}")
+        importlib.import_module(command).parse_args([flag, text])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.endswith("FLAGS; --help lists them")
+    assert error.endswith(f"error: argument {flag}: {message}")
