@@ -45,6 +45,8 @@ def test_what_a_run_leaves(tmp_path):
     assert checkpoint["args"]["mixer"] == "pdessm"
     log = (folder / "log.txt").read_text()
     assert re.search(r"^\[[-\d: ]+\] DiT Parameters: [\d,]+$", log, re.MULTILINE)
+    assert "Training for 6 steps (0.1 epochs) on 1 x cpu...\n" in log
+    assert "A step has 16 images, 16 on each process\n" in log
     speed = r"Train Steps/Sec: [\d.]+, GFLOP/s: [\d,.]+, Peak Memory: [\d.]+ GB$"
     logged = re.findall(rf"\(step=(\d{{7}})\) Train Loss: ([\d.]+), {speed}", log, re.MULTILINE)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -289,6 +291,8 @@ def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
         (["--data-path", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--image-size", "10"], r"--image-size 10 is not divisible by 4 \(4 of DiT-N/4\)"),
         (["--image-size", "40", "--vae", "ema"], r"--image-size 40 is not divisible by 32 \(4 of DiT-N/4 x 8 of the VAE\)"),
+        (["--global-batch-size", "8", "--grad-accum", "3"], "size 8 is not divisible by 1 processes x 3 of --grad-accum"),
+        (["--parallel", "fsdp"], "--parallel fsdp has nothing to shard on one process; start several with torchrun"),
         (["--global-batch-size", "2000"], "the 1797 images do not fill one batch of --global-batch-size 2000"),
         (["--num-classes", "9"], "10 classes, more than --num-classes 9"),
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),

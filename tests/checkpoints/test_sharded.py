@@ -297,10 +297,6 @@ def test_an_index_of_any_python_is_read(tmp_path, monkeypatch, module):
     assert Index(BytesIO(index)).load() == tmp_path
 
 
-def test_one_process_has_nothing_to_shard(tmp_path):
-    assert fork(*FLAGS, "--parallel", "fsdp", "--results-dir", tmp_path) == [1]
-
-
 def test_averages_in_parts_stay_where_they_are(tmp_path, capfd):
     flags = [*FLAGS, "--parallel", "fsdp", "--ema-device", "cpu", "--results-dir", tmp_path / "r"]
     assert fork(*flags, processes=2) == [1, 1]
