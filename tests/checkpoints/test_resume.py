@@ -21,7 +21,7 @@ from checkpoints.read import read_checkpoint
 from checkpoints.resume import checkpoint_to_resume
 from commands import ALONE, QUICK, ROOT, Colours, fit, fork, lasting
 from images import dataset
-from machine import files
+from machine import files, precision
 from small_runs import TINY, assert_same, at_update, checkpoint_names, die, flipped, learnt, log_rows, undisturbed
 from training import probe, watching
 
@@ -229,7 +229,7 @@ def test_averages_go_on_from_their_own(tmp_path, flags):
         torch.testing.assert_close(w, (before[name] + after["model"][name]) / 2)
 
 
-def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog, threads):
+def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog, threads, monkeypatch):
     """Tests compare such records with everything else that was learnt: see `learnt`."""
     (one,) = learnt(begun)["rounding"]
     assert one["threads"] == torch.get_num_threads() == 1
@@ -238,9 +238,11 @@ def test_other_conditions_of_rounding_are_said_and_recorded(flags, begun, caplog
     assert learnt(begun, 15)["rounding"] == [one]
     assert "bits may differ" not in caplog.text
     threads(2)
+    monkeypatch.setattr(precision, "processor", lambda: "another")
     again(flags, "--resume", "auto", "--max-steps", 16, "--grad-accum", 2)
-    assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2, grad_accum=2)]
-    assert re.findall("last bits may differ .*: (.*)", caplog.text) == ["threads 1 is now 2, grad_accum 1 is now 2"]
+    assert learnt(begun, 16)["rounding"] == [one, one | dict(threads=2, grad_accum=2, processor="another")]
+    changes = f"processor {one['processor']} is now another, threads 1 is now 2, grad_accum 1 is now 2"
+    assert re.findall("last bits may differ .*stopped: (.*)", caplog.text) == [changes]
 
 
 def test_a_run_that_goes_on_remembers_where_it_began(tmp_path):
@@ -296,7 +298,9 @@ def test_the_log_is_that_of_the_weights(flags, begun):
     whole = log_rows(begun)
     for path in sorted(log.parent.glob("checkpoints/*"))[2:]:
         path.unlink()
-    (log.parent / "checkpoints" / "0000012.pt.123.partial").write_bytes(b"cut")
+    for half in ("log.jsonl.h.1.partial", "checkpoints/0000012.pt.h.1.partial", "checkpoints/0000012.dcp.partial/__0_0.distcp"):
+        (log.parent / half).parent.mkdir(exist_ok=True)
+        (log.parent / half).write_bytes(b"cut")
     with open(log, "a") as file:
         file.write('{"step": 15, "los')
     files.append_row(log, dict(step=16, loss=2.0))  # which is not lost with the line before it
@@ -304,6 +308,7 @@ def test_the_log_is_that_of_the_weights(flags, begun):
     again(flags, "--resume", "auto")
     assert [(row["step"], row["loss"]) for row in log_rows(begun)] == [(row["step"], row["loss"]) for row in whole]
     assert checkpoint_names(begun) == ["0000004.pt", "0000008.pt", "0000012.pt", "0000014.pt"]
+    assert not [*log.parent.rglob("*.partial")]
 
 
 def test_what_was_learnt_is_saved_when_another_process_meets_a_bad_image(flags, tmp_path, capfd):
