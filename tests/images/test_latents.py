@@ -153,6 +153,8 @@ def test_digits_are_not_mirrored_and_halves_take_half(tmp_path, vae):
 def test_images_without_classes_are_encoded_and_held_out_ones_if_there_are(tmp_path, vae, photos):
     cached = CachedLatents(encode_to(tmp_path / "a", vae, "--data-path", f"{photos}/class0", "--uncond"))
     assert (len(cached), cached.num_classes) == (9, 0)
+    with pytest.raises(ValueError, match="--num-classes 3, and the images have no classes: give --uncond, or others"):
+        train_on(str(tmp_path / "a"), tmp_path / "r", vae)
     with pytest.raises(ValueError, match="the digits have no held-out images"):
         encode_to(tmp_path / "b", vae, "--held-out")
 
