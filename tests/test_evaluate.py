@@ -48,14 +48,12 @@ def test_the_command_prints_adms_five_metrics_in_its_order(tmp_path, random_imag
         expected.append(frechet_distance(*(part for f in features for part in (f.double().mean(0), np.cov(f, rowvar=False)))))
     expected += precision_recall(*pools)
     assert [row[name] for name in FIVE] == pytest.approx(expected, rel=1e-4)
-    assert row["samples"] == dict(
-        source=str(tmp_path / "sample.npz"), images=30, size="6 x 6", images_in_statistics=30
-    )  # fmt: skip
+    assert row["samples"] == dict(source=str(tmp_path / "sample.npz"), images=30, size="6 x 6", images_in_statistics=30)
     evaluate.main(evaluate.parse_args([str(tmp_path / "ref.npz"), str(tmp_path / "sample.npz"), "--json", "-"]), ALONE)
     assert json.loads(capsys.readouterr().out) == row
 
 
-def test_a_reference_of_one_s_own(tmp_path, random_images, run):
+def test_a_reference_of_one_s_own(tmp_path, random_images, run, capsys):
     (tmp_path / "photos").mkdir()
     for number, image in enumerate(random_images(30)):
         Image.fromarray(image).save(tmp_path / "photos" / f"{number}.png")
@@ -73,9 +71,10 @@ def test_a_reference_of_one_s_own(tmp_path, random_images, run):
     row = run(tmp_path / "statistics.npz", tmp_path / "sample.npz")  # no images: no precision, no recall, no sFID here
     assert row["FID"] == plain["FID"]
     assert not {"sFID", "Precision"} & row.keys()
-    assert row["reference"] == dict(
-        source=str(tmp_path / "statistics.npz"), images=0, size=None, images_in_statistics=None
-    )  # fmt: skip
+    assert row["reference"] == dict(source=str(tmp_path / "statistics.npz"), images=0, size=None, images_in_statistics=None)
+    printed = capsys.readouterr().out
+    assert f"Reference: {tmp_path / 'statistics.npz'}, statistics only\n" in printed
+    assert "(25 samples and an unknown number of references; 6 features of inception)\n" in printed
 
     moved = kept | dict(mu=kept["mu"] + 1)  # as in ADM's files, whose statistics are of more images than they hold
     np.savez(tmp_path / "moved.npz", **moved)
@@ -85,7 +84,7 @@ def test_a_reference_of_one_s_own(tmp_path, random_images, run):
     assert run(tmp_path / "moved.npz", tmp_path / "sample.npz", "--num", 25)["FID"] < 1  # of the chosen images themselves
 
 
-def test_a_reference_stores_some_of_its_images_and_statistics_of_all(tmp_path, random_images, run, monkeypatch):
+def test_a_reference_stores_some_of_its_images_and_statistics_of_all(tmp_path, random_images, run, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     shown = random_images(30)
     for number, image in enumerate(shown):
@@ -97,7 +96,12 @@ def test_a_reference_stores_some_of_its_images_and_statistics_of_all(tmp_path, r
     with np.load(tmp_path / "ref.npz") as arrays:
         assert int(arrays["count"]) == 30
         np.testing.assert_array_equal(arrays["arr_0"], shown[::3])
+    capsys.readouterr()
     some = run(tmp_path / "ref.npz", tmp_path / "sample.npz")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Reference: {tmp_path / 'ref.npz'}, 10 images of 6 x 6, and statistics"
+    counts = {line.partition(":")[0]: line.partition(" and ")[2].partition(";")[0] for line in lines[2:]}
+    assert (counts["FID"], counts["Precision"]) == ("30 references", "10 references")
     assert (some["FID"], some["sFID"]) == (of_all["FID"], of_all["sFID"])
     assert (some["reference"]["images"], some["reference"]["images_in_statistics"]) == (10, 30)
 
@@ -157,9 +161,7 @@ def test_exact_distances_are_those_of_float64(tmp_path, rng, run):
     ref, sample = 3e3 + rng.normal(size=(60, 4)), 3e3 + rng.normal(0.5, 0.8, size=(50, 4))
     np.savez(tmp_path / "features.npz", ref=ref, sample=sample)
     flags = ["ref", "sample", "--features", tmp_path / "features.npz"]
-    adms, exact = (
-        [row["Precision-file"], row["Recall-file"]] for row in (run(*flags), run(*flags, "--exact-distances"))
-    )
+    adms, exact = ([row["Precision-file"], row["Recall-file"]] for row in (run(*flags), run(*flags, "--exact-distances")))
     assert exact == pytest.approx(precision_recall(ref, sample, exact=True))
     assert adms != exact
 
