@@ -2,6 +2,7 @@
 
 import ast
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from autoencoders import save_autoencoder
 from checkpoint_files import given_flags, write_as
 from checkpoints.build import load_model, save_checkpoint
+from checkpoints.pipelines import is_public
 from checkpoints.read import load_checkpoint
 from commands import ROOT, draw
 from diffusion import create_diffusion, create_flow
@@ -55,19 +57,19 @@ def export(tmp_path, randomize):
     return write
 
 
-def drawn_here(path, scale=1.5, flow=None):
+def drawn_here(path, scale=1.5, flow=None, channels=None):
     """Images of SEEDS and LABELS, uint8 (3, H, W, 3), by 4 steps."""
     model, settings = load_model(path, given_flags(), "ema")
     objective, sampler = (create_flow(4, **flow), euler) if flow is not None else (create_diffusion("ddim4"), ddim)
     noise, space = PerImageNoise(SEEDS, "cpu"), load_trained_space(settings["vae"], "cpu")
-    given = torch.tensor(LABELS), noise, Guidance(scale, None)
+    given = torch.tensor(LABELS), noise, Guidance(scale, channels)
     return generate(model, space, objective, sampler, *given, progress=False).numpy()
 
 
-def drawn_there(pipeline, scale=1.5, labels=LABELS):
+def drawn_there(pipeline, scale=1.5, labels=LABELS, **how):
     pipeline.set_progress_bar_config(disable=True)
     noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    return pipeline(labels, guidance_scale=scale, generator=noise, num_inference_steps=4, output_type="np").images
+    return pipeline(labels, guidance_scale=scale, generator=noise, num_inference_steps=4, output_type="np", **how).images
 
 
 def assert_alike(here, there):
@@ -144,22 +146,47 @@ CASES = {
     "pairs of channels, images predicted, shifted": dict(
         mixer="pdessm", options=dict(coupling="pairwise", groups=24), objective="flow", predict="x", time_shift=3.0
     ),
-    "ours, on latents": dict(mixer="pdessm-g", vae=True),
+    "ours, on shifted latents, three channels guided": dict(
+        mixer="pdessm-g", vae=dict(scaling_factor=0.5, shift_factor=2.0), guided=3
+    ),
     "conditioned, diffusion on pixels": dict(mixer="pdessm", options=dict(conditioned=True), pde_conditioned=True),
     "attention on pixels": dict(),
 }
 
 
+def with_autoencoder(options, folder):
+    """The options of `export`, with an autoencoder of the settings that they have in place of its path."""
+    saved = dict(vae=save_autoencoder(folder, levels=2, channels=4, **options["vae"])) if "vae" in options else {}
+    return options | saved
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_pipeline_of_its_own_draws_what_is_drawn_here(export, vae, case):
-    given = case | dict(vae=vae if case.get("vae") else "none")
-    checkpoint, folder = export(**given)
+def test_a_pipeline_of_its_own_draws_what_is_drawn_here(tmp_path, export, case):
+    given, channels = {name: value for name, value in case.items() if name != "guided"}, case.get("guided")
+    checkpoint, folder = export(**with_autoencoder(given, tmp_path / "vae"))
     flow = {name: case[name] for name in ("predict", "time_shift") if name in case} if "objective" in case else None
     pipeline = own(folder)
-    assert_alike(drawn_here(checkpoint, flow=flow), drawn_there(pipeline))
+    assert_alike(drawn_here(checkpoint, flow=flow, channels=channels), drawn_there(pipeline, guidance_channels=channels))
     assert_alike(drawn_here(folder, flow=flow), drawn_there(pipeline, labels=["tulip", "rose", 4]))
     with pytest.raises(ValueError, match="there is no class 'daisy'; there are rose"):
         pipeline(["daisy"])
+    assert [image.size for image in pipeline([1, 0], num_inference_steps=1).images] == [(16, 16)] * 2
+    assert pipeline([1], num_inference_steps=1, output_type="pt", return_dict=False)[0].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "theirs"),
+    [
+        ({}, True), (dict(num_classes=1000), True), (dict(num_classes=1001), False), (dict(input_size=(8, 16)), False),
+        (dict(objective="flow"), False), (dict(mixer="pdessm"), False), (dict(kind="VQModel"), False),
+        (dict(shift_factor=0.0), True), (dict(shift_factor=0.1), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dit_pipeline_gets_what_it_draws_and_nothing_else(change, theirs):
+    given = dict(input_size=(8, 8), num_classes=10, objective="diffusion", mixer="attention", kind="AutoencoderKL") | change
+    vae = type(given["kind"], (), dict(config=given))()
+    assert is_public(SimpleNamespace(**given), given, vae) == theirs
 
 
 @pytest.mark.parametrize("name", ["exported_dit", "exported_network", "exported_pipeline"])
@@ -177,11 +204,12 @@ def test_code_that_is_exported_needs_no_more_than_diffusers_and_the_operator(nam
         (dict(mixer="pdessm-gla"), "DiT-N/4 with the mixer pdessm-gla .*has no pipeline"),
         (dict(mixer="mamba"), "DiT-N/4 with the mixer mamba has no pipeline.*--format hub takes all networks"),
         (dict(mixer="pdessm", objective="flow", predict="x", path="cosine"), "images on the path cosine has no pipeline"),
+        (dict(vae=dict(latents_mean=[0.0] * 4, latents_std=[2.0] * 4)), "--vae .* scales each channel by itself, which no"),
     ],
 )
-def test_a_network_without_a_pipeline_is_named(export, options, message):
+def test_a_network_without_a_pipeline_is_named(tmp_path, export, options, message):
     with pytest.raises(ValueError, match=message):
-        export(**options)
+        export(**with_autoencoder(options, tmp_path / "vae"))
 
 
 def change(path, edit):
