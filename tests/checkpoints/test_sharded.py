@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import zlib
 from functools import cache
 from io import BytesIO
 
@@ -267,6 +268,13 @@ def test_samples_of_a_damaged_sharded_checkpoint_are_not_drawn(runs, tmp_path):
     flipped(next(folder.glob("__1_0.distcp")))
     with pytest.raises(ValueError, match=r"0000010\.dcp is damaged \(__1_0\.distcp\)"):
         draw(folder, tmp_path / "a.png")
+
+
+def test_a_checksum_is_of_the_whole_file(tmp_path):
+    """Which is read 16 MB at a time."""
+    contents = b"begin" + bytes(2**24) + b"end"
+    (tmp_path / "a").write_bytes(contents)
+    assert sharded.checksum(tmp_path / "a") == zlib.crc32(contents)
 
 
 def test_a_hostile_index_does_not_run(runs, tmp_path):
