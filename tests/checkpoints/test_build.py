@@ -289,6 +289,8 @@ def test_resizing_there_and_back_changes_nothing(mixer):
     before = model.pos_embed.clone()
     assert not torch.equal(model.resize((24, 16)).pos_embed[:, :16], before)
     assert torch.equal(model.resize(16).pos_embed, before)
+    resized = model.double().resize((24, 16)).pos_embed
+    assert (resized.dtype, resized.requires_grad) == (torch.float64, False)
     with pytest.raises(ValueError, match="input size 16 x 18 is not divisible by 4"):
         model.resize((16, 18))
 
