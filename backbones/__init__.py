@@ -17,6 +17,9 @@ class Backbone(nn.Module, Pretrained):
     class; if drop is None, it replaces random ones in training. If random_numbers is positive, forward takes that many more
     uniform numbers in [0, 1) per image in training, as chance (B, random_numbers), or draws them itself if chance is None.
 
+    A part of a network, or the network, may have adapted(weights, grid): from the weights of such a part on a grid of (h, w)
+    tokens, a dict, it returns those that depend on the grid, as they are on its own grid.
+
     Three class methods need no instance. stride_of(keywords) returns the stride of a network with these arguments.
     read(weights) returns, from a state dict, the arguments that distinguish the named sizes, and a dict of mixer,
     mixer_options, num_classes, in_channels and learn_sigma. tokens_of(weights) returns the number of image tokens for which the

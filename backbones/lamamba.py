@@ -186,6 +186,10 @@ class LaMamba(Backbone):
                 stage.resize((height // shrink, width // shrink))
         return self
 
+    def adapted(self, weights, grid):
+        table, size = weights["pos_embed"], self.trained_size              # of every pixel, (1, H, W, D)
+        return dict(pos_embed=learnt_positions(table.flatten(1, 2), table.shape[1:3], size).unflatten(1, size))
+
     def positions(self):
         """Returns the position of every pixel of the present grid, (1, N, D)."""
         return learnt_positions(self.pos_embed.flatten(1, 2), self.trained_size, self.input_size)

@@ -43,6 +43,11 @@ class LongSkips(PatchBackbone):
         """Returns the learnt positions of the extra tokens and of the current grid's tokens, (1, extras + N, D)."""
         return learnt_positions(self.pos_embed, self.trained_grid, self.grid_size, self.extras)
 
+    def adapted(self, weights, grid):
+        """See `Backbone`. Without the same extra tokens there is nothing to adapt."""
+        table, places = weights["pos_embed"], self.extras + grid[0] * grid[1]
+        return dict(pos_embed=learnt_positions(table, grid, self.trained_grid, self.extras)) if table.shape[1] == places else {}
+
     def tokens(self, x, *extras):                                          # (B, C, H, W), (B, D) each
         """Returns the extra tokens and those of an image, with their positions: (B, extras + N, D)."""
         return torch.cat([extra[:, None] for extra in extras] + [self.patch_embed(x)], dim=1) + self.positions()

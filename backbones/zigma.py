@@ -63,6 +63,9 @@ class ZigMa(PatchBackbone):
         size = dict(hidden_size=hidden, depth=count_blocks(weights, "blocks"), patch_size=patch)
         return size, settings_of(channels, outputs, table)
 
+    def adapted(self, weights, grid):
+        return dict(pos_embed=learnt_positions(weights["pos_embed"], grid, self.trained_grid))
+
     def forward(self, x, t, y, drop=None):
         """x (B, C, H, W), timesteps t (B,), classes y (B,) -> (B, out_channels, H, W). drop (B,) bool: whose class to leave
         out; None leaves it to chance in training."""

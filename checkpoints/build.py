@@ -306,7 +306,8 @@ def initialize(model, path, settings=None):
     """Loads those weights of a checkpoint that fit the model by name and shape; returns lines that name the others.
 
     Mixers of another kind keep their initial values, and so does a table with another number of classes, or with the same ones
-    in another order, except for the null class and classes of the same name. settings: the model's, a dict; the lines then also
+    in another order, except for the null class and classes of the same name. Learnt positions and other weights that depend on
+    the grid are adapted from a square one. settings: the model's, a dict; the lines then also
     name settings with which the weights were trained differently. ValueError for another kind of network, or if no matrix fits.
     """
     weights, stored = load_checkpoint(path)
@@ -316,6 +317,8 @@ def initialize(model, path, settings=None):
     kinds = [_mixers_of_blocks(weights) if backbone is DiT else {} for backbone, weights in ((theirs, given), (ours, own))]
     other = tuple(start for start, kind in kinds[1].items() if kinds[0].get(start, kind) != kind)
     known = {name: w for name, w in given.items() if name in own and not name.startswith(other)}
+    new, grid = adapted(model, known) if theirs is ours else ({}, None)
+    known |= new
     fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
     if theirs is not ours or not any(w.dim() > 1 for w in fitting.values()):
         differs = f"it holds a {theirs.__name__}, and the model is a {ours.__name__}"
@@ -330,6 +333,8 @@ def initialize(model, path, settings=None):
         fitting.pop(ours.class_table, None)
     model.load_state_dict(fitting, strict=False)
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
+    if new:
+        report.append(f"... adapted, from {grid[0]} x {grid[1]} tokens: {_by_kind(new)}")
     for name in (name for name in known if name not in fitting):
         report.append(f"... not {name}, which is {tuple(known[name].shape)} there and {tuple(own[name].shape)} here")
         if name == ours.class_table and own[name].shape[1:] == known[name].shape[1:]:
@@ -344,6 +349,21 @@ def initialize(model, path, settings=None):
         return report + _other_purposes(stated_settings(stored, path), stated_settings(settings or {}, path))
     except ValueError as error:  # its flow is unknown here, but its weights are a beginning all the same
         return [*report, f"... {error}"]
+
+
+def adapted(model, weights):
+    """Returns those of another network's weights that depend on its grid, as they are on the model's, and that grid (h, w);
+    none of them if it is not square, or has as many tokens."""
+    tokens, found = model.tokens_of(weights) if "pos_embed" in weights else 0, {}
+    side = math.isqrt(tokens)
+    if side**2 != tokens or tokens == model.tokens_of(model.state_dict()):
+        return found, None
+    for place, part in model.named_modules():
+        prefix = f"{place}." if place else ""
+        layer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        if layer and hasattr(part, "adapted"):
+            found |= {prefix + name: w for name, w in part.adapted(layer, (side, side)).items()}
+    return found, (side, side)
 
 
 def _mixers_of_blocks(weights):

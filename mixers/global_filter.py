@@ -42,12 +42,20 @@ class GlobalFilter(nn.Module):
     def filter(self):
         """Returns W on the grid of the tokens, complex (h, w // 2 + 1, D)."""
         W = torch.view_as_complex(widen(self.complex_weight).contiguous())
-        if tuple(self.grid_size) == self.trained_grid:
-            return W
-        kernel = torch.fft.irfft2(W.movedim(-1, 0).contiguous(), self.trained_grid)            # (D, h, w) of the trained grid
-        rows, columns = (fourier_series(n, to, kernel) for n, to in zip(self.trained_grid, self.grid_size))
-        columns = columns[: self.grid_size[1] // 2 + 1]
-        return torch.einsum("jy,kx,dyx->jkd", rows, columns, kernel.to(rows.dtype))
+        return interpolated(W, self.trained_grid, self.grid_size)
+
+    def adapted(self, weights, grid):
+        W = torch.view_as_complex(widen(weights["complex_weight"]).contiguous())
+        return dict(complex_weight=torch.view_as_real(interpolated(W, grid, self.trained_grid)))
+
+
+def interpolated(W, trained_grid, grid_size):
+    """Returns the filter W (h, w // 2 + 1, D) of one grid on another, complex."""
+    if tuple(grid_size) == trained_grid:
+        return W
+    kernel = torch.fft.irfft2(W.movedim(-1, 0).contiguous(), trained_grid)                     # (D, h, w) of the trained grid
+    rows, columns = (fourier_series(n, to, kernel) for n, to in zip(trained_grid, grid_size))
+    return torch.einsum("jy,kx,dyx->jkd", rows, columns[: grid_size[1] // 2 + 1], kernel.to(rows.dtype))
 
 
 def fourier_series(lags, n, like):

@@ -44,6 +44,9 @@ class S4D(nn.Module):
             y = torch.addcmul(y, widen(self.D)[:, None], u).mT.to(tokens.dtype)            # (B, N, D)
         return self.out(gelu(self.state(y)) * gelu(self.gate(tokens)))
 
+    def adapted(self, weights, grid):
+        return {"kernel.inv_dt": weights["kernel.inv_dt"] + math.log(math.prod(grid) / math.prod(self.trained_grid))}
+
 
 def read(weights):
     """Returns the options of an S4D with these weights that they tell, None for another layer's."""

@@ -88,6 +88,10 @@ class S4ND(nn.Module):
         y = matmul(y.view(u.shape).flatten(1, 2), self.lags(1).mT)         # (D, h B, w)
         return y.view(u.shape).permute(2, 1, 3, 0)                         # (B, h, w, D)
 
+    def adapted(self, weights, grid):
+        steps = (f"kernel.{axis}.inv_dt" for axis in range(2))
+        return {name: weights[name] + math.log(n / own) for name, n, own in zip(steps, grid, self.trained_grid)}
+
     def lags(self, axis):
         """Returns the kernel of an axis of n tokens from every place to every other: [d, i, j] = K_d[i - j], (D, n, n)."""
         n = self.grid_size[axis]

@@ -165,6 +165,37 @@ def test_a_unet_keeps_its_null_class(tmp_path):
     assert len(report) == 2
 
 
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        *((name, {}) for name in ("DiS-N/2", "U-ViT-N/2", "ZigMa-N/2", "LaMamba-N")),
+        *(("DiT-N/2", dict(mixer=mixer)) for mixer in ("global-filter", "s4nd", "s4d", "pdessm-g", "lamamba")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("mixer", ""),
+)
+@pytest.mark.parametrize("size", [16, (8, 32)])
+def test_a_beginning_at_another_size_computes_what_sampling_at_that_size_does(tmp_path, randomize, network, options, size):
+    old, new = (MODELS[network](side, in_channels=3, num_classes=3, **options).eval() for side in (8, size))
+    report = initialize(new, saved(tmp_path / "a.pt", randomize(old)))
+    adapts = network != "DiT-N/2" or options["mixer"] in ("global-filter", "s4nd", "s4d")
+    assert any("... adapted, from " in line for line in report) == adapts
+    assert [line for line in report if "... not " in line and not line.startswith("... not pos_embed")] == []
+    given = torch.randn(2, 3, *new.input_size), torch.tensor([0.1, 0.9]), torch.tensor([0, 2])
+    old.resize(size)
+    if network == "DiT-N/2":
+        old.pos_embed.data.copy_(new.pos_embed)  # which are those of a network that is built for that size
+    with torch.no_grad():
+        torch.testing.assert_close(new(*given), old(*given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_beginning_without_the_same_extra_tokens_keeps_its_own_positions(tmp_path):
+    old, new = (MODELS["DiS-N/2"](side, in_channels=3, num_classes=classes) for side, classes in ((8, 0), (16, 3)))
+    before = new.pos_embed.clone()
+    report = initialize(new, saved(tmp_path / "a.pt", old))
+    assert any(line.startswith("... not pos_embed") for line in report)
+    assert torch.equal(new.pos_embed, before)
+
+
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_training_begins_where_another_run_ended(tmp_path, ending):
     """From attention over ten classes to a PDE over ten: after one step at a tiny rate all else is still there."""
