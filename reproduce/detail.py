@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from images.samples import NpzImages
 from machine.processes import launch
 
 BANDS = (0.5, 2, 4, 8, 12, 16, 23)  # cycles an image; at most 32 / sqrt(2) at 32 x 32
@@ -28,14 +29,12 @@ def main(folder, samples):
     real = power(np.stack(images))
     print("  ".join(f"{low:g}-{high:g}" for low, high in pairwise(BANDS)))
     for path in samples:
-        with np.load(path) as arrays:
-            if "arr_0" not in arrays:
-                raise ValueError(f"{path} holds no images (arr_0); it has {', '.join(arrays)}")
-            found = arrays["arr_0"]
+        found = NpzImages(path)
         if found.shape[1:] != images[0].shape:
             (h, w, _), (height, width, _) = found.shape[1:], images[0].shape
             raise ValueError(f"{path} has samples of {h} x {w} pixels, and {folder} images of {height} x {width}")
-        ratios = power(found) / real
+        (pixels,) = found.read([range(len(found))])
+        ratios = power(pixels) / real
         print("  ".join(f"{ratio:.3f}" for ratio in ratios), path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from images.samples import NpzImages
 from machine.files import whole_file
 from machine.flags import positive
 from machine.processes import launch
@@ -20,10 +21,9 @@ MARGIN = 150  # pixels for the names
 
 def strip(path, count):
     """Returns the first samples of an .npz side by side: an image."""
-    with np.load(path) as arrays:
-        if "arr_0" not in arrays:
-            raise ValueError(f"{path} holds no images (arr_0); it has {', '.join(arrays)}")
-        return Image.fromarray(np.concatenate(list(arrays["arr_0"][:count]), axis=1))
+    images = NpzImages(path)
+    (first,) = images.read([range(min(count, len(images)))])
+    return Image.fromarray(np.concatenate(list(first), axis=1))
 
 
 def sheet(strips, out, colours=256):

@@ -351,8 +351,10 @@ def test_first_samples_of_runs_become_one_picture(tmp_path, random_images, capsy
     with pytest.raises(ValueError, match="the rows differ in size: 18 x 6, 30 x 6"):
         strips.main(**vars(strips.parse_args([str(out), *files, "--count", "5"])))
     np.savez(tmp_path / "a.npz", mu=np.zeros(3))
-    with pytest.raises(ValueError, match=r"a\.npz holds no images \(arr_0\); it has mu"):
-        strips.strip(tmp_path / "a.npz", 3)
+    (tmp_path / "b.npz").write_text("none")
+    for name, message in (("a", "holds no images: it has no arr_0, only mu"), ("b", "is not an .npz")):
+        with pytest.raises((ValueError, OSError), match=rf"{name}\.npz {message}"):
+            strips.strip(tmp_path / f"{name}.npz", 3)
 
 
 def test_detail_is_by_frequency(tmp_path, capsys):
@@ -375,7 +377,7 @@ def test_detail_is_by_frequency(tmp_path, capsys):
 def test_detail_is_of_images_of_one_size(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     for name, arrays, message in (
-        ("a", dict(mu=np.zeros(3)), r"a\.npz holds no images \(arr_0\); it has mu"),
+        ("a", dict(mu=np.zeros(3)), r"a\.npz holds no images: it has no arr_0, only mu"),
         ("b", dict(arr_0=np.zeros((2, 4, 6, 3), np.uint8)), r"b\.npz has samples of 4 x 6 pixels, and .* images of 8 x 8"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)
