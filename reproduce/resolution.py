@@ -7,7 +7,7 @@ sample.py --image-size has them, and with positions that continue them:
 import argparse
 
 from backbones.parts import grid_embedding
-from checkpoints.build import load_model
+from checkpoints.build import for_sampler, load_model
 from diffusion import create_objective
 from images.autoencoder import PixelSpace
 from images.dataset import load_dataset
@@ -24,7 +24,7 @@ def main(checkpoint, images, sides):
         model, settings = load_model(checkpoint, dict(image_size=side), "ema")
         if settings["model"] not in DiT_models or model.rotary or settings["vae"] != "none":
             raise ValueError(f"{checkpoint} is none of a DiT with sine positions on pixels, whose positions can continue")
-        objective = create_objective(settings["objective"], path=settings["path"], predict=settings["predict"])
+        objective = create_objective(settings["objective"], **for_sampler(settings) | dict(time_shift=1.0))
         dataset = load_dataset(images, side, uncond=not model.num_classes, held_out=True)
         between = held_out_loss(model, dataset, objective, PixelSpace(), ALONE, most=IMAGES)["mse"]
         model.pos_embed.copy_(grid_embedding(*model.grid_size, model.pos_embed.shape[2]))

@@ -265,6 +265,21 @@ def test_errors_at_other_sizes_of_a_network_without_classes(checkpoint, images, 
     assert between != continued
 
 
+def test_errors_at_other_sizes_are_at_times_that_the_network_knows(checkpoint, images, monkeypatch):
+    """Of which SiT's are not multiplied."""
+    path, seen = checkpoint(objective="flow", num_classes=0), []
+    contents = torch.load(path)
+    save_checkpoint(path, **contents | dict(args=contents["args"] | dict(time_scale=1)))
+
+    def held_out_loss(model, dataset, objective, *_, **__):
+        seen.append(objective.time_scale)
+        return dict(mse=0)
+
+    monkeypatch.setattr(resolution, "held_out_loss", held_out_loss)
+    resolution.main(path, images, [8])
+    assert seen == [1, 1]
+
+
 @pytest.mark.parametrize("predict", ["velocity", "x"])
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("constant", [True, False])
