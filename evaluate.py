@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("ref", nargs="?", metavar="REF", help=".npz with arr_0, with statistics (mu, sigma, ...) or both; a folder of images")
     add("samples", nargs="?", metavar="SAMPLES", help="the same")
-    add_feature_flags(add)
+    add_feature_flags(add, ", or an .npz of features from elsewhere, whose arrays REF and SAMPLES name")
     add("--feature-dim", type=positive, metavar="N", help="layer of Inception by its channels: 64, 192, 768 or 2048 (default)")
     # torchrun takes --num for an abbreviation of an option of its own.
     add("--num", "--num-images", type=positive, metavar="N", help="take this many images of each side, evenly spread")

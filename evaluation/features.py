@@ -20,10 +20,9 @@ INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-20
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
 
 
-def add_feature_flags(add):
-    """Adds the flags that evaluate.py and sample_ddp.py share: `add` is add_argument of a command's parser."""
-    others = "an .npz of features from elsewhere, whose arrays REF and SAMPLES name"
-    add("--features", default=NETWORKS[0], metavar="NAME", help=f"{', '.join(NETWORKS)}, or {others}")
+def add_feature_flags(add, others=""):
+    """Adds the flags of commands that compare images: `add` is add_argument of a parser. others: what else --features takes."""
+    add("--features", default=NETWORKS[0], metavar="NAME", help=f"{' or '.join(NETWORKS)}{others}")
     add("--weights", metavar="FILE", help="of Inception; by default the file in PyTorch's hub cache")
 
 
