@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from benchmarks import ROOT, commit
 from machine.files import write_json
+from machine.stops import STATUS
 
 LEAST = 20     # no stage begins with fewer seconds left
 FAREWELL = 30  # seconds for a stage to save its work once its time is over
-AGAIN = 75     # exit status of a stage that a signal stopped and that may be started again
 ABOUT = "import json, torch; from benchmarks.report import machine; print(json.dumps(machine(torch.device({device!r}))))"
 
 
@@ -143,7 +143,7 @@ def run(stage, seconds, out, environment):
         child = subprocess.Popen(command, cwd=ROOT, env=environment | stage.environment, start_new_session=True, **streams)
         try:
             child.wait(seconds)
-            state = "passed" if child.returncode == 0 else "out of time" if child.returncode == AGAIN else "failed"
+            state = "passed" if child.returncode == 0 else "out of time" if child.returncode == STATUS else "failed"
         except subprocess.TimeoutExpired:
             state = "out of time"
         finally:
@@ -198,5 +198,5 @@ def parse_args(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # so that the stage that runs is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # so that the stage that runs is ended, too
     main()

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Attention
 from benchmarks import attention, flags, gpu, kernel_grids, mixer, rehearsal, slowest, timing
 from benchmarks.gpu import Stage
 from commands import ROOT
+from machine.stops import STATUS
 from pde_ssm_kernels import tiles
 from pde_ssm_kernels.tiles import Tile
 
@@ -90,7 +91,7 @@ def test_a_stage_ends_with_the_command_that_began_it(tmp_path):
     while not (tmp_path / "environment.log").exists():
         time.sleep(0.01)
     child.terminate()
-    assert child.wait() == gpu.AGAIN
+    assert child.wait() == STATUS
     assert not (tmp_path / "gpu.json").exists()
 
 
