@@ -63,15 +63,15 @@ def candidates(kernel, sides):
     return list(dict.fromkeys([first, *(Tile(*tile) for tile in others)]))
 
 
-def time_of(kernel, sides, tile, device):
-    """Returns the milliseconds of a launch, or infinity where the GPU has no room for it."""
+def time_of(kernel, sides, tile, device, rounds=ROUNDS):
+    """Returns the milliseconds of a launch, the median of so many rounds, or infinity where the GPU has no room for it."""
     launch = launcher(kernel, sides, device)
     table = tiles.tuned(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     before = table.get(tiles.key(kernel, *sides))
     table[tiles.key(kernel, *sides)] = tile
     try:
         launch()
-        return median(sample_ms(launch, 3, device) for _ in range(ROUNDS))
+        return median(sample_ms(launch, 3, device) for _ in range(rounds))
     except Exception as error:  # of Triton's compiler, or of a launch
         print(f"{tiles.key(kernel, *sides)}: not {tile}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         return float("inf")
@@ -103,13 +103,7 @@ def launcher(kernel, sides, device):
 def compile_ahead(work, device):
     """Launches everything once in several processes, so that all processors compile, into the cache that Triton keeps."""
     with ProcessPoolExecutor(min(12, count_cores()), mp_context=get_context("spawn")) as pool:
-        list(pool.map(launch_once, *zip(*work), [device] * len(work)))
-
-
-def launch_once(kernel, sides, tile, device):
-    global ROUNDS
-    ROUNDS = 1
-    time_of(kernel, sides, tile, device)
+        list(pool.map(partial(time_of, device=device, rounds=1), *zip(*work)))
 
 
 FLAGS = {"table": dict(type=Path, default=tiles.TABLE, help="the file that gets the result")}
