@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers.models import AutoencoderKL
 
+from benchmarks.sides import fill_zeros
 from models import DiT_models
 
 
@@ -24,10 +25,7 @@ def main(folder):
     (cached / "refs" / "main").write_text("0" * 40)
     for mixer in ("attention", "pdessm", "pdessm-g"):
         for child, learn_sigma in (("DiT", True), ("SiT", False)):
-            model = DiT_models["DiT-S/8"](mixer=mixer, learn_sigma=learn_sigma)
-            for parameter in model.parameters():
-                if not parameter.any():
-                    torch.nn.init.normal_(parameter, std=0.02)
+            model = fill_zeros(DiT_models["DiT-S/8"](mixer=mixer, learn_sigma=learn_sigma))
             args = Namespace(model=f"{child}-S/8", image_size=256, num_classes=1000, vae="ema")
             torch.save(dict(ema=model.state_dict(), args=args), folder / f"{child}-{mixer}.pt")
 
