@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from figures.page import COLOURS, logarithmic, new_page, tidy
-from training.runs import rows_until
+from machine.files import read_rows
 
 LOSSES = ("loss", "held_out_loss")
 
@@ -13,7 +13,7 @@ def read_curves(path):
     """Returns the curves of a run's folder, {name: [(step, value), ...]}: loss, held_out_loss and the distances of probes,
     without those that were not finite. ValueError for a folder that logged none."""
     curves = {}
-    for row in rows_until(Path(path), float("inf")):
+    for row in read_rows(Path(path, "log.jsonl")):
         for name, value in row.items():
             if (name in LOSSES or re.match(r"fd\d", name)) and value is not None:
                 curves.setdefault(name, []).append((row["step"], value))
