@@ -103,7 +103,7 @@ def diff_table(found):
         row("keys of the state dict", *(f"{len(keys['shared']) + len(keys[one])}" for one in ("only_before", "only_after"))),
         row("    of which shared", *[len(keys["shared"])] * 2),
         "",
-        f"Outside the mixers: {outside.pop('tensors')} tensors.",
+        f"Outside the mixers: {outside['tensors']} tensors.",
     ]
-    lines += [f"    {name.replace('_', ' ')}: {'yes' if same else 'NO'}" for name, same in outside.items()]
+    lines += [f"    {name.replace('_', ' ')}: {'yes' if same else 'NO'}" for name, same in outside.items() if name != "tensors"]
     return "\n".join(lines)
