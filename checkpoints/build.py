@@ -55,7 +55,7 @@ def stated_settings(stored, path):
             raise ValueError(f"{path} is SiT's with path_type {kind[0]} and prediction {kind[1]}; what can be sampled: {known}")
         name = str(stored.get("model")).replace("SiT", "DiT", 1)
         stored = stored | dict(model=name, objective="flow", path=SIT_PATHS[kind], time_scale=1)
-    stated = {name: stored[name] for name in ("time_scale",) if type(stored.get(name)) in (int, float)}
+    stated = {"time_scale": scale} if type(scale := stored.get("time_scale")) in (int, float) else {}
     for name, known in STATED.items():
         value = stored.get(name)
         if type(value) is known if isinstance(known, type) else isinstance(value, str) and value in known:

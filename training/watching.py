@@ -52,9 +52,9 @@ class Watch(NamedTuple):
         if not names:
             return
         # Held-out losses of runs are comparable without min_snr, times and time_shift, which weight the loss of training.
-        flow = {name: self.how[name] for name in ("path", "predict") if name in self.how}
-        shift = {name: self.how[name] for name in ("time_shift",) if name in self.how}
-        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **flow, **shift)  # a pair: objective, sampler
+        flow = {name: value for name, value in self.how.items() if name in ("path", "predict")}
+        drawn = {name: value for name, value in self.how.items() if name in ("path", "predict", "time_shift")}
+        quick_sampler = create_sampler(self.objective, steps=SAMPLING_STEPS, **drawn)  # a pair: objective, sampler
         with moved_to(processes.device, model):
             if "held_out_loss" in names:
                 objective = create_objective(self.objective, **flow)
