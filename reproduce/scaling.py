@@ -33,11 +33,11 @@ COSTS = {
 
 
 def runs_in(work):
-    """Reads one entry per run: what it was, and its held-out loss by step."""
+    """Reads one entry per run that is finished, with a finite loss: what it was, and its held-out loss by step."""
     for log in sorted(work.glob("*/*/log.jsonl")):
         checkpoints = sorted((log.parent / "checkpoints").glob("*.pt"))
         settings = read_checkpoint(checkpoints[-1])["args"] if checkpoints else {}
-        rows = [row for row in read_rows(log) if "held_out_loss" in row]
+        rows = [row for row in read_rows(log) if row.get("held_out_loss") is not None]
         if settings and rows and rows[-1]["step"] == settings["max_steps"]:
             names = ("model", "mixer", "global_seed", "global_batch_size", "image_size", "max_steps")
             losses = {row["step"]: row["held_out_loss"] for row in rows}

@@ -47,13 +47,14 @@ def test_runs_become_sizes_of_the_networks_that_were_trained(images, shallow, tm
     assert entry["step_multiply_adds"] == training_flops(network, 4) // 2
 
 
-def test_runs_that_are_not_finished_do_not_count(tmp_path):
+def test_runs_that_are_not_finished_or_have_no_finite_loss_do_not_count(tmp_path):
     settings = dict(model="DiT-N/4", mixer="attention", global_seed=0, global_batch_size=2, image_size=8, max_steps=6)
-    for name, steps in (("stopped", (3,)), ("whole", (3, 6))):
+    for name, steps in (("lost", (3, 6)), ("stopped", (3,)), ("whole", (3, 6))):
         folder = tmp_path / name / "000-DiT-N-4"
         (folder / "checkpoints").mkdir(parents=True)
         torch.save(dict(args=settings), folder / "checkpoints" / f"{steps[-1]:07d}.pt")
         rows = [dict(step=1, loss=2.0), *(dict(step=step, held_out_loss=1 / step) for step in steps)]
+        rows[-1] |= dict(held_out_loss=None) if name == "lost" else {}
         (folder / "log.jsonl").write_text('{"step": 2, "lo\n' + "".join(json.dumps(row) + "\n" for row in rows))  # cut short
     assert [run["loss"] for run in scaling.runs_in(tmp_path)] == [{3: 1 / 3, 6: 1 / 6}]
 
