@@ -15,10 +15,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from time import monotonic
+from time import monotonic, sleep
 from typing import NamedTuple
 
 from benchmarks import ROOT, commit
@@ -156,13 +157,16 @@ def run(stage, seconds, out, environment):
 
 
 def finish(child):
-    """Ends a stage and all that it has started: first so that it may save what it has, then for good."""
-    for number, seconds in ((signal.SIGTERM, FAREWELL), (signal.SIGKILL, FAREWELL)):
-        try:
+    """Ends a stage and all that it has started: first so that they may save what they have, then for good. A shell ends at
+    once, before the command that it waits for."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        end = monotonic() + FAREWELL
+        with suppress(ProcessLookupError):                                 # none of them is left
             os.killpg(child.pid, number)
-            child.wait(seconds)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+            while monotonic() < end:
+                child.poll()  # else it would stay in the group once it has ended
+                os.killpg(child.pid, 0)
+                sleep(0.05)
 
 
 def read(path):

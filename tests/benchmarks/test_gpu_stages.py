@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 SLOW = """
 import signal, sys, time
 def save(*_):
+    time.sleep(0.3)
     print("saved")
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
@@ -69,6 +70,15 @@ def test_stages_have_limits_and_what_is_missing_is_made_up_for(tmp_path, planned
     assert "one again" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no stage five; known: one, two, three, four"):
         gpu.main(["--out", str(tmp_path), "--stages", "five"])
+
+
+def test_what_a_script_has_begun_saves_its_work_too(tmp_path, planned):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "stage.sh").write_text(f"'{sys.executable}' '{tmp_path}/slow.py'\necho 'not to be reached'\n")
+    planned += [Stage("one", 0.02, ["bash", str(tmp_path / "stage.sh")])]
+    gpu.main(["--out", str(tmp_path)])
+    assert states(tmp_path) == dict(one="out of time")
+    assert (tmp_path / "one.log").read_text() == "begun\nsaved\n"
 
 
 def test_what_was_never_begun_comes_before_what_failed(tmp_path, planned, monkeypatch):
