@@ -22,7 +22,8 @@ from machine.files import lock, make_folder, whole_file, write_json
 
 INDEX = "latents.json"
 TYPES = dict(
-    vae=str, vae_digest=str, source=str, image_size=int, images=int, shard_size=int, num_classes=int, flip=bool, shape=list
+    vae=str, vae_digest=str, source=str, image_size=int, images=int, shard_size=int, num_classes=int, classes=list | None,
+    flip=bool, shape=list,
 )  # fmt: skip
 AGAIN = "run `python -m images.encode` again with the same flags, which makes what is missing"
 

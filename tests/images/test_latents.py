@@ -416,9 +416,11 @@ def test_places_that_will_not_do(tmp_path, encoded, photos, vae):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"vae": "ema"}', '{"vae": 3}', '"shape"'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"vae": "ema"}', '{"vae": 3}', '"shape"', "without classes"])
 def test_an_index_that_is_none_is_named(copy, text):
-    (copy / "latents.json").write_text(text)
+    index = json.loads(read(copy, "latents.json"))
+    del index["classes"]
+    (copy / "latents.json").write_text(json.dumps(index) if text == "without classes" else text)
     with pytest.raises(ValueError, match=r"latents\.json is no index of cached latents"):
         load_dataset(str(copy), 16)
 
