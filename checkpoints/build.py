@@ -228,7 +228,8 @@ def choose_space(settings, given, default_vae, path):
     except FileNotFoundError as error:
         if "vae" in given:
             raise
-        raise FileNotFoundError(f"{path} was trained with {error}; if it is elsewhere now, give --vae FOLDER") from error
+        way_out = "if it is elsewhere now, give --vae FOLDER, or put a link in its old place where a command has no such flag"
+        raise FileNotFoundError(f"{path} was trained with {error}; {way_out}") from error
     if space.channels != channels:
         says = f"--vae {vae}" if "vae" in given else f"{path} states --vae {stated or settings['vae']}, which"
         raise ValueError(f"{says} has {space.channels} channels, and the weights in {path} are for {channels}")

@@ -230,7 +230,7 @@ def test_bare_weights_of_any_number_of_channels_are_sampled(tmp_path, randomized
 def test_an_autoencoder_that_is_elsewhere_now_is_asked_for(tmp_path):
     weights = DiT_models["DiT-N/4"](8, num_classes=3).state_dict()
     torch.save(dict(ema=weights, args=dict(vae="no/folder")), tmp_path / "a.pt")
-    asked = r"a\.pt was trained with --vae no/folder: neither .*; if it is elsewhere now, give --vae FOLDER"
+    asked = r"a\.pt was trained with --vae no/folder: neither .*; if it is elsewhere now, give --vae FOLDER, or put a link"
     for given, message in ((None, asked), ("no/other", "^--vae no/other: neither ")):
         with pytest.raises(FileNotFoundError, match=message):
             load_model(tmp_path / "a.pt", dict(vae=given), "ema")
