@@ -99,12 +99,9 @@ def run(folder, mixer, script, arguments):
 
 
 def status(checkout):
-    """Returns what git says of a checkout's files, or what they are and their sizes where git says nothing."""
-    git = ["git", "-C", str(checkout), "status", "--porcelain", "--ignored", "."]
-    try:
-        return subprocess.run(git, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # no git, or no clone
-        return sorted((str(path), path.stat().st_size) for path in checkout.rglob("*"))
+    """Returns the files of a checkout, each with its size and the time of its last change."""
+    files = [path for path in checkout.rglob("*") if path.is_file()]
+    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 if __name__ == "__main__":

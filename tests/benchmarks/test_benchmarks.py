@@ -29,7 +29,7 @@ def args(tmp_path, monkeypatch):
     return Namespace(**common, batch=2, tokens_per_step=16, size="S")
 
 
-def test_a_checkout_that_changes_is_noticed_without_git_too(tmp_path):
+def test_a_checkout_that_changes_is_noticed(tmp_path):
     (tmp_path / "train.py").write_text("1")
     before = status(tmp_path)
     (tmp_path / "train.py").write_text("22")
