@@ -455,7 +455,8 @@ def receptive_field(kernel):
     """Returns how far a token sees, in tokens: the root mean square of the distance on the torus, weighted by |kernel|.
 
     kernel (..., h, w), as from `PDESSM.kernel` -> (...). For pure convection by an even number of tokens it is the length of
-    the shift; for isotropic diffusion of standard deviation s, from 1.5 to a sixth of the side, sqrt(2) s. Sharper ones ring.
+    the shift; for isotropic diffusion of standard deviation s it is sqrt(2) s, if s is from 1.5 to a sixth of the side. Sharper
+    kernels ring.
     """
     h, w = kernel.shape[-2:]
     y, x = (n * torch.fft.fftfreq(n, dtype=kernel.dtype, device=kernel.device) for n in (h, w))
