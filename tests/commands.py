@@ -24,6 +24,7 @@ from machine.processes import ALONE, launch
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model", "DiT-N/4", "--vae", "none", "--image-size", "8", "--num-classes", "10", "--device", "cpu"]
 FEW_STEPS = ["--num-sampling-steps", "4", "--device", "cpu"]
+NEEDS_FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has this")
 
 
 def write_photos(folder):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commands import ROOT, as_torchrun_has_it, in_forks
+from commands import NEEDS_FULL, ROOT, as_torchrun_has_it, in_forks
 from machine.processes import Processes, choose_device, join, launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +107,7 @@ def test_a_process_that_fails_alone_says_why_and_waits_for_nobody(capfd, error):
     assert errors.count("error: stopped, because another process did") == 1
 
 
+@NEEDS_FULL
 def test_output_that_finds_no_room_keeps_no_process_from_leaving(capfd):
     def command(args, processes):
         print("This waits in memory for the end.")
@@ -200,7 +201,10 @@ def unread():
     return write
 
 
-@pytest.mark.parametrize(("place", "fault"), [(lambda: "/dev/full", "No space left"), (unread, "")], ids=["full", "head"])
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [pytest.param(lambda: "/dev/full", "No space left", id="full", marks=NEEDS_FULL), pytest.param(unread, "", id="head")],
+)
 def test_output_may_have_no_reader_but_must_find_room(monkeypatch, place, fault):
     with open(place(), "w") as out:
         monkeypatch.setattr(sys, "stdout", out)

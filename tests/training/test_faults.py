@@ -22,7 +22,7 @@ from torch.utils.data import dataloader
 
 import train
 from checkpoints import resume
-from commands import QUICK, Colours, fork
+from commands import NEEDS_FULL, QUICK, Colours, fork
 from faults import end_of, in_call, reader, send, throw
 from images import dataset
 from machine import stops
@@ -284,7 +284,11 @@ def closed_terminal():
     return end
 
 
-@pytest.mark.parametrize("lose", [closed_pipe, closed_terminal, lambda: os.open("/dev/full", os.O_WRONLY)])
+def full():
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("lose", [closed_pipe, closed_terminal, pytest.param(full, marks=NEEDS_FULL)])
 def test_training_outlives_its_terminal(calm, flags, tmp_path, lose):
     """Closed, or piped to `head`, or into a file on a disk that is full."""
 
@@ -313,8 +317,9 @@ def redirect_log(path):
 
 @pytest.mark.parametrize(
     ("what", "lose"),
-    [("Writing to log.jsonl", fill("log.jsonl")), ("Writing a grid of samples", lambda folder: (folder / "samples").touch()),
-     (r"Writing to .*log.txt", lambda folder: redirect_log("/dev/full")),
+    [pytest.param("Writing to log.jsonl", fill("log.jsonl"), marks=NEEDS_FULL),
+     ("Writing a grid of samples", lambda folder: (folder / "samples").touch()),
+     pytest.param(r"Writing to .*log.txt", lambda folder: redirect_log("/dev/full"), marks=NEEDS_FULL),
      ("Tracking", lambda folder: None)],
     ids=["log.jsonl", "samples", "log.txt", "tracker"],
 )  # fmt: skip
