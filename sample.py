@@ -76,7 +76,7 @@ def add_model_flags(add, vae):
     length = "use an average that looks back over this share of the run, made from those of train.py's --ema-lengths"
     add("--ema-length", type=ema_length, metavar="L", help=length)
     add("--model", type=model_name, metavar="NAME", help="from the checkpoint")
-    add("--mixer", choices=MIXERS, help="from the checkpoint")
+    add("--mixer", choices=MIXERS, help="from the checkpoint; for weights that do not tell the order of their scans")
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
     add("--num-classes", type=positive, help="from the checkpoint")
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")
