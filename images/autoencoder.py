@@ -249,7 +249,7 @@ def load_trained_space(vae, device, trained_digest=None):
     if vae not in ("ema", "mse") and trained_digest not in (None, now := space.digest()):
         raise ValueError(
             f"the autoencoder in {vae} has changed since the checkpoint was trained: the digest of its encoder was "
-            f"{trained_digest} and is {now}; --vae {vae} takes it all the same"
+            f"{trained_digest} and is {now}; --vae {vae}, where a command has that flag, takes it all the same"
         )
     return space
 
