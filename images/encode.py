@@ -61,8 +61,7 @@ def encode(args, processes):
         latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
     processes.barrier()
     if processes.rank == 0:
-        path = "--val-path" if args.held_out else "--data-path"
-        flags = [path, folder, "--vae", args.vae, "--image-size", args.image_size]
+        flags = ["--val-path" if args.held_out else "--data-path", folder, "--vae", args.vae, "--image-size", args.image_size]
         flags += ["--num-classes", images.num_classes] if images.num_classes else []
         print(f"The latents are whole: train.py {shlex.join(map(str, flags))}")
 
