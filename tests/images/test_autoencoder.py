@@ -399,7 +399,8 @@ def test_an_autoencoder_that_changed_is_named(tmp_path, small, photos):
     with pytest.raises(ValueError, match=r"holds latents made with vae_digest \w{16} and now \w{16}"):
         encode.encode(latents, ALONE)
     path = folder / "checkpoints" / "0000002.pt"
-    with pytest.raises(ValueError, match=r"has changed since .* its encoder was \w{16} and is \w{16}; --vae .*, where a command has that flag"):
+    changed = r"has changed since .* its encoder was \w{16} and is \w{16}; --vae .*, where a command has that flag"
+    with pytest.raises(ValueError, match=changed):
         draw(path, tmp_path / "a.png")
     draw(path, tmp_path / "a.png", "--vae", vae)
     run = torch.load(path)
