@@ -61,9 +61,10 @@ def encode(args, processes):
         latents.write_shard(path, moments, classes, dtype, made_of(images, index, number))
     processes.barrier()
     if processes.rank == 0:
-        flags = ["--val-path" if args.held_out else "--data-path", folder, "--vae", args.vae, "--image-size", args.image_size]
+        flags = ["--data-path", folder, "--vae", args.vae, "--image-size", args.image_size]
         flags += ["--num-classes", images.num_classes] if images.num_classes else []
-        print(f"The latents are whole: train.py {shlex.join(map(str, flags))}")
+        flags = ["--val-path", folder] if args.held_out else flags  # these go with the training images'
+        print(f"The latents are whole; for train.py: {shlex.join(map(str, flags))}")
 
 
 def shards_to_make(folder, index, images):

@@ -159,11 +159,16 @@ def test_images_without_classes_are_encoded_and_held_out_ones_if_there_are(tmp_p
         encode_to(tmp_path / "b", vae, "--held-out")
 
 
-def test_the_flags_that_are_printed_train(tmp_path, vae, photos, capsys):
-    encode_to(tmp_path / "of mine", vae, "--data-path", photos)
-    flags = shlex.split(re.search(r"The latents are whole: train\.py (.*)", capsys.readouterr().out)[1])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_flags_that_are_printed_train(tmp_path, encoded, vae, photos, capsys, monkeypatch, held_out):
+    monkeypatch.setattr(encode, "load_dataset", lambda *given: load_dataset(*given[:2]))  # these images have no held-out ones
+    encode_to(tmp_path / "of mine", vae, "--data-path", photos, *["--held-out"] * held_out)
+    flags = shlex.split(re.search(r"The latents are whole; for train\.py: (.*)", capsys.readouterr().out)[1])
+    if held_out:
+        flags += ["--data-path", encoded, "--vae", vae, "--image-size", "16", "--num-classes", "3"]
     some = ["--model", "DiT-N/2", "--global-batch-size", "8", "--max-steps", "1", "--results-dir", str(tmp_path)]
     train.main(train.parse_args([*some, *flags, "--num-workers", "0", "--device", "cpu"]), ALONE)
+    assert ("held_out_loss" in (tmp_path / "000-DiT-N-2" / "log.jsonl").read_text()) == held_out
 
 
 def test_workers_read_latents(encoded):
