@@ -21,13 +21,14 @@ from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from machine.files import read_rows, whole_file
 from machine.flags import decay
 from machine.processes import launch
+from mixers import MIXERS
 
 FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
 def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None, half=False, **given):
-    """Writes a checkpoint's weights (its EMA's, if it has one) and its settings in the requested format. given: objective, path
-    and prediction for weights that do not state them; they are added to the settings."""
+    """Writes a checkpoint's weights (its EMA's, if it has one) and its settings in the requested format. given: objective,
+    path, predict, mixer and vae for weights that do not state them; they are added to the settings."""
     if format in FILES and (push or metrics):
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
     if half and format in FOLDERS:
@@ -165,6 +166,8 @@ def parse_args(argv=None):
     add("--objective", choices=OBJECTIVES, help="objective to record, for weights that do not state theirs")
     add("--path", choices=PATHS, help="of a flow: path to record, for weights that do not state it")
     add("--predict", choices=PREDICTIONS, help="of a flow: prediction to record, for weights that do not state it")
+    add("--mixer", choices=MIXERS, help="mixer to record, for weights that do not tell the order of their scans")
+    add("--vae", help="autoencoder to record, for weights that do not state theirs")
     return parser.parse_args(argv)
 
 

@@ -8,6 +8,7 @@ import resource
 import pytest
 import torch
 
+from autoencoders import save_autoencoder
 from checkpoint_files import PIXELS, SETTINGS, Hostile, empty, garbage, given_flags, text, truncated, write_as, write_checkpoint
 from checkpoints.build import load_model
 from checkpoints.read import load_checkpoint
@@ -74,6 +75,15 @@ def test_what_weights_do_not_tell_can_be_stated(tmp_path, form):
     assert [settings[name] for name in ("objective", "path", "predict")] == ["flow", "cosine", "velocity"]
     with pytest.raises(ValueError, match=r"--objective diffusion contradicts .*, which has --objective flow"):
         write_as(tmp_path / f"b.{form}", "--format", form, "--out", tmp_path / f"c.{form}", "--objective", "diffusion")
+
+
+def test_the_order_of_scans_and_the_autoencoder_can_be_stated_too(tmp_path):
+    network = DiT_models["DiT-N/4"](8, in_channels=2, num_classes=3, mixer="zigzag")
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    vae = save_autoencoder(tmp_path / "vae", levels=2, channels=2)
+    write_as(tmp_path / "a.pt", "--format", "pt", "--out", tmp_path / "b.pt", "--mixer", "zigzag", "--vae", vae)
+    settings = load_model(tmp_path / "b.pt", {}, "ema")[1]
+    assert (settings["mixer"], settings["vae"]) == ("zigzag", str(vae))
 
 
 def test_weights_of_sit_state_that_their_network_sees_t_itself(tmp_path):
