@@ -26,7 +26,7 @@ SETS = ("cifar10", "flowers")
 DISTANCE = "FD-EfficientNet"
 KEPT = ("model", "mixer", "predict", "precision", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
 SHOWN = 8  # samples of each row that are kept as a picture
-ABOVE = 1.15  # of the median of a data set: larger losses are drawn at the edge of the plot, with their values
+FAR = 1.15  # from the median of a data set, as a factor: losses beyond it are drawn at the edge of the plot, with their values
 
 
 def flags_of(model, mixer="attention", **options):
@@ -157,7 +157,7 @@ def cell(rows, value):
 
 def draw(path, rows, times):
     """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set. A
-    loss above ABOVE times the median of its data set stands at the upper edge, with its value."""
+    loss that is FAR from the median of its data set stands at the upper or lower edge, with its value."""
     try:
         import matplotlib
     except ImportError:
@@ -171,15 +171,16 @@ def draw(path, rows, times):
     figure, axes = pyplot.subplots(len(sets), 2, figsize=(16, 8 * len(sets)), squeeze=False, layout="constrained")
     for line, data in zip(axes, sets):
         losses = [loss(row) for row in rows if row["data"] == data and loss(row)]
-        edge = ABOVE * median(losses) if losses else 1
+        middle = median(losses) if losses else 1
         for axis, (quantity, what) in zip(line, axes_of.items()):
             for name in SIDES:
                 mine = [row for row in rows if (row["data"], row["name"]) == (data, name) and loss(row)]
                 side = mine[0] if mine and what in mine[0] else times.get(name, {}).get(64)
                 if mine and what in (side or ()):
                     height = mean(map(loss, mine))
-                    place, label = (side[what], min(height, edge)), name if height <= edge else f"{name}: {height:.3g}"
-                    style = "o" if height <= edge else "^"
+                    place = side[what], min(max(height, middle / FAR), middle * FAR)
+                    style = "v" if height < place[1] else "^" if height > place[1] else "o"
+                    label = name if style == "o" else f"{name}: {height:.3g}"
                     axis.plot(*place, style, color="#009e73" if name.startswith("pdessm") else "#0072b2")
                     axis.annotate(label, place, (4, 3), textcoords="offset points", fontsize=7)
             axis.set(xscale="log", xlabel=quantity, ylabel="held-out loss", title=data)

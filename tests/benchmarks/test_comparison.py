@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 import train
@@ -167,6 +168,16 @@ def test_the_picture_of_samples_is_of_the_lowest_seed(tmp_path):
     every_mixer.draw_samples(tmp_path, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.convert("RGB").getpixel((sheet.width - 1, 0)) == (2, 0, 0)
+
+
+def test_losses_far_from_the_others_are_drawn_at_the_edges_with_their_values(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(Axes, "annotate", lambda axis, text, place, *_, **__: written.update({text: place[1]}))
+    losses = {"attention": 0.5, "mean": 0.52, "vim": 0.3, "UNet-N": 9.0, "mamba": 0.48}
+    rows = [dict(data="cifar10", name=name, held_out_loss={"2": losses[name]}, steps=2, multiply_adds=7) for name in losses]
+    every_mixer.draw(tmp_path / "a.png", rows, {})
+    far = {"vim: 0.3": 0.5 / every_mixer.FAR, "UNet-N: 9": 0.5 * every_mixer.FAR}
+    assert written == pytest.approx({"attention": 0.5, "mean": 0.52, "mamba": 0.48} | far)
 
 
 def test_seeds_are_summed_up():
