@@ -157,7 +157,7 @@ def cell(rows, value):
 
 def draw(path, rows, times):
     """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set. A
-    loss that is FAR from the median of its data set stands at the upper or lower edge, with its value."""
+    loss that is FAR from the median of its data set stands at the upper or lower edge, with its value. PDEs are green."""
     try:
         import matplotlib
     except ImportError:
@@ -166,7 +166,7 @@ def draw(path, rows, times):
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    axes_of = {"ms of a training step at batch 64": "median_ms", "multiply-adds of one image": "multiply_adds"}
+    axes_of = {"ms of a training step of 64 images, 32 x 32": "median_ms", "multiply-adds of one image": "multiply_adds"}
     sets = [data for data in SETS if any(row["data"] == data for row in rows)]
     figure, axes = pyplot.subplots(len(sets), 2, figsize=(16, 8 * len(sets)), squeeze=False, layout="constrained")
     for line, data in zip(axes, sets):
@@ -181,7 +181,8 @@ def draw(path, rows, times):
                     place = side[what], min(max(height, middle / FAR), middle * FAR)
                     style = "v" if height < place[1] else "^" if height > place[1] else "o"
                     label = name if style == "o" else f"{name}: {height:.3g}"
-                    axis.plot(*place, style, color="#009e73" if name.startswith("pdessm") else "#0072b2")
+                    pde = kind_of(SIDES[name].get("mixer", "attention")).name == "pde"
+                    axis.plot(*place, style, color="#009e73" if pde else "#0072b2")
                     axis.annotate(label, place, (4, 3), textcoords="offset points", fontsize=7)
             axis.set(xscale="log", xlabel=quantity, ylabel="held-out loss", title=data)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels of more places would overlap
