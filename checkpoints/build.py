@@ -318,8 +318,8 @@ def initialize(model, path, settings=None):
     kinds = [_mixers_of_blocks(weights) if backbone is DiT else {} for backbone, weights in ((theirs, given), (ours, own))]
     other = tuple(start for start, kind in kinds[1].items() if kinds[0].get(start, kind) != kind)
     known = {name: w for name, w in given.items() if name in own and not name.startswith(other)}
-    new, grid = adapted(model, known) if theirs is ours else ({}, None)
-    known |= new
+    regridded = adapted(model, known) if theirs is ours else {}
+    known |= regridded
     fitting = {name: w for name, w in known.items() if w.shape == own[name].shape}
     if theirs is not ours or not any(w.dim() > 1 for w in fitting.values()):
         differs = f"it holds a {theirs.__name__}, and the model is a {ours.__name__}"
@@ -334,8 +334,8 @@ def initialize(model, path, settings=None):
         fitting.pop(ours.class_table, None)
     model.load_state_dict(fitting, strict=False)
     report = [f"Initial weights from {path}: {len(fitting)} of the model's {len(own)} tensors"]
-    if new:
-        report.append(f"... adapted, from {grid[0]} x {grid[1]} tokens: {_by_kind(new)}")
+    if regridded:
+        report.append(f"... adapted to this image size: {_by_kind(regridded)}")
     for name in (name for name in known if name not in fitting):
         report.append(f"... not {name}, which is {tuple(known[name].shape)} there and {tuple(own[name].shape)} here")
         if name == ours.class_table and own[name].shape[1:] == known[name].shape[1:]:
@@ -353,18 +353,18 @@ def initialize(model, path, settings=None):
 
 
 def adapted(model, weights):
-    """Returns those of another network's weights that depend on its grid, as they are on the model's, and that grid (h, w);
-    none of them if it is not square, or has as many tokens."""
+    """Returns those of another network's weights that depend on its grid of tokens, as they are on the model's. There are none
+    if that grid is not square or has as many tokens, or of a U-Net, which has no grid."""
     tokens, found = model.tokens_of(weights) if "pos_embed" in weights else 0, {}
     side = math.isqrt(tokens)
-    if side**2 != tokens or tokens == model.tokens_of(model.state_dict()):
-        return found, None
+    if not side or side**2 != tokens or tokens == model.tokens_of(model.state_dict()):
+        return found
     for place, part in model.named_modules():
         prefix = f"{place}." if place else ""
         layer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
         if layer and hasattr(part, "adapted"):
             found |= {prefix + name: w for name, w in part.adapted(layer, (side, side)).items()}
-    return found, (side, side)
+    return found
 
 
 def _mixers_of_blocks(weights):

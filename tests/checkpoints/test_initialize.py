@@ -178,7 +178,7 @@ def test_a_beginning_at_another_size_computes_what_sampling_at_that_size_does(tm
     old, new = (MODELS[network](side, in_channels=3, num_classes=3, **options).eval() for side in (8, size))
     report = initialize(new, saved(tmp_path / "a.pt", randomize(old)))
     adapts = network != "DiT-N/2" or options["mixer"] in ("global-filter", "s4nd", "s4d")
-    assert any("... adapted, from " in line for line in report) == adapts
+    assert any("... adapted to this image size: " in line for line in report) == adapts
     assert [line for line in report if "... not " in line and not line.startswith("... not pos_embed")] == []
     given = torch.randn(2, 3, *new.input_size), torch.tensor([0.1, 0.9]), torch.tensor([0, 2])
     old.resize(size)
