@@ -187,6 +187,7 @@ class LaMamba(Backbone):
         return self
 
     def adapted(self, weights, grid):
+        """Returns the positions of weights for pictures of another size, as they are on this one's; see `Backbone`."""
         table, size = weights["pos_embed"], self.trained_size              # of every pixel, (1, H, W, D)
         return dict(pos_embed=learnt_positions(table.flatten(1, 2), table.shape[1:3], size).unflatten(1, size))
 

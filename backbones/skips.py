@@ -44,7 +44,8 @@ class LongSkips(PatchBackbone):
         return learnt_positions(self.pos_embed, self.trained_grid, self.grid_size, self.extras)
 
     def adapted(self, weights, grid):
-        """See `Backbone`. Without the same extra tokens there is nothing to adapt."""
+        """Returns the learnt positions of weights for another grid (h, w), as they are on this one; see `Backbone`. There are
+        none to adapt if those have other extra tokens."""
         table, places = weights["pos_embed"], self.extras + grid[0] * grid[1]
         return dict(pos_embed=learnt_positions(table, grid, self.trained_grid, self.extras)) if table.shape[1] == places else {}
 

@@ -64,6 +64,7 @@ class ZigMa(PatchBackbone):
         return size, settings_of(channels, outputs, table)
 
     def adapted(self, weights, grid):
+        """Returns the learnt positions of weights for another grid (h, w), as they are on this one; see `Backbone`."""
         return dict(pos_embed=learnt_positions(weights["pos_embed"], grid, self.trained_grid))
 
     def forward(self, x, t, y, drop=None):

@@ -308,8 +308,8 @@ def initialize(model, path, settings=None):
 
     Mixers of another kind keep their initial values, and so does a table with another number of classes, or with the same ones
     in another order, except for the null class and classes of the same name. Learnt positions and other weights that depend on
-    the grid are adapted from a square one. settings: the model's, a dict; the lines then also
-    name settings with which the weights were trained differently. ValueError for another kind of network, or if no matrix fits.
+    the grid are adapted from a square one. settings: the model's, a dict; the lines then also name settings with which the
+    weights were trained differently. ValueError for another kind of network, or if no matrix fits.
     """
     weights, stored = load_checkpoint(path)
     given = {name: w for name, w in weights.items() if isinstance(w, torch.Tensor)}

@@ -92,9 +92,8 @@ def generate(model, space, objective, sampler, labels, noise, guidance, progress
     """Draws one sample per label (n,), from `noise` (a PerImageNoise of n seeds): uint8 (n, H, W, 3) on the CPU.
 
     A model without classes is not guided by them. Pixels are clipped to their range, for diffusion at every step; latents have
-    none.
-    ValueError, which names the images by their numbers (n,), if any value on the way was not finite: once clipped, such images
-    would look valid.
+    none. ValueError, which names the images by their numbers (n,), if any value on the way was not finite: once clipped, such
+    images would look valid.
     """
     checked = []  # (where, which of the images were finite there (n,) bool), in the order of the calls
 

@@ -45,6 +45,7 @@ class GlobalFilter(nn.Module):
         return interpolated(W, self.trained_grid, self.grid_size)
 
     def adapted(self, weights, grid):
+        """Returns W of weights for another grid (h, w), as it is on this one; see `Mixer`."""
         W = torch.view_as_complex(widen(weights["complex_weight"]).contiguous())
         return dict(complex_weight=torch.view_as_real(interpolated(W, grid, self.trained_grid)))
 

@@ -36,7 +36,9 @@ class Mixer:
     build:   a class with the constructor of timm's Attention that maps (B, N, D) to (B, N, D), or a function that makes one.
              If it takes `grid_size`, it is given the (h, w) of its tokens; if `layer`, the number of its block. If its
              `conditioned` is true, it gets the blocks' conditioning vector (B, D) as second argument. DiT's initialisation
-             walks over all nn.Linear, and then calls the mixer's `initialize()` if it has one.
+             walks over all nn.Linear, and then calls the mixer's `initialize()` if it has one. If it has weights that depend
+             on the grid, its `adapted(weights, grid)` returns them, from those of a layer for another grid (h, w), a dict, as
+             they are on its own.
     read:    returns the options that a layer's state dict reveals, or None if the weights are not those of this mixer.
     presets: names for --mixer, with the options that each sets; by default only the mixer's own name.
     check:   raises a ValueError for options (a dict) that conflict.

@@ -45,6 +45,7 @@ class S4D(nn.Module):
         return self.out(gelu(self.state(y)) * gelu(self.gate(tokens)))
 
     def adapted(self, weights, grid):
+        """Returns the steps of weights for another grid (h, w), as they are on this one; see `Mixer`."""
         return {"kernel.inv_dt": weights["kernel.inv_dt"] + math.log(math.prod(grid) / math.prod(self.trained_grid))}
 
 

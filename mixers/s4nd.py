@@ -89,6 +89,7 @@ class S4ND(nn.Module):
         return y.view(u.shape).permute(2, 1, 3, 0)                         # (B, h, w, D)
 
     def adapted(self, weights, grid):
+        """Returns the steps of weights for another grid (h, w), as they are on this one; see `Mixer`."""
         steps = (f"kernel.{axis}.inv_dt" for axis in range(2))
         return {name: weights[name] + math.log(n / own) for name, n, own in zip(steps, grid, self.trained_grid)}
 
