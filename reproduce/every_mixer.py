@@ -9,6 +9,7 @@ and memory are those of `python -m benchmarks.every_mixer`.
 import argparse
 import json
 from datetime import date
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 
@@ -23,6 +24,7 @@ from mixers import kind_of, mixer_options
 from reproduce.strips import sheet, strip
 
 SETS = ("cifar10", "flowers")
+TOKENS = 256  # of the table of times: the middle of those that the benchmark measures
 DISTANCE = "FD-EfficientNet"
 KEPT = ("model", "mixer", "predict", "precision", "lr", "global_batch_size", "image_size", "num_classes")  # of a run's settings
 SHOWN = 8  # samples of each row that are kept as a picture
@@ -86,9 +88,11 @@ def collect(work, results):
     for setting in sorted(set(map(setting_of, rows.values()))):
         mine = [row for row in rows.values() if setting_of(row) == setting]
         objective, steps, precision = setting
-        print(tabulate(mine, times, f"{objective}, {steps:,} steps, {precision}"))
+        print(tabulate(mine, f"{objective}, {steps:,} steps, {precision}"))
         picture = results.with_name(f"{results.stem}-{objective}-{steps}-{precision}.png")
         draw(picture, mine, times)
+    if times:
+        print(tabulate_times(times))
     for runs in sorted({path.parent.parent for path in work.glob("*/*/samples.png")}):
         draw_samples(runs, results.with_name(f"{results.stem}-{runs.name}-samples.png"))
 
@@ -113,29 +117,51 @@ def read_times(folder):
     return times
 
 
-def tabulate(rows, times, title):
-    """Writes one table as Markdown: of every name the losses and distances of its seeds, and its costs."""
+def tabulate(rows, title):
+    """Writes what all rows of one setting measured as Markdown, by the loss on the first data set: losses and distances, of
+    several seeds the mean and range, and the costs."""
     sets = [data for data in SETS if any(row["data"] == data for row in rows)]
-    tokens = sorted({n for of_name in times.values() for n in of_name})
-    header = ["", *(f"{data}, {what}" for data in sets for what in ("held-out loss", DISTANCE))]
-    header += ["parameters", "million multiply-adds", *(f"{unit}, {n:,} tokens" for unit in ("ms", "MB") for n in tokens)]
+    header = [f"`--mixer`, by its loss on {sets[0]}", *(f"{data}{what}" for data in sets for what in (", loss", ", distance"))]
     lines = []
     for name in [name for name in SIDES if any(row["name"] == name for row in rows)]:
         mine = [row for row in rows if row["name"] == name]
-        cells = [cell([row for row in mine if row["data"] == data], value) for data in sets for value in (loss, distance)]
+        of_sets = [[row for row in mine if row["data"] == data] for data in sets]
+        cells = [cell(of_set, *value) for of_set in of_sets for value in ((loss, ".4f"), (distance, ".1f"))]
         counted = next((row for row in mine if "parameters" in row), None)
-        counts = [f"{counted['parameters']:,}", f"{counted['multiply_adds'] / 1e6:.4g}"] if counted else ["", ""]
-        of_name = [times.get(name, {}).get(n) for n in tokens]
-        measured = [
-            side if isinstance(side, str) else f"{side[what]:.4g}" if what in (side or ()) else ""
-            for what in ("median_ms", "peak_mb")
-            for side in of_name
-        ]
-        lines.append([name, *cells, *counts, *measured])
-    table = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines]]
+        counts = [f"{counted['parameters']:,}", f"{counted['multiply_adds'] / 1e6:,.1f}"] if counted else ["", ""]
+        losses = [loss(row) for row in of_sets[0] if loss(row) is not None]
+        lines.append((mean(losses) if losses else inf, [label(name), *cells, *counts]))
     compared = sorted({(row["data"], *row["compared"]) for row in rows if "compared" in row})
     notes = [f"{data}: {n:,} samples against {against:,} images, {features}" for data, n, against, features in compared]
+    table = markdown([*header, "parameters", "10^6 multiply-adds"], [line for _, line in sorted(lines)])
     return "\n".join([f"**{title}**", "", *table, "", *notes, ""])
+
+
+def tabulate_times(times):
+    """Writes what a training step takes as Markdown, by its time at TOKENS tokens."""
+    tokens = sorted({n for of_name in times.values() for n in of_name})
+    header = [f"`--mixer`, by its time at {TOKENS} tokens", *(f"ms, {n:,} tokens" for n in tokens)]
+    lines = []
+    for name, of_name in [(name, times[name]) for name in SIDES if name in times]:
+        sides = [of_name.get(n, "") for n in tokens]
+        middle = of_name.get(TOKENS, "")
+        cells = [side if isinstance(side, str) else f"{side['median_ms']:,.0f}" for side in sides]
+        if not isinstance(middle, str):
+            cells += [f"{middle['peak_mb']:,.0f}", f"{middle['parameters']:,}", f"{middle['multiply_adds'] / 1e6:,.0f}"]
+        lines.append((inf if isinstance(middle, str) else middle["median_ms"], [label(name), *cells]))
+    header += [f"MB, {TOKENS} tokens", "parameters", f"10^6 multiply-adds, {TOKENS} tokens"]
+    return "\n".join(markdown(header, [line for _, line in sorted(lines)]))
+
+
+def label(name):
+    """Returns how tables call a row: by the flags of its mixer, or in brackets by its system."""
+    side = SIDES[name]
+    _, _, *flags = flags_of(**side)
+    return f"({name})" if side["model"] != DIT else f"`{' '.join(flags[1:]) or 'attention'}`"
+
+
+def markdown(header, lines):
+    return [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines]]
 
 
 def loss(row):
@@ -146,11 +172,11 @@ def distance(row):
     return row.get("metrics", {}).get(DISTANCE)
 
 
-def cell(rows, value):
-    """Writes the mean of the seeds, their range and how many they are, and why others have none."""
+def cell(rows, value, form):
+    """Writes the mean of the seeds, and of several their range and number, and why others have none."""
     values = [value(row) for row in rows if value(row) is not None]
-    spread = f" ({min(values):.4g} to {max(values):.4g}, {len(values)} seeds)" if len(values) > 1 else " (1 seed)"
-    summary = [f"{mean(values):.4g}{spread}"] if values else []
+    spread = f" ({min(values):{form}} to {max(values):{form}}, {len(values)} seeds)" if len(values) > 1 else ""
+    summary = [f"{mean(values):{form}}{spread}"] if values else []
     failures = [f"{row['failure']} (seed {row['seed']})" for row in rows if "failure" in row and value(row) is None]
     return "; ".join(summary + failures)
 

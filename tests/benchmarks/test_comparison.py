@@ -150,9 +150,9 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     printed = capsys.readouterr().out
     assert "\ncifar10: 20 samples against 40 images, some\n" in printed
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
-    assert table[0][:3] == ["cifar10, held-out loss", "cifar10, FD-EfficientNet", "flowers, held-out loss"]
-    assert table[2][:2] == ["attention", "it diverged (seed 0)"]
-    assert table[3][:4] == ["mean", f"{row['held_out_loss']['2']:.4g} (1 seed)", "123.4 (1 seed)", "it diverged (seed 1)"]
+    assert table[0][1:4] == ["cifar10, loss", "cifar10, distance", "flowers, loss"]
+    assert table[2][:4] == ["`mean`", f"{row['held_out_loss']['2']:.4f}", "123.4", "it diverged (seed 1)"]
+    assert table[3][:2] == ["`attention`", "it diverged (seed 0)"]
     with Image.open(tmp_path / "rows-cifar10-flow-2-samples.png") as sheet:
         samples = np.asarray(sheet.convert("RGB"))[:, -8 * every_mixer.SHOWN :]
     assert samples.shape == (8, 8 * every_mixer.SHOWN, 3)
@@ -182,7 +182,27 @@ def test_losses_far_from_the_others_are_drawn_at_the_edges_with_their_values(tmp
 
 def test_seeds_are_summed_up():
     rows = [dict(held_out_loss={"2": loss}, steps=2, seed=seed) for seed, loss in enumerate((0.25, 0.5, 0.75))]
-    assert every_mixer.cell(rows, every_mixer.loss) == "0.5 (0.25 to 0.75, 3 seeds)"
+    assert every_mixer.cell(rows[:1], every_mixer.loss, ".3f") == "0.250"
+    assert every_mixer.cell(rows, every_mixer.loss, ".2f") == "0.50 (0.25 to 0.75, 3 seeds)"
     failed = dict(steps=2, seed=3, failure="it diverged")
-    assert every_mixer.cell([*rows, failed], every_mixer.loss) == "0.5 (0.25 to 0.75, 3 seeds); it diverged (seed 3)"
-    assert every_mixer.cell([], every_mixer.loss) == ""
+    assert every_mixer.cell([*rows, failed], every_mixer.loss, ".1f") == "0.5 (0.2 to 0.8, 3 seeds); it diverged (seed 3)"
+    assert every_mixer.cell([], every_mixer.loss, ".1f") == ""
+
+
+def test_what_does_not_run_stands_last_in_the_table_of_times():
+    ran = dict(median_ms=1234.5, peak_mb=7.6, parameters=8000, multiply_adds=9e6)
+    times = {"mean": {64: ran, 256: "is not built: it does not fit"}, "gate": {64: "out of memory", 256: ran}, "vim": {64: ran}}
+    *_, gate, mean, vim = every_mixer.tabulate_times(times).splitlines()
+    assert gate == "| `pdessm --pde-gate` | out of memory | 1,234 | 8 | 8,000 | 9 |"
+    assert mean == "| `mean` | 1,234 | is not built: it does not fit |"
+    assert vim == "| `vim` | 1,234 |  |"
+
+
+def test_the_page_of_results_has_these_tables():
+    results = ROOT / "reproduce" / "results"
+    rows = [row for row in json.loads((results / "every_mixer.json").read_text()) if row["steps"] == 300]
+    page = (ROOT / "docs" / "results.md").read_text()
+    for table in (every_mixer.tabulate(rows, ""), every_mixer.tabulate_times(every_mixer.read_times(results))):
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len(lines) == 2 + len(SIDES)
+        assert "\n".join(lines) in page
