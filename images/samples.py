@@ -4,7 +4,8 @@ import math
 import os
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,16 +50,26 @@ def make_sheet(images, columns, captions=None):
 def write_captions(grid, captions, columns, height, width):
     """Writes captions into the strips above the images of a grid, (H, W, 3) of NumPy, shortened to where the next begins."""
     picture, places = Image.fromarray(grid), [(i // columns, i % columns) for i in range(len(captions))]
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(CAPTION - 4)
+    pen, captions = ImageDraw.Draw(picture), [" ".join(text.splitlines()) for text in captions]
     for (row, column), text in zip(places, captions):
         same = [there == text for (at, _), there in zip(places, captions) if at == row]
         if column and same[column - 1]:
             continue
-        room = (same[column:] + [False]).index(False) * (width + 2) - 4
+        font, room = caption_font(text), (same[column:] + [False]).index(False) * (width + 2) - 4
         while text and pen.textlength(text, font) > room:
             text = f"{text.removesuffix('…')[:-1].rstrip()}…" if len(text) > 1 else ""
         pen.text((2 + column * (width + 2), 2 + row * (height + 2)), text, fill="black", font=font)
     return np.asarray(picture)
+
+
+def caption_font(text):
+    """Returns Pillow's own font, or, for letters beyond ASCII, which that shows as boxes, matplotlib's if it is installed."""
+    if not text.isascii():
+        with suppress(ImportError, OSError):
+            from matplotlib import get_data_path
+
+            return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), CAPTION - 4)
+    return ImageFont.load_default(CAPTION - 4)
 
 
 class NpzImages:

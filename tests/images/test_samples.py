@@ -195,6 +195,16 @@ def test_a_caption_stands_once_above_its_neighbours_and_in_its_room(tmp_path):
     assert (shown[2:18, 64:68] > 200).all()  # the first is shortened
 
 
+def test_letters_of_other_alphabets_are_told_apart(tmp_path):
+    """Those that a font lacks are all the same box. A name of two lines, which Pillow cannot measure, is written as one."""
+    images, names = torch.full((5, 64, 64, 3), 200, dtype=torch.uint8), ["é", "ö", "Я", "λ", "two\nlines"]
+    save_grid(images, tmp_path / "grid.png", 5, names)
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid.convert("L"))
+    strips = {shown[2:18, x : x + 62].tobytes() for x in range(2, 332, 66)}
+    assert len(strips) == len(names)
+
+
 def test_the_npz_takes_no_memory(tmp_path):
     """Two thousand images of 3 kB are gathered in well under their 6 MB."""
     folder = tmp_path / "images"
