@@ -37,9 +37,11 @@ class PDEPipeline(DiffusionPipeline):
         """
         network, device, n = self.transformer, self._execution_device, len(class_labels)
         known = [self.labels.get(label, label) for label in class_labels]
-        if unknown := [label for label in known if not isinstance(label, int)]:
-            raise ValueError(f"there is no class {unknown[0]!r}; there are {', '.join(self.labels)}")
-        y, null = torch.tensor(known, device=device), torch.full((n,), network.config.num_classes, device=device)
+        classes = network.config.num_classes
+        if unknown := [label for label in known if not (isinstance(label, int) and 0 <= label <= classes)]:
+            known = ", ".join([*self.labels, f"{classes} for none"])
+            raise ValueError(f"there is no class {unknown[0]!r}; known: {known}")
+        y, null = torch.tensor(known, device=device), torch.full((n,), classes, device=device)
         channels = network.config.in_channels
         guided, x = guidance_channels or channels, (n, channels, *network.config.sample_size)
         x = randn_tensor(x, generator=generator, device=device, dtype=network.dtype)
@@ -49,7 +51,7 @@ class PDEPipeline(DiffusionPipeline):
         how = dict(use_clipped_model_output=True) if "use_clipped_model_output" in accepted else {}
         for step in self.progress_bar(self.scheduler.timesteps):
             t = (1000 - step) * self.config.time_scale / 1000 if self.flow else step
-            if guidance_scale == 1 or network.config.num_classes == 0:
+            if guidance_scale == 1 or classes == 0:
                 out = network(x, t.expand(n), y)
             else:
                 out, without = network(x.repeat(2, 1, 1, 1), t.expand(2 * n), torch.cat([y, null])).chunk(2)
