@@ -293,7 +293,7 @@ def test_held_out_images_must_have_the_same_classes(tmp_path, photos):
         (["--image-size", "40", "--vae", "ema"], r"--image-size 40 is not divisible by 32 \(4 of DiT-N/4 x 8 of the VAE\)"),
         (["--global-batch-size", "8", "--grad-accum", "3"], "size 8 is not divisible by 1 processes x 3 of --grad-accum"),
         (["--parallel", "fsdp"], "--parallel fsdp has nothing to shard on one process; start several with torchrun"),
-        (["--global-batch-size", "2000"], "the 1797 images do not fill one batch of --global-batch-size 2000"),
+        (["--global-batch-size", "2000"], "--global-batch-size 2000 is more than there are images: at most 1797"),
         (["--num-classes", "9"], "10 classes, more than --num-classes 9"),
         (["--vae", "/no/vae"], "/no/vae: neither ema, mse, none nor a folder"),
         (["--results-dir", "/proc/version/results"], "--results-dir /proc/version/results: a file is where a folder is needed"),

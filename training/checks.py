@@ -23,7 +23,7 @@ def check(args, processes, dataset, held_out, space):
     if args.parallel == "fsdp" and args.ema_device:
         raise ValueError("--ema-device is not for --parallel fsdp, which leaves every process its part of the averages")
     if len(dataset) < args.global_batch_size:
-        raise ValueError(f"the {len(dataset)} images do not fill one batch of --global-batch-size {args.global_batch_size}")
+        raise ValueError(f"--global-batch-size {args.global_batch_size} is more than there are images: at most {len(dataset)}")
     brings_classes = args.dataset or not dataset.num_classes
     if not brings_classes and isinstance(args.num_classes, Default) and dataset.num_classes != args.num_classes:
         raise ValueError(f"the images have {dataset.num_classes} classes: --num-classes {dataset.num_classes}")
