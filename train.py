@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoints import resume
+from checkpoints.build import check_recognised
 from checkpoints.read import average_of_length
 from diffusion import add_objective_flags, create_objective, objective_settings
 from evaluation.features import NETWORKS
@@ -178,7 +179,7 @@ def settings_of(dataset, named, num_classes, processes):
 def build_model(settings, space):
     """Returns the model of a run's settings with its initial weights, the same on every process."""
     torch.manual_seed(settings["global_seed"])
-    return MODELS[settings["model"]](
+    model = MODELS[settings["model"]](
         settings["image_size"] // space.factor,
         in_channels=space.channels,
         num_classes=settings["num_classes"],
@@ -186,6 +187,8 @@ def build_model(settings, space):
         mixer=settings["mixer"],
         **network_options(settings["model"], settings["mixer"], settings),
     )
+    check_recognised(model, settings["model"], settings["mixer"])
+    return model
 
 
 def begin(args, model, run, changes, rate, processes):

@@ -12,16 +12,19 @@ class Backbone(nn.Module, Pretrained):
     """The base of all networks. Class num_classes is the null class; the first trained_classes (by default all) are those with
     training images, from which samplers draw; class_names is a list of their names, or None.
 
-    A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both sides must be
-    divisible, and resize(input_size). Its forward(x, t, y, drop=None) replaces the classes marked in drop (B,) bool by the null
-    class; if drop is None, it replaces random ones in training. If random_numbers is positive, forward takes that many more
-    uniform numbers in [0, 1) per image in training, as chance (B, random_numbers), or draws them itself if chance is None.
+    Besides its size the constructor takes input_size, in_channels, num_classes, learn_sigma and mixer, which all but DiT refuse
+    (`refuse_mixer`). A backbone has in_channels, out_channels, num_classes, input_size (height, width), stride, by which both
+    sides must be divisible, and resize(input_size). Its forward(x, t, y, drop=None) replaces the classes marked in drop (B,)
+    bool by the null class; if drop is None, it replaces random ones in training. If random_numbers is positive, forward takes
+    that many more uniform numbers in [0, 1) per image in training, as chance (B, random_numbers), or draws them itself if
+    chance is None. It also runs on the meta device, where operations are counted. The state dict holds floating-point numbers;
+    other buffers are registered with persistent=False.
 
     A part of a network, or the network, may have adapted(weights, grid): from the weights of such a part on a grid of (h, w)
     tokens, a dict, it returns those that depend on the grid, as they are on its own grid.
 
     Three class methods need no instance. stride_of(keywords) returns the stride of a network with these arguments.
-    read(weights) returns, from a state dict, the arguments that distinguish the named sizes, and a dict of mixer,
+    read(weights) returns, from a state dict, the arguments that distinguish the named sizes, a dict, and another of mixer,
     mixer_options, num_classes, in_channels and learn_sigma. tokens_of(weights) returns the number of image tokens for which the
     weights have positions, or None if they fit any number. read_from names the weights that these methods need; no other
     backbone has the first of them. class_table names the weight with one row per class and one for the null class.

@@ -12,7 +12,7 @@ import torch
 
 from backbones.parts import NORMS
 from checkpoints.lengths import reconstruct
-from checkpoints.read import load_checkpoint
+from checkpoints.read import FLOATS, load_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from images.autoencoder import open_space
 from machine.files import whole_file
@@ -44,6 +44,21 @@ def settings_from_weights(weights):
             return {"model": name, **settings}
     numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in size.items())
     raise ValueError(f"no {backbone.__name__} is known with {numbers}")
+
+
+def check_recognised(model, name, mixer):
+    """Raises a ValueError, before it is trained in vain, for a network that no command could read from a checkpoint."""
+    weights = model.state_dict()
+    if other := [key for key, w in weights.items() if w.dtype not in FLOATS]:
+        raise ValueError(
+            f"{other[0]} is {weights[other[0]].dtype}, and commands read only floating-point numbers from a checkpoint: "
+            "register such a buffer with persistent=False"
+        )
+    found = settings_from_weights(weights) if backbone_of(weights) else dict(model="no network", mixer=mixer)
+    if found["model"] != name or kind_of(found["mixer"]) is not kind_of(mixer):
+        taken = f"would be taken for those of {found['model']} with {found['mixer']}"
+        where = "see `read` in mixers/options.py and backbones/__init__.py"
+        raise ValueError(f"the weights of {name} with the mixer {mixer} {taken}: {where}")
 
 
 def stated_settings(stored, path):

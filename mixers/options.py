@@ -15,7 +15,8 @@ def check_numbers(name, **numbers):
 class Option:
     """A keyword of a mixer's constructor, which is also a flag of the commands.
 
-    flag:        arguments of add_argument besides name and help: type, choices, nargs, action.
+    flag:        arguments of add_argument besides name and help: type, choices, nargs, action. A default is the constructor's
+                 alone: of a flag that is not given the value is None or False.
     conditioned: whether it is only for this project's blocks: it makes the mixer take their conditioning vector, or changes
                  attention, which other people's models already have.
     called:      its flag, if that is not --<mixer>-<name>.
@@ -34,12 +35,15 @@ class Mixer:
 
     name:    its flags are --<name>-<option>.
     build:   a class with the constructor of timm's Attention that maps (B, N, D) to (B, N, D), or a function that makes one.
-             If it takes `grid_size`, it is given the (h, w) of its tokens; if `layer`, the number of its block. If its
-             `conditioned` is true, it gets the blocks' conditioning vector (B, D) as second argument. DiT's initialisation
-             walks over all nn.Linear, and then calls the mixer's `initialize()` if it has one. If it has weights that depend
-             on the grid, its `adapted(weights, grid)` returns them, from those of a layer for another grid (h, w), a dict, as
-             they are on its own.
-    read:    returns the options that a layer's state dict reveals, or None if the weights are not those of this mixer.
+             If it takes `grid_size`, it is given the (h, w) of its tokens, and its attribute of that name is set for images of
+             another size; if `layer`, it is given the number of its block. If its `conditioned` is true, it gets the blocks'
+             conditioning vector (B, D) as second argument. DiT's initialisation walks over all nn.Linear, and then calls the
+             mixer's `initialize()` if it has one. If it has weights that depend on the grid, its `adapted(weights, grid)`
+             returns them, from those of a layer for another grid (h, w), a dict, as they are on its own. It also runs on the
+             meta device, where operations are counted. Its state dict holds floating-point numbers; other buffers are
+             registered with persistent=False.
+    read:    returns the options that a layer's state dict reveals by names and shapes, or None if the weights are not those of
+             this mixer. The first in KINDS that returns a dict is taken: a mixer with attention's `qkv` stands before that.
     presets: names for --mixer, with the options that each sets; by default only the mixer's own name.
     check:   raises a ValueError for options (a dict) that conflict.
     told_as: for an option that weights do not show, the one that they show instead: {"expand": "state_dim"}, since weights have

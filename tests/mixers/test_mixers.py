@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -91,3 +92,24 @@ def test_the_flags_of_another_mixer_are_named(blur):
     args = train.parse_args([*QUICK, "--mixer", "pdessm", "--blur-times", "2", "--pde-gate"])
     with pytest.raises(ValueError, match=r"^--blur-times means nothing to --mixer pdessm$"):
         mixer_options(args.mixer, vars(args))
+
+
+class Ordered(Blur):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.register_buffer("order", torch.arange(4))
+
+
+def test_weights_that_no_command_could_read_are_refused_before_training(tmp_path, blur, monkeypatch):
+    """Blur has the names of attention, too, which is asked first here."""
+    train_blur = partial(fit, tmp_path / "r", "--max-steps", 1, "--global-batch-size", 8, "--mixer", "blur")
+    monkeypatch.setattr(mixers, "KINDS", (*KINDS, mixers.KINDS[0]))
+    with pytest.raises(ValueError, match="DiT-N/4 with the mixer blur would be taken for those of DiT-N/4 with attention: see"):
+        train_blur()
+    monkeypatch.setattr("models.BACKBONES", ())
+    with pytest.raises(ValueError, match="would be taken for those of no network with blur: see"):
+        train_blur()
+    monkeypatch.setitem(MIXERS, "blur", Ordered)
+    with pytest.raises(ValueError, match=r"^blocks\.0\.attn\.order is torch\.int64, .*: register .* with persistent=False$"):
+        train_blur()
+    assert not (tmp_path / "r").exists()
