@@ -187,6 +187,45 @@ def test_classifier_guidance_shifts_the_mean(loop):
     assert x.mean() == pytest.approx(strength, abs=0.05)
 
 
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_loops_pass_on_what_they_are_given(loop):
+    """A gradient sees what the network sees: timesteps of training, and its other inputs. The last step goes to the changed
+    image."""
+    diffusion, x, seen = create_diffusion("4"), torch.randn(2, 3, 4, 4), []
+
+    def model(x, t, y):
+        seen.append((t.tolist(), y))
+        return network(x, t)
+
+    def gradient(x, t, y):
+        seen.append((t.tolist(), y))
+        return torch.zeros_like(x)
+
+    options = dict(cond_fn=gradient, denoised_fn=lambda x: torch.full_like(x, 0.25), model_kwargs=dict(y=3))
+    out = getattr(diffusion, loop)(model, x.shape, x, **options)
+    assert seen == [([t, t], 3) for t in (999, 666, 333, 0) for _ in range(2)]
+    torch.testing.assert_close(out, torch.full_like(x, 0.25))
+
+
+def test_ddim_at_eta_1_is_ddpm_with_the_variance_of_the_posterior():
+    diffusion, x = create_diffusion("10", learn_sigma=False, sigma_small=True), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def end(loop, **options):
+        torch.manual_seed(1)
+        return getattr(diffusion, loop)(lambda x, t: network(x, t)[:, :3], x.shape, x, **options)
+
+    torch.testing.assert_close(end("ddim_sample_loop", eta=1.0), end("p_sample_loop"))
+
+
+@pytest.mark.parametrize(("loop", "options"), LOOPS)
+def test_noise_is_drawn_once_per_step(loop, options):
+    """Also where it is not used, so that what is drawn next does not depend on the sampler."""
+    drawn = []
+    how = dict(device="cpu", randn_like=lambda x: drawn.append(1) or torch.randn_like(x))
+    getattr(create_diffusion("5"), loop)(network, (1, 3, 2, 2), **how, **options)
+    assert len(drawn) == 5
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS.values())
 @pytest.mark.parametrize("steps", [1, 2, 3, 999, 1000])
 def test_every_number_of_steps_begins_at_noise(sampler, steps):
@@ -224,10 +263,13 @@ def test_one_step_goes_straight_to_the_clean_image(loop):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_step_has_a_variance():
-    diffusion, x = create_diffusion("1"), torch.randn(2, 3, 4, 4)
-    found = diffusion.p_mean_variance(network, x, torch.zeros(2, dtype=torch.long))
-    torch.testing.assert_close(found["variance"], torch.full_like(x, diffusion.betas.item()), rtol=1e-4, atol=0)
+@pytest.mark.parametrize(("steps", "fixed"), [("1", {}), *((n, dict(sigma_small=s)) for n in "14" for s in (False, True))])
+def test_the_last_step_has_a_variance(steps, fixed):
+    """Its posterior has none: if fixed, that of the step before it, or beta where there is none."""
+    diffusion, x = create_diffusion(steps, learn_sigma=not fixed, **fixed), torch.randn(2, 3, 4, 4)
+    found = diffusion.p_mean_variance(lambda x, t: network(x, t)[:, : 3 if fixed else 6], x, torch.zeros(2, dtype=torch.long))
+    expected = diffusion.posterior_variance[1] if steps == "4" else diffusion.betas[0]
+    torch.testing.assert_close(found["variance"], torch.full_like(x, expected.item()), rtol=1e-4, atol=0)
 
 
 def test_the_bound_does_not_train_the_mean():

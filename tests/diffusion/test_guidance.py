@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion import create_diffusion, create_flow
-from diffusion.guidance import Guidance, guided
+from diffusion.guidance import Guidance, acts, guided
 from models import DiT_models
 
 
@@ -78,3 +78,10 @@ def test_a_guide_may_be_of_any_type(randomize, kind):
     led = network(torch.randn(2, 3, 8, 8).to(kind), t.to(kind), y)
     assert led.dtype == kind
     assert led.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", [create_flow(), create_flow(time_scale=1), create_diffusion("10")])
+def test_a_part_of_the_way_is_that_of_the_time_that_the_network_sees(objective):
+    way = torch.tensor([0.2, 0.4, 0.6])
+    t = way * objective.time_scale if hasattr(objective, "time_scale") else 1000 * (1 - way)
+    assert acts(Guidance(2.5, None, (0.3, 0.5)), objective, t).tolist() == [False, True, False]
