@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from mixers import build_mixer
 from mixers.lamamba import LaMambaMixer
 from models import DiT
 
 
 def test_the_windows_see_what_the_scan_has_added():
     mixer, u = LaMambaMixer(16, 4, grid_size=(4, 6), layer=1, window_size=4), torch.randn(2, 24, 16)
-    stream = u + mixer.op(u)
+    scan = build_mixer("ss2d-lamamba", 16, 4, (4, 6), 1)
+    scan.load_state_dict(mixer.op.state_dict())
+    stream = u + scan(u)
     torch.testing.assert_close(mixer(u), stream + mixer.attn(mixer.norm_swin(stream)) - u)
     assert mixer.attn.shifted
 

@@ -62,15 +62,15 @@ def test_mamba_sees_what_came_before_and_vim_everything():
 
 
 @torch.no_grad()
-def test_zigzags_are_mamba_along_a_path_of_their_layer():
-    """Layer 9 runs as layer 1 does: by columns from the top left, every second one upwards."""
-    tokens = torch.randn(2, 6, 16)
-    mixer = Mamba(16, zigzag=True, grid_size=(2, 3), layer=9)
-    path = torch.tensor([0, 3, 4, 1, 2, 5])
+@pytest.mark.parametrize(("layer", "path"), [(9, [0, 3, 4, 1, 2, 5]), (5, [3, 0, 1, 4, 5, 2])])
+def test_zigzags_are_mamba_along_a_path_of_their_layer(layer, path):
+    """Layer 9 runs as layer 1 does: by columns from the top left, every second one upwards; layer 5 from the bottom left."""
+    tokens, path = torch.randn(2, 6, 16), torch.tensor(path)
+    mixer = Mamba(16, zigzag=True, grid_size=(2, 3), layer=layer)
     plain = Mamba(16)
     plain.load_state_dict(mixer.state_dict())
     torch.testing.assert_close(mixer(tokens)[:, path], plain(tokens[:, path]))
-    mixer.grid_size = (1, 6)
+    mixer.grid_size = (1, 6)  # up and down are one
     torch.testing.assert_close(mixer(tokens), plain(tokens))
 
 

@@ -15,6 +15,8 @@ from commands import QUICK, ROOT, draw, fit
 from machine.flags import positive
 from mixers import KINDS, MIXERS, build_mixer, mixer_options, pde
 from mixers.options import Mixer, Option
+from mixers.plainmamba import PlainMamba
+from mixers.ss2d import SS2D
 from pde_ssm import PDESSM
 
 
@@ -45,6 +47,25 @@ def test_no_images_are_no_mistake(name):
 def test_what_are_no_tokens_is_named(name, tokens):
     with pytest.raises(ValueError, match=r"it got |got 0 tokens"):
         build_mixer(name, 16, 4, (4, 4), 0)(tokens)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_weights_in_half_precision_work_too(name):
+    mixer, tokens = build_mixer(name, 16, 4, (4, 4), 0).bfloat16(), torch.randn(2, 16, 16, dtype=torch.bfloat16)
+    out = mixer(tokens)
+    out.float().square().sum().backward()
+    expected = mixer.double()(tokens.double())
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("build", [SS2D, PlainMamba])
+def test_pictures_are_scanned_in_float32_under_autocast(build):
+    """With all that is computed of the tokens on the way to the scan."""
+    mixer, x = build(8, grid_size=(3, 4)), torch.randn(2, 12, 16)
+    expected = mixer.scan(x.bfloat16().float(), (3, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixer.scan(x.bfloat16(), (3, 4)), expected)
 
 
 def test_the_tables_in_the_docs_have_every_option():

@@ -80,3 +80,20 @@ def test_parameters_have_the_default_type():
         assert mixer(torch.randn(1, 6, 8)).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_layer_with_a_limit_is_one_without_the_states_beyond_it():
+    """Of a finer grid of the same picture there are fewer, since its tokens can follow faster waves."""
+    limited, plain = (S4ND(4, grid_size=(4, 6), state_dim=8, bandlimit=limit).double() for limit in (0.7, None))
+    steps = torch.tensor([[0.05], [0.3], [1.0], [2.0]], dtype=torch.float64)
+    for kernel in limited.kernel:
+        kernel.inv_dt.data = steps.log()
+    for finer, states in ((1, 9), (2, 11)):
+        kept = steps / finer * torch.arange(4) / 2 < 0.35
+        assert kept.sum() == states
+        plain.load_state_dict(limited.state_dict())
+        for kernel in plain.kernel:
+            kernel.C.data *= kept[..., None]
+        plain.grid_size = limited.grid_size = (4 * finer, 6 * finer)
+        u = torch.randn(2, 24 * finer**2, 4, dtype=torch.float64)
+        torch.testing.assert_close(limited(u), plain(u))

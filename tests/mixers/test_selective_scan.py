@@ -356,6 +356,19 @@ def test_the_kernel_of_mamba_serves_once_it_agrees(mamba_ssm):
     assert lengths == [77, 5, 5]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_the_kernel_of_mamba_computes_the_same_scan(mamba_ssm, softplus, reverse):
+    lengths, how = [], dict(delta_softplus=softplus, reverse=reverse)
+    mamba_ssm(lambda u, *others, **more: lengths.append(u.shape[2]) or selective_scan_reference(u, *others, **more))
+    given = random_inputs(2, 6, 5, 3, dtype=torch.float32)
+    torch.testing.assert_close(selective_scan(**given, **how), selective_scan_reference(**given, **how))
+    assert lengths == [77, 5]
+    set_backend("torch")
+    selective_scan(**given, **how)
+    assert lengths == [77, 5]  # nor where PyTorch's operations are asked for
+
+
 @pytest.mark.parametrize(
     ("shape", "taken"),
     [
