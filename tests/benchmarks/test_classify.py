@@ -87,3 +87,23 @@ def test_augmented_images_are_moved_by_at_most_four_pixels():
     assert set(rows.tolist()) == set(range(12, 21))
     assert set(columns.tolist()) == set(range(11, 21))  # 16, or mirrored 15, and up to 4 either way
     assert columns.float().mean() == pytest.approx(15.5, abs=0.3)  # half of them are mirrored
+
+
+def test_test_images_are_read_as_they_are(folders):
+    images, classes = classify.read(folders, held_out=True)
+    assert classes.tolist() == 20 * [0] + 20 * [1]
+    with Image.open(folders / "test" / "0" / "0.png") as image:
+        assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(image))
+
+
+@pytest.mark.usefixtures("quick")
+def test_training_sees_every_image_once_before_it_begins_again_and_augmented():
+    """Images of one grey each: their centre tells which they are, and zeros along an edge that they were moved."""
+    seen = []
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = (torch.arange(40, dtype=torch.uint8) + 100).view(40, 1, 1, 1).expand(40, 3, 32, 32)
+    classify.train(model, images, torch.zeros(40, dtype=torch.long), 2, 0)
+    seen = torch.cat(seen)
+    assert len(seen[:, 0, 16, 16].unique()) == 2 * classify.BATCH
+    assert (seen == -1).any()

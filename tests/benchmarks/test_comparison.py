@@ -180,6 +180,21 @@ def test_losses_far_from_the_others_are_drawn_at_the_edges_with_their_values(tmp
     assert written == pytest.approx({"attention": 0.5, "mean": 0.52, "mamba": 0.48} | far)
 
 
+OTHER = dict(data="flowers", name="mean", seed=1, steps=4, objective="diffusion", precision="bf16")
+
+
+@pytest.mark.parametrize("other", [{name: value} for name, value in OTHER.items()], ids=str)
+def test_a_new_row_takes_the_place_of_none_but_its_own(tmp_path, monkeypatch, other):
+    monkeypatch.setattr(every_mixer, "draw", lambda *_: None)
+    row = dict(data="cifar10", name="attention", seed=0, steps=2, objective="flow", failure="it diverged")
+    results, again = tmp_path / "rows.json", tmp_path / "work" / "a" / "b" / "row.json"
+    results.write_text(json.dumps([row, row | other]))
+    again.parent.mkdir(parents=True)
+    again.write_text(json.dumps(row | dict(failure="it is too large")))
+    every_mixer.collect(tmp_path / "work", results)
+    assert json.loads(results.read_text()) == [row | dict(failure="it is too large"), row | other]
+
+
 def test_seeds_are_summed_up():
     rows = [dict(held_out_loss={"2": loss}, steps=2, seed=seed) for seed, loss in enumerate((0.25, 0.5, 0.75))]
     assert every_mixer.cell(rows[:1], every_mixer.loss, ".3f") == "0.250"

@@ -266,18 +266,18 @@ def test_errors_at_other_sizes_of_a_network_without_classes(checkpoint, images, 
 
 
 def test_errors_at_other_sizes_are_at_times_that_the_network_knows(checkpoint, images, monkeypatch):
-    """Of which SiT's are not multiplied."""
+    """Of which SiT's are not multiplied. They are not moved towards the noise: errors of all runs are of the same times."""
     path, seen = checkpoint(objective="flow", num_classes=0), []
     contents = torch.load(path)
-    save_checkpoint(path, **contents | dict(args=contents["args"] | dict(time_scale=1)))
+    save_checkpoint(path, **contents | dict(args=contents["args"] | dict(time_scale=1, time_shift=3.0)))
 
     def held_out_loss(model, dataset, objective, *_, **__):
-        seen.append(objective.time_scale)
+        seen.append((objective.time_scale, objective.time_shift))
         return dict(mse=0)
 
     monkeypatch.setattr(resolution, "held_out_loss", held_out_loss)
     resolution.main(path, images, [8])
-    assert seen == [1, 1]
+    assert seen == [(1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("predict", ["velocity", "x"])
