@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pde_ssm import PDESSM, TERMS
+from pde_ssm import COUPLINGS, PDESSM, TERMS
 
 
 def test_initial_scales_span_half_a_token_to_a_quarter_of_the_image():
@@ -45,3 +45,19 @@ def test_initial_pairs_of_channels_weigh_as_much_as_the_channel_itself(terms):
     torch.testing.assert_close(pde.equation.g0[0], weight)
     expected = own + (1 - own) / 8 if "reaction" in terms else torch.ones(8, 8)
     torch.testing.assert_close((tau * r[0]).exp(), expected)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("grid", [(4, 16), (16, 4)], ids=str)
+def test_a_token_is_one_of_the_longer_side(grid, coupling):
+    torch.manual_seed(1)
+    square = PDESSM(8, grid_size=(16, 16), coupling=coupling).state_dict()
+    torch.manual_seed(1)
+    oblong = PDESSM(8, grid_size=grid, coupling=coupling).state_dict()
+    assert all(torch.equal(square[name], oblong[name]) for name in square)
+
+
+def test_every_component_has_all_scales_in_an_order_of_its_own():
+    scales = PDESSM(32, components=3).equation.log_lx.detach()
+    assert torch.equal(scales.sort(1).values, scales[:1].sort(1).values.expand(3, 32))
+    assert len({tuple(row) for row in scales.tolist()}) == 3

@@ -332,10 +332,14 @@ def test_below_the_bound_r_is_what_its_parameter_says(options):
     equation = random_operator(4, **options).equation
     equation.log_tau += 0.5
     if options["coupling"] == "coupled":
-        expected = R_MAX * torch.eye(equation.r_root.shape[-1], dtype=f64) - equation.r_root @ equation.r_root.mT
+        root = equation.r_root.mul_(0.85)
+        expected = R_MAX * torch.eye(root.shape[-1], dtype=f64) - root @ root.mT
     else:
-        expected = R_MAX - torch.nn.functional.softplus(equation.r_slack)
+        expected = R_MAX - torch.nn.functional.softplus(equation.r_slack.sub_(0.5))
     torch.testing.assert_close(equation.coefficients()[2], expected, rtol=0, atol=0)
+    equation.log_tau[0] = 5  # which lowers the rates of its own channel or group alone
+    kept = equation.coefficients()[2] == expected
+    assert [part.all().item() for part in (kept[:1], kept[1:])] == [False, True]
 
 
 @pytest.mark.parametrize("coupling", ["pairwise", "coupled"])

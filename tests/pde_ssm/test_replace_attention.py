@@ -268,6 +268,11 @@ def test_any_class_may_take_attentions_place(capsys):
     assert "replaced 2 attention layers" in capsys.readouterr().out
 
 
+def test_an_option_counts_more_than_the_presets():
+    pde = replace_attention(nn.Sequential(Attention(16)), "pdessm-g", components=2)[0].pde
+    assert (pde.equation.components, pde.gate is None) == (2, False)
+
+
 def test_a_mixer_that_asks_is_told_its_layer_and_heads():
     model = timm.create_model("vit_tiny_patch16_224", depth=3, class_token=False, global_pool="avg")
     replace_attention(model, MIXERS["window"])
