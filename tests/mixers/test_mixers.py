@@ -17,7 +17,7 @@ from mixers import KINDS, MIXERS, build_mixer, mixer_options, pde
 from mixers.options import Mixer, Option
 from mixers.plainmamba import PlainMamba
 from mixers.ss2d import SS2D
-from pde_ssm import PDESSM
+from pde_ssm import PDESSM, PDESSMBlock
 
 
 def declared_flags():
@@ -90,6 +90,15 @@ class Blur(Attention):
 
 def read(weights):
     return dict(wide=len(weights["extra.bias"]) > weights["extra.weight"].shape[1]) if "extra.weight" in weights else None
+
+
+def test_options_of_a_class_are_those_that_it_names_unless_it_takes_any():
+    assert build_mixer(Blur, 16, 4, (4, 4), 0, times=2).times == 2
+    with pytest.raises(ValueError, match=r"has no option time$"):
+        build_mixer(Blur, 16, 4, (4, 4), 0, time=2)
+    assert build_mixer(PDESSMBlock, 16, 4, (2, 8), 0, gate=True).grid_size == (2, 8)
+    with pytest.raises(TypeError, match="time"):
+        build_mixer(PDESSMBlock, 16, 4, (4, 4), 0, time=2)
 
 
 @pytest.fixture

@@ -91,14 +91,15 @@ def test_any_number_of_channels_and_states(E, N, groups, dtype, everything, back
     assert_close(results, exactly(given, everything), 3e-6 if dtype == torch.float32 else 1e-13)
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize(("scale", "less"), [(1e-4, 0), (1.0, 0), (1e2, 0), (1e4, 0), (1.0, 12)])
 @backends
-def test_slow_and_stiff_channels_in_float32(scale, backend):
-    """exp(delta A) from one but for its last digits to none at all, also where softplus is a straight line."""
+def test_slow_and_stiff_channels_in_float32(scale, less, backend):
+    """exp(delta A) from one but for its last digits to none at all, also where softplus is a straight line, or next to none."""
     set_backend(backend)
     given = random_inputs(1, 20, 40, 4, dtype=torch.float32)
     with torch.no_grad():
         given["delta"] *= scale
+        given["delta_bias"] -= less
     assert_close(values_and_gradients(selective_scan, given), exactly(given), 2e-5)
 
 

@@ -75,6 +75,7 @@ def test_a_state_of_another_size_is_projected_back(coupling):
     assert pde(torch.randn(2, 6, 3, 4)).shape == (2, 6, 3, 4)
     assert PDESSM(6, coupling=coupling, state_dim=6).out is None
     assert PDESSM(6, coupling=coupling, expand=4 / 3).R.weight.shape == (8, 6)
+    assert PDESSM(10, coupling=coupling, expand=7 / 6).R.weight.shape == (12, 10)  # the nearest number
 
 
 def test_groups_by_default():
