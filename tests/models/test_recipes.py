@@ -39,6 +39,18 @@ def test_scores_of_rope_depend_on_differences_of_places_alone(qk_norm):
 
 
 @torch.no_grad()
+def test_rope_leaves_tokens_off_the_grid_as_they_are():
+    """They come first; what the others are to one another is what it is without them."""
+    layer, x = build(32, 2, True, grid_size=(3, 5), positions="rope", prefix_tokens=2), torch.randn(1, 17, 32)
+    plain, alone = build(32, 2, True), build(32, 2, True, grid_size=(3, 5), positions="rope")
+    for other in (plain, alone):
+        other.load_state_dict(layer.state_dict())
+    found = scores(layer, x)
+    torch.testing.assert_close(found[:, :, :2, :2], scores(plain, x[:, :2]))
+    torch.testing.assert_close(found[:, :, 2:, 2:], scores(alone, x[:, 2:]))
+
+
+@torch.no_grad()
 def test_rope_keeps_places_in_the_picture_on_other_grids():
     layer = build(32, 2, True, grid_size=(4, 6), positions="rope")
     x = torch.randn(1, 1, 32)
