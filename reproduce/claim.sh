@@ -22,6 +22,17 @@ whole_numbers() {
     done
 }
 
+# known_words NAME WHAT KNOWN...: ends the script if this variable has a word that is none of the KNOWN, which are WHAT.
+known_words() {
+    local word
+    for word in ${!1:-}; do
+        if [[ " ${*:3} " != *" $word "* ]]; then
+            echo "$1=$word is none of $2: ${*:3}" >&2
+            exit 2
+        fi
+    done
+}
+
 # claim FOLDER DATA [SETTINGS]: makes the folder of a script's runs, or ends the script if DATA does not exist, or if the folder
 # holds runs on other data or with other settings, which would be mistaken for finished ones.
 claim() {

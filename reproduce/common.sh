@@ -41,7 +41,7 @@ if [ -n "${IMAGES_OF:-}" ]; then
     IMAGES_OF=$(realpath "$IMAGES_OF")
 fi
 begin "[SCALE=small] bash $0 DATA" "$@"
-table=$(basename "$0" .sh) systems=""
+table=$(basename "$0" .sh) systems=()
 SCALE=${SCALE:-full} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32} PYTHON=${PYTHON:-python}
 if [ "$SCALE-$OBJECTIVE" = small-flow ] && [ "${SIZE:-32}" -ge 64 ]; then PREDICT=${PREDICT:-x}; fi
 other=${SIZE:+-$SIZE}${PREDICT:+-$PREDICT}${BATCH:+-$BATCH}
@@ -83,10 +83,14 @@ recipe() {
     metrics=()
 }
 
-# system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system, with flags of train.py of its own
+# system NAME FULL_MODEL SMALL_MODEL FLAGS...: one system of the table, with flags of train.py of its own
 system() {
+    systems+=("$*")
+}
+
+# run_system NAME FULL_MODEL SMALL_MODEL FLAGS...: trains, samples, evaluates and records it with every seed
+run_system() {
     local name=$1 model=$2 seed run samples
-    systems+=" $name"
     if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return; fi
     if [ "$SCALE" = small ]; then model=${3/#DiT-N\/4/DiT-N\/$((${SIZE:-32} / 8))}; fi
     for seed in $SEEDS; do
@@ -132,18 +136,14 @@ all_systems() {
     pde_system PDE-SSM-DiT "$1" DiT-N/4
     system PDE-SSM-DiT-g "$1" DiT-N/4 --mixer pdessm-g
     system PDE-SSM-DiT-gla "$1" DiT-N/4 --mixer pdessm-gla --lr-coefficients 5
-    show_table
+    run_table
 }
 
-# show_table: prints the table. A name in ONLY that no system has ends the script instead.
-show_table() {
-    local name
-    for name in ${ONLY:-}; do
-        if [[ " $systems " != *" $name "* ]]; then
-            echo "ONLY=$name is none of this table's systems:$systems" >&2
-            exit 2
-        fi
-    done
+# run_table: runs the systems and prints the table. A name in ONLY that no system has ends the script before any work.
+run_table() {
+    local system
+    known_words ONLY "this table's systems" "${systems[@]%% *}"
+    for system in "${systems[@]}"; do run_system $system; done
     "$PYTHON" -m reproduce.tables "$ROWS"
 }
 

@@ -100,15 +100,7 @@ record() {
         --collect "$WORK" "$RESULTS" > "$WORK/table.md"
 }
 
-if [ -n "${ONLY:-}" ]; then
-    known=" $("$PYTHON" -m reproduce.every_mixer --names 4 | cut -f 1 | tr '\n' ' ')"
-    for name in $ONLY; do
-        if [[ "$known" != *" $name "* ]]; then
-            echo "ONLY=$name is none of the rows:$known" >&2
-            exit 2
-        fi
-    done
-fi
+if [ -n "${ONLY:-}" ]; then known_words ONLY "the rows" $("$PYTHON" -m reproduce.every_mixer --names 4 | cut -f 1); fi
 for seed in ${SEEDS:-0 1 2}; do
     if [ -n "$CIFAR10" ]; then compare cifar10 "$CIFAR10" 4 "$CIFAR10/test" --image-size 32 --num-classes 10; fi
     if [ -n "$FLOWERS" ]; then

@@ -30,12 +30,7 @@ run() {
     echo "${*//"$data"/DATA}" >> "results/grids/$set.txt"
 }
 
-for set in ${SETS:-digits cifar10}; do
-    if [ "$set" != digits ] && [ "$set" != cifar10 ]; then
-        echo "SETS=$set is neither digits nor cifar10" >&2
-        exit 2
-    fi
-done
+known_words SETS "the sets" digits cifar10
 claim results/grids "$data" "${STEPS:+, STEPS=$STEPS}"
 for set in ${SETS:-digits cifar10}; do
     patch=2

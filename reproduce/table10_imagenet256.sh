@@ -6,4 +6,4 @@ recipe imagenet256 256 300000 50000 --vae ema
 if [ "$SCALE" = full ]; then cfg=1.5; fi
 system DiT DiT-S/2 DiT-N/4
 pde_system PDE-SSM-DiT DiT-S/2 DiT-N/4
-show_table
+run_table

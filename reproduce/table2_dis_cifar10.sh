@@ -10,4 +10,4 @@ recipe cifar10 32 500000 50000 --vae none --val-path "$data" --uncond --global-b
 system DiS DiS-S/2 DiS-N/4
 system U-ViT U-ViT-S/2 U-ViT-N/4
 system PDE-SSM-DiT-g DiT-S/2 DiT-N/4 --mixer pdessm-g
-show_table
+run_table

@@ -5,9 +5,10 @@
 OBJECTIVE=${OBJECTIVE:-diffusion}
 source "$(dirname "$0")/common.sh"
 recipe imagenet256 256 400000 50000 --global-batch-size 256 --lr 1e-4
+known_words SIZES "the paper's sizes" S B XL
 for size in ${SIZES:-S}; do
     system "LaMamba-$size" "LaMamba-$size" LaMamba-N
     system "DiT-$size" "DiT-$size/2" DiT-N/4
     system "PDE-SSM-DiT-g-$size" "DiT-$size/2" DiT-N/4 --mixer pdessm-g
 done
-show_table
+run_table

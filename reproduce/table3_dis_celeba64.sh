@@ -9,4 +9,4 @@ recipe celeba 64 500000 50000 --vae none --global-batch-size 128 --lr 1e-4 --war
 system DiS DiS-S/2 DiS-N/4
 system U-ViT U-ViT-S/4 U-ViT-N/4
 system PDE-SSM-DiT-g DiT-S/2 DiT-N/4 --mixer pdessm-g
-show_table
+run_table

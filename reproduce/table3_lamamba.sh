@@ -9,4 +9,4 @@ system LaMamba LaMamba-S LaMamba-N
 system without-attention LaMamba-S-none LaMamba-N-none
 system without-shifts LaMamba-S-unshifted LaMamba-N-unshifted
 system global-attention LaMamba-S-global LaMamba-N-global
-show_table
+run_table

@@ -8,4 +8,4 @@ source "$(dirname "$0")/common.sh"
 recipe celeba-hq 256 400000 30000 --vae ema --global-batch-size 64 --lr 5e-4
 system DiT DiT-S/2 DiT-N/4
 system PDE-SSM-DiT-diagonal DiT-S/2 DiT-N/4 --mixer pdessm --pde-coupling diagonal --pde-state-dim 64
-show_table
+run_table

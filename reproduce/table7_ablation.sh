@@ -10,4 +10,4 @@ pde_system Diffusion+Convection DiT-M/4 DiT-N/4 --pde-terms diffusion convection
 pde_system Convection DiT-M/4 DiT-N/4 --pde-terms convection
 pde_system Diffusion DiT-M/4 DiT-N/4 --pde-terms diffusion
 pde_system Reaction DiT-M/4 DiT-N/4 --pde-terms reaction
-show_table
+run_table

@@ -75,9 +75,21 @@ def test_numbers_that_are_none_are_named_before_the_work(tmp_path, script, name,
     assert (done.returncode, done.stderr) == (2, f"{name}={value} is not a whole number from 1\n")
 
 
+@pytest.mark.parametrize(("script", "name"), [("table1_cifar10.sh", "ONLY"), ("table2_lamamba.sh", "SIZES")])
+def test_one_wrong_name_among_others_is_named_before_the_work(tmp_path, script, name):
+    (tmp_path / "python").write_text(PRETENDER)
+    (tmp_path / "python").chmod(0o755)
+    flags = dict(PYTHON=str(tmp_path / "python"), SEEN=str(tmp_path / "seen"), SCALE="small", PROCESSES="1")
+    right = {"ONLY": "DiT", "SIZES": "S"}[name]
+    done = run_script(script, tmp_path, tmp_path, **flags, **{name: f"{right} tiny"})
+    assert done.returncode == 2
+    assert f"{name}=tiny is none of" in done.stderr
+    assert not (tmp_path / "seen").exists()
+
+
 def test_a_set_of_grids_that_there_is_not_is_named(tmp_path):
     done = run_script("grids.sh", tmp_path, tmp_path, PYTHON="false", SETS="digit")
-    assert (done.returncode, done.stderr) == (2, "SETS=digit is neither digits nor cifar10\n")
+    assert (done.returncode, done.stderr) == (2, "SETS=digit is none of the sets: digits cifar10\n")
 
 
 def test_the_overlays_script_ends_with_what_fails(tmp_path):
