@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.flags import parse_args
 from benchmarks.timing import sample_ms
-from machine.files import whole_file
+from machine.files import alone_in, whole_file
 from machine.precision import count_cores
 from pde_ssm_kernels import gpu, tiles
 from pde_ssm_kernels.tiles import Tile
@@ -49,8 +49,8 @@ def main(device, table):
 
 def write(table, name, found):
     """Writes what was found on a GPU into a table, beside what others have there."""
-    others = json.loads(table.read_text()) if table.exists() else {}
-    with whole_file(table, "table") as file:
+    with alone_in(table.parent), whole_file(table, "table") as file:
+        others = json.loads(table.read_text()) if table.exists() else {}
         entries = ",\n".join(f"{json.dumps(card)}: {json.dumps(entry)}" for card, entry in (others | {name: found}).items())
         file.write(f"{{\n{entries}\n}}\n".encode())
 

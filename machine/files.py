@@ -41,6 +41,21 @@ def partial_path(path):
     return Path(f"{path}.{os.uname().nodename}.{os.getpid()}.partial")
 
 
+@contextmanager
+def alone_in(folder):
+    """Waits until no other process holds this folder so, and holds it to the end: for a file there that is read, changed and
+    written. It leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems lock no folders
+            logger.warning(f"Another process may write to {folder} at the same time: it cannot be locked ({error})")
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_json(path, contents, what):
     """Writes plain values as JSON that is whole or not there."""
     with whole_file(path, what) as file:

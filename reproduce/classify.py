@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import time_in_turns
 from images.dataset import load_dataset
-from machine.files import write_json
+from machine.files import alone_in, write_json
 from machine.flags import not_negative, positive
 from machine.processes import launch
 from pde_ssm import PRESETS, replace_attention
@@ -128,7 +128,8 @@ def main(data, mixers, seeds, steps, results):
         row = dict(mixer=mixer, seed=seed, steps=steps, parameters=sum(p.numel() for p in model.parameters()))
         row |= dict(accuracy={str(size): accuracy(model, *held_out, size) for size in SIZES})
         row |= dict(step_ms=times[mixer]["median_ms"], threads=torch.get_num_threads(), torch=torch.__version__)
-        write_json(results, dict(rows=[*rows_in(results), row]), "results")  # read again: another command may have added some
+        with alone_in(results.parent):  # rows are read again, since another command may have added some
+            write_json(results, dict(rows=[*rows_in(results), row]), "results")
     print(table(rows_in(results)))
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.every_mixer import DIT, SIDES, costs
 from benchmarks.report import count_threads, machine
 from checkpoints.build import create_network
-from machine.files import read_rows, whole_file, write_json
+from machine.files import alone_in, read_rows, whole_file, write_json
 from mixers import kind_of, mixer_options
 from reproduce.strips import sheet, strip
 
@@ -81,9 +81,10 @@ def build(settings):
 
 def collect(work, results):
     """Adds the rows of all runs under `work` to a file of rows, and prints a table of each number of steps."""
-    rows = {key(row): row for row in (json.loads(results.read_text()) if results.exists() else [])}
-    rows |= {key(row): row for row in (json.loads(path.read_text()) for path in sorted(work.glob("*/*/row.json")))}
-    write_json(results, list(rows.values()), "rows")
+    with alone_in(results.parent):  # another script may be at work on other runs, or other rows
+        rows = {key(row): row for row in (json.loads(results.read_text()) if results.exists() else [])}
+        rows |= {key(row): row for row in (json.loads(path.read_text()) for path in sorted(work.glob("*/*/row.json")))}
+        write_json(results, list(rows.values()), "rows")
     times = read_times(results.parent)
     for setting in sorted(set(map(setting_of, rows.values()))):
         mine = [row for row in rows.values() if setting_of(row) == setting]

@@ -105,7 +105,7 @@ def record(rows, table, scale, system, folder, checkpoint):
     import torch  # here, since printing needs nothing but this file and the rows
 
     from benchmarks.report import count_threads, machine
-    from machine.files import whole_file
+    from machine.files import alone_in, whole_file
     from training.runs import rows_until
 
     contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -130,9 +130,10 @@ def record(rows, table, scale, system, folder, checkpoint):
         torch=torch.__version__, date=str(date.today()),
     )  # fmt: skip
     rows = Path(rows)
-    before = rows.read_text() if rows.exists() else ""
-    with whole_file(rows, "rows") as file:
-        file.write((before + json.dumps(row) + "\n").encode())
+    with alone_in(rows.parent):  # another script may be at work on other systems or seeds
+        before = rows.read_text() if rows.exists() else ""
+        with whole_file(rows, "rows") as file:
+            file.write((before + json.dumps(row) + "\n").encode())
 
 
 def tabulate(table, rows):

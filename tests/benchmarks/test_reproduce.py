@@ -109,23 +109,6 @@ def test_data_and_references_that_do_not_exist_are_named(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_row_is_of_its_checkpoint_though_the_run_went_on(tmp_path):
-    args = dict(global_seed=0, objective="flow", predict="x", precision="fp32", data_path="photos/train", image_size=8)
-    args |= dict(global_batch_size=4, model="DiT-N/4", mixer="attention")
-    checkpoint, samples = tmp_path / "run" / "checkpoints" / "0000002.pt", tmp_path / "samples"
-    for folder in (checkpoint.parent, samples):
-        folder.mkdir(parents=True)
-    torch.save(dict(args=args, ema={"w": torch.zeros(3)}, step=2), checkpoint)
-    log = [dict(step=step, loss=1 / step, held_out_loss=0.5 / step) for step in (2, 4)]
-    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    (tmp_path / "commands.txt").write_text("7 1 train.py --max-steps 2\n")
-    (tmp_path / "metrics.json").write_text(json.dumps(dict(samples=dict(source=f"{samples}.npz"))))
-    (samples / "settings.json").write_text(json.dumps(dict(sampler="heun", num_sampling_steps=6)))
-    tables.record(tmp_path / "rows.jsonl", "table1_cifar10", "small", "DiT", tmp_path, checkpoint)
-    row = json.loads((tmp_path / "rows.jsonl").read_text())
-    assert (row["steps"], row["training_loss"], row["held_out_loss"]) == (2, 0.5, 0.25)
-
-
 @pytest.mark.parametrize("script", [SCRIPTS[0], "scaling.sh", "grids.sh", "metrics.sh", "every_mixer.sh", "overlay.sh"])
 def test_scripts_without_data_say_what_they_take(script):
     done = subprocess.run(["bash", ROOT / "reproduce" / script], capture_output=True, text=True)
