@@ -118,7 +118,7 @@ def read_statistics(path, network):
             features = str(arrays["features"]) if "features" in arrays else "inception"
             counted = int(arrays["count"]) if "count" in arrays else None
             keys = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
-            statistics = {name: tuple(arrays[k] for k in pair) for name, pair in keys.items() if pair[0] in arrays}
+            statistics = {name: (arrays[mu], arrays.get(sigma)) for name, (mu, sigma) in keys.items() if mu in arrays}
     except Exception as error:  # damaged bytes raise nearly anything
         raise OSError(f"cannot read the statistics in {path} ({_reason(error)})") from error
     for name, (mu, sigma) in statistics.items():
@@ -150,7 +150,9 @@ def _reason(error):
 
 
 def _no_gaussian(mu, sigma):
-    """Says what is wrong with a mean and a covariance, or returns None."""
+    """Says what is wrong with a mean and a covariance, or returns None. sigma is None where a file has none."""
+    if sigma is None:
+        return "have a mean alone"
     if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)) or not {mu.dtype.kind, sigma.dtype.kind} <= set("iuf"):
         return f"are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
