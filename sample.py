@@ -19,7 +19,7 @@ from machine.files import check_writable
 from machine.flags import USE, above_zero, class_label, decay, ema_length, from_zero, image_size, not_negative, positive, share
 from machine.precision import allow_tf32
 from machine.processes import launch
-from mixers import MIXERS
+from mixers import MIXERS, add_mixer_flags
 from mixers.running import add_speed_flags, prepare_to_sample
 from models import DiT, model_name
 
@@ -77,6 +77,7 @@ def add_model_flags(add, vae):
     add("--ema-length", type=ema_length, metavar="L", help=length)
     add("--model", type=model_name, metavar="NAME", help="from the checkpoint")
     add("--mixer", choices=MIXERS, help="from the checkpoint; for weights that do not tell the order of their scans")
+    add_mixer_flags(add, told=False)
     add("--image-size", type=image_size, metavar="SIDE or HxW", help="from the checkpoint; any multiple of the patch works")
     add("--num-classes", type=positive, help="from the checkpoint")
     add("--vae", help=f"ema, mse, a local folder, or none for pixels; from the checkpoint, or {vae}")

@@ -122,8 +122,8 @@ def load_model(path, given, default_vae, decay=None, usual=()):
     """Returns the model of a checkpoint, in eval mode, and its settings.
 
     The settings are those that the weights reveal and the checkpoint states. The dict `given` may supply those that neither
-    has: the objective, a flow's path and prediction, the vae, and by a mixer's name the order in which it scans. Its values
-    that are not None must agree with the known ones, except three that are free: the decoder in latent space, a flow's
+    has: the objective, a flow's path and prediction, the vae, a mixer's name and the options that its weights do not tell. Its
+    values that are not None must agree with the known ones, except three that are free: the decoder in latent space, a flow's
     time_shift, and image_size, a side or (height, width), to which the model is resized. decay: the average to load, if there
     are several; `given` may instead have ema_length, that of an average to reconstruct from them. usual: the objective, path
     and prediction to assume if nothing states them, a dict.
@@ -144,6 +144,11 @@ def load_model(path, given, default_vae, decay=None, usual=()):
         if name in given and settings.get(name, given[name]) != given[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {given[name]} contradicts {path}, which has {flag} {settings[name]}; leave the flag out")
+    options = mixer_options(settings["mixer"], given)
+    if "mixer" in stored and not options.items() <= settings["mixer_options"].items():
+        flags = ", ".join(map(kind_of(settings["mixer"]).flag_of, options))
+        raise ValueError(f"{flags} contradicts {path}, which states its mixer and its options; leave the flag out")
+    settings["mixer_options"] = settings["mixer_options"] | options
     choose_objective(settings, given, learnt_variances(weights, settings), path, dict(usual))
     space = choose_space(settings, given, default_vae, path)
     size = trained_size(settings, backbone_of(weights).tokens_of(weights), given.get("image_size"), space, path)

@@ -21,14 +21,14 @@ from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from machine.files import read_rows, whole_file
 from machine.flags import decay
 from machine.processes import launch
-from mixers import MIXERS
+from mixers import MIXERS, add_mixer_flags, kind_of, mixer_options
 
 FILES, FOLDERS = ("safetensors", "pt"), ("hub", "diffusers")
 
 
 def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None, half=False, **given):
     """Writes a checkpoint's weights (its EMA's, if it has one) and its settings in the requested format. given: objective,
-    path, predict, mixer and vae for weights that do not state them; they are added to the settings."""
+    path, predict, vae, mixer and its options for weights that do not state them; they are added to the settings."""
     if format in FILES and (push or metrics):
         raise ValueError(f"--push and --metrics go with --format {' or '.join(FOLDERS)}")
     if half and format in FOLDERS:
@@ -44,6 +44,10 @@ def export(ckpt, format, out=None, ema=None, push=None, names=None, metrics=None
         if names and not model.class_names and len(named) != model.num_classes:
             raise ValueError(f"--class-names {names} has {len(named)} names, and the weights {model.num_classes} classes")
         stated = {name: value for name, value in given.items() if value}
+        if mixer_options(known["mixer"], stated):  # which go with the mixer and its other options
+            flag = kind_of(known["mixer"]).flag_of
+            options = {flag(name)[2:].replace("-", "_"): value for name, value in known["mixer_options"].items()}
+            stated |= dict(mixer=known["mixer"]) | options
         stated |= dict(time_scale=known["time_scale"]) if known["time_scale"] != 1000 else {}
 
     def change(settings):
@@ -167,6 +171,7 @@ def parse_args(argv=None):
     add("--path", choices=PATHS, help="of a flow: path to record, for weights that do not state it")
     add("--predict", choices=PREDICTIONS, help="of a flow: prediction to record, for weights that do not state it")
     add("--mixer", choices=MIXERS, help="mixer to record, for weights that do not tell the order of their scans")
+    add_mixer_flags(add, told=False)
     add("--vae", help="autoencoder to record, for weights that do not state theirs")
     return parser.parse_args(argv)
 

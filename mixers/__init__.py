@@ -48,13 +48,14 @@ def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
     return build(dim, num_heads=num_heads, qkv_bias=True, **options)
 
 
-def add_mixer_flags(add, conditioned=False):
+def add_mixer_flags(add, conditioned=False, told=True):
     """Adds the options of every mixer to a command, as flags: `add` is add_argument of its parser. conditioned: also those of
-    mixers that take the conditioning vector of their blocks."""
+    mixers that take the conditioning vector of their blocks. told: also those that weights tell."""
+    known = "" if told else "for weights that do not tell: "
     for kind in KINDS:
         for option in kind.options:
-            if conditioned or not option.conditioned:
-                add(kind.flag_of(option.name), help=option.help, **option.flag)
+            if (conditioned or not option.conditioned) and (told or not option.told):
+                add(kind.flag_of(option.name), help=known + option.help, **option.flag)
 
 
 def mixer_options(mixer, settings):

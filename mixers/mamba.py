@@ -115,13 +115,14 @@ def convolve_plainly(x, weight, bias, reverse):
     return silu(conv2d(x, weight.unsqueeze(2), bias, groups=len(bias)).squeeze(2))
 
 
+SWITCH = dict(action="store_true")
 OPTIONS = (
     Option("expand", "channels of the scan, as a multiple of the hidden size; 2 unless given", dict(type=positive)),
     Option("d_state", "states of each channel; 16 unless given", dict(type=positive)),
     Option("d_conv", "tokens under the convolution; 4 unless given", dict(type=positive)),
-    Option("bidirectional", "also read the tokens in reverse, as --mixer vim does", dict(action="store_true")),
-    Option("summed", "add up the two directions, as DiS does, instead of taking their mean", dict(action="store_true")),
-    Option("zigzag", "read along eight paths, each block along the next, as --mixer zigzag does", dict(action="store_true")),
+    Option("bidirectional", "also read the tokens in reverse, as --mixer vim does", SWITCH),
+    Option("summed", "add up the two directions, as DiS does, instead of taking their mean", SWITCH, told=False),
+    Option("zigzag", "read along eight paths, each block along the next, as --mixer zigzag does", SWITCH, told=False),
 )
 PRESETS = {"mamba": {}, "vim": {"bidirectional": True}, "zigzag": {"zigzag": True}}
 

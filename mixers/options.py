@@ -20,6 +20,7 @@ class Option:
     conditioned: whether it is only for this project's blocks: it makes the mixer take their conditioning vector, or changes
                  attention, which other people's models already have.
     called:      its flag, if that is not --<mixer>-<name>.
+    told:        whether a network's weights tell it; if not, commands that read bare weights take its flag, too.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Option:
     flag: dict = field(default_factory=dict)
     conditioned: bool = False
     called: str | None = None
+    told: bool = True
 
 
 @dataclass(frozen=True)

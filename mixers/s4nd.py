@@ -109,6 +109,9 @@ def read(weights):
 
 OPTIONS = (
     Option("state_dim", "states of each kernel, 64 unless given", dict(type=positive)),
-    Option("bandlimit", "drop states that oscillate at this fraction of the highest frequency or above", dict(type=above_zero)),
-)
+    Option(
+        "bandlimit", "drop states that oscillate at this fraction of the highest frequency or above", dict(type=above_zero),
+        told=False,
+    ),
+)  # fmt: skip
 MIXER = Mixer("s4nd", S4ND, read, OPTIONS)

@@ -100,7 +100,7 @@ OPTIONS = (
     Option("states", "states of every channel", dict(type=positive)),
     Option("expand", "channels of the scan, as a multiple of the hidden size", dict(type=positive)),
     Option("gate", "multiply by a gate after the norm", SWITCH),
-    Option("order", "the four paths: rows and columns from both ends, or snakes", dict(choices=CHOICES)),
+    Option("order", "the four paths: rows and columns from both ends, or snakes", dict(choices=CHOICES), told=False),
     Option("conv_bias", "a bias in the convolution", SWITCH),
 )
 PRESETS = {

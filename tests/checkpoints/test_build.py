@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sample
-from checkpoint_files import ATTENTION, OBJECTIVE, PAPERS, PIXELS, SETTINGS, given_flags, write_checkpoint
+from checkpoint_files import ATTENTION, OBJECTIVE, PAPERS, PIXELS, SETTINGS, given_flags, write_as, write_checkpoint
 from checkpoints.build import initialize, load_model, load_weights, save_checkpoint, settings_from_weights
 from commands import draw, draw_many
 from diffusion import create_sampler
@@ -48,6 +48,32 @@ def test_a_flag_names_the_mixer_of_bare_weights(tmp_path, mixer):
     torch.testing.assert_close(model(x, t, y), network.eval()(x, t, y))
     with pytest.raises(ValueError, match=r"--mixer ss2d-v0 contradicts .*, which has --mixer "):
         load_model(tmp_path / "bare.pt", given_flags(mixer="ss2d-v0"), default_vae="none")
+
+
+UNTOLD = [("ss2d", "order", "continuous"), ("vim", "summed", True), ("mamba", "zigzag", True), ("s4nd", "bandlimit", 0.5)]
+
+
+@pytest.mark.parametrize(("mixer", "option", "value"), UNTOLD)
+def test_flags_set_what_bare_weights_do_not_tell(tmp_path, mixer, option, value):
+    network = DiT_models["DiT-N/4"](**PIXELS, mixer=mixer, **{option: value}).requires_grad_(False)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    torch.save(network.state_dict(), tmp_path / "bare.pt")
+    flag = kind_of(mixer).flag_of(option)
+    flags = [flag] if value is True else [flag, str(value)]
+    write_as(tmp_path / "bare.pt", "--format", "pt", "--out", tmp_path / "stated.pt", *flags)
+    x, t, y = torch.randn(1, 3, 16, 16), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    for given, name in ((sample.parse_args(flags), "bare.pt"), (sample.parse_args([]), "stated.pt")):
+        model, settings = load_model(tmp_path / name, vars(given), default_vae="none")
+        assert settings["mixer_options"][option] == value
+        torch.testing.assert_close(model(x, t, y), network.eval()(x, t, y))
+    assert load_model(tmp_path / "stated.pt", vars(sample.parse_args(flags)), "none")[1] == settings
+    write_checkpoint(tmp_path / "a.pt", mixer)
+    with pytest.raises(ValueError, match=f"{flag} contradicts .*a.pt, which states its mixer and its options; leave"):
+        load_model(tmp_path / "a.pt", vars(sample.parse_args(flags)), "none")
+    torch.save(DiT_models["DiT-N/4"](**PIXELS).state_dict(), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=f"{flag} means nothing to --mixer attention"):
+        load_model(tmp_path / "b.pt", vars(sample.parse_args(flags)), "none")
 
 
 @pytest.mark.parametrize("style", ["namespace", "bare weights", "no ema"])

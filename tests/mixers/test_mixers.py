@@ -108,6 +108,15 @@ def blur(monkeypatch):
     monkeypatch.setitem(MIXERS, "blur", Blur)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_mixer_declares_what_its_weights_do_not_tell(kind):
+    """A network's other weights tell two more: DiT's table of positions, and in which blocks attention is."""
+    with torch.device("meta"):
+        told = kind.read(build_mixer(next(iter(kind.named)), 24, 3, (4, 4), 0).state_dict()).keys()
+    told |= kind.told_as.keys() | {"positions", "attention_every"}
+    assert {option.name for option in kind.options if option.told} == {option.name for option in kind.options} & told
+
+
 def test_a_declaration_is_all_that_a_new_mixer_needs(tmp_path, blur):
     """From flags through training to samples; the option that weights do not tell comes from the checkpoint's settings."""
     flags = ["--max-steps", 1, "--global-batch-size", 8, "--mixer", "blur", "--blur-times", 3, "--blur-wide"]
