@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -54,8 +54,6 @@ class Pretrained(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **arguments):
-        from huggingface_hub import hf_hub_download
-
         path = Path(model_id, WEIGHTS)
         if not Path(model_id).is_dir():
             how = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, token=token)
@@ -75,8 +73,6 @@ class Pretrained(PyTorchModelHubMixin):
         return model.eval()
 
     def generate_model_card(self, **facts):
-        from huggingface_hub import ModelCard
-
         return ModelCard(card(self, self.settings or {}, **facts))
 
 
@@ -92,8 +88,6 @@ def card(model, settings, name="this model", steps=None, metrics=None):
 
     name: its value for --ckpt. steps: training steps. metrics: {name: value}.
     """
-    from huggingface_hub import ModelCardData
-
     kind, mixer = settings.get("model", type(model).__name__), settings.get("mixer", "attention")
     classes = ", ".join(map(str, (model.class_names or [])[:200]))
     data, count = settings.get("data_path"), (settings.get("data") or {}).get("images")
