@@ -29,6 +29,12 @@ def to_safetensors(weights, settings, **more):
     return save(whole, dict(format="pt", args=json.dumps(settings, default=str, skipkeys=True), **more))
 
 
+def from_safetensors(path):
+    """Returns the tensors of a safetensors file, by name, and its metadata, a dict of texts."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
 class Pretrained(PyTorchModelHubMixin):
     """Adds from_pretrained(folder or id), save_pretrained(folder) and push_to_hub(id) of huggingface_hub to a network.
 
@@ -60,12 +66,12 @@ class Pretrained(PyTorchModelHubMixin):
             path = hf_hub_download(model_id, WEIGHTS, local_files_only=local_files_only, **how)
         try:
             model = cls(**arguments)
-            with safe_open(path, "pt") as file:
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-                model.settings = json.loads(file.metadata()["args"])
-                size = tuple(json.loads(file.metadata().get("size", "[]")))
-                if size and size != model.input_size:
-                    model.resize(size)
+            weights, stored = from_safetensors(path)
+            model.load_state_dict(weights)
+            model.settings = json.loads(stored["args"])
+            size = tuple(json.loads(stored.get("size", "[]")))
+            if size and size != model.input_size:
+                model.resize(size)
         except (TypeError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{model_id} holds no {cls.__name__} that save_pretrained wrote ({error})") from error
         model.class_names = model.settings.get("class_names") or None

@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from backbones.parts import grid_embedding
-from backbones.pretrained import public, to_safetensors
+from backbones.pretrained import from_safetensors, public, to_safetensors
 from images.autoencoder import open_space
 from mixers import kind_of
 from models import DiT
@@ -200,8 +199,7 @@ def _read_weights(folder):
     try:
         if file.suffix == ".bin":
             return torch.load(file, map_location="cpu", weights_only=True), {}
-        with safe_open(file, "pt") as opened:
-            args = json.loads((opened.metadata() or {}).get("args", "{}"))
-            return {name: opened.get_tensor(name) for name in opened.keys()}, args  # noqa: SIM118
+        weights, stored = from_safetensors(file)
+        return weights, json.loads(stored.get("args", "{}"))
     except Exception as error:  # damaged bytes raise nearly anything
         raise ValueError(f"{file} is no whole file of tensors alone: it is damaged, cut short or something else") from error

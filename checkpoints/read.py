@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from backbones.pretrained import from_safetensors
 from checkpoints.pipelines import INDEX, read_pipeline
 from checkpoints.sharded import SETTINGS, check_pieces, read_settings, read_whole
 from models import BACKBONES, DiT, backbone_of
@@ -79,7 +79,8 @@ def read_checkpoint(path, decay=None):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if Path(path).suffix == ".safetensors":
-            return _read_safetensors(path)
+            weights, stored = from_safetensors(path)
+            return dict(ema=weights, args=json.loads(stored.get("args", "{}")))
         entries = _zip_entries(path)
         mapped = bool(entries) and all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -129,12 +130,6 @@ def _kind_of_folder(path):
     if ".metadata" in there:
         return f"a distributed checkpoint without {SETTINGS}; give the file that PyTorch's dcp_to_torch_save makes of it"
     return "a folder and no checkpoint; give a file"
-
-
-def _read_safetensors(path):
-    with safe_open(path, "pt") as file:
-        args = (file.metadata() or {}).get("args", "{}")
-        return dict(ema={name: file.get_tensor(name) for name in file.keys()}, args=json.loads(args))  # noqa: SIM118
 
 
 def load_checkpoint(path, decay=None):
