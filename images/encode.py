@@ -69,10 +69,15 @@ def encode(args, processes):
 
 def shards_to_make(folder, index, images):
     """Lists the numbers of shards (missing or damaged, whole but made of files that have changed since)."""
-    missing = latents.unfinished_shards(folder, index)
-    whole = sorted({*range(latents.shard_count(index))} - {*missing})
-    then = {number: latents.open_shard(folder, number, index).metadata() for number in whole}
-    return missing, [number for number in whole if then[number] and then[number] != made_of(images, index, number)]
+    missing, changed = [], []
+    for number in range(latents.shard_count(index)):
+        try:
+            then = latents.open_shard(folder, number, index).metadata()
+        except OSError:
+            missing.append(number)
+        else:
+            changed += [number] if then and then != made_of(images, index, number) else []
+    return missing, changed
 
 
 def made_of(images, index, number):

@@ -144,17 +144,6 @@ def open_shard(folder, number, index):
     return shard
 
 
-def unfinished_shards(folder, index):
-    """Lists the numbers of the shards that are missing or damaged."""
-    numbers = []
-    for number in range(shard_count(index)):
-        try:
-            open_shard(folder, number, index)
-        except OSError:
-            numbers.append(number)
-    return numbers
-
-
 def write_shard(path, moments, labels, dtype, made_of):
     """Writes a shard of moments (n, flips, 2, C, h, w) and labels (n,). made_of: what to keep of the images' files, {name:
     text} or None. ValueError if latents are not finite in dtype."""
