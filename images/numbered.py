@@ -40,15 +40,14 @@ def claim_folder(folder, settings, count):
         raise ValueError(strange)
     record = open(path, "a+")  # noqa: SIM115
     lock(record, folder)
-    record.seek(0)
-    try:
-        before = UNRECORDED | json.loads(record.read())
-    except (ValueError, TypeError) as error:  # it is new, or was cut short
-        if drawn:
+    before = settings
+    if drawn:
+        record.seek(0)
+        try:
+            before = UNRECORDED | json.loads(record.read())
+        except (ValueError, TypeError) as error:  # it was cut short
             raise ValueError(strange) from error
-        before = None
-    if not drawn:  # nobody has drawn anything there
-        before = settings
+    else:
         record.truncate(0)
         record.write(json.dumps(settings))
         record.flush()
