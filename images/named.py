@@ -224,17 +224,11 @@ def _flowers102(folder, held_out, uncond):
     splits = [Flowers102(folder, split, loader=read_image) for split in ("train", "val", "test")]
     if missing := [file for split in splits for file in split._image_files if not file.is_file()]:
         raise OSError(f"{len(missing):,} images are missing, such as {missing[0]}")
-    return _Unlabelled(*splits)
+    return _Unlabelled(splits)
 
 
-class _Unlabelled(Dataset):
+class _Unlabelled(ConcatDataset):
     """Reads the images of other sources, one after the other, as if they had no classes."""
 
-    def __init__(self, *sources):
-        self.images = ConcatDataset(sources)
-
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, index):
-        return self.images[index][0], 0
+        return super().__getitem__(index)[0], 0
