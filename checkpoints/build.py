@@ -390,13 +390,12 @@ def adapted(model, weights):
 def _mixers_of_blocks(weights):
     """Returns {prefix of a block's tensors: name of its mixer} for a DiT's weights: one name for all mixers of a kind, and None
     for unknown ones."""
-    starts = dict.fromkeys(found[0] for name in weights if (found := re.match(r"blocks\.\d+\.attn\.", name)))
-    own = {start: {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)} for start in starts}
-    found = {}
-    for start, layer in own.items():
+    mixers = dict.fromkeys(found[0] for name in weights if (found := re.match(r"blocks\.\d+\.attn\.", name)))
+    for start in mixers:
+        layer = {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)}
         with suppress(ValueError):
-            found[start] = read_mixer(layer)[0]
-    return dict.fromkeys(starts) | found
+            mixers[start] = read_mixer(layer)[0]
+    return mixers
 
 
 def _other_purposes(stated, now):
