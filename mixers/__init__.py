@@ -33,14 +33,12 @@ def build_mixer(mixer, dim, num_heads, grid_size, layer, /, **options):
         raise ValueError(f"unknown mixer {mixer!r}; known: {', '.join(MIXERS)}")
     build = MIXERS[mixer] if isinstance(mixer, str) else mixer
     parameters = inspect.signature(build).parameters
-    # The model sets the first five, and all of its tokens are on the grid, so there are no prefix tokens.
-    decided = {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens", "ignored", "options"}
     if isinstance(mixer, str):
         accepted = {option.name for option in kind_of(mixer).options}
     elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepted = options.keys()                                          # the class checks its **options itself
-    else:
-        accepted = parameters.keys() - decided
+    else:  # the model decides on these, and has no prefix tokens, since all of its tokens are on the grid
+        accepted = parameters.keys() - {"dim", "num_heads", "qkv_bias", "grid_size", "layer", "prefix_tokens"}
     if unknown := [name for name in options if name not in accepted]:
         raise ValueError(f"mixer {mixer} has no option {', '.join(unknown)}")
     told = dict(grid_size=grid_size, layer=layer)
