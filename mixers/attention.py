@@ -5,7 +5,7 @@ from timm.layers import AttentionRope, RmsNorm, build_rotary_pos_embed
 from timm.models.vision_transformer import Attention
 
 from mixers.grid import checked_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import SWITCH, Mixer, Option
 from pde_ssm_kernels.modes import cached_per_device, widen
 
 BASE = 100  # base of RoPE, whose periods run from 2 pi to 2 pi BASE tokens; language models use 10,000
@@ -71,10 +71,7 @@ def read(weights):
 
 
 OPTIONS = (
-    Option(
-        "qk_norm", "of attention: divide queries and keys by their root mean square",
-        dict(action="store_true"), True, "--qk-norm",
-    ),
+    Option("qk_norm", "of attention: divide queries and keys by their root mean square", SWITCH, True, "--qk-norm"),
     Option(
         "positions", "of attention: position embedding, sincos (added to tokens) or rope (rotates queries and keys); "
         "sincos unless given", dict(choices=("sincos", "rope")), True, "--positions",

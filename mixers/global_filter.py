@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mixers.grid import checked_grid, on_grid, refuse
-from mixers.options import Mixer, Option
+from mixers.options import SWITCH, Mixer, Option
 from pde_ssm_kernels.modes import full_precision, widen
 
 
@@ -73,5 +73,4 @@ def read(weights):
 
 
 WITH_R = "a linear layer before the filter, as the PDE has one (not in GFNet)"
-PROJECTION = Option("projection", WITH_R, dict(action="store_true"))
-MIXER = Mixer("global-filter", GlobalFilter, read, (PROJECTION,))
+MIXER = Mixer("global-filter", GlobalFilter, read, (Option("projection", WITH_R, SWITCH),))

@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, linear, pad, silu
 
 from machine.flags import positive
 from mixers.grid import checked_grid, on_grid, refuse
-from mixers.options import Mixer, Option, check_numbers
+from mixers.options import SWITCH, Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from mixers.selective_scan_cpu import Convolution, serves
@@ -115,7 +115,6 @@ def convolve_plainly(x, weight, bias, reverse):
     return silu(conv2d(x, weight.unsqueeze(2), bias, groups=len(bias)).squeeze(2))
 
 
-SWITCH = dict(action="store_true")
 OPTIONS = (
     Option("expand", "channels of the scan, as a multiple of the hidden size; 2 unless given", dict(type=positive)),
     Option("d_state", "states of each channel; 16 unless given", dict(type=positive)),

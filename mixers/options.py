@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+SWITCH = dict(action="store_true")  # the flag of an option that is on or off
+
 
 def check_numbers(name, **numbers):
     """Raises a ValueError unless all numbers, options of the named mixer, are whole and at least 1."""

@@ -4,10 +4,9 @@ from itertools import count
 
 from machine.flags import above_zero, positive
 from mixers import attention
-from mixers.options import Mixer, Option, check_numbers
+from mixers.options import SWITCH, Mixer, Option, check_numbers
 from pde_ssm import COUPLINGS, PRESETS, TERMS, PDESSMBlock, options_from_weights
 
-SWITCH = dict(action="store_true")
 OPTIONS = (
     Option(
         "coupling",

@@ -18,14 +18,13 @@ from torch.nn.functional import silu
 
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
-from mixers.options import Mixer, Option, check_numbers
+from mixers.options import SWITCH, Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from mixers.time_steps import time_step_biases
 from pde_ssm_kernels.modes import full_precision, widen
 
 CHOICES = ("cross", "continuous")
-SWITCH = dict(action="store_true")
 
 
 class SS2D(nn.Module):
