@@ -46,8 +46,8 @@ class SS2D(nn.Module):
         self.sizes = [rank, states, states]
         self.in_proj = nn.Linear(dim, 2 * E if gate else E, bias=False)
         self.conv2d = nn.Conv2d(E, E, 3, padding=1, groups=E, bias=conv_bias)
-        self.x_proj_weight = nn.Parameter(uniform(K, rank + 2 * states, E, bound=E**-0.5))
-        self.dt_projs_weight = nn.Parameter(uniform(K, E, rank, bound=rank**-0.5))
+        self.x_proj_weight = nn.Parameter(torch.empty(K, rank + 2 * states, E).uniform_(-(E**-0.5), E**-0.5))
+        self.dt_projs_weight = nn.Parameter(torch.empty(K, E, rank).uniform_(-(rank**-0.5), rank**-0.5))
         self.dt_projs_bias = nn.Parameter(time_step_biases(K, E))
         self.A_logs = nn.Parameter(torch.arange(1, states + 1).log().repeat(K * E, 1))
         self.Ds = nn.Parameter(torch.ones(K * E))
@@ -76,10 +76,6 @@ class SS2D(nn.Module):
                 C.permute(0, 2, 3, 1), self.Ds, delta_bias=self.dt_projs_bias.flatten(), delta_softplus=True,
             )  # fmt: skip                                                   (B, 4 E, N)
             return put_back(y.transpose(1, 2).unflatten(2, (len(self.paths), -1)), self.paths, grid_size)
-
-
-def uniform(*shape, bound):
-    return torch.empty(shape).uniform_(-bound, bound)
 
 
 def read(weights):
