@@ -223,7 +223,7 @@ def time_first(u, delta, B, C, bias, is_softplus):
 def states_of(delta, x, A, B, h):
     """Returns exp(delta A) and h_t of some tokens (c, B, E, N), from the state h before them."""
     decay = torch.exp(delta[..., None] * A)
-    states = (x.unflatten(2, (B.shape[2], -1))[..., None] * B[:, :, :, None]).flatten(2, 3)
+    states = (in_groups(x, B)[..., None] * B[:, :, :, None]).flatten(2, 3)
     for decay_t, state in zip(decay, states):
         h = state.addcmul_(decay_t, h)
     return decay, states
@@ -234,9 +234,9 @@ def outputs_of(states, C):
     return (in_groups(states, C) @ C.unsqueeze(-1)).flatten(2)
 
 
-def in_groups(states, B):
-    """Returns states (c, B, E, N) with the channels of each group of B (c, B, G, N) together, (c, B, G, E / G, N)."""
-    return states.unflatten(2, (B.shape[2], -1))
+def in_groups(x, B):
+    """Returns x (c, B, E, ...) with the channels of each group of B (c, B, G, N) together, (c, B, G, E / G, ...)."""
+    return x.unflatten(2, (B.shape[2], -1))
 
 
 def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, reverse, chunk_states):
@@ -260,14 +260,14 @@ def backward(out_grad, last_grad, u, delta, A, B, C, D, z, bias, softplus, rever
         h = chunk_states[number].mT
         decay, states = states_of(steps[part], x[part], A, B[part], h)
         y[part] = outputs_of(states, C[part])
-        dy_part = dy[part].unflatten(2, (B.shape[2], -1))[..., None]                           # (c, B, G, E / G, 1)
+        dy_part = in_groups(dy[part], B)[..., None]                                            # (c, B, G, E / G, 1)
         C_grad[part] = (in_groups(states, C) * dy_part).sum(3)
         g = (dy_part * C[part][:, :, :, None]).flatten(2, 3)
         for decay_t, g_t in zip(reversed(decay.unbind()), reversed(g.unbind())):
             g_t += carry
             carry = decay_t * g_t
         x_grad[part] = outputs_of(g, B[part])
-        B_grad[part] = (in_groups(g, B) * x[part].unflatten(2, (B.shape[2], -1))[..., None]).sum(3)
+        B_grad[part] = (in_groups(g, B) * in_groups(x[part], B)[..., None]).sum(3)
         exponent_grad = decay.mul_(g)
         exponent_grad[0] *= h
         exponent_grad[1:] *= states[:-1]
