@@ -40,13 +40,8 @@ def _note(number, frame):
     if again or not _postponed:
         raise Stopped(name)
     if name == "SIGINT":
-        tell("stopping; what was learnt is saved first, unless Ctrl-C comes once more")
-
-
-def tell(message):
-    """Writes a line to the terminal from a signal handler, where print() must not be called: it may be running already."""
-    with suppress(OSError):
-        os.write(2, f"\n{message}\n".encode())
+        with suppress(OSError):  # not by print(), which may be running already when a signal comes
+            os.write(2, b"\nstopping; what was learnt is saved first, unless Ctrl-C comes once more\n")
 
 
 def postpone():
