@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +28,9 @@ def create_experiment(results_dir, model):
     indexed = [re.match(r"(\d{3,5})-", entry.name, re.ASCII) for entry in root.iterdir()]  # a date has more digits
     for index in count(max((int(found[1]) for found in indexed if found), default=-1) + 1):
         folder = root / f"{index:03d}-{model.replace('/', '-')}"
-        try:
+        with suppress(FileExistsError):  # another run took it just now
             folder.mkdir()
             break
-        except FileExistsError:
-            continue  # another run took it just now
     (folder / "checkpoints").mkdir()
     return folder
 
