@@ -4,6 +4,7 @@ Notation: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, abar_t = product of (
 """
 
 import math
+from contextlib import suppress
 
 import torch
 
@@ -164,8 +165,7 @@ class GaussianDiffusion:
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         if self.use_kl:
             return {"loss": self.num_timesteps * self._bound(output, x_start, x_t, t)}
-        terms = {}
-        prediction = output
+        terms, prediction = {}, output
         if self.learn_sigma:
             # The bound teaches the variance alone: the mean is left to the squared error.
             prediction, position = output.chunk(2, dim=1)
@@ -173,9 +173,8 @@ class GaussianDiffusion:
             terms["vb"] = bound * (self.num_timesteps / 1000 if self.rescale_bound else 1)
         target = x_start if self.predict_xstart else noise
         terms["mse"] = (target - prediction).square().flatten(1).mean(1)
-        if self.min_snr is None:
-            return terms | {"loss": sum(terms.values())}
-        return terms | {"loss": self.weight(t, terms["mse"]) * terms["mse"] + terms.get("vb", 0)}
+        weight = 1 if self.min_snr is None else self.weight(t, terms["mse"])
+        return terms | {"loss": weight * terms["mse"] + terms.get("vb", 0)}
 
     def weight(self, t, x):
         """Computes the weights of the squared errors at timesteps t, like x (B,): those of the clean image are weighted by the
@@ -251,9 +250,7 @@ def _first_from_second(table, second=None):
 
 
 def _positive(count, respacing):
-    try:
+    with suppress(ValueError):
         if int(count) > 0:
             return int(count)
-    except ValueError:
-        pass
     raise ValueError(f"timestep_respacing counts timesteps, like '250', '10,15,20' or 'ddim50'; it is {respacing!r}")
