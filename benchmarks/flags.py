@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -49,12 +50,10 @@ def parse_args(description, argv=None, **flags):
 def limit_memory():
     """Makes allocating more memory than the machine has an error in this process; Linux would kill it, or another process."""
     try:
-        import resource
-
         free = 2**10 * proc_value("/proc/meminfo", "MemAvailable")
         used = 2**10 * proc_value("/proc/self/status", "VmData")
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    except (ImportError, OSError):  # not Linux
+    except OSError:  # not Linux
         return
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
