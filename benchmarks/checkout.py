@@ -20,6 +20,8 @@ from PIL import Image
 from benchmarks import ROOT
 
 MIXERS = ("attention", "pdessm", "pdessm-g")
+# The commands of tests/checkout.
+STAND_INS = [("train.py", "--model", "DiT-N/4", "--images", "images.pt"), ("sample.py", "ODE", "--ckpt", "results/last.pt")]
 DIFFUSERS = '''
 from types import SimpleNamespace
 
@@ -49,7 +51,7 @@ def main(checkout, mixers):
         folder = Path(folder)
         write_inputs(folder)
         for mixer in mixers:
-            for name, *arguments in dits(mixer) if (checkout / "sample_ddp.py").exists() else stand_ins(mixer):
+            for name, *arguments in dits(mixer) if (checkout / "sample_ddp.py").exists() else STAND_INS:
                 run(folder, mixer, checkout / name, arguments)
         images = list(folder.glob("samples-*/*.npz"))
         print(f"{len(images)} files of samples")
@@ -68,11 +70,6 @@ def dits(mixer):
         ("train.py", *model, *learning, "--data-path", "images", "--results-dir", results),
         ("sample_ddp.py", *model, *drawing, "--ckpt", checkpoint, "--sample-dir", f"samples-{mixer}"),
     ]
-
-
-def stand_ins(mixer):
-    """Returns those of tests/checkout."""
-    return [("train.py", "--model", "DiT-N/4", "--images", "images.pt"), ("sample.py", "ODE", "--ckpt", "results/last.pt")]
 
 
 def write_inputs(folder):
