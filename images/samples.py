@@ -128,7 +128,7 @@ class FolderImages(Dataset):
         if path and holds_latents(path):
             raise ValueError(f"{path} holds latents, not images; give the folder that they were made of")
         images = load_dataset(path, crop, uncond=True, held_out=held_out, name=dataset)
-        self.path, self.crop, self.source, self.remarks = path, crop, images.source, images.remarks
+        self.crop, self.source, self.remarks = crop, images.source, images.remarks
 
     def __len__(self):
         return len(self.source)
@@ -148,7 +148,7 @@ class ArrayImages:
     """Reads an array or tensor uint8 (N, H, W, 3) that is in memory already."""
 
     def __init__(self, array):
-        self.path, self.array = "memory", np.asarray(array)
+        self.array = np.asarray(array)
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
             raise ValueError(f"images are uint8 (N, height, width, 3), not {self.array.dtype} {self.array.shape}")
 
