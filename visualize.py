@@ -197,10 +197,11 @@ def parse_args(argv=None):
         add("--ema", type=decay, metavar="DECAY", help="which of several averages of weights, by its decay")
         add("--device", help="cpu, cuda or cuda:N; by default cuda if there is any")
 
-    def add_image(add):
+    def add_image(add, **progress):
         add("--image", metavar="FILE", help="a picture to show to the network; otherwise a disc is drawn")
         add("--class-label", type=class_label, metavar="CLASS", help="number or name; else the first that sample.py draws")
         add("--seed", type=not_negative, default=0, help="of the noise")
+        add("--progress", type=share, **progress, help="how far on the way from noise, 0, to image, 1")
 
     add = picture("kernels", draw_kernels, "Green's functions, chosen ones or a checkpoint's")
     add_checkpoint(add)
@@ -213,18 +214,14 @@ def parse_args(argv=None):
     add("--grid", type=image_size, metavar="SIDE or HxW", help="tokens; 64 unless given")
     add = picture("maps", draw_maps, "what each layer's mixer makes of an image")
     add_checkpoint(add, required=True)
-    add_image(add)
-    add("--progress", type=share, nargs="+", default=[0.3, 0.6, 0.9], help="how far on the way from noise, 0, to image, 1")
-    for name, make, what in (
-        ("reach", draw_reach, "how far the channels of each layer see, in tokens"),
-        ("spectrum", draw_spectrum, "each layer's gain by spatial frequency"),
-    ):
-        add = picture(name, make, what)
-        add_checkpoint(add, required=True, nargs="+")
-        add_image(add)
-        add("--progress", type=share, default=0.6, help="how far on the way from noise, 0, to image, 1")
-        if make is draw_reach:
-            add("--channels", type=positive, default=32, help="channels measured in each layer, evenly spread")
+    add_image(add, nargs="+", default=[0.3, 0.6, 0.9])
+    add = picture("reach", draw_reach, "how far the channels of each layer see, in tokens")
+    add_checkpoint(add, required=True, nargs="+")
+    add_image(add, default=0.6)
+    add("--channels", type=positive, default=32, help="channels measured in each layer, evenly spread")
+    add = picture("spectrum", draw_spectrum, "each layer's gain by spatial frequency")
+    add_checkpoint(add, required=True, nargs="+")
+    add_image(add, default=0.6)
     add = picture("curves", draw_curves, "losses and probes of runs")
     add("runs", nargs="+", metavar="RUN", help="folders of train.py's runs")
     add = picture("drift", draw_drift, "how the PDEs' coefficients moved in training")
