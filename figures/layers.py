@@ -14,7 +14,6 @@ PLACES = {"attn", "mixer", "op"}  # attribute names of mixers in blocks
 class Layer(NamedTuple):
     """A mixer as it stands in a network that looks at images."""
 
-    number: int              # from 1, in the order in which the network runs them
     module: nn.Module
     mix: Callable            # tokens (B, N, D) -> (B, N, D), with the layer's other inputs unchanged
     tokens: torch.Tensor     # its input, (B, N, D): `prefix` tokens, and then those of the grid, row by row
@@ -44,7 +43,7 @@ def observe(model, objective, images, labels, progress, seed=0):
     finally:
         for hook in hooks:
             hook.remove()
-    return shown[0], [_layer(number, model, *call) for number, call in enumerate(seen.items(), start=1)]
+    return shown[0], [_layer(model, *call) for call in seen.items()]
 
 
 def mixers_of(model):
@@ -67,10 +66,10 @@ def time_at(objective, progress, images):
     return times[1:].expand(len(images))
 
 
-def _layer(number, model, module, call):
+def _layer(model, module, call):
     (tokens, *rest), named, mixed = call
     (h, w), prefix = grid_of(module, model, tokens.shape[1])
-    return Layer(number, module, lambda x: module(x, *rest, **named), tokens, mixed, (h, w), prefix)
+    return Layer(module, lambda x: module(x, *rest, **named), tokens, mixed, (h, w), prefix)
 
 
 def grid_of(module, model, count):
