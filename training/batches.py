@@ -17,7 +17,6 @@ from images.dataset import Replacing, collate, load_dataset
 from machine.stops import Stopped, end_readers, ignore_stops, postponed, read_batches, received, time_limit
 
 PATIENCE = 1800  # seconds for which a process waits for its images
-ANOTHER = "stopped, because another process could not read an image"
 logger = logging.getLogger("train")
 
 
@@ -116,8 +115,8 @@ def batches(loader, first, processes, save, bad):
             save()
             processes.barrier()  # the first process to exit terminates the others, so all must have saved
         if failed or stopped:
-            others = Stopped("a signal to another process") if stopped else OSError(ANOTHER)
-            raise problem or others
+            failure = OSError("stopped, because another process could not read an image")
+            raise problem or (Stopped("a signal to another process") if stopped else failure)
         yield images, labels
 
 
