@@ -72,5 +72,5 @@ def draw_reach(systems):
         tidy(axis, title=f"{title}, {grid[0]} x {grid[1]} tokens", xlabel="layer", ylabel="reach, in tokens")
         axis.title.set_fontsize(9)
         axis.legend(frameon=False, fontsize=7)
-    axes[0, 0].set_ylim(0)  # after all, for the panels share it
+    axes[0, 0].set_ylim(0)  # of all panels, and last, since what is drawn later would move the upper end
     return figure
