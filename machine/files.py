@@ -99,15 +99,14 @@ def make_folder(path, flag):
     return Path(path)
 
 
-def lock(log, experiment):
-    """Locks a folder, usually an experiment's, for this process as long as it keeps a file in it, the log, open. ValueError if
-    another process holds the lock.
+def lock(file, folder):
+    """Locks a folder for this process as long as it keeps a file in it open. ValueError if another process holds the lock.
 
     It is a POSIX lock: kill -9 releases it, and processes forked to read images do not hold it.
     """
     try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"another process is at work in {experiment}; wait for its end, or stop it") from error
+        raise ValueError(f"another process is at work in {folder}; wait for its end, or stop it") from error
     except OSError as error:  # some network file systems have no locks
-        logger.warning(f"Nothing keeps a second process out of {experiment}: it cannot be locked ({error})")
+        logger.warning(f"Nothing keeps a second process out of {folder}: it cannot be locked ({error})")
