@@ -13,10 +13,9 @@ import torch._inductor.config
 
 from benchmarks.flags import parse_args
 from benchmarks.report import Report, lines_of, milliseconds, plain, ratio
-from benchmarks.sampling import sampling_run
+from benchmarks.sampling import FLAGS, sampling_run
 from benchmarks.sides import of_size
 from benchmarks.timing import rounded, time_in_turns
-from machine.flags import positive
 
 STEPS = 2
 WAYS = {
@@ -59,8 +58,6 @@ def first_timed(way, first, build):
     first[way] = perf_counter() - start
     return run
 
-
-FLAGS = {"batch": dict(type=positive, help="images at once; by default 16, or 1 with --quick")}
 
 if __name__ == "__main__":
     main(parse_args(__doc__, **FLAGS))
