@@ -39,7 +39,8 @@ class Report:
     """
 
     def __init__(self, name, args, columns, **settings):
-        device = machine(args.device).get("gpu", "cpu").lower().replace(" ", "-")
+        about = machine(args.device)
+        device = about.get("gpu", "cpu").lower().replace(" ", "-")
         compiled = f"compiled-{args.compile}" if args.compile else ""
         backend = "" if args.backend == "default" else args.backend
         parts = [name, device, backend, compiled, "quick" if args.quick else ""]
@@ -48,11 +49,10 @@ class Report:
         precision = "bfloat16 autocast" if args.device.type == "cuda" else "float32"
         self.contents = dict(
             command=" ".join(["python -m", f"benchmarks.{name.partition('-')[0]}", *sys.argv[1:]]),
-            date=datetime.now(UTC).date().isoformat(), commit=commit(), machine=machine(args.device),
+            date=datetime.now(UTC).date().isoformat(), commit=commit(), machine=about,
             settings=dict(precision=precision, pdessm="diagonal", backend=args.backend, compile=args.compile, **settings),
             rows=[],
         )  # fmt: skip
-        about = self.contents["machine"]
         print(f"{about.get('gpu') or about['processor']}, {count_threads(about)}, {precision}, {about['versions']}")
         print(", ".join(f"{key} {value}" for key, value in settings.items()))
         print("  ".join(f"{column:>{max(9, len(column))}}" for column in columns), flush=True)
@@ -139,7 +139,7 @@ def columns_beside_paper(names):
 tokens = itemgetter("tokens")
 
 
-def line(rows, value, against=tokens):
+def line(rows, value, against):
     """Returns [(tokens, value), ...] of the rows that have the value, averaged over rows of equally many tokens."""
     places = {}
     for row in rows:
