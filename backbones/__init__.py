@@ -50,9 +50,10 @@ class Backbone(nn.Module, Pretrained):
         """Makes training store only the inputs of each block, and recompute the rest when it needs gradients."""
         self.recompute = True
 
-    def run(self, block, *inputs):
+    def run(self, block, *inputs, **named):
         """Returns the result of a block, which training computes twice after `checkpoint_gradients`."""
-        return checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
+        twice = self.recompute and self.training
+        return checkpoint(block, *inputs, use_reentrant=False, **named) if twice else block(*inputs, **named)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, channels=3):
         """Applies classifier-free guidance: y holds n classes and then n null classes, and only the first half of x is used.

@@ -1,6 +1,7 @@
 """The convolutional U-Net as a baseline: diffusers' UNet2DModel with the interface of DiT."""
 
 import re
+from functools import partial
 
 from . import Backbone, drop_labels, refuse_mixer, settings_of
 
@@ -52,7 +53,10 @@ class UNet(Backbone):
         return self
 
     def checkpoint_gradients(self):
-        self.net.enable_gradient_checkpointing()
+        super().checkpoint_gradients()
+        for block in (*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks):
+            for layer in (*block.resnets, *getattr(block, "attentions", ())):  # diffusers' own checkpoints leave attention out
+                layer.forward = partial(self.run, layer.forward)
 
     def forward(self, x, t, y, drop=None):                                 # (B, C, H, W), (B,), (B,), (B,) bool or None
         y = drop_labels(y, drop, self.num_classes, self.class_dropout_prob * self.training)

@@ -88,9 +88,10 @@ def test_ways_to_spend_less_memory_change_only_rounding(tmp_path, model):
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_checkpointing_of_gradients_keeps_less(monkeypatch):
+@pytest.mark.parametrize("name", ["DiT-N/4", "UNet-N"])
+def test_checkpointing_of_gradients_keeps_less(name):
     """Counted in bytes that autograd keeps for the backward pass."""
-    model = MODELS["DiT-N/4"](input_size=16, in_channels=3, num_classes=10)
+    model = MODELS[name](input_size=16, in_channels=3, num_classes=10)
     kept = []
     for _ in range(2):
         sizes = {}
@@ -123,7 +124,11 @@ def test_half_precision_learns_alike(tmp_path, mixer, precision):
     assert bool(checkpoint["scaler"]) == (precision == "fp16")
 
 
-@pytest.mark.parametrize("system", [["--mixer", "attention"], ["--mixer", "pdessm"], ["--model", "DiS-N/4"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "system",
+    [["--mixer", "attention"], ["--mixer", "pdessm"], ["--model", "DiS-N/4"], ["--model", "UNet-N"]],
+    ids=" ".join,
+)
 def test_all_that_saves_time_and_memory_works_together(tmp_path, shallow, compilations, system):
     flags = ["--max-steps", 3, "--global-batch-size", 8, "--log-every", 1, "--lr", 1e-3, *system]
     plain = rows(fit(tmp_path, *flags))
