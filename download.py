@@ -2,12 +2,15 @@
 
 import os
 from contextlib import suppress
+from pathlib import Path
+from time import time
 
 from checkpoints.hub import locate
 from checkpoints.read import load_checkpoint, read_checkpoint
 from machine.files import partial_path
 
 PRETRAINED = "https://dl.fbaipublicfiles.com/DiT/models/"
+ABANDONED = 3600  # seconds after which a part of a file that has not grown is of a download that was killed
 pretrained_models = {"DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt"}
 
 
@@ -30,6 +33,10 @@ def find_checkpoint(name):
 
         os.makedirs("pretrained_models", exist_ok=True)
         partial = partial_path(path)
+        for left in Path("pretrained_models").glob(f"{name}.*.partial"):
+            with suppress(OSError):
+                if time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
         try:
             download_url_to_file(PRETRAINED + name, partial)
             read_checkpoint(partial)  # a connection that ends early raises no error

@@ -281,6 +281,21 @@ def test_public_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, m
     assert os.listdir("pretrained_models") == ["DiT-XL-2-256x256.pt"]
 
 
+def test_what_killed_downloads_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("download.PRETRAINED", f"file://{tmp_path}/served/")
+    name = "DiT-XL-2-256x256.pt"
+    (tmp_path / "served").mkdir()
+    (tmp_path / "pretrained_models").mkdir()
+    write_checkpoint(tmp_path / "served" / name, "attention")
+    for left, when in (("h.1.partial", 0), ("h.2.partial.5e.partial", 0), ("h.3.partial", None)):
+        path = tmp_path / "pretrained_models" / f"{name}.{left}"
+        path.touch()
+        os.utime(path, when if when is None else (when, when))
+    find_model(name)
+    assert sorted(os.listdir("pretrained_models")) == [name, f"{name}.h.3.partial"]  # of a download that is at work
+
+
 def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "a.pt"
     write_checkpoint(path)
