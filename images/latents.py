@@ -8,6 +8,7 @@ The index is written first, and a shard is either whole or absent, so that missi
 """
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 
 from images.autoencoder import open_space
 from images.folders import digest, hidden
-from machine.files import lock, make_folder, whole_file, write_json
+from machine.files import lock, make_folder, whole_file
 
 INDEX = "latents.json"
 TYPES = dict(
@@ -83,8 +84,13 @@ def holds_latents(folder):
 def read_index(folder):
     """Reads the index of latents. ValueError if it is damaged."""
     path = Path(folder, INDEX)
+    return parse_index(path.read_text(), path)
+
+
+def parse_index(text, path):
+    """Reads an index from the text of the file at `path`. ValueError if it is damaged."""
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(text)
         if wrong := [name for name, kind in TYPES.items() if not isinstance(index[name], kind)]:
             raise TypeError(f"{wrong[0]} is {index[wrong[0]]!r}")
         return index
@@ -97,20 +103,36 @@ def claim_folder(folder, index):
     the folder is this run's as long as it stays open and `read_index` is not called. ValueError if the indexes differ or
     another run is at work there."""
     make_folder(folder, "--out")
-    if holds_latents(folder):
-        before = dict(names=index["names"]) | read_index(folder)  # older indexes have no names
-        differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
-        if differences:
-            raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
-    elif not all(hidden(entry.name) for entry in folder.iterdir()):
+    path, there = folder / INDEX, {entry.name for entry in folder.iterdir() if not hidden(entry.name)}
+    if there and INDEX not in there:
         raise ValueError(f"{folder} is not empty and holds no cached latents; give another --out")
-    else:
-        write_json(folder / INDEX, index, "index")
-    claim = open(folder / INDEX, "a")  # noqa: SIM115
-    lock(claim, folder)
+    claim = open(path, "a+")  # noqa: SIM115
+    lock(claim, folder)  # before it is read or written: another run may begin at the same time
+    claim.seek(0)
+    try:
+        before = dict(names=index["names"]) | parse_index(claim.read(), path)  # older indexes have no names
+    except ValueError:
+        if there - {INDEX}:
+            raise
+        before = index  # it is new, or a kill or a full disk cut it short before there was any shard
+        write_index(claim, index)
+    differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
+    if differences:
+        raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
     for leftover in folder.glob("*.partial"):  # a run that was killed left it
         leftover.unlink()
     return claim
+
+
+def write_index(claim, index):
+    """Writes an index into the open file that holds the lock, which a new file of its name would not."""
+    try:
+        claim.truncate(0)
+        claim.write(json.dumps(index, indent=1) + "\n")
+        claim.flush()
+        os.fsync(claim.fileno())
+    except OSError as error:
+        raise OSError(f"could not write the index {claim.name}: {error}") from error
 
 
 def shard_count(index):
