@@ -36,7 +36,8 @@ class CachedLatents(Dataset):
     def __init__(self, folder, uncond=False):
         self.folder, self.uncond = Path(folder), uncond
         self.index = read_index(self.folder)
-        self.remarks = []
+        without = "The latents have no classes, so that the model learns none, as with --uncond"
+        self.remarks = [] if uncond or self.index["num_classes"] else [without]
         self.image_size, self.flip, self.classes = (self.index[name] for name in ("image_size", "flip", "classes"))
         self.num_classes = 0 if uncond else self.index["num_classes"]
         self.shards, faults = [], []

@@ -49,6 +49,7 @@ def open_images(path, held_out_path, image_size, uncond, name, processes):
     """Returns training images and held-out ones (None without a path). The other arguments are those of load_dataset."""
     with processes.main_process_first() if name else nullcontext():        # a named set's files may be joined when it is opened
         dataset = load_dataset(path, image_size, uncond, name=name)
+        uncond = not dataset.num_classes                                   # latents may have none
         held_out = load_dataset(held_out_path, image_size, uncond, held_out=True, name=name) if held_out_path else None
     return dataset, held_out
 

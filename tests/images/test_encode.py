@@ -1,4 +1,4 @@
-"""How a folder of latents begins."""
+"""How a folder of latents begins, and how those without classes train."""
 
 import json
 import multiprocessing
@@ -7,7 +7,11 @@ import time
 
 import pytest
 
-from commands import in_forks
+import train
+from autoencoders import save_autoencoder
+from checkpoints.read import read_checkpoint
+from commands import ALONE, in_forks
+from images import encode
 from images.latents import claim_folder, read_index
 
 MADE_OF = dict(vae="ema", vae_digest="2f", source="digits", image_size=8, images=1, names=None, num_classes=0, classes=None)
@@ -41,3 +45,19 @@ def test_an_index_that_a_kill_cut_short_is_written_again_unless_there_are_shards
     (tmp_path / "00000.safetensors").unlink()
     claim_folder(tmp_path, MADE_OF).close()
     assert json.loads((tmp_path / "latents.json").read_text()) == MADE_OF
+
+
+@pytest.mark.parametrize("uncond", [[], ["--uncond"]])
+def test_latents_without_classes_train_without_and_the_log_says_so(tmp_path, photos, uncond):
+    """Also beside held-out images that have classes."""
+    flags = ["--vae", save_autoencoder(tmp_path / "vae", levels=3, channels=4), "--image-size", "16", "--num-workers", "0"]
+    flags += ["--device", "cpu"]
+    out, results = tmp_path / "a", tmp_path / "r"
+    encode.encode(encode.parse_args(["--data-path", photos, "--out", str(out), "--uncond", *flags]), ALONE)
+    flags += ["--model", "DiT-N/4", "--data-path", str(out), "--val-path", photos, "--results-dir", str(results)]
+    train.main(train.parse_args([*flags, "--global-batch-size", "8", "--max-steps", "1", *uncond]), ALONE)
+    (folder,) = results.iterdir()
+    assert read_checkpoint(folder / "checkpoints" / "0000001.pt")["args"]["num_classes"] == 0
+    log = (folder / "log.txt").read_text()
+    assert log.count("The latents have no classes, so that the model learns none, as with --uncond") == (not uncond)
+    assert "Held-out Loss" in log
