@@ -86,12 +86,12 @@ def main(args, processes):
 
     begun_from = start_from(args.init_from, model, settings, processes) if args.init_from and not run else []
     folder = processes.share(runs.open_folder(folder, args.results_dir, args.model) if leads else None)
-    runs.describe(model, begun_from, dataset, held_out, args.data_path, probe)
-    conditions, otherwise = resume.record_rounding(run, settings, processes)
-    learner = begin(args, model, run, changes, rate, processes)
-    if otherwise:
-        logger.info(otherwise)
-    track = TRACKERS[args.tracker](folder, settings, first) if args.tracker and leads else None
+    with runs.removed_on_failure(folder if leads and not run else None):
+        runs.describe(model, begun_from, dataset, held_out, args.data_path, probe)
+        conditions, otherwise = resume.record_rounding(run, settings, processes)
+        learner = begin(args, model, run, changes, otherwise, rate, processes)
+        replica = replicate(learner.model, processes)  # outside `postponed`, so that a signal still ends the run at once
+        track = TRACKERS[args.tracker](folder, settings, first) if args.tracker and leads else None
     journal, saved = runs.Journal(folder, leads, track), {first}
 
     def save(alone=False):
@@ -104,7 +104,6 @@ def main(args, processes):
                         resume.delete_older(folder, learner.step, args.keep_last, args.keep_every)
                 logger.info(f"Saved checkpoint to {path}")
 
-    replica = replicate(learner.model, processes)  # outside `postponed`, so that a signal still ends the run at once
     network = in_precision(replica, args.precision, device)
     objective = create_objective(args.objective, **how)
     shared = dict(seed=args.global_seed, batch_size=args.global_batch_size, processes=processes, chances=model.random_numbers)
@@ -191,7 +190,7 @@ def build_model(settings, space):
     return model
 
 
-def begin(args, model, run, changes, rate, processes):
+def begin(args, model, run, changes, otherwise, rate, processes):
     """Returns the learner of a new run, or of a resumed one, whose folder then drops everything after the checkpoint."""
     if args.grad_checkpointing:
         model.checkpoint_gradients()
@@ -208,6 +207,8 @@ def begin(args, model, run, changes, rate, processes):
             runs.forget_rows_after(run["folder"], run["step"])
             resume.delete_half_written(run["folder"])
         logger.info("; ".join([f"Going on after step {run['step']:,}, from {run['path']}", *changes]))
+        if otherwise:
+            logger.info(otherwise)
     return learner
 
 

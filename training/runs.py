@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -45,6 +46,17 @@ def open_folder(folder, results_dir, model):
     log_to(log)
     logger.info(f"Experiment directory {opened} at {folder}")
     return folder
+
+
+@contextmanager
+def removed_on_failure(folder):
+    """Removes the folder of a run that its body fails to begin, which holds nothing yet; None removes nothing."""
+    try:
+        yield
+    except BaseException:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def log_to(handler):

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import train
+from commands import fit
 from machine.processes import Processes
 from training.runs import create_experiment, log_interval
 
@@ -36,3 +38,17 @@ def test_experiments_that_begin_at_once_do_not_share_a_folder(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: create_experiment(tmp_path / "new", "DiT-N/4"), range(32)))
     assert sorted(folder.name for folder in folders) == [f"{index:03d}-DiT-N-4" for index in range(32)]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder_and_one_that_cannot_go_on_keeps_its_own(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room for the averages")
+
+    flags = ["--model", "DiT-N/8", "--global-batch-size", 8]
+    folder = fit(tmp_path, *flags, "--max-steps", 1)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(train, "create_learner", fail)
+    for more in ([], ["--resume", folder]):
+        with pytest.raises(torch.OutOfMemoryError):
+            fit(tmp_path, *flags, "--max-steps", 2, *more)
+    assert sorted(tmp_path.rglob("*")) == before

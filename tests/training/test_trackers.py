@@ -182,6 +182,7 @@ def test_an_account_that_does_not_answer_is_named_in_one_line(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: True, init=init))
     with pytest.raises(OSError, match="--tracker wandb does not begin: no answer after 90 seconds; WANDB_MODE=offline keeps"):
         fit(tmp_path, *SHORT, "--tracker", "wandb")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", TRACKERS)
