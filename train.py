@@ -74,7 +74,7 @@ def main(args, processes):
     changes = resume.check_changes(run, settings, flags(), args.allow_changes) if run else []
     first, folder, before = (run["step"], run["folder"], run["args"]) if run else (0, None, {})
     bad = BadImages(before.get("bad_images", []), args.max_bad_images)
-    settings |= dict(bad_images=bad.known, init_from=(before or settings).get("init_from"))  # which a resumed run may omit
+    settings |= dict(bad_images=bad.known) | resume.begun_with(before or settings)
     loader = make_loader(bad.replaced_in(dataset), args.global_batch_size, args.global_seed, processes, workers)
     total = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
     rate = learning_rate(args.lr, args.warmup_steps, args.lr_schedule, total)

@@ -118,16 +118,18 @@ def draw_curves(runs, device):
 
 
 def draw_drift(ckpt, ema, device, initial):
-    """Draws the coefficients of a checkpoint's PDEs beside the initial ones: those of its seed, or of another checkpoint."""
+    """Draws the coefficients of a checkpoint's PDEs beside the initial ones: those of its first seed, or of another
+    checkpoint."""
     model, settings, title = open_model(ckpt, ema, device)
     stored = load_checkpoint(find_checkpoint(ckpt))[1]
+    seed = stored.get("first_seed", stored.get("global_seed"))  # older runs recorded the last one alone
     if initial:
         first = open_model(initial, None, device)[0]
-    elif stored.get("init_from") or not isinstance(stored.get("global_seed"), int):
+    elif stored.get("init_from") or not isinstance(seed, int):
         begun = f"began from {stored['init_from']}" if stored.get("init_from") else "does not say with which seed it began"
         raise ValueError(f"{ckpt} {begun}; give --initial the weights before training")
     else:
-        torch.manual_seed(stored["global_seed"])
+        torch.manual_seed(seed)
         first = create_network(settings, model.input_size)
     before, after = drift.coefficients_of(first), drift.coefficients_of(model)
     shapes = [[{name: len(x) for name, x in layer.items()} for layer in layers] for layers in (before, after)]

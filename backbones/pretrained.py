@@ -19,7 +19,7 @@ WHEREABOUTS = {
     "sample_every", "probe_every", "features", "parallel", "grad_checkpointing", "grad_accum", "ema_device", "max_skipped",
     "compile", "backend", "deterministic",
 }  # fmt: skip
-NO_FLAGS = {"class_names", "data", "vae_digest"}
+NO_FLAGS = {"class_names", "data", "vae_digest", "first_seed"}
 NEGATED = {"ema_warmup", "tf32"}  # flags that are on unless --no-... is given
 
 

@@ -102,6 +102,12 @@ def find_run(resume, results_dir, model, processes):
     return plain | dict(path=path, folder=path.parent.parent)
 
 
+def begun_with(settings):
+    """Returns, from the settings of a run's last checkpoint or of a new run, those with which it began: when it goes on, the
+    flags may omit --init-from and, with --allow-changes, give another seed."""
+    return dict(init_from=settings.get("init_from"), first_seed=settings.get("first_seed", settings.get("global_seed")))
+
+
 def record_rounding(run, settings, processes):
     """Returns the conditions on which the last bits of a run's weights depend, one dict per change of conditions, and a line
     that says what has changed since its last checkpoint, or None. run: from find_run. settings: the flags, a dict."""

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +94,16 @@ def test_what_moved_is_seen(tmp_path, run):
     assert found["layers"][0]["tau"]["trained"] == found["layers"][0]["tau"]["initial"]
     before, after = (found["layers"][1]["tau"][when] for when in ("initial", "trained"))
     assert after == pytest.approx([np.e * tau for tau in before], rel=1e-5)
+
+
+def test_initial_weights_are_those_of_the_first_seed(tmp_path, run):
+    folder = Path(shutil.copytree(run[0], tmp_path / "r" / run[0].name))
+    flags = ["--mixer", "pdessm", "--global-batch-size", 8, "--num-workers", 0, "--lr", 1e-8, "--allow-changes"]
+    for seed in (1, 2):
+        fit(folder.parent, *flags, "--resume", folder, "--max-steps", 2 + seed, "--global-seed", seed)
+    ((_, found),) = numbers_of(tmp_path, "drift", "--ckpt", folder / "checkpoints" / "0000004.pt")[0].items()
+    for layer in found["layers"]:
+        assert [x["trained"] for x in layer.values()] == [pytest.approx(x["initial"], abs=1e-6) for x in layer.values()]
 
 
 def test_weights_of_a_run_that_began_with_others_are_not_compared_with_its_seeds(tmp_path, run):
