@@ -183,8 +183,7 @@ def cell(rows, value, form):
 
 
 def draw(path, rows, times):
-    """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set. A
-    loss that is FAR from the median of its data set stands at the upper or lower edge, with its value. PDEs are green."""
+    """Draws the loss of every name against the time of a training step and against multiply-adds, a row for each data set."""
     try:
         import matplotlib
     except ImportError:
@@ -197,20 +196,9 @@ def draw(path, rows, times):
     sets = [data for data in SETS if any(row["data"] == data for row in rows)]
     figure, axes = pyplot.subplots(len(sets), 2, figsize=(16, 8 * len(sets)), squeeze=False, layout="constrained")
     for line, data in zip(axes, sets):
-        losses = [loss(row) for row in rows if row["data"] == data and loss(row)]
-        middle = median(losses) if losses else 1
+        of_set = [row for row in rows if row["data"] == data and loss(row)]
         for axis, (quantity, what) in zip(line, axes_of.items()):
-            for name in SIDES:
-                mine = [row for row in rows if (row["data"], row["name"]) == (data, name) and loss(row)]
-                side = mine[0] if mine and what in mine[0] else times.get(name, {}).get(64)
-                if mine and what in (side or ()):
-                    height = mean(map(loss, mine))
-                    place = side[what], min(max(height, middle / FAR), middle * FAR)
-                    style = "v" if height < place[1] else "^" if height > place[1] else "o"
-                    label = name if style == "o" else f"{name}: {height:.3g}"
-                    pde = kind_of(SIDES[name].get("mixer", "attention")).name == "pde"
-                    axis.plot(*place, style, color="#009e73" if pde else "#0072b2")
-                    axis.annotate(label, place, (4, 3), textcoords="offset points", fontsize=7)
+            draw_losses(axis, of_set, what, times)
             axis.set(xscale="log", xlabel=quantity, ylabel="held-out loss", title=data)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels of more places would overlap
             axis.xaxis.set_major_formatter(EngFormatter())
@@ -219,6 +207,24 @@ def draw(path, rows, times):
     with whole_file(path, "plot") as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def draw_losses(axis, rows, what, times):
+    """Draws the loss of every name against `what` it takes: of several seeds the mean, and a line from the least to the
+    largest. What is FAR from the median stands at the upper or lower edge, with its value. PDEs are green."""
+    middle = median(map(loss, rows)) if rows else 1
+    for name in SIDES:
+        mine = [row for row in rows if row["name"] == name]
+        side = mine[0] if mine and what in mine[0] else times.get(name, {}).get(64)
+        if mine and what in (side or ()):
+            losses = [loss(row) for row in mine]
+            height = mean(losses)
+            shown, least, most = (min(max(each, middle / FAR), middle * FAR) for each in (height, min(losses), max(losses)))
+            colour = "#009e73" if kind_of(SIDES[name].get("mixer", "attention")).name == "pde" else "#0072b2"
+            axis.plot(side[what], shown, "v" if height < shown else "^" if height > shown else "o", color=colour)
+            axis.vlines(side[what], least, most, color=colour)
+            label = name if height == shown else f"{name}: {height:.3g}"
+            axis.annotate(label, (side[what], shown), (4, 3), textcoords="offset points", fontsize=7)
 
 
 def draw_samples(runs, out):

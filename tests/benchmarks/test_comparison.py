@@ -180,6 +180,21 @@ def test_losses_far_from_the_others_are_drawn_at_the_edges_with_their_values(tmp
     assert written == pytest.approx({"attention": 0.5, "mean": 0.52, "mamba": 0.48} | far)
 
 
+def test_the_plot_shows_the_range_of_the_seeds(tmp_path, monkeypatch):
+    places, ranges = [], []
+    monkeypatch.setattr(Axes, "annotate", lambda axis, text, place, *_, **__: places.append((text, *place)))
+    monkeypatch.setattr(Axes, "vlines", lambda axis, x, least, most, **_: ranges.append((x, least, most)))
+    losses = {"attention": (0.5, 0.53, 0.5), "mean": (0.52,), "vim": (0.48, 5.0)}
+    rows = [
+        dict(data="cifar10", name=name, seed=seed, held_out_loss={"2": loss}, steps=2, multiply_adds=len(name))
+        for name, of_seeds in losses.items() for seed, loss in enumerate(of_seeds)
+    ]
+    every_mixer.draw(tmp_path / "a.png", rows, {})
+    far = pytest.approx(0.51 * every_mixer.FAR)
+    assert places == [("attention", 9, pytest.approx(0.51)), ("mean", 4, 0.52), ("vim: 2.74", 3, far)]
+    assert ranges == [(9, 0.5, 0.53), (4, 0.52, 0.52), (3, 0.48, far)]
+
+
 OTHER = dict(data="flowers", name="mean", seed=1, steps=4, objective="diffusion", precision="bf16")
 
 
