@@ -8,7 +8,6 @@ The index is written first, and a shard is either whole or absent, so that missi
 """
 
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from images.autoencoder import open_space
 from images.folders import digest, hidden
-from machine.files import lock, make_folder, whole_file
+from machine.files import lock, make_folder, rewrite, whole_file
 
 INDEX = "latents.json"
 TYPES = dict(
@@ -116,24 +115,13 @@ def claim_folder(folder, index):
         if there - {INDEX}:
             raise
         before = index  # it is new, or a kill or a full disk cut it short before there was any shard
-        write_index(claim, index)
+        rewrite(claim, json.dumps(index, indent=1) + "\n", "index")
     differences = [f"{name} {before.get(name)} and now {now}" for name, now in index.items() if before.get(name) != now]
     if differences:
         raise ValueError(f"{folder} holds latents made with {', '.join(differences)}; give another --out")
     for leftover in folder.glob("*.partial"):  # a run that was killed left it
         leftover.unlink()
     return claim
-
-
-def write_index(claim, index):
-    """Writes an index into the open file that holds the lock, which a new file of its name would not."""
-    try:
-        claim.truncate(0)
-        claim.write(json.dumps(index, indent=1) + "\n")
-        claim.flush()
-        os.fsync(claim.fileno())
-    except OSError as error:
-        raise OSError(f"could not write the index {claim.name}: {error}") from error
 
 
 def shard_count(index):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from images.folders import read_image
 from images.samples import NpzImages, write_npz
-from machine.files import lock, make_folder
+from machine.files import lock, make_folder, rewrite
 
 # Settings of images in folders that were begun before these settings were recorded.
 UNRECORDED = dict(precision="fp32", predict="velocity", time_shift=1.0, balanced_labels=False, guide=None, guide_scale=1)
@@ -48,9 +48,7 @@ def claim_folder(folder, settings, count):
         except (ValueError, TypeError) as error:  # it was cut short
             raise ValueError(strange) from error
     else:
-        record.truncate(0)
-        record.write(json.dumps(settings))
-        record.flush()
+        rewrite(record, json.dumps(settings), "settings")
     changed = {name: value for name, value in settings.items() if before.get(name, value) != value}
     if differences := [f"{name} {before[name]} and now {value}" for name, value in changed.items()]:
         raise ValueError(f"{folder} holds images made with {', '.join(differences)}; give another --sample-dir")

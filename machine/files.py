@@ -73,11 +73,29 @@ def read_rows(path):
 
 def append_row(path, row):
     """Appends a row to a file of JSON lines: on a line of its own, even if the one before was cut short."""
-    with open(path, "ab+") as file:
+    with named(path, "log"), open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
         cut = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
+
+
+def rewrite(file, text, what):
+    """Gives an open file other contents: one that holds a lock, which a new file of its name would not."""
+    with named(file.name, what):
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def named(path, what):
+    """Has an OSError say which file could not be written: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write the {what} {path}: {error}") from error
 
 
 def check_writable(path, flag, *endings):

@@ -39,7 +39,8 @@ def check(args, processes, dataset, held_out, space):
     if (every := args.pde_attention_every) and every > (depth := MODELS[args.model].keywords.get("depth", every)):
         raise ValueError(f"--pde-attention-every {every}: {args.model} has {depth} blocks, of which none would have attention")
     if args.class_dropout and not dataset.num_classes:
-        raise ValueError("--class-dropout means nothing to --uncond, which trains without classes")
+        without = "to --uncond, which trains without classes" if args.uncond else "here: the images have no classes"
+        raise ValueError(f"--class-dropout means nothing {without}")
     for latents in (images for images in (dataset, held_out) if isinstance(images, CachedLatents)):
         latents.check_vae(args.vae)
     if args.max_bad_images and isinstance(dataset, CachedLatents):

@@ -55,7 +55,11 @@ def test_latents_without_classes_train_without_and_the_log_says_so(tmp_path, pho
     out, results = tmp_path / "a", tmp_path / "r"
     encode.encode(encode.parse_args(["--data-path", photos, "--out", str(out), "--uncond", *flags]), ALONE)
     flags += ["--model", "DiT-N/4", "--data-path", str(out), "--val-path", photos, "--results-dir", str(results)]
-    train.main(train.parse_args([*flags, "--global-batch-size", "8", "--max-steps", "1", *uncond]), ALONE)
+    flags += ["--global-batch-size", "8", "--max-steps", "1", *uncond]
+    why = "to --uncond, which trains without classes" if uncond else "here: the images have no classes"
+    with pytest.raises(ValueError, match=f"^--class-dropout means nothing {why}$"):
+        train.main(train.parse_args([*flags, "--class-dropout", "0.2"]), ALONE)
+    train.main(train.parse_args(flags), ALONE)
     (folder,) = results.iterdir()
     assert read_checkpoint(folder / "checkpoints" / "0000001.pt")["args"]["num_classes"] == 0
     log = (folder / "log.txt").read_text()

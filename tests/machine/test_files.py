@@ -1,11 +1,12 @@
 """Files that are whole or not there, and what is no file."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from machine.files import check_writable, make_folder, whole_file
+from machine.files import append_row, check_writable, make_folder, rewrite, whole_file
 
 
 def write(path):
@@ -52,6 +53,18 @@ def test_what_was_there_stays_when_writing_fails(tmp_path):
         write_half(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match=r"^could not write the log /dev/full: .*No space left"):
+        append_row(Path("/dev/full"), dict(step=1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with open(tmp_path / "a", "a+") as file, pytest.raises(OSError, match=r"^could not write the index .*/a: .*No space left"):
+        rewrite(file, "{}", "index")
 
 
 def test_a_file_in_the_place_of_a_folder_is_named_with_its_flag(tmp_path):
