@@ -34,6 +34,14 @@ def test_a_mixer_takes_the_options_that_it_declares(kind):
         assert preset.keys() <= {option.name for option in kind.options}
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_no_other_flag_begins_as_those_of_a_mixer_do(kind):
+    """Or a checkpoint's settings would have it as an option of the mixer."""
+    prefix = f"{kind.name}_".replace("-", "_")
+    named = {f"--{name}".replace("_", "-") for name in vars(train.parse_args([])) if name.startswith(prefix)}
+    assert named <= {kind.flag_of(option.name) for option in kind.options}
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_no_images_are_no_mistake(name):
     tokens = torch.randn(0, 16, 16, requires_grad=True)
