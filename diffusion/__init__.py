@@ -3,6 +3,7 @@
     ddpm.py, flow.py    the objectives: Gaussian diffusion and flow matching
     samplers.py         from noise to images, step by step
     guidance.py         classifier-free guidance of a network
+    likelihood.py       how likely an image is under a network, in bits per dimension
     noise.py            random numbers that belong to images
     drawing.py          all of these together: from labels to pictures
 """

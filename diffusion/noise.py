@@ -30,7 +30,7 @@ class PerImageNoise:
 def image_seeds(seed, numbers, purpose):
     """Returns one seed per image, from a run's seed and the images' numbers in it; distinct for distinct numbers below 2^32.
 
-    Seeds count up from a start that depends on `seed` and on `purpose` ("training", "validation" or "sampling"), in 32 bits
+    Seeds count up from a start that depends on `seed` and on `purpose` ("training", "sampling" and others), in 32 bits
     because PyTorch's generator on CPUs uses no more.
     """
     start = int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])

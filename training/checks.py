@@ -1,6 +1,7 @@
 """Checks that a run's settings work together and with its images."""
 
 from evaluation.features import NETWORKS
+from images.folders import listed
 from images.latents import CachedLatents
 from machine.flags import Default
 from machine.precision import check_compiler
@@ -54,8 +55,8 @@ def check(args, processes, dataset, held_out, space):
     if args.compile:
         check_compiler(processes.device)
     if held_out:
-        names = [images.classes for images in (held_out, dataset)]
-        if dataset.num_classes and names[0] != names[1]:
-            raise ValueError(f"--val-path has other classes ({names[0]}) than --data-path ({names[1]})")
+        theirs, ours = held_out.classes, dataset.classes
+        if dataset.num_classes and theirs != ours:
+            raise ValueError(f"--val-path has other classes ({listed(theirs)}) than --data-path ({listed(ours)})")
         if len(held_out) < processes.size:
             raise ValueError(f"the {len(held_out)} images of --val-path are fewer than the {processes.size} processes")
