@@ -48,8 +48,10 @@ def print_names(patch):
 
 
 def record(folder, data, name, seed, steps, objective, failure=None):
-    """Writes <folder>/row.json of a finished run, or of one that failed, with the sentence that says why."""
-    row = dict(data=data, name=name, seed=int(seed), steps=int(steps), objective=objective)
+    """Writes <folder>/row.json of a finished run, or of one that failed, with the sentence that says why. What an earlier row
+    has of samples that are gone by now stays."""
+    before = json.loads(path.read_text()) if (path := folder / "row.json").exists() else {}
+    row = before | dict(data=data, name=name, seed=int(seed), steps=int(steps), objective=objective)
     about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if failure:
         row["failure"] = failure
@@ -65,10 +67,14 @@ def record(folder, data, name, seed, steps, objective, failure=None):
         row["compared"] = [measured["samples"]["images"], measured["reference"]["images_in_statistics"], measured["features"]]
         with whole_file(folder / "samples.png", "picture") as file:
             strip(metrics.with_suffix(".npz"), SHOWN).save(file, format="png")
+    if (folder / "bits.json").exists():
+        measured = json.loads((folder / "bits.json").read_text())
+        (network,) = measured["networks"].values()
+        row |= dict(bits_per_dimension=network["bits_per_dimension"], bits_of=[measured["images"], measured["steps"]])
     commands = [line.split(" ", 1) for line in (folder / "commands.txt").read_text().splitlines()]
     row["commands"] = [dict(command=command, seconds=int(seconds)) for seconds, command in commands]
     row |= dict(machine=about.get("gpu") or f"{about['processor']}, {count_threads(about)}", torch=torch.__version__)
-    write_json(folder / "row.json", row | dict(date=str(date.today())), "row")
+    write_json(path, row | dict(date=str(date.today())), "row")
 
 
 def build(settings):
@@ -119,18 +125,19 @@ def read_times(folder):
 
 
 def tabulate(rows, title):
-    """Writes what all rows of one setting measured as Markdown, by the loss on the first data set: losses and distances, of
-    several seeds the mean and range, and the costs."""
+    """Writes what all rows of one setting measured as Markdown, by the loss on the first data set: losses, distances and
+    bits per dimension, of several seeds the mean and range, and the costs."""
     sets = [data for data in SETS if any(row["data"] == data for row in rows)]
-    header = [f"`--mixer`, by its loss on {sets[0]}", *(f"{data}{what}" for data in sets for what in (", loss", ", distance"))]
+    with_bits = {row["data"] for row in rows if bits(row)}  # of flowers the networks predict the image, which has no likelihood
+    columns = [(data, what) for data in sets for what in MEASURED if what != "bits" or data in with_bits]
+    header = [f"`--mixer`, by its loss on {sets[0]}", *(f"{data}, {what}" for data, what in columns)]
     lines = []
     for name in [name for name in SIDES if any(row["name"] == name for row in rows)]:
         mine = [row for row in rows if row["name"] == name]
-        of_sets = [[row for row in mine if row["data"] == data] for data in sets]
-        cells = [cell(of_set, *value) for of_set in of_sets for value in ((loss, ".4f"), (distance, ".1f"))]
+        cells = [cell([row for row in mine if row["data"] == data], *MEASURED[what]) for data, what in columns]
         counted = next((row for row in mine if "parameters" in row), None)
         counts = [f"{counted['parameters']:,}", f"{counted['multiply_adds'] / 1e6:,.1f}"] if counted else ["", ""]
-        losses = [loss(row) for row in of_sets[0] if loss(row) is not None]
+        losses = [loss(row) for row in mine if row["data"] == sets[0] and loss(row) is not None]
         lines.append((mean(losses) if losses else inf, [label(name), *cells, *counts]))
     compared = sorted({(row["data"], *row["compared"]) for row in rows if "compared" in row})
     notes = [f"{data}: {n:,} samples against {against:,} images, {features}" for data, n, against, features in compared]
@@ -171,6 +178,13 @@ def loss(row):
 
 def distance(row):
     return row.get("metrics", {}).get(DISTANCE)
+
+
+def bits(row):
+    return row.get("bits_per_dimension", [None])[0]
+
+
+MEASURED = {"loss": (loss, ".4f"), "distance": (distance, ".1f"), "bits": (bits, ".3f")}  # how each is read and written
 
 
 def cell(rows, value, form):

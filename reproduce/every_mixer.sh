@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison of all mixers and systems at equal settings: each is trained for as many steps on the same images, noise and
-# timesteps, then samples are drawn and compared with images. Every finished run is a row, written at once; started again, the
+# timesteps, then samples are drawn and compared with images, and the likelihood of held-out images is measured. Every finished run is a row, written at once; started again, the
 # script goes on with what is missing, in the middle of a run too.
 #
 #     CIFAR10=FOLDER FLOWERS=FOLDER bash reproduce/every_mixer.sh        (or one of the two)
@@ -13,7 +13,8 @@
 #   STEPS       of training, at batch 64 and learning rate LR=1e-3; 1200
 #   SEEDS       "0 1 2"
 #   ONLY        names of the rows to run, all of `python -m reproduce.every_mixer --names` unless given
-#   IMAGES      samples to draw; 5000. With 0 only the held-out loss is measured, and a later call can draw them
+#   IMAGES      samples to draw; 5000. With 0 none, and a later call can draw them
+#   BITS        held-out images whose bits per dimension are measured, by networks that predict no clean image; 256. 0 is none
 #   PRECISION   of training and sampling: fp32, or bf16. CPUs differ: an AMD EPYC (Zen 5) takes half the time with bf16, an
 #               Intel Xeon without AMX 1.4 to 1.9 times as long
 #   OBJECTIVE   flow, or diffusion for CIFAR-10. Samplers take 12 evaluations: 6 steps of heun, or 12 of dpm-solver
@@ -28,7 +29,7 @@ CIFAR10=${CIFAR10:+$(realpath "$CIFAR10")} FLOWERS=${FLOWERS:+$(realpath "$FLOWE
 other=every_mixer${LR:+-lr-$LR}
 WORK=$(realpath -m "${WORK:-results/$other}") RESULTS=$(realpath -m "${RESULTS:-$(dirname "$0")/results/$other.json}")
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32}
+PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} BITS=${BITS:-256} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32}
 case $OBJECTIVE in
     flow) sampler=heun sampling_steps=6 predict=(--predict x) ;;
     diffusion) sampler=dpm-solver sampling_steps=12 predict=() ;;
@@ -37,7 +38,9 @@ esac
 
 source reproduce/claim.sh
 whole_numbers STEPS
-if [ "$IMAGES" != 0 ]; then whole_numbers IMAGES; fi
+for name in IMAGES BITS; do
+    if [ "${!name}" != 0 ]; then whole_numbers $name; fi
+done
 
 # compare SET FOLDER PATCH REFERENCE FLAGS...: every row on one data set, with one seed
 compare() {
@@ -53,7 +56,7 @@ compare() {
     done < <("$PYTHON" -m reproduce.every_mixer --names "$patch")
 }
 
-# one FLAGS...: one run of train.py with these flags, its samples, and its row after either
+# one FLAGS...: one run of train.py with these flags, its samples and bits, and its row after each
 one() {
     folder=$WORK/$set-$OBJECTIVE-$STEPS-$PRECISION/$name-$seed
     mkdir -p "$folder"
@@ -64,14 +67,24 @@ one() {
             --ckpt-every 100 --keep-last 1 --resume auto --results-dir "$folder" "$@" || return 0
         record
     fi
-    if [ "$IMAGES" != 0 ] && ! grep -q '^ "\(metrics\|failure\)"' "$folder/row.json"; then
-        checkpoint=$(echo "$folder"/*/checkpoints/"$(printf %07d "$STEPS")".pt)
+    checkpoint=$(echo "$folder"/*/checkpoints/"$(printf %07d "$STEPS")".pt)
+    if [ "$BITS" != 0 ] && [[ $* != *"--predict x"* ]] && missing bits_per_dimension; then
+        run -m evaluation.likelihood --ckpt "$checkpoint" --data-path "$data/test" --num-images "$BITS" --steps 20 \
+            --json "$folder/bits.json" || return 0
+        record
+    fi
+    if [ "$IMAGES" != 0 ] && missing metrics; then
         run sample_ddp.py --ckpt "$checkpoint" --sampler $sampler --num-sampling-steps $sampling_steps --cfg-scale 1 \
             --num-fid-samples "$IMAGES" --per-proc-batch-size 100 --precision "$PRECISION" --global-seed "$seed" \
             --sample-dir "$folder/samples" --evaluate "$reference" --features efficientnet-lite0 || return 0
         record
         rm -rf "$folder/samples"
     fi
+}
+
+# missing NAME: whether the run has a row without this measurement, which it could have
+missing() {
+    ! grep -q "^ \"\($1\|failure\)\"" "$folder/row.json"
 }
 
 # run COMMAND...: with its seconds in the run's commands.txt. What fails is a row with the last line that it printed; what was

@@ -35,13 +35,16 @@ elif "train.py" in sys.argv:
     open(os.path.join(path, "%07d.pt" % int(flags["--max-steps"])), "w").close()
 elif "--record" in sys.argv:
     folder, *_, failure = sys.argv[sys.argv.index("--record") + 1:][:7]
-    drawn = " " + repr("metrics").replace("'", '"') if os.path.isdir(os.path.join(folder, "samples")) else ""
-    with open(os.path.join(folder, "row.json"), "w") as file:
-        print(' "failure": ' + failure if failure else drawn, file=file)
+    there = [("samples", "metrics"), ("bits.json", "bits_per_dimension")]
+    measured = [' "%s": 1' % key for name, key in there if os.path.exists(os.path.join(folder, name))]
+    with open(os.path.join(folder, "row.json"), "a") as file:
+        print(' "failure": ' + failure if failure else "\\n".join(measured), file=file)
 elif "--make-ref" in flags:
     open(sys.argv[sys.argv.index("--make-ref") + 2], "w").close()
 elif "sample_ddp.py" in sys.argv:
     os.makedirs(flags["--sample-dir"])
+elif "evaluation.likelihood" in sys.argv:
+    open(flags["--json"], "w").close()
 """
 
 
@@ -65,15 +68,19 @@ def script(tmp_path):
 
 def test_what_failed_is_a_row_and_what_is_finished_is_not_done_again(script, tmp_path):
     variables = dict(CIFAR10=str(tmp_path), SEEDS="0 3", STEPS="7")
-    first, done = script(**variables, IMAGES="0")
+    first, done = script(**variables, IMAGES="0", BITS="0")
     assert done.returncode == 0, done.stderr
     runs = [train.parse_args(command[1:]) for command in first if command[0] == "train.py" and "bad" not in command]
     assert [(run.global_seed, run.max_steps, run.resume) for run in runs] == [(0, 7, "auto"), (3, 7, "auto")]
     assert [command[9] for command in first if "--record" in command] == ["", "train.py: error: it is bad"] * 2
-    again, _ = script(**variables, IMAGES="9")                             # draws samples of what can be drawn
+    again, _ = script(**variables, IMAGES="9", BITS="0")                   # draws samples of what can be drawn
     assert [command[0] for command in again if command[0] != "-m"] == ["evaluate.py", "sample_ddp.py", "sample_ddp.py"]
-    third, _ = script(**variables, IMAGES="9")
+    third, _ = script(**variables, IMAGES="9", BITS="5")
     assert [command[0] for command in third if command[0] != "-m"] == []
+    measured = [command[command.index("--num-images") + 1] for command in third if "evaluation.likelihood" in command]
+    assert measured == ["5", "5"]
+    fourth, _ = script(**variables, IMAGES="9")
+    assert {command[1] for command in fourth} == {"reproduce.every_mixer"}
     assert not list(tmp_path.glob("work/*/*/samples"))
 
 
@@ -81,6 +88,7 @@ def test_what_failed_is_a_row_and_what_is_finished_is_not_done_again(script, tmp
 def test_what_is_stopped_is_no_row(script, tmp_path, status):
     commands, done = script(status, FLOWERS=str(tmp_path), IMAGES="0", SEEDS="0")
     assert done.returncode == status
+    assert not any("evaluation.likelihood" in command for command in commands)  # of networks that predict the image
     assert [command[4] for command in commands if "--record" in command] == ["flowers"]
     assert {"--uncond", "--predict", "DiT-N/8"} <= {*next(c for c in commands if c[0] == "train.py")}
 
@@ -134,11 +142,16 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     np.savez(folder / "samples" / "a.npz", arr_0=np.full((20, 8, 8, 3), 77, dtype=np.uint8))
     (folder / "samples" / "a.json").write_text(json.dumps(measured))
     (folder / "commands.txt").write_text("5 train.py --mixer mean\n")
+    bits = dict(images=5, steps=20, networks={"a.pt": dict(objective="flow", bits_per_dimension=[4.5678, 0.1])})
     results = tmp_path / "rows.json"
     failed = dict(data="cifar10", name="mean", seed=1, steps=2, objective="flow", failure="it diverged")
     others = [dict(failed, data="flowers"), dict(failed, name="attention", seed=0)]
     results.write_text(json.dumps(others))
     record = [str(folder), "cifar10", "mean", "0", "2", "flow", ""]
+    every_mixer.main(["--record", *record, "--collect", str(tmp_path / "work"), str(results)])
+    shutil.rmtree(folder / "samples")                                      # as the script does
+    (folder / "bits.json").write_text(json.dumps(bits))
+    capsys.readouterr()
     every_mixer.main(["--record", *record, "--collect", str(tmp_path / "work"), str(results)])
     *before, row = json.loads(results.read_text())
     assert before == others
@@ -150,8 +163,8 @@ def test_a_run_becomes_a_row_of_the_table(tmp_path, photos, capsys):
     printed = capsys.readouterr().out
     assert "\ncifar10: 20 samples against 40 images, some\n" in printed
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
-    assert table[0][1:4] == ["cifar10, loss", "cifar10, distance", "flowers, loss"]
-    assert table[2][:4] == ["`mean`", f"{row['held_out_loss']['2']:.4f}", "123.4", "it diverged (seed 1)"]
+    assert table[0][1:5] == ["cifar10, loss", "cifar10, distance", "cifar10, bits", "flowers, loss"]
+    assert table[2][:5] == ["`mean`", f"{row['held_out_loss']['2']:.4f}", "123.4", "4.568", "it diverged (seed 1)"]
     assert table[3][:2] == ["`attention`", "it diverged (seed 0)"]
     with Image.open(tmp_path / "rows-cifar10-flow-2-samples.png") as sheet:
         samples = np.asarray(sheet.convert("RGB"))[:, -8 * every_mixer.SHOWN :]

@@ -67,7 +67,7 @@ def test_mistyped_settings_claim_no_folder(tmp_path, name):
         ("table1_cifar10.sh", "STEPS", "0"), ("table1_cifar10.sh", "SAMPLING_STEPS", "0"),
         ("table1_cifar10.sh", "IMAGES", "many"), ("table1_cifar10.sh", "PROCESSES", "2.5"),
         ("scaling.sh", "STEPS", "-1"), ("grids.sh", "STEPS", "1e3"),
-        ("every_mixer.sh", "STEPS", "all"), ("every_mixer.sh", "IMAGES", "5k"),
+        ("every_mixer.sh", "STEPS", "all"), ("every_mixer.sh", "IMAGES", "5k"), ("every_mixer.sh", "BITS", "-5"),
     ],
 )  # fmt: skip
 def test_numbers_that_are_none_are_named_before_the_work(tmp_path, script, name, value):
