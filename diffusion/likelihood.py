@@ -16,7 +16,8 @@ def flow_bits(flow, model, x, noise, model_kwargs=None):
     """Computes -log2 P(x) / (C H W) under a flow: (B,), float64. Its average over noise is an upper bound of the true value.
 
     P is the integral of the density p over a level's bin, bounded by its logarithm at a random point of the bin (Theis et al.,
-    2016). From there the ODE is followed to the noise z at t = 0, by Heun's method in the flow's steps, and
+    2016). From there the ODE is followed to the noise z at t = 0, by the Runge-Kutta method of order 4, in as many steps as the
+    flow has, shorter near the image: t = 1 - s^2, with equal steps of s. Then
 
         log p(x) = log N(z; 0, 1) - int_0^1 div v dt                            (Chen et al., 2018),
 
@@ -35,14 +36,16 @@ def flow_bits(flow, model, x, noise, model_kwargs=None):
             (pulled_back,) = torch.autograd.grad(velocity, x, signs)
         return velocity.detach(), (signs * pulled_back).double().flatten(1).sum(1)
 
-    times, integral = torch.linspace(1, 0, flow.num_timesteps + 1, device=x.device), 0
+    times, integral = 1 - torch.linspace(0, 1, flow.num_timesteps + 1, device=x.device) ** 2, 0
     for t, before in pairwise(times):
         dt = before - t
-        velocity, divergence = slopes(x, t)
-        velocity_before, divergence_before = slopes(x + dt * velocity, before)
-        x = x + dt / 2 * (velocity + velocity_before)
-        integral = integral - dt.double() / 2 * (divergence + divergence_before)
-    nats = (x.double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2 + integral
+        here = slopes(x, t)
+        middle = slopes(x + dt / 2 * here[0], t + dt / 2)
+        again = slopes(x + dt / 2 * middle[0], t + dt / 2)
+        there = slopes(x + dt * again[0], before)
+        velocity, divergence = ((a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(here, middle, again, there))
+        x, integral = x + dt * velocity, integral + dt.double() * divergence
+    nats = (x.double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2 - integral
     return nats / math.log(2) / x[0].numel() + math.log2(255 / 2)
 
 

@@ -69,7 +69,7 @@ one() {
     fi
     checkpoint=$(echo "$folder"/*/checkpoints/"$(printf %07d "$STEPS")".pt)
     if [ "$BITS" != 0 ] && [[ $* != *"--predict x"* ]] && missing bits_per_dimension; then
-        run -m evaluation.likelihood --ckpt "$checkpoint" --data-path "$data/test" --num-images "$BITS" --steps 20 \
+        run -m evaluation.likelihood --ckpt "$checkpoint" --data-path "$data/test" --num-images "$BITS" --steps 10 \
             --json "$folder/bits.json" || return 0
         record
     fi

@@ -55,7 +55,7 @@ def best_noise(diffusion):
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_best_flow_has_the_likelihood_of_the_data(path):
-    flow = create_flow(100, path=path)
+    flow = create_flow(20, path=path)
     x, expected = images_and_bits(500)
     assert flow_bits(flow, best_velocity(flow), x, noise_of(x)).mean() == pytest.approx(expected, abs=1e-3)
 
@@ -87,7 +87,7 @@ def test_the_divergence_counts_every_pair_of_pixels():
 
     z = x[:1].double().flatten(1) @ torch.linalg.matrix_exp(-A.double()).T
     nats = (z.square().sum() / 2 + 6 * math.log(2 * math.pi) + A.trace().double()).item()
-    bits = flow_bits(create_flow(50), network, x, noise_of(x))
+    bits = flow_bits(create_flow(10), network, x, noise_of(x))
     assert bits.std() > 0.1  # one estimate is rough
     assert bits.mean() == pytest.approx(nats / 12 / math.log(2) + math.log2(127.5), abs=4 * bits.std().item() / 4000**0.5)
 
