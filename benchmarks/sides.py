@@ -10,7 +10,7 @@ from models import SIZES, DiT
 
 
 class NaiveAttention(Attention):
-    """timm's attention with the matrix of all pairs of tokens in memory, as the paper timed it."""
+    """timm's attention with the matrix of all pairs of tokens in memory."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
