@@ -25,6 +25,7 @@ from images.samples import save_png
 from machine.flags import USE, from_zero, not_negative, positive
 from machine.precision import allow_tf32
 from machine.processes import launch
+from mixers import untold
 from mixers.running import prepare_to_sample
 from sample import add_model_flags, in_words, with_guide
 
@@ -102,7 +103,9 @@ def settings_of_images(model, settings, space, drawn, precision):
     vae, flow = settings["vae"], {name: settings[name] for name in ("path", "time_scale", "predict", "time_shift")}
     vae = str(Path(vae).resolve()) if Path(vae).is_dir() else vae
     weights, decoder = digest_of_weights(model.state_dict()), space.digest(DECODER)
-    return dict(weights=weights, **drawn, vae=vae, **flow, decoder=decoder, precision=precision)
+    network = dict(mixer_options=untold(settings["mixer"], settings["mixer_options"]), norm=settings.get("norm", "layer"))
+    network |= dict(time_intervals=settings.get("time_intervals"), classes=model.trained_classes)
+    return dict(weights=weights, **network, **drawn, vae=vae, **flow, decoder=decoder, precision=precision)
 
 
 def parse_args(argv=None):

@@ -67,6 +67,13 @@ def mixer_options(mixer, settings):
     return options
 
 
+def untold(mixer, options):
+    """Returns, by flag, those options of the named mixer, a dict, that no weights tell."""
+    kind = kind_of(mixer)
+    names = [option.name for option in kind.options if not option.told and option.name in options]
+    return {kind.flag_of(name): options[name] for name in names}
+
+
 def read_mixer(weights):
     """Returns the name of the mixer that has these weights, a layer's state dict, and the options that they reveal. ValueError
     if they fit no mixer."""

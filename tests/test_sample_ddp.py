@@ -139,6 +139,28 @@ def test_other_weights_or_settings_do_not_mix_into_a_folder(tmp_path, checkpoint
         draw_many(path, tmp_path / "s", "--num-fid-samples", 2)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "stated", "flags", "change"),
+    [
+        ("mamba", {}, ["--mamba-zigzag"], "mixer_options {} and now {'--mamba-zigzag': True}"),
+        ("attention", dict(norm="rms"), [], "norm layer and now rms"),
+        ("attention", dict(time_intervals=127), [], "time_intervals None and now 127"),
+        ("attention", dict(class_names=["ant", "bee"]), [], "classes 10 and now 2"),
+    ],
+    ids=str,
+)
+def test_nor_does_what_weights_do_not_tell(tmp_path, checkpoint, mixer, stated, flags, change):
+    path, two = checkpoint(mixer), ["--num-fid-samples", 2]
+    bare = torch.load(path)
+    del bare["args"]["mixer"]
+    torch.save(bare, path)
+    draw_many(path, tmp_path / "s", *two)
+    draw_many(path, tmp_path / "s", *two)
+    torch.save(bare | dict(args=bare["args"] | stated), path)
+    with pytest.raises(ValueError, match=re.escape(f"holds images made with {change}; give another --sample-dir")):
+        draw_many(path, tmp_path / "s", *two, *flags)
+
+
 def test_images_of_unknown_origin_are_left_alone(tmp_path, checkpoint):
     folder = tmp_path / "s" / "DiT-N-4-a-size-8-vae-none-cfg-1.5-seed-0"
     folder.mkdir(parents=True)
