@@ -16,7 +16,7 @@ from checkpoints.read import FLOATS, load_checkpoint
 from diffusion import OBJECTIVES, PATHS, PREDICTIONS
 from images.autoencoder import open_space
 from machine.files import whole_file
-from mixers import MIXERS, build_mixer, kind_of, mixer_options, read_mixer
+from mixers import MIXERS, build_mixer, kind_of, mixer_options, read_mixer, untold
 from models import MLPS, MODELS, DiT, backbone_of, stride
 
 # The paths of SiT's flows by its settings path_type and prediction. Its networks are DiT's, but see t and not 1000 t.
@@ -367,7 +367,8 @@ def initialize(model, path, settings=None):
     if unknown := [name for name in given if name not in known]:
         report.append(f"... there, and not taken: {_by_kind(unknown)}")
     try:
-        return report + _other_purposes(stated_settings(stored, path), stated_settings(settings or {}, path))
+        before, now = (stated_settings(one, path) | _mixer_in_words(one) for one in (stored, settings or {}))
+        return report + _other_purposes(before, now)
     except ValueError as error:  # its flow is unknown here, but its weights are a beginning all the same
         return [*report, f"... {error}"]
 
@@ -398,13 +399,21 @@ def _mixers_of_blocks(weights):
     return mixers
 
 
+def _mixer_in_words(stored):
+    """Returns {"mixer": its name with what weights do not tell of it} from a checkpoint's args, or {} without one."""
+    if not isinstance(mixer := stored.get("mixer"), str) or mixer not in MIXERS:
+        return {}
+    given = " and ".join(f"{flag} {value}" for flag, value in untold(mixer, kind_of(mixer).stored(stored)).items())
+    return dict(mixer=f"{mixer} with {given}" if given else mixer)
+
+
 def _other_purposes(stated, now):
     """Returns a line for each setting that differs between training then and now, and that the weights' names and shapes do not
-    show. stated, now: settings from stated_settings."""
-    names = ["norm", "mixer", "objective", "vae"]
+    show. stated, now: settings from stated_settings, and a mixer in words."""
+    names = ["norm", "mixer", "objective", "vae", "time_intervals"]
     if stated.get("objective") == now.get("objective") == "flow":
         names += ["path", "predict", "time_scale"]
-    before, now = (dict(norm="layer", time_scale=1000) | known for known in (stated, now))
+    before, now = (dict(norm="layer", time_scale=1000, time_intervals=128) | known for known in (stated, now))
     differing = [name for name in names if name in before and name in now and before[name] != now[name]]
     if {before.get("vae"), now.get("vae")} == {"ema", "mse"}:
         differing.remove("vae")  # two decoders of one encoder

@@ -124,6 +124,12 @@ def test_what_weights_were_trained_for_is_said_where_it_differs(tmp_path):
         f"... trained with {was}, which is {is_} here"
         for was, is_ in (("norm rms", "layer"), ("mixer mamba", "zigzag"), ("vae ema", "none"), ("predict x", "velocity"))
     ]
+    torch.save(dict(ema=model.state_dict(), args=stated | dict(mamba_zigzag=True, mamba_summed=False)), path)
+    zigzag = "mixer mamba with --mamba-zigzag True"
+    assert initialize(model, path, stated)[1:] == [f"... trained with {zigzag}, which is mamba here"]
+    assert initialize(model, path, stated | dict(mamba_zigzag=True, mamba_summed=None))[1:] == []
+    torch.save(dict(ema=model.state_dict(), args=stated | dict(time_intervals=127)), path)
+    assert initialize(model, path, stated)[1:] == ["... trained with time intervals 127, which is 128 here"]
     torch.save(dict(ema=model.state_dict(), args=dict(model="SiT-N/4", path_type="Linear", prediction="velocity")), path)
     assert initialize(model, path, stated)[-1] == "... trained with time scale 1, which is 1000 here"
     torch.save(dict(ema=model.state_dict(), args=dict(model="SiT-N/4", path_type="VP", prediction="score")), path)
