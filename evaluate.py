@@ -55,8 +55,8 @@ def check(args):
     sides = args.make_ref[:1] if args.make_ref else filter(None, (args.ref, args.samples))
     if args.image_size and (args.features.endswith(".npz") or all(Path(side).is_file() for side in sides)):
         raise ValueError("--image-size crops the images of folders, and there is none")
-    if args.dataset and not args.make_ref:
-        raise ValueError("--dataset says what the FOLDER of --make-ref holds, and means nothing without it")
+    if args.dataset and not (args.make_ref and not Path(args.make_ref[0]).is_file()):
+        raise ValueError("--dataset says what the FOLDER of --make-ref holds, and means nothing without one")
     if args.halves and args.samples:
         raise ValueError("--halves compares one set with itself; leave SAMPLES out")
     if not args.make_ref and not (args.ref and (args.samples or args.halves)):

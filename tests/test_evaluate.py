@@ -300,6 +300,7 @@ def test_features_computed_elsewhere(golden, tmp_path, run):
         (["a.npz", "a.npz", "--halves"], "leave SAMPLES out"),
         (["a.npz", "--make-ref", "a.npz", "b.npz"], "--make-ref FOLDER OUT.npz stands alone"),
         (["--make-ref", "empty", "b.npz", "--kid"], "--json, --kid and --exact-distances are for comparisons"),
+        (["--make-ref", "a.npz", "b.npz", "--dataset", "cifar10"], "--dataset says what the FOLDER of --make-ref holds"),
         (["a.npz", "a.npz", "--image-size", "8"], "--image-size crops the images of folders, and there is none"),
         (["x", "y", "--features", "f.npz", "--image-size", "8"], "--image-size crops the images of folders, and there is none"),
         (["x", "y", "--features", "f.npz", "--num", "3"], "not for features in a file"),
