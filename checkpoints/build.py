@@ -410,13 +410,14 @@ def _mixer_in_words(stored):
 def _other_purposes(stated, now):
     """Returns a line for each setting that differs between training then and now, and that the weights' names and shapes do not
     show. stated, now: settings from stated_settings, and a mixer in words."""
-    names = ["norm", "mixer", "objective", "vae", "time_intervals"]
+    names = ["norm", "mixer", "objective", "vae", "vae_digest", "time_intervals"]
     if stated.get("objective") == now.get("objective") == "flow":
         names += ["path", "predict", "time_scale"]
     before, now = (dict(norm="layer", time_scale=1000, time_intervals=128) | known for known in (stated, now))
     differing = [name for name in names if name in before and name in now and before[name] != now[name]]
-    if {before.get("vae"), now.get("vae")} == {"ema", "mse"}:
-        differing.remove("vae")  # two decoders of one encoder
+    one_encoder = "vae_digest" in before and before["vae_digest"] == now.get("vae_digest")
+    if one_encoder or {before.get("vae"), now.get("vae")} == {"ema", "mse"}:
+        differing = [name for name in differing if name != "vae"]          # another path or another decoder
     return [f"... trained with {name.replace('_', ' ')} {before[name]}, which is {now[name]} here" for name in differing]
 
 

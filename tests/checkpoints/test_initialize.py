@@ -128,6 +128,10 @@ def test_what_weights_were_trained_for_is_said_where_it_differs(tmp_path):
     zigzag = "mixer mamba with --mamba-zigzag True"
     assert initialize(model, path, stated)[1:] == [f"... trained with {zigzag}, which is mamba here"]
     assert initialize(model, path, stated | dict(mamba_zigzag=True, mamba_summed=None))[1:] == []
+    torch.save(dict(ema=model.state_dict(), args=stated | dict(vae="there", vae_digest="3f")), path)
+    assert initialize(model, path, stated | dict(vae="here", vae_digest="3f"))[1:] == []
+    said = initialize(model, path, stated | dict(vae="there", vae_digest="a0"))[1:]
+    assert said == ["... trained with vae digest 3f, which is a0 here"]
     torch.save(dict(ema=model.state_dict(), args=stated | dict(time_intervals=127)), path)
     assert initialize(model, path, stated)[1:] == ["... trained with time intervals 127, which is 128 here"]
     torch.save(dict(ema=model.state_dict(), args=dict(model="SiT-N/4", path_type="Linear", prediction="velocity")), path)
