@@ -54,7 +54,8 @@ def write_pipeline(model, settings, out):
     folder.mkdir(parents=True)
     if own:
         weights, config = to_diffusers(model)
-        save_file(weights, folder / f"{WEIGHTS}.safetensors", dict(format="pt"))
+        trained = json.dumps(dict(classes=len(names)) if names else {})    # the others have their numbers for names
+        save_file(weights, folder / f"{WEIGHTS}.safetensors", dict(format="pt", args=trained))
         index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
         if settings.get("time_intervals") != INTERVALS:
             shutil.copy(HERE / "exported_dit.py", Path(out, "pipeline.py"))
@@ -179,8 +180,8 @@ def read_pipeline(path):
     if kind == "DiT":
         return dict(ema=weights, args=args | vae)
     labels = {int(number): name for number, name in (index.get("id2label") or {}).items()}
-    names = [labels.get(n, str(n)) for n in range(len(labels))]
-    while names and names[-1] == str(len(names) - 1):  # classes of which there were no images
+    names = [labels.get(n, str(n)) for n in range(len(labels))][: args.get("classes")]
+    while "classes" not in args and names and names[-1] == str(len(names) - 1):  # an older folder's classes without images
         names.pop()
     named = dict(class_names=names) if names else {}
     try:

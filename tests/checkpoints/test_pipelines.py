@@ -116,6 +116,13 @@ def test_weights_come_back_with_the_same_bits(tmp_path, export, vae):
     assert draw(folder, tmp_path / "a.png", "--class-labels", "rose", "--sampler", "dpm-solver").any()
 
 
+def test_classes_that_are_called_by_their_numbers_stay_apart_from_those_without_images(export, vae):
+    _, folder = export(vae=vae, class_names=["0", "1", "2"])
+    assert load_model(folder, given_flags(), "ema")[0].trained_classes == 3
+    save_file(load_file(folder / FILE), folder / FILE)  # as an older version wrote it
+    assert load_model(folder, given_flags(), "ema")[0].class_names is None
+
+
 def test_other_layouts_of_the_folder_are_read(export, vae):
     """Weights in PyTorch's format, a class of an older name, and all of the table's classes."""
     _, folder = export(vae=vae)
