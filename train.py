@@ -13,6 +13,7 @@ from itertools import islice
 from time import perf_counter
 
 import torch
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -56,9 +57,10 @@ def main(args, processes):
     check(args, processes, dataset, held_out, space)
     settings, how = vars(args) | settings_of(dataset, args.dataset, args.num_classes, processes), objective_settings(vars(args))
     workers = worker_count(args.num_workers, args.data_path)
-    for images in (dataset, held_out):
-        if images and args.check_data:
-            check_readable(images, processes, logger.warning, workers, args.max_bad_images)
+    if args.check_data:
+        most = None if isinstance(dataset, CachedLatents) else args.max_bad_images
+        both = ConcatDataset([images for images in (dataset, held_out) if images])
+        check_readable(both, processes, logger.warning, workers, most)
     compared = args.data_path, args.val_path, args.image_size, args.dataset
     probe = open_probe(*compared, args.features, args.weights, processes) if args.probe_every else None
     if args.sample_every or probe or not all(isinstance(images, CachedLatents) for images in (dataset, held_out) if images):

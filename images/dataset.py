@@ -144,7 +144,7 @@ class _Faults(Dataset):
 
 def check_readable(images, processes, say, workers=0, most=None):
     """Reads every image once, on all processes and their workers, and calls `say` with what is wrong with each that cannot be
-    read, in order. ValueError if there are more than `most`, or any at all for None."""
+    read, in order. ValueError if there are more than `most`, or any at all for None, where none may be replaced."""
     mine = range(processes.rank, len(images), processes.size)
     loader = DataLoader(_Faults(images), 16, sampler=mine, collate_fn=list, num_workers=workers, worker_init_fn=ignore_stops)
     progress = tqdm(total=len(mine), desc="Checking", unit="image", disable=processes.rank > 0)
@@ -153,14 +153,13 @@ def check_readable(images, processes, say, workers=0, most=None):
         found += [(number, fault) for number, fault in faults if fault]
         progress.update(len(faults))
     progress.close()
-    found = sorted(fault for part in processes.gather(found) for fault in part)
+    faults = dict.fromkeys(fault for _, fault in sorted(fault for part in processes.gather(found) for fault in part))
     if processes.rank == 0:
-        for _, fault in found:
+        for fault in faults:
             say(fault)
-    if len(found) > (most or 0):
-        replaced = most is not None and not isinstance(images, latents.CachedLatents)
-        way_out = f", or give --max-bad-images {len(found)}" if replaced else ""
-        raise ValueError(f"{len(found):,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
+    if (bad := len(faults)) > (most or 0):
+        way_out = f", or give --max-bad-images {bad}" if most is not None else ""
+        raise ValueError(f"{bad:,} of {len(images):,} images cannot be read: replace or delete them{way_out}")
 
 
 def worker_count(wanted, path):

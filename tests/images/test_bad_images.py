@@ -89,15 +89,23 @@ def test_a_class_without_a_good_image_has_none_to_stand_in(photos):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_all_images_are_read_before_training(tmp_path, spoilt, shallow, caplog, workers):
+    """Those of both paths, which --max-bad-images counts together, and one that is in both once."""
+    Path(spoilt[1], "0", "3.png").write_bytes(b"")
+    shutil.copytree(spoilt[1], whole := tmp_path / "whole")
+    shutil.copy(whole / "0" / "6.png", whole / "0" / "3.png")
     flags = [*SMALL, "--data-path", spoilt[1], "--val-path", spoilt[0], "--check-data", "--num-workers", workers]
-    with pytest.raises(ValueError, match="3 of 40 images cannot be read: replace or delete them, or give --max-bad-images 3"):
-        fit(tmp_path / "r", *flags)
+    for few in (0, 3):
+        message = "4 of 80 images cannot be read: replace or delete them, or give --max-bad-images 4"
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path / "r", *flags, "--max-bad-images", few)
     assert not (tmp_path / "r").exists()
     named = [re.search(r"^cannot read the image .*/(\d/\d\.png) \(.+\)$", line)[1] for line in caplog.messages]
-    assert named == sorted(BAD)
+    assert named == 2 * ["0/3.png", *sorted(BAD)]
     if not workers:
-        fit(tmp_path / "r", *flags, "--max-bad-images", 3)
-        fit(tmp_path / "s", *flags, "--val-path", spoilt[1])
+        with pytest.raises(ValueError, match="1 of 80 images cannot be read"):
+            fit(tmp_path / "r", *flags, "--val-path", spoilt[1])
+        fit(tmp_path / "r", *flags, "--max-bad-images", 4)
+        fit(tmp_path / "s", *flags, "--data-path", whole, "--val-path", whole)
         assert learnt(tmp_path / "s")["step"] == learnt(tmp_path / "r")["step"] == 5
 
 
