@@ -101,7 +101,8 @@ class Mamba(nn.Module):
 
 def convolve(x, weight, bias, reverse):                                    # (B, E, L)
     """Returns silu of the convolution of every channel over a token and those before it, or with `reverse` after it."""
-    if not torch.compiler.is_compiling() and not traced(x, weight, bias) and x.dtype == weight.dtype and serves(x):
+    alike = x.dtype == weight.dtype == bias.dtype
+    if alike and not torch.compiler.is_compiling() and not traced(x, weight, bias) and serves(x):
         return Convolution.apply(convolve_plainly, x, weight, bias, reverse)
     return convolve_plainly(x, weight, bias, reverse)
 

@@ -42,7 +42,8 @@ SIDES = frozenset(n for n in range(1, MAX_SIDE + 1) if largest_prime_factor(n) <
 
 def evolve_tokens(v, equation, time_scale=None):
     """Maps tokens v (B, h, w, C) to their state, in the type of v: an implementation for `pde_ssm_kernels.choose`."""
-    rows, wide = equation.rows(time_scale), widen(v)
+    wide = widen(v)
+    rows = equation.rows(time_scale).to(wide.dtype)                        # of an equation in float64
     if torch.compiler.is_compiling():
         return evolve_op(wide, rows).to(v.dtype)
     if torch.is_grad_enabled():

@@ -275,7 +275,10 @@ def packed(spectra):
 
 
 def make_exponents(tau, *parameters):
-    """Computes `exponents_plainly` by the kernel."""
+    """Computes `exponents_plainly` by the kernel. ValueError for parameters that are not float32."""
+    if kinds := {x.dtype for x in (tau, *parameters) if x is not None} - {torch.float32}:
+        cast = "cast the layer by float(), or layer and tokens by double()"
+        raise ValueError(f"coefficients of pairs of channels are {', '.join(map(str, kinds))} and tokens are not: {cast}")
     like = next(x for x in reversed(parameters) if x is not None)          # r, b or shear: all begin with (groups, c)
     groups, c = like.shape[:2]
     out = like.new_empty(6, groups, c, c)

@@ -161,6 +161,11 @@ def test_its_convolution_of_tensors_that_are_negated_lazily():
     torch.testing.assert_close(found, expected)
 
 
+def test_its_convolution_does_not_read_a_bias_in_float64_as_float32():
+    with pytest.raises(RuntimeError, match="type"):
+        convolve(torch.randn(2, 5, 9), torch.randn(5, 1, 4), torch.randn(5).double(), False)
+
+
 def test_its_convolution_has_the_same_bits_for_any_number_of_threads(threads):
     given = [t.requires_grad_() for t in (torch.randn(5, 50, 9), torch.randn(50, 1, 4), torch.randn(50))]
     results = []

@@ -88,6 +88,22 @@ def test_a_layer_has_the_same_values_and_gradients_of_all_parameters(options, gr
         assert (mine - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-6) * theirs.abs().max()
 
 
+@pytest.mark.parametrize("name", ["equation.b", "equation"])
+def test_coefficients_may_be_in_float64(name):
+    """As those are that were made from arrays of NumPy's."""
+    pde, u = PDESSM(5), torch.randn(2, 5, 4, 6)
+    expected = pde(u)
+    if name == "equation":
+        pde.equation.double()
+    else:
+        pde.equation.b = torch.nn.Parameter(pde.equation.b.double())
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(pde.train(training)(u), expected)
+    pde(u).square().sum().backward()
+    assert pde.equation.b.grad.dtype == torch.float64
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (6, 35)], ids=str)
 def test_shifts_of_many_turns_are_those_of_the_torus_on_both_paths(grid):
     """And those of an equation that starts a whole number of turns nearer."""

@@ -88,6 +88,19 @@ def test_parameters_that_are_parametrised_are_not_absent(name):
     torch.testing.assert_close(pde(u), expected)
 
 
+@pytest.mark.parametrize("name", ["log_tau", "log_lx", "b", "r_slack"])
+@pytest.mark.parametrize("images", [2, 9])                                 # evaluation folds when there are more than channels
+@pytest.mark.parametrize("training", [True, False])
+def test_a_coefficient_in_float64_is_not_read_as_float32(name, images, training):
+    """As one is that was made from an array of NumPy's."""
+    pde, u = PDESSM(6, coupling="pairwise").train(training), torch.randn(images, 6, 5, 4)
+    setattr(pde.equation, name, torch.nn.Parameter(getattr(pde.equation, name).double()))
+    message = "coefficients of pairs of channels are torch.float64 and tokens are not: cast the layer"
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=message):
+        pde(u)
+    assert pde.double()(u.double()).isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "other"), [("log_ly", "log_lx"), ("gy", "gx")])
 def test_gradients_that_have_gradients_know_tied_parameters(name, other):
     pde, u = PDESSM(6, coupling="pairwise"), torch.randn(2, 6, 5, 4)
