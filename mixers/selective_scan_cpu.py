@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pde_ssm_kernels import backend
-from pde_ssm_kernels.building import found, kernel, load
+from pde_ssm_kernels.building import address, found, kernel, load
 from pde_ssm_kernels.modes import differentiable, needs_operations
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
@@ -77,7 +77,7 @@ class Convolution(torch.autograd.Function):
         out = torch.empty_like(x)
         x, weight, bias = x.resolve_neg(), weight.contiguous(), bias.contiguous()
         rows = *located(x, reverse), *located(out, reverse), *located(None, reverse)
-        run("convolve", x.dtype, [*rows, weight.data_ptr(), bias.data_ptr(), 0, 0, *x.shape, weight.shape[2]])
+        run("convolve", x.dtype, [*rows, address(weight), address(bias), 0, 0, *x.shape, weight.shape[2]])
         ctx.save_for_backward(x, weight, bias)
         ctx.plainly, ctx.reverse = plainly, reverse
         return out
@@ -90,7 +90,7 @@ class Convolution(torch.autograd.Function):
         (x, weight, bias), out_grad = ctx.saved_tensors, out_grad.resolve_neg()
         x_grad, weight_grad, bias_grad = torch.empty_like(x), *(p.new_empty(len(x), *p.shape) for p in (weight, bias))
         rows = [number for tensor in (x, out_grad, x_grad) for number in located(tensor, ctx.reverse)]
-        whole = [tensor.data_ptr() for tensor in (weight, bias, weight_grad, bias_grad)]
+        whole = [*map(address, (weight, bias, weight_grad, bias_grad))]
         run("convolve_backward", x.dtype, [*rows, *whole, *x.shape, weight.shape[2]])
         return None, x_grad, sum_of(weight_grad), sum_of(bias_grad), None
 
@@ -100,7 +100,7 @@ def call(name, rows, columns, whole, softplus, reverse):
     u, (B, _), (A, *_) = rows[0], columns, whole
     whole = [None if x is None else x.contiguous() for x in whole]
     members = [number for x in (*rows, *columns) for number in located(x, reverse)]
-    members += [x.data_ptr() if x is not None else 0 for x in whole] + [0] * (10 - len(whole))
+    members += [*map(address, whole)] + [0] * (10 - len(whole))
     run(name, u.dtype, members + [*u.shape, A.shape[1], B.shape[1], softplus])
 
 
@@ -114,7 +114,7 @@ def located(x, reverse):
     if x is None:
         return 0, 0, 0, 0
     *others, token = x.stride()
-    first = x.data_ptr() + (x.shape[-1] - 1) * token * x.itemsize if reverse else x.data_ptr()
+    first = address(x) + ((x.shape[-1] - 1) * token * x.itemsize if reverse else 0)
     return first, *others, -token if reverse else token
 
 

@@ -54,6 +54,17 @@ def kernel(library, name):
     return getattr(kernels, name)
 
 
+def address(tensor):
+    """Returns where a tensor's values lie, 0 for None. ValueError for one that is not in the processor's memory, where a kernel
+    would crash: a weight on another device than the tokens, or that was never loaded."""
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        where = f"tokens are on the CPU, and a tensor of shape {tuple(tensor.shape)} is on {tensor.device}"
+        raise ValueError(f"{where}: load the weights, or move the layer to the device of its tokens")
+    return tensor.data_ptr()
+
+
 def processor():
     """Returns the processor's name and features, on which compiled code depends: different machines can share one home."""
     try:

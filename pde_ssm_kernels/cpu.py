@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .building import found, kernel, load
+from .building import address, found, kernel, load
 from .modes import differentiable, needs_operations, widen
 
 ROWS = 9                # of a symbol: tau times r, Kxx, Kxy, Kyy, bx and by; then gx, gy and g0
@@ -128,7 +128,7 @@ def sizes(v, rows):
 
 def run(name, *tensors, sizes):
     tensors = [tensor.resolve_neg() for tensor in tensors]                 # PyTorch may negate lazily, in a flag
-    kernel(library, name)(*(tensor.data_ptr() for tensor in tensors), *sizes)
+    kernel(library, name)(*map(address, tensors), *sizes)
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from . import cpu, pytorch
-from .building import found, kernel, load
+from .building import address, found, kernel, load
 from .kept import kept, room
 from .modes import differentiable, needs_operations, widen
 
@@ -297,7 +297,7 @@ def exponents_backward(gradient, tau, *parameters):
 
 def run(name, *tensors, sizes):
     tensors = [None if x is None else x.resolve_neg() for x in tensors]    # PyTorch may negate lazily, in a flag
-    kernel(library, name)(*(None if x is None else x.data_ptr() for x in tensors), *sizes, torch.get_num_threads())
+    kernel(library, name)(*map(address, tensors), *sizes, torch.get_num_threads())
 
 
 @torch.compiler.assume_constant_result

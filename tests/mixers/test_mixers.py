@@ -17,7 +17,7 @@ from mixers import KINDS, MIXERS, build_mixer, mixer_options, pde
 from mixers.options import Mixer, Option
 from mixers.plainmamba import PlainMamba
 from mixers.ss2d import SS2D
-from pde_ssm import PDESSM, PDESSMBlock
+from pde_ssm import COUPLINGS, PDESSM, PDESSMBlock
 
 
 def declared_flags():
@@ -65,6 +65,24 @@ def test_weights_in_half_precision_work_too(name):
     expected = mixer.double()(tokens.double())
     assert out.dtype == torch.bfloat16
     assert (out - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "missing"),
+    [
+        *(("pdessm", dict(coupling=coupling), "equation") for coupling in COUPLINGS),
+        *(("vim", {}, part) for part in ("conv1d.weight", "conv1d_b.bias", "A_log")),
+        ("ss2d", {}, "A_logs"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_were_never_loaded_are_named_and_not_read(name, options, missing, training):
+    tokens, weights = torch.randn(2, 16, 16), build_mixer(name, 16, 4, (4, 4), 0, **options).state_dict()
+    with torch.device("meta"):
+        mixer = build_mixer(name, 16, 4, (4, 4), 0, **options).train(training)
+    mixer.load_state_dict({key: w for key, w in weights.items() if missing not in key}, strict=False, assign=True)
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match="on meta: load the weights, or move the layer"):
+        mixer(tokens)
 
 
 @pytest.mark.parametrize("build", [SS2D, PlainMamba])
