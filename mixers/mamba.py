@@ -15,7 +15,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, linear, pad, silu
+from torch.nn.functional import conv2d, pad, silu
 
 from machine.flags import positive
 from mixers.grid import checked_grid, on_grid, refuse
@@ -23,8 +23,8 @@ from mixers.options import SWITCH, Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back
 from mixers.selective_scan import selective_scan
 from mixers.selective_scan_cpu import Convolution, serves
-from mixers.time_steps import initialize_time_steps
-from pde_ssm_kernels.modes import traced, widen
+from mixers.time_steps import initialize_time_steps, product_and_bias
+from pde_ssm_kernels.modes import runs_alone, traced, widen
 
 
 class Mamba(nn.Module):
@@ -91,12 +91,22 @@ class Mamba(nn.Module):
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{b}") for name in ("conv1d", "x_proj", "dt_proj"))
         A_log, D = getattr(self, f"A{b}_log"), getattr(self, f"D{b}")
         reverse = b == "_b"
-        x = convolve(x.transpose(1, 2), conv1d.weight, conv1d.bias, reverse)                       # (B, E, L)
-        numbers = dt_proj.in_features, A_log.shape[1], A_log.shape[1]
-        delta, B, C = x_proj(x.transpose(1, 2)).split(numbers, dim=2)      # (B, L, R), (B, L, N) twice
-        delta, B, C, z = (part.transpose(1, 2) for part in (linear(delta, dt_proj.weight), B, C, z))
-        y = selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, dt_proj.bias, delta_softplus=True, reverse=reverse)
+        x = convolve_by(conv1d, x.transpose(1, 2), reverse)                # (B, E, L)
+        numbers = x_proj(x.transpose(1, 2))                                # (B, L, R + 2 N)
+        delta, B, C = numbers.tensor_split((-2 * A_log.shape[1], -A_log.shape[1]), dim=2)
+        delta, bias = product_and_bias(dt_proj, delta)
+        delta, B, C, z = (part.transpose(1, 2) for part in (delta, B, C, z))
+        y = selective_scan(x, delta, -widen(A_log).exp(), B, C, D, z, bias, delta_softplus=True, reverse=reverse)
         return y.transpose(1, 2)
+
+
+def convolve_by(conv1d, x, reverse):                                       # (B, E, L)
+    """Returns what `convolve` does with the weights of a layer; one with hooks or adapters is called instead."""
+    if runs_alone(conv1d, nn.Conv1d):
+        return convolve(x, conv1d.weight, conv1d.bias, reverse)
+    x = x.flip(2) if reverse else x
+    x = silu(conv1d(pad(x, (conv1d.weight.shape[2] - 1, 0))))
+    return x.flip(2) if reverse else x
 
 
 def convolve(x, weight, bias, reverse):                                    # (B, E, L)

@@ -15,14 +15,14 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from machine.flags import positive
 from mixers.grid import on_grid, refuse
 from mixers.options import Mixer, Option, check_numbers
 from mixers.orders import ORDERS, follow, put_back, steps
 from mixers.selective_scan import selective_scan
-from mixers.time_steps import initialize_time_steps
+from mixers.time_steps import initialize_time_steps, product_and_bias
 from pde_ssm_kernels.modes import full_precision, widen
 
 
@@ -70,18 +70,18 @@ class PlainMamba(nn.Module):
         """Returns the sum of the scans along the snakes, in float32 or wider, since the states overflow in half precision."""
         with full_precision(x):
             x = widen(x)
-            dt, B, C = linear(x, widen(self.x_proj.weight)).split(self.sizes, dim=2)
-            delta = linear(dt, widen(self.dt_proj.weight))
+            dt, B, C = product_and_bias(self.x_proj, x)[0].split(self.sizes, dim=2)
+            delta, bias = product_and_bias(self.dt_proj, dt)
             x, delta, B, C = (follow(part, self.paths, grid_size) for part in (x, delta, B, C))    # (B, N, 4, ...)
             B = B + self.direction_Bs[steps(self.paths, grid_size, x)]
-            return put_back(self.along(x, delta, B, C), self.paths, grid_size)
+            return put_back(self.along(x, delta, B, C, bias), self.paths, grid_size)
 
-    def along(self, x, delta, B, C):                                       # (B, N, 4, E) twice, (B, N, 4, states) twice
+    def along(self, x, delta, B, C, bias):                                 # (B, N, 4, E) twice, (B, N, 4, states) twice, (E,)
         """Returns the results of the scans of the four sequences, (B, N, 4, E)."""
         x, delta = (part.flatten(2).transpose(1, 2) for part in (x, delta))
         B, C = (part.permute(0, 2, 3, 1) for part in (B, C))
         A = -widen(self.A_log).exp().repeat(4, 1)
-        D, bias = self.D.repeat(4), self.dt_proj.bias.repeat(4)
+        D, bias = self.D.repeat(4), None if bias is None else bias.repeat(4)
         return selective_scan(x, delta, A, B, C, D, delta_bias=bias, delta_softplus=True).transpose(1, 2).unflatten(2, (4, -1))
 
 

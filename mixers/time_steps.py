@@ -1,9 +1,13 @@
-"""How the time steps of selective scans start: log-uniform from 0.001 to 0.1, as Mamba's do (arXiv 2312.00752)."""
+"""How the time steps of selective scans start: log-uniform from 0.001 to 0.1, as Mamba's do (arXiv 2312.00752), and how
+they follow from tokens."""
 
 import math
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
+
+from pde_ssm_kernels.modes import runs_alone
 
 
 def time_step_biases(*shape):
@@ -18,3 +22,12 @@ def initialize_time_steps(layer):
     bound = layer.in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
     layer.bias.copy_(time_step_biases(layer.out_features))
+
+
+def product_and_bias(layer, x):
+    """Returns the product of tokens (..., R) with a linear layer's weights, and the bias, which a scan adds in float32 whatever
+    the type of the product; of a layer with hooks or adapters, which run only when it is called, the result and None."""
+    if runs_alone(layer, nn.Linear):
+        return linear(x, layer.weight.to(x.dtype)), layer.bias
+    weight = getattr(layer, "weight", None)                                # of quantised layers a method
+    return layer(x.to(weight.dtype) if isinstance(weight, torch.Tensor) else x), None

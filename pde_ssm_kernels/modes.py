@@ -29,6 +29,14 @@ def has_tangents(*tensors):
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def runs_alone(layer, kind):
+    """Returns whether a call of a layer runs the forward pass of its class, kind, and nothing else: it has no hooks, and is no
+    adapter around such a layer."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    own = type(layer).forward is kind.forward and "forward" not in vars(layer)
+    return own and not any(hooks) and not nn.modules.module._has_any_global_hook()
+
+
 def needs_operations(*gradients):
     """Returns whether a backward pass must take PyTorch's operations, because our kernels have no rules for these gradients:
     they are to be differentiated again, batched (is_grads_batched), of a torch.func transform, or carry tangents."""

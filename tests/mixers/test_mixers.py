@@ -67,6 +67,41 @@ def test_weights_in_half_precision_work_too(name):
     assert (out - expected).norm() < 0.05 * expected.norm()
 
 
+LAYERS = torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d
+
+
+class Adapter(torch.nn.Module):
+    """Adds something to the result of a layer, whose weights it also shows, as adapters for fine-tuning do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.more = layer, torch.nn.Parameter(torch.ones(()))
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) + self.more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MIXERS)
+def test_adapters_and_hooks_of_every_layer_run(name, dtype):
+    mixer, tokens, called = build_mixer(name, 16, 4, (4, 4), 0).to(dtype), torch.randn(2, 16, 16, dtype=dtype), []
+    expected, layers = mixer(tokens), [layer for layer in mixer.modules() if isinstance(layer, LAYERS)]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, inputs, out: called.append(layer))
+    hooked = mixer(tokens)
+    assert set(called) == set(layers)
+    assert (hooked - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()
+    for place, layer in [*mixer.named_modules()]:
+        if layer in layers:
+            mixer.set_submodule(place, Adapter(layer))
+    mixer(tokens).float().square().sum().backward()
+    assert all(part.more.grad for part in mixer.modules() if isinstance(part, Adapter))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "missing"),
     [

@@ -32,7 +32,7 @@ def test_what_the_released_code_computes(golden):
         dt, B, C = mixer.x_proj(x).split(mixer.sizes, dim=2)
         delta, B, C = (part[:, :, None].expand(-1, -1, 4, -1) for part in (mixer.dt_proj(dt), B, C))
         B = B + mixer.direction_Bs[steps(mixer.paths, grid_size, x)]
-        return put_back(mixer.along(follow(x, mixer.paths, grid_size), delta, B, C), mixer.paths, grid_size)
+        return put_back(mixer.along(follow(x, mixer.paths, grid_size), delta, B, C, mixer.dt_proj.bias), mixer.paths, grid_size)
 
     mixer.scan = scan
     assert_public(mixer, numbers_of(golden, "as_released"))
