@@ -62,7 +62,7 @@ class SS2D(nn.Module):
         x = x.contiguous()  # the convolution returns channels last only for a dense input; otherwise later reads are strided
         x = silu(self.conv2d(x.unflatten(1, grid_size).permute(0, 3, 1, 2)))       # (B, E, h, w)
         y = self.scan(x.permute(0, 2, 3, 1).flatten(1, 2), grid_size)      # (B, N, E)
-        y = self.out_norm(y.to(self.out_norm.weight))
+        y = self.out_norm(y.to(self.out_norm.weight.dtype))
         return self.out_proj(y if z is None else y * silu(z))              # (B, N, D)
 
     def scan(self, x, grid_size):                                          # (B, N, E)

@@ -4,6 +4,7 @@ import inspect
 import re
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 from timm.models.vision_transformer import Attention
@@ -100,6 +101,18 @@ def test_adapters_and_hooks_of_every_layer_run(name, dtype):
             mixer.set_submodule(place, Adapter(layer))
     mixer(tokens).float().square().sum().backward()
     assert all(part.more.grad for part in mixer.modules() if isinstance(part, Adapter))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_weights_may_come_when_their_layer_is_called(name):
+    """accelerate keeps those of models that are larger than a device elsewhere."""
+    mixer, tokens = build_mixer(name, 16, 4, (4, 4), 0).eval(), torch.randn(20, 16, 16)
+    expected = mixer(tokens)
+    offloaded = accelerate.cpu_offload(mixer, execution_device="cpu")
+    assert {p.device.type for p in offloaded.parameters()} == {"meta"}
+    for _ in range(2):
+        torch.testing.assert_close(offloaded(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
