@@ -4,7 +4,7 @@ import torch
 from timm.layers import AttentionRope, RmsNorm, build_rotary_pos_embed
 from timm.models.vision_transformer import Attention
 
-from mixers.grid import checked_grid, refuse
+from mixers.grid import checked_grid, on_grid, refuse
 from mixers.options import SWITCH, Mixer, Option
 from pde_ssm_kernels.modes import cached_per_device, widen
 
@@ -44,6 +44,7 @@ class RotaryAttention(AttentionRope):
 
     def forward(self, x, **call):                                          # (B, N, D)
         refuse(x, call, "attention with rope")
+        on_grid(x[:, self.num_prefix_tokens :], self.grid_size, "attention with rope")
         return super().forward(x, rope=rotations(tuple(self.grid_size), self.trained_grid, x.shape[2] // self.num_heads, x))
 
 

@@ -58,6 +58,12 @@ def test_what_are_no_tokens_is_named(name, tokens):
         build_mixer(name, 16, 4, (4, 4), 0)(tokens)
 
 
+@pytest.mark.parametrize("tokens", [1, 9])                                 # one would be turned by all places
+def test_tokens_off_the_grid_of_rotary_attention_are_named(tokens):
+    with pytest.raises(ValueError, match=rf"attention with rope is on a grid of 4 x 4 = 16 tokens .*\(1, {tokens}, 16\)"):
+        build_mixer("attention", 16, 4, (4, 4), 0, positions="rope")(torch.randn(1, tokens, 16))
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_weights_in_half_precision_work_too(name):
     mixer, tokens = build_mixer(name, 16, 4, (4, 4), 0).bfloat16(), torch.randn(2, 16, 16, dtype=torch.bfloat16)
