@@ -37,9 +37,9 @@ def wave_numbers(n, half=False, dtype=torch.float32, device=None):
     Returns (k, k_odd). They differ at the Nyquist frequency of an even n: it has no partner of the other sign, so
     a real signal admits no odd power of k there, and k_odd is 0 (the derivative of cos(pi n x) vanishes on the grid).
     """
-    m = torch.arange(n // 2 + 1, dtype=dtype, device=device)
+    m = torch.arange(n // 2 + 1 if half else n, dtype=dtype, device=device)
     if not half:
-        m = torch.cat([m[: (n + 1) // 2], torch.arange(-(n // 2), 0, dtype=dtype, device=device)])
+        m = (m + n // 2) % n - n // 2
     return 2 * math.pi * m, 2 * math.pi * m * (2 * m.abs() != n)
 
 

@@ -54,6 +54,16 @@ def test_exports_for_any_batch(options, randomize, tmp_path):
     torch.testing.assert_close(exported(*other), model(*other))
 
 
+@torch.no_grad()
+def test_exports_for_any_batch_and_grid():
+    pde, Dim = PDESSM(16).eval(), torch.export.Dim
+    shape = {0: Dim("batch", min=1, max=64), 2: Dim("h", min=4, max=64), 3: Dim("w", min=4, max=64)}
+    exported = torch.export.export(pde, (torch.randn(2, 16, 6, 8),), dynamic_shapes=(shape,)).module()
+    for batch, *grid in [(5, 4, 5), (1, 7, 9), (2, 64, 4)]:
+        u = torch.randn(batch, 16, *grid)
+        torch.testing.assert_close(exported(u), pde(u), rtol=1e-4, atol=1e-5)
+
+
 @couplings
 @pytest.mark.parametrize("grid", [(3, 4), (2, 33)])
 def test_a_compiled_layer_has_the_same_gradients(grid, coupling):
