@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import cpu, pytorch
 from .building import address, found, kernel, load
 from .kept import kept, room
-from .modes import differentiable, needs_operations, widen
+from .modes import differentiable, needs_operations, runs_alone, widen
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
 AT_ONCE = 64             # columns of G B R that `folded` computes at once
@@ -72,9 +72,7 @@ def fold(u, layer):
     """Returns the state of tokens u (B, h, w, dim) by the cached product of a PDESSM's G, B and R, or None if there is none."""
     h, w = u.shape[1:3]
     plain = type(layer.R) is torch.nn.Linear and layer.R.bias is None and not layer.activation
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (layer.R, layer.equation))
-    plain = plain and not (hooked or "forward" in vars(layer.R))
-    plain = plain and not torch.nn.modules.module._has_any_global_hook()
+    plain = plain and all(runs_alone(part, type(part)) for part in (layer.R, layer.equation))
     if not plain or layer.equation.groups > 1 or u.dtype != torch.float32 or layer.R.weight.dtype != torch.float32:
         return None
     folding, c = _folding(layer, h, w), layer.equation.dim
