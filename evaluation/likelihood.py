@@ -76,7 +76,7 @@ def bits_of(model, settings, steps, x, noise, model_kwargs):
 
 def measure(bits_of, images, most, batch_size, processes, title):
     """Returns the bits per dimension of at most that many images, evenly spread: (n,), float64, on the CPU. Every process takes
-    a part, and gets them all. ValueError for a single image."""
+    a part, and gets them all. ValueError for a single image, or if bits are not finite."""
     n = min(len(images), most)
     if n < 2:
         raise ValueError(f"{n} image: a mean and its error take at least 2")
@@ -89,6 +89,8 @@ def measure(bits_of, images, most, batch_size, processes, title):
         bits[list(numbers)] = bits_of(torch.stack(x).to(processes.device), noise, dict(y=classes))
     if processes.size > 1:
         dist.all_reduce(bits)
+    if wrong := n - bits.isfinite().sum().item():
+        raise ValueError(f"{title}: the bits of {wrong:,} of {n:,} images are not finite: more --steps, or other weights")
     return bits.cpu()
 
 

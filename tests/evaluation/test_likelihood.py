@@ -89,6 +89,13 @@ def test_images_of_more_classes_than_the_network_has(checkpoint, photos):
     assert "has the classes 0, 1, and" in said
 
 
+def test_what_overflows_is_no_measurement(checkpoint, photos):
+    path = checkpoint(num_classes=3, objective="flow")
+    change_weights(path, lambda weights: weights["final_layer.linear.bias"].fill_(3e38))
+    said = error_of(likelihood, "--ckpt", path, "--data-path", photos, "--steps", 1)
+    assert "a.pt: the bits of 40 of 40 images are not finite" in said
+
+
 def test_latents_have_no_likelihood_of_pixels():
     with pytest.raises(ValueError, match=r"a\.pt works in the latent space of an autoencoder"):
         likelihood.check("a.pt", dict(vae="ema", objective="diffusion"))
