@@ -20,6 +20,7 @@ from diffusion.noise import PerImageNoise, image_seeds
 from download import find_checkpoint
 from images.dataset import load_dataset
 from images.folders import listed
+from images.latents import CachedLatents
 from images.named import DATASETS
 from machine.files import check_writable, write_json
 from machine.flags import decay, positive
@@ -39,6 +40,8 @@ def main(args, processes):
     for path, (model, settings) in networks.items():
         with processes.main_process_first():  # the files of a named data set may be joined when it is opened
             images = load_dataset(args.data_path, sizes[path], not model.num_classes, held_out=True, name=args.dataset)
+        if isinstance(images, CachedLatents):
+            raise ValueError(f"--data-path {args.data_path} holds cached latents; a likelihood is that of images")
         known = model.class_names or images.classes[: model.num_classes]
         if images.num_classes and list(known) != list(images.classes):
             raise ValueError(f"{path} has the classes {listed(known)}, and {args.data_path} has {listed(images.classes)}")

@@ -8,11 +8,13 @@ import re
 import pytest
 import torch
 
+from autoencoders import save_autoencoder
 from checkpoints.build import save_checkpoint
 from commands import as_torchrun_has_it, change_weights, error_of, fit, in_forks
 from evaluation import likelihood
+from images import encode
 from images.dataset import load_dataset
-from machine.processes import launch
+from machine.processes import ALONE, launch
 
 
 def measured(out, *flags):
@@ -94,6 +96,13 @@ def test_what_overflows_is_no_measurement(checkpoint, photos):
     change_weights(path, lambda weights: weights["final_layer.linear.bias"].fill_(3e38))
     said = error_of(likelihood, "--ckpt", path, "--data-path", photos, "--steps", 1)
     assert "a.pt: the bits of 40 of 40 images are not finite" in said
+
+
+def test_cached_latents_are_no_images(tmp_path, checkpoint, photos):
+    vae, out = save_autoencoder(tmp_path / "vae", levels=3, channels=4), tmp_path / "latents"
+    flags = ["--data-path", photos, "--vae", vae, "--image-size", "8", "--out", str(out), "--num-workers", "0"]
+    encode.encode(encode.parse_args([*flags, "--device", "cpu"]), ALONE)
+    assert "latents holds cached latents" in error_of(likelihood, "--ckpt", checkpoint(num_classes=3), "--data-path", out)
 
 
 def test_latents_have_no_likelihood_of_pixels():
