@@ -22,7 +22,7 @@ from machine.processes import launch
 
 
 def main(args, processes):
-    check(args)
+    check(**vars(args))
     prefix = "Internal " if args.halves else ""
     if args.features.endswith(".npz"):
         network, (ref, sample) = read_features(args.features, (args.ref, args.samples))
@@ -46,29 +46,33 @@ def main(args, processes):
         report(results, ref, sample, network, args.json, prefix)
 
 
-def check(args):
-    """Checks that the flags can be combined. ValueError or OSError if not."""
-    if args.make_ref and (args.ref or args.halves or args.features.endswith(".npz")):
+# fmt: off
+def check(
+    ref, samples, make_ref, halves, num, features, weights, feature_dim, image_size, dataset, kid, exact_distances, json, **_,
+):
+    # fmt: on
+    """Checks that the flags of these values can be combined. ValueError or OSError if not."""
+    if make_ref and (ref or halves or features.endswith(".npz")):
         raise ValueError("--make-ref FOLDER OUT.npz stands alone")
-    if args.make_ref and (args.json or args.kid or args.exact_distances):
+    if make_ref and (json or kid or exact_distances):
         raise ValueError("--json, --kid and --exact-distances are for comparisons, not for --make-ref")
-    sides = args.make_ref[:1] if args.make_ref else filter(None, (args.ref, args.samples))
-    if args.image_size and (args.features.endswith(".npz") or all(Path(side).is_file() for side in sides)):
+    sides = make_ref[:1] if make_ref else filter(None, (ref, samples))
+    if image_size and (features.endswith(".npz") or all(Path(side).is_file() for side in sides)):
         raise ValueError("--image-size crops the images of folders, and there is none")
-    if args.dataset and not (args.make_ref and not Path(args.make_ref[0]).is_file()):
+    if dataset and not (make_ref and not Path(make_ref[0]).is_file()):
         raise ValueError("--dataset says what the FOLDER of --make-ref holds, and means nothing without one")
-    if args.halves and args.samples:
+    if halves and samples:
         raise ValueError("--halves compares one set with itself; leave SAMPLES out")
-    if not args.make_ref and not (args.ref and (args.samples or args.halves)):
+    if not make_ref and not (ref and (samples or halves)):
         raise ValueError("REF and SAMPLES are needed (or REF --halves, or --make-ref FOLDER OUT.npz)")
-    if args.features.endswith(".npz") and (args.halves or args.num or args.weights or args.feature_dim):
+    if features.endswith(".npz") and (halves or num or weights or feature_dim):
         raise ValueError("--halves, --num, --weights and --feature-dim are for networks, not for features in a file")
-    if args.kid and (args.feature_dim or 2048) != 2048:
-        raise ValueError(f"--kid is not for --feature-dim {args.feature_dim}, which gives the Frechet distance alone")
-    if args.json not in (None, "-"):
-        check_writable(args.json, "--json", ".json")
-    if args.make_ref:
-        check_writable(args.make_ref[1], "--make-ref", ".npz")
+    if kid and (feature_dim or 2048) != 2048:
+        raise ValueError(f"--kid is not for --feature-dim {feature_dim}, which gives the Frechet distance alone")
+    if json not in (None, "-"):
+        check_writable(json, "--json", ".json")
+    if make_ref:
+        check_writable(make_ref[1], "--make-ref", ".npz")
 
 
 def parse_args(argv=None):
