@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparison of all mixers and systems at equal settings: each is trained for as many steps on the same images, noise and
-# timesteps, then samples are drawn and compared with images, and the likelihood of held-out images is measured. Every finished run is a row, written at once; started again, the
-# script goes on with what is missing, in the middle of a run too.
+# timesteps, then samples are drawn and compared with images, and the likelihood of held-out images is measured. Every finished
+# run is a row, written at once; started again, the script goes on with what is missing, in the middle of a run too.
 #
 #     CIFAR10=FOLDER FLOWERS=FOLDER bash reproduce/every_mixer.sh        (or one of the two)
 #
@@ -29,7 +29,8 @@ CIFAR10=${CIFAR10:+$(realpath "$CIFAR10")} FLOWERS=${FLOWERS:+$(realpath "$FLOWE
 other=every_mixer${LR:+-lr-$LR}
 WORK=$(realpath -m "${WORK:-results/$other}") RESULTS=$(realpath -m "${RESULTS:-$(dirname "$0")/results/$other.json}")
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} BITS=${BITS:-256} OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32}
+PYTHON=${PYTHON:-python} STEPS=${STEPS:-1200} IMAGES=${IMAGES:-5000} BITS=${BITS:-256}
+OBJECTIVE=${OBJECTIVE:-flow} PRECISION=${PRECISION:-fp32}
 case $OBJECTIVE in
     flow) sampler=heun sampling_steps=6 predict=(--predict x) ;;
     diffusion) sampler=dpm-solver sampling_steps=12 predict=() ;;
