@@ -25,7 +25,8 @@ def evolve_in_pieces(v, equation, time_scale=None):
     h, w = v.shape[1:3]
     spectra, embedding = lanes(real_spectrum(widen(v)), equation.groups), torch.cat(equation.embedding(), dim=1)
     even, odd = monomials(equation, h, w)
-    if not torch.is_grad_enabled() and len(even) * equation.g0.numel() <= LARGEST_WHOLE:
+    # shape[0], since len() is a plain number, which would fix the grid of an exported graph
+    if not torch.is_grad_enabled() and even.shape[0] * equation.g0.numel() <= LARGEST_WHOLE:
         states = multiply(equation.symbol(h, w), embed(embedding, spectra, odd))
     else:
         states = evolve_spectra(equation, spectra, embedding, *exponents(equation), h, w)

@@ -54,9 +54,10 @@ def test_exports_for_any_batch(options, randomize, tmp_path):
     torch.testing.assert_close(exported(*other), model(*other))
 
 
+@couplings
 @torch.no_grad()
-def test_exports_for_any_batch_and_grid():
-    pde, Dim = PDESSM(16).eval(), torch.export.Dim
+def test_exports_for_any_batch_and_grid(coupling):
+    pde, Dim = PDESSM(16, coupling=coupling).eval(), torch.export.Dim
     shape = {0: Dim("batch", min=1, max=64), 2: Dim("h", min=4, max=64), 3: Dim("w", min=4, max=64)}
     exported = torch.export.export(pde, (torch.randn(2, 16, 6, 8),), dynamic_shapes=(shape,)).module()
     for batch, *grid in [(5, 4, 5), (1, 7, 9), (2, 64, 4)]:
