@@ -30,7 +30,7 @@ class GlobalFilter(nn.Module):
         self.R = nn.Linear(dim, dim, bias=False) if projection else None
 
     def forward(self, tokens, **call):                                     # (B, h w, D)
-        refuse(tokens, call, "global-filter")
+        refuse(tokens, call, "global-filter", self.complex_weight.shape[2])
         x = on_grid(tokens if self.R is None else self.R(tokens), self.grid_size, "global-filter")
         with full_precision(x):
             # Channels come first because MKL's transforms along inner axes may write out of bounds on grids of few rows.

@@ -20,10 +20,13 @@ def checked_grid(grid_size, name):
     return tuple(grid_size)
 
 
-def refuse(tokens, call, name):
+def refuse(tokens, call, name, dim=None):
     """Raises a ValueError unless tokens are real (B, N, D), and for arguments, by name, that callers passed besides them: a
-    mask, a context or any value but None and False. rope, the positions of tokens, is allowed."""
-    if tokens.ndim != 3 or 0 in tokens.shape[1:] or not tokens.is_floating_point():
-        raise ValueError(f"{name} mixes real tokens (B, N, D); it got the shape {tuple(tokens.shape)} of {tokens.dtype}")
+    mask, a context or any value but None and False. rope, the positions of tokens, is allowed. Mixers whose first step is no
+    linear layer, which would refuse another D, give theirs as dim."""
+    fits = tokens.ndim == 3 and 0 not in tokens.shape[1:] and dim in (None, tokens.shape[2])
+    if not fits or not tokens.is_floating_point():
+        shape = f"(B, N, {'D' if dim is None else dim})"
+        raise ValueError(f"{name} mixes real tokens {shape}; it got the shape {tuple(tokens.shape)} of {tokens.dtype}")
     if given := [what for what, value in call.items() if value is not None and value is not False and what != "rope"]:
         raise ValueError(f"{name} mixes a grid of tokens and cannot follow {', '.join(given)}")

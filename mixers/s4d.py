@@ -34,7 +34,7 @@ class S4D(nn.Module):
         self.gate, self.state, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, tokens, **call):                                     # (B, N, D)
-        refuse(tokens, call, "s4d")
+        refuse(tokens, call, "s4d", len(self.D))
         n = tokens.shape[1]
         with full_precision(tokens):
             u = widen(tokens).mT.contiguous()                              # (B, D, N)

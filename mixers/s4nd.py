@@ -74,7 +74,7 @@ class S4ND(nn.Module):
         self.output_linear = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GLU(dim=-1))
 
     def forward(self, tokens, **call):                                     # (B, h w, D)
-        refuse(tokens, call, "s4nd")
+        refuse(tokens, call, "s4nd", self.D.shape[1])
         u = on_grid(tokens, self.grid_size, "s4nd")
         with full_precision(u):
             u = widen(u)

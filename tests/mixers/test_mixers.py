@@ -58,6 +58,14 @@ def test_what_are_no_tokens_is_named(name, tokens):
         build_mixer(name, 16, 4, (4, 4), 0)(tokens)
 
 
+@pytest.mark.parametrize("dim", [1, 8, 32])
+@pytest.mark.parametrize("name", MIXERS)
+def test_tokens_of_another_dimension_are_refused(name, dim):
+    """By a mixer without a linear layer in its own words: a filter would broadcast a single channel."""
+    with pytest.raises((ValueError, RuntimeError), match=rf"it got .*\b{dim}\b|mat1 and mat2 shapes cannot be multiplied"):
+        build_mixer(name, 16, 4, (4, 4), 0)(torch.ones(2, 16, dim))
+
+
 @pytest.mark.parametrize("tokens", [1, 9])                                 # one would be turned by all places
 def test_tokens_off_the_grid_of_rotary_attention_are_named(tokens):
     with pytest.raises(ValueError, match=rf"attention with rope is on a grid of 4 x 4 = 16 tokens .*\(1, {tokens}, 16\)"):
